@@ -1,0 +1,247 @@
+"""What a model is: frozen configurations, and the table of named variants.
+
+Nothing here imports torch; a configuration travels in a bundle's manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from vitdeploy.errors import ConfigError, UsageError, did_you_mean
+
+Size = tuple[int, int]
+"""Height, width."""
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+Pool = Literal["cls", "mean", "both_heads", "cls_mean"]
+Position = Literal["learned", "sincos2d", "none"]
+Output = Literal["logits", "features", "tokens"]
+InputKind = Literal["float", "uint8"]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A plain Vision Transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929).
+
+    Tokens stand in the order CLS, distillation, registers, patches. The position table has
+    ``position_prefix`` rows for the first prefix tokens, then one row per patch, row-major; prefix
+    tokens beyond ``position_prefix`` have no position.
+
+    Raises:
+        ConfigError: the numbers do not describe a model that can be built.
+    """
+
+    image_size: Size = (224, 224)
+    patch_size: int = 16
+    channels: int = 3
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    """Columns between the two MLP layers (after the gate, for a gated MLP)."""
+    activation: Activation = "gelu"
+    gated_mlp: bool = False
+    """SwiGLU (Shazeer 2020): ``fc1`` has 2 x ``mlp_width`` rows, the gate's half first."""
+    classes: int = 1000
+    """Columns of the logits; 0 is a model without a head."""
+    cls_token: bool = True
+    distillation_token: bool = False
+    registers: int = 0
+    position: Position = "learned"
+    position_prefix: int = 1
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    norm_eps: float = 1e-6
+    pool: Pool = "cls"
+    norm_after_pool: bool = False
+    """The final LayerNorm works on the pooled vector instead of on every token."""
+    representation_width: int = 0
+    """Columns of a tanh layer between pooling and head (the paper's pre-training head); 0 is none."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "channels", "width", "depth", "heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        height, width = self.image_size
+        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+            raise ConfigError(
+                f"image size {height}x{width} is not divisible by the patch size {self.patch_size}",
+                hint=f"nearest that is: {self._nearest(height)}x{self._nearest(width)}",
+            )
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.position == "sincos2d" and self.width % 4:
+            raise ConfigError(f"2D sinusoidal positions need a width divisible by 4, not {self.width}")
+        if self.position != "learned" and self.position_prefix:
+            raise ConfigError("only a learned position table has rows for prefix tokens (position_prefix)")
+        if self.position_prefix > self.prefix_tokens:
+            raise ConfigError(
+                f"position_prefix is {self.position_prefix}, but there are {self.prefix_tokens} prefix tokens"
+            )
+        if self.pool in ("cls", "cls_mean") and not self.cls_token:
+            raise ConfigError(f"pooling by {self.pool!r} needs a CLS token")
+        if self.pool == "both_heads" and not (self.cls_token and self.distillation_token):
+            raise ConfigError("pooling by 'both_heads' needs a CLS and a distillation token")
+
+    def _nearest(self, pixels: int) -> int:
+        return max(1, round(pixels / self.patch_size)) * self.patch_size
+
+    @property
+    def grid(self) -> Size:
+        """Patches along the height and the width."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def prefix_tokens(self) -> int:
+        """CLS, distillation and register tokens together."""
+        return int(self.cls_token) + int(self.distillation_token) + self.registers
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix_tokens + self.patches
+
+    @property
+    def head_width(self) -> int:
+        """Columns of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def features(self) -> int:
+        """Columns of the pooled vector."""
+        return self.width * (2 if self.pool == "cls_mean" else 1)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What this model can return; the first is the default."""
+        return ("logits", "features", "tokens") if self.classes else ("features", "tokens")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes ``pixel_values``: decode, RGB, resize, crop, rescale, normalise.
+
+    ``size`` is the final (height, width). With ``resize="shortest_edge"`` the shorter side becomes
+    ``resize_edge`` pixels and the rest is cropped around the centre; with ``"exact"`` the image is
+    resized to ``size`` whatever its shape; with ``"none"`` it is only cropped.
+    """
+
+    size: Size = (224, 224)
+    resize: Literal["exact", "shortest_edge", "none"] = "exact"
+    resize_edge: int | None = None
+    resize_to: Size | None = None
+    """For ``"exact"``: an intermediate size, cropped to ``size`` afterwards."""
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bilinear"
+    crop_rounding: Literal["floor", "round"] = "floor"
+    """Where the centre of an odd margin is: transformers rounds down, torchvision to even."""
+    rescale: float = 1 / 255
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    exif: bool = False
+    """Turn the image as its EXIF orientation says; only where the checkpoint's own pipeline does."""
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ConfigError(f"preprocessing size {self.size[0]}x{self.size[1]} is not positive")
+        if (self.resize == "shortest_edge") != (self.resize_edge is not None):
+            raise ConfigError("resize_edge goes with resize='shortest_edge', and only with it")
+        if self.resize_to is not None and self.resize != "exact":
+            raise ConfigError("resize_to goes with resize='exact'")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError(f"mean and std must be three numbers, std positive: {self.mean}, {self.std}")
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Batch sizes an artifact serves: the least, the one to optimise for, the most."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UsageError(
+                f"batch sizes must rise from 1: MIN,OPT,MAX is {self.min},{self.opt},{self.max}",
+                hint="for example --batch 1,8,32, or --batch 8 for a fixed batch",
+            )
+
+    @property
+    def fixed(self) -> bool:
+        return self.min == self.max
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(sorted({self.min, self.opt, self.max}))
+
+
+@dataclass(frozen=True)
+class _Size:
+    short: str
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+
+
+# Widths and depths: ViT paper, table 1 (B, L, H); DeiT (https://arxiv.org/abs/2012.12877), table 1 (Ti, S).
+_SIZES = {
+    "tiny": _Size("Ti", 192, 12, 3, 768),
+    "small": _Size("S", 384, 12, 6, 1536),
+    "base": _Size("B", 768, 12, 12, 3072),
+    "large": _Size("L", 1024, 24, 16, 4096),
+    "huge": _Size("H", 1280, 32, 16, 5120),
+}
+_PATCHES = (8, 14, 16, 32)
+_LONG = re.compile(r"(?P<kind>vit|deit)_(?P<size>[a-z]+)(?P<distilled>_distilled)?_patch(?P<patch>\d+)(_(?P<image>\d+))?")
+_SHORT = re.compile(r"(?:ViT-)?(?P<size>Ti|S|B|L|H)/(?P<patch>\d+)")
+
+
+def variant_names() -> tuple[str, ...]:
+    """Every named variant, long names first: ``vit_base_patch16_224`` ... ``B/16`` ..."""
+    sizes = [(name, size, patch) for name, size in _SIZES.items() for patch in _PATCHES]
+    deit = [f"deit_{name}{d}_patch16_224" for name in ("tiny", "small", "base") for d in ("", "_distilled")]
+    long = [f"vit_{name}_patch{patch}_224" for name, _, patch in sizes]
+    return (*long, *deit, *(f"{size.short}/{patch}" for _, size, patch in sizes))
+
+
+def is_variant(name: str) -> bool:
+    return _LONG.fullmatch(name) is not None or _SHORT.fullmatch(name) is not None
+
+
+def decode_variant(name: str) -> ViTConfig:
+    """Return the configuration of a named variant, 1000 classes.
+
+    The timm-style names take any resolution that the patch divides (``vit_base_patch16_384``); the
+    paper's short names (``B/16``) stand for 224 pixels.
+
+    Raises:
+        UsageError: no variant has this name (with a suggestion).
+        ConfigError: the resolution is not divisible by the patch.
+    """
+    long, short = _LONG.fullmatch(name), _SHORT.fullmatch(name)
+    match = long or short
+    by_short = {size.short: size for size in _SIZES.values()}
+    size = (_SIZES if long else by_short).get(match["size"]) if match else None
+    if match is None or size is None or int(match["patch"]) not in _PATCHES:
+        raise UsageError(f"unknown model {name!r}{did_you_mean(name, variant_names())}")
+    image = int(long["image"] or 224) if long else 224
+    distilled = bool(long and long["distilled"])
+    if distilled and long and long["kind"] != "deit":
+        raise UsageError(f"unknown model {name!r}{did_you_mean(name, variant_names())}")
+    return ViTConfig(
+        image_size=(image, image),
+        patch_size=int(match["patch"]),
+        width=size.width,
+        depth=size.depth,
+        heads=size.heads,
+        mlp_width=size.mlp_width,
+        distillation_token=distilled,
+        position_prefix=2 if distilled else 1,
+        pool="both_heads" if distilled else "cls",
+    )
