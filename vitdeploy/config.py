@@ -19,6 +19,7 @@ Pool = Literal["cls", "mean", "both_heads", "cls_mean"]
 Position = Literal["learned", "sincos2d", "none"]
 Output = Literal["logits", "features", "tokens"]
 InputKind = Literal["float", "uint8"]
+Precision = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class ViTConfig:
             raise ConfigError(f"pooling by {self.pool!r} needs a CLS token")
         if self.pool == "both_heads" and not (self.cls_token and self.distillation_token):
             raise ConfigError("pooling by 'both_heads' needs a CLS and a distillation token")
+        if self.pool == "both_heads" and self.representation_width:
+            raise ConfigError("a representation layer does not go with pooling by 'both_heads'")
 
     def _nearest(self, pixels: int) -> int:
         return max(1, round(pixels / self.patch_size)) * self.patch_size
@@ -124,21 +127,30 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes ``pixel_values``: decode, RGB, resize, crop, rescale, normalise.
+    """How an image becomes ``pixel_values``: decode, RGB, resize, centre crop, rescale, normalise.
 
-    ``size`` is the final (height, width). With ``resize="shortest_edge"`` the shorter side becomes
-    ``resize_edge`` pixels and the rest is cropped around the centre; with ``"exact"`` the image is
-    resized to ``size`` whatever its shape; with ``"none"`` it is only cropped.
+    ``size`` is the final (height, width): what is larger after resizing is cropped around the centre,
+    what is smaller is surrounded by ``pad``. ``resize`` says how the image is resized before:
+
+    ``"exact"``           to ``resize_to`` (``size`` where that is None), whatever its shape
+    ``"shortest_edge"``   the shorter side becomes ``resize_edge`` pixels, its shape is kept
+    ``"cover"``           to the smallest of its shape that covers ``resize_to``
+    ``"contain"``         to the largest of its shape that fits into ``resize_to``
+    ``"none"``            not at all
+
+    Raises:
+        ConfigError: the settings contradict each other.
     """
 
     size: Size = (224, 224)
-    resize: Literal["exact", "shortest_edge", "none"] = "exact"
+    resize: Literal["exact", "shortest_edge", "cover", "contain", "none"] = "exact"
     resize_edge: int | None = None
     resize_to: Size | None = None
-    """For ``"exact"``: an intermediate size, cropped to ``size`` afterwards."""
     resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bilinear"
     crop_rounding: Literal["floor", "round"] = "floor"
     """Where the centre of an odd margin is: transformers rounds down, torchvision to even."""
+    pad: tuple[int, int, int] = (0, 0, 0)
+    """Red, green, blue (0-255) around an image that is smaller than ``size``."""
     rescale: float = 1 / 255
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -146,14 +158,21 @@ class Preprocess:
     """Turn the image as its EXIF orientation says; only where the checkpoint's own pipeline does."""
 
     def __post_init__(self) -> None:
-        if min(self.size) < 1:
-            raise ConfigError(f"preprocessing size {self.size[0]}x{self.size[1]} is not positive")
+        for height, width in (self.size, self.resize_to or self.size):
+            if min(height, width) < 1:
+                raise ConfigError(f"preprocessing size {height}x{width} is not positive")
         if (self.resize == "shortest_edge") != (self.resize_edge is not None):
             raise ConfigError("resize_edge goes with resize='shortest_edge', and only with it")
-        if self.resize_to is not None and self.resize != "exact":
-            raise ConfigError("resize_to goes with resize='exact'")
+        if self.resize_edge is not None and self.resize_edge < 1:
+            raise ConfigError(f"resize_edge must be at least 1, not {self.resize_edge}")
+        if self.resize_to is not None and self.resize in ("shortest_edge", "none"):
+            raise ConfigError(f"resize_to does not go with resize={self.resize!r}")
+        if self.resize_to is None and self.resize in ("cover", "contain"):
+            raise ConfigError(f"resize={self.resize!r} needs resize_to")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError(f"mean and std must be three numbers, std positive: {self.mean}, {self.std}")
+        if len(self.pad) != 3 or min(self.pad) < 0 or max(self.pad) > 255:
+            raise ConfigError(f"pad must be three numbers from 0 to 255, not {self.pad}")
 
 
 @dataclass(frozen=True)

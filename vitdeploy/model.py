@@ -91,6 +91,7 @@ class Attention(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.heads, self.head_width = config.heads, config.head_width
+        self.scale = config.head_width**-0.5
         self.q = nn.Linear(config.width, config.width, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, config.width, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, config.width, bias=config.qkv_bias)
@@ -101,7 +102,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self.split_heads(linear(x)) for linear in (self.q, self.k, self.v))
-        scores = q @ k.transpose(2, 3) * self.head_width**-0.5  # (N, h, T, T)
+        scores = q @ k.transpose(2, 3) * self.scale  # (N, h, T, T)
         x = scores.softmax(dim=-1) @ v  # (N, h, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
