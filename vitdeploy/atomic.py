@@ -40,6 +40,7 @@ class StagedFolder:
         self.target = target
         self._lock: int | None = None
         self._new_parents: list[Path] = []
+        self._aside: Path | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -84,12 +85,20 @@ class StagedFolder:
     def _replace(self) -> None:
         if _exchange(self.path, self.target):  # what is at ``path`` now is the old folder
             return
-        aside = self.target.parent / f"{_PREFIX}{secrets.token_hex(8)}.{self.target.name}{_REPLACED}"
-        self.target.rename(aside)
+        self._aside = self.target.parent / f"{_PREFIX}{secrets.token_hex(8)}.{self.target.name}{_REPLACED}"
+        self.target.rename(self._aside)
         self.path.rename(self.target)
-        shutil.rmtree(aside, ignore_errors=True)
 
     def _clean(self) -> None:
+        try:
+            self._remove()
+        except BaseException:  # Ctrl-C while cleaning up
+            self._remove()
+            raise
+
+    def _remove(self) -> None:
+        if self._aside:
+            _settle(self._aside, self.target)
         if hasattr(self, "path"):
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
@@ -104,16 +113,21 @@ def sweep(target: Path) -> None:
     """Remove what killed processes left beside ``target``, and put back a folder they had moved away."""
     for leftover in sorted(target.parent.glob(f"{_PREFIX}*")):
         if leftover.name.endswith(f".{target.name}{_REPLACED}"):
-            if target.exists():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.rename(target)
+            _settle(leftover, target)
         elif leftover.name.endswith(_TEMPORARY):
             with contextlib.suppress(OSError):  # its builder lives, or it is not ours to remove
                 held = _lock(leftover)
                 if held is not None:
                     shutil.rmtree(leftover, ignore_errors=True)
                     os.close(held)
+
+
+def _settle(aside: Path, target: Path) -> None:
+    """Drop a replaced folder, or put it back where its replacement never arrived."""
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        aside.rename(target)
 
 
 def _lock(folder: Path) -> int | None:

@@ -67,8 +67,6 @@ class Bundle:
             BundleError: there is none, it is damaged or unsafe, or its schema is newer.
         """
         root = Path(path)
-        if not root.is_dir():
-            raise BundleError(f"{root}: no such bundle", hint=f"vitdeploy export -o {root}")
         bundle = cls(root, parse(_read_manifest(root), str(root / MANIFEST)), {})
         problems = [problem for name in bundle.manifest.files if (problem := bundle._size_problem(name))]
         bundle._report(problems)
@@ -125,7 +123,7 @@ class Bundle:
             raise BundleError(f"{self.root / MANIFEST}: changed since it was opened")
         self._checked.clear()
         problems = [problem for name in self.manifest.files if (problem := self._hash_problem(name))]
-        self._report(problems + [f"{name} is not listed in the manifest" for name in self.unlisted()])
+        self._report(problems + [f"{name!r} is not listed in the manifest" for name in self.unlisted()])
 
     def verify_hashes(self, names: Iterable[str]) -> None:
         """Check the hashes of the files that are about to be used.
@@ -224,16 +222,16 @@ class BundleWriter:
 
     def __enter__(self) -> Self:
         try:
-            self._check_target()
             self._staged.__enter__()
+            try:
+                self._check_target()
+                if self._base:
+                    self._take_over(self._base)
+            except BaseException:
+                self._staged.__exit__(None, None, None)
+                raise
         except OSError as error:
             raise _disk_error(error, self.target) from error
-        try:
-            if self._base:
-                self._take_over(self._base)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
         return self
 
     def __exit__(
@@ -282,8 +280,8 @@ class BundleWriter:
         """
         if self._sealed is None or self._scan() != self._sealed.manifest.files:
             raise BundleError(f"{self.target}: files changed after the manifest was sealed")
-        if self._base and parse(_read_manifest(self.target), str(self.target)) != self._base.manifest:
-            raise BundleError(f"{self.target}: somebody else changed it meanwhile", hint="run it again")
+        if self._base:
+            self._check_unchanged(self._base)
         self._staged.commit(replace=self._force)
         return Bundle(self.target, self._sealed.manifest, self._sealed._checked)
 
@@ -299,7 +297,12 @@ class BundleWriter:
         if any(target.iterdir()) and not _looks_like_bundle(target):
             raise BundleError(f"{target}: is not a bundle, so --force does not replace it")
 
+    def _check_unchanged(self, base: Bundle) -> None:
+        if parse(_read_manifest(self.target), str(self.target / MANIFEST)) != base.manifest:
+            raise BundleError(f"{self.target}: somebody else changed it meanwhile", hint="run it again")
+
     def _take_over(self, base: Bundle) -> None:
+        self._check_unchanged(base)
         if extra := base.unlisted():
             raise BundleError(f"{base.root}: has files its manifest does not list: {', '.join(extra[:8])}")
         for name, record in base.manifest.files.items():
@@ -341,6 +344,7 @@ _HINTS = {
     errno.ENOSPC: "free some space, or choose another folder",
     errno.EDQUOT: "free some space, or choose another folder",
     errno.EFBIG: "choose a file system that takes larger files",
+    errno.EIO: "the disk may be failing",
     errno.EROFS: "choose a folder on another file system",
     errno.EACCES: "choose a folder you may write to",
     errno.EPERM: "choose a folder you may write to",
@@ -359,8 +363,9 @@ def _read_manifest(root: Path) -> bytes:
         if size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path}: {size} bytes, but a manifest has at most {MAX_MANIFEST_BYTES}")
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise BundleError(f"{root}: is not a bundle, it has no {MANIFEST}") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = f"vitdeploy export -o {root}"
+        raise BundleError(f"{root}: is not a bundle (it has no {MANIFEST})", hint=hint) from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:

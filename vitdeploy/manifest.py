@@ -227,7 +227,7 @@ class Manifest(_Record):
             raise ValueError(f"{len(self.labels)} labels for {classes} classes")
         if MANIFEST in self.files:
             raise ValueError(f"{MANIFEST} lists itself")
-        for artifact in self.artifacts if self.files else ():
+        for artifact in self.artifacts if self.digest else ():
             if missing := set(artifact.files) - set(self.files):
                 raise ValueError(f"artifact {artifact.name!r} uses an unlisted file {min(missing)!r}")
         return self
@@ -259,9 +259,12 @@ def seal(draft: Manifest, files: Mapping[str, FileRecord]) -> Manifest:
         for artifact in draft.artifacts
     )
     try:
-        filled = draft.model_copy(update={"files": dict(files), "artifacts": artifacts})
-        sealed = filled.model_copy(update={"digest": digest_of(filled)})
+        filled = draft.model_copy(update={"files": dict(files), "artifacts": artifacts, "digest": ""})
+        plain = Manifest.model_validate(filled.model_dump(mode="json"))  # 1 becomes 1.0 where a float belongs
+        sealed = plain.model_copy(update={"digest": digest_of(plain)})
         return parse(canonical(sealed), MANIFEST)
+    except ValidationError as error:
+        raise BundleError(f"the manifest cannot be written: {_first_problem(error)}") from error
     except ValueError as error:  # a NaN or a lone surrogate: no JSON for it
         raise BundleError(f"the manifest cannot be written: {error}") from error
 
