@@ -1,0 +1,49 @@
+# `make demo` and `make test` work from a clean clone: they set up .venv by themselves.
+
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+EXTRAS := dev,export,openvino
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The first interpreter that really runs and has a version we support (a pyenv shim may exist and not run).
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	if $$p -c "$(SUPPORTED)" >/dev/null 2>&1; then echo $$p; break; fi; done)
+
+.PHONY: help demo test check lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## export, verify, predict and measure a real model and a ViT-B/16
+	$(BIN)/python examples/demo.py
+
+test: $(READY) lint  ## everything: lint, types, import contracts, the whole test suite
+	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
+
+check: $(READY) lint  ## the quick loop: the same without the slow tests
+	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not slow" -q
+
+lint: $(READY)  ## ruff, mypy, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "no Python 3.11 or 3.12 found: install one, or say which: make PYTHON=/path/to/python3.12" >&2; exit 1; fi
+	@if ! "$(PYTHON)" -c "$(SUPPORTED)"; then \
+		echo "$(PYTHON) does not run, or is not Python 3.11 or 3.12" >&2; exit 1; fi
+	[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV)
+	@echo "installing vitdeploy[$(EXTRAS)] into $(VENV) (minutes the first time)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@

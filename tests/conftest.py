@@ -1,0 +1,13 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# Tests run in several processes at once: one core each, or their thread pools fight over the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("vitdeploy", deadline=None)  # a busy machine is not a slow function
+settings.load_profile("vitdeploy")
