@@ -1,0 +1,193 @@
+"""Image files: finding them, and decoding them to 8-bit RGB with every failure as one clear error."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vitdeploy.errors import ImageError
+
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded or resized to: 256 MiB as RGB. Pillow itself only warns from here on."""
+
+# What photographs come in. Decoders for everything else stay out of reach of untrusted files.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Return the image files that ``paths`` name, each once, in a stable order.
+
+    A file is taken as it is, whatever its suffix; a directory is walked, its images sorted by path.
+    Hidden files and directories inside it are left out.
+
+    Raises:
+        ImageError: a path does not exist, or a directory holds no image.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            images = _walk(path)
+            if not images:
+                raise ImageError(f"no image in directory {_printable(path)}", hint=_formats_hint())
+            found.update(dict.fromkeys(images))
+        elif path.exists():
+            found[path] = None
+        else:
+            raise ImageError(f"{_printable(path)} does not exist", hint="check the path")
+    return list(found)
+
+
+def _walk(directory: Path) -> list[Path]:
+    def unreadable(error: OSError) -> NoReturn:
+        raise ImageError(
+            f"directory {_printable(error.filename)} cannot be read: {error.strerror}",
+            hint="check its permissions",
+        )
+
+    images = []
+    for parent, directories, files in os.walk(directory, onerror=unreadable):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        images += [
+            Path(parent, name)
+            for name in files
+            if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
+        ]
+    return sorted(images)
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Decode an image completely and return it as 8-bit RGB.
+
+    Args:
+        source: a path, the bytes of a file, a binary file object, or a Pillow image. JPEG, PNG, WebP, GIF,
+            BMP, TIFF and PPM are read; of an animation, the first frame.
+
+    Transparency is dropped, not blended, as ``convert("RGB")`` and so transformers' and timm's loaders do.
+    16-bit grey is scaled to 8 bits. EXIF data stays with the image: ``apply`` turns it where its
+    ``Preprocess`` says so.
+
+    Raises:
+        ImageError: it does not exist, is no image, is damaged or cut short, has a pixel type whose range is
+            unknown, or has more than ``MAX_PIXELS`` pixels.
+    """
+    name = _describe(source)
+    try:
+        with _quiet(), _opened(source, name) as image:
+            _check_size(image, name)
+            return _to_rgb(image, name)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image that can be read", hint=_formats_hint()) from error
+    except Image.DecompressionBombError as error:
+        size = str(error).partition(",")[0]  # "Image size (N pixels) exceeds limit of M pixels"
+        raise ImageError(f"{name} is too large to decode: {size}", hint="scale it down first") from error
+    except Exception as error:  # a damaged file can raise anything from inside a decoder
+        if isinstance(error, OSError) and error.strerror:  # from the operating system, not from a decoder
+            raise ImageError(f"{name} cannot be read: {error.strerror}", hint="check the path") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(
+            f"{name} is damaged or cut short: {reason}", hint="copy it again, or save it again as PNG or JPEG"
+        ) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return ``image`` turned as its EXIF data says; as it is where that is missing or unreadable."""
+    try:
+        with _quiet():
+            return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data can raise anything
+        return image
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back Pillow's warnings: about sizes, which are checked here, and about harmless odd metadata.
+
+    Only Pillow's: warning filters belong to the process, so threads that cross here could leave one behind.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+@contextmanager
+def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
+    with ExitStack() as stack:
+        stream: BinaryIO
+        if isinstance(source, Image.Image):
+            yield source
+            return
+        if isinstance(source, (str, os.PathLike)):
+            stream = stack.enter_context(Path(source).open("rb"))
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            stream = io.BytesIO(source)
+        elif hasattr(source, "read"):
+            stream = source if source.seekable() else io.BytesIO(source.read())
+        else:
+            raise ImageError(
+                f"cannot read an image from {type(source).__name__}",
+                hint="pass a path, bytes, a binary file or a Pillow image (PIL.Image.fromarray(array))",
+            )
+        stream.seek(0)
+        if not stream.read(1):
+            raise ImageError(f"{name} is empty", hint="copy or download it again")
+        yield stack.enter_context(Image.open(stream, formats=_FORMATS))
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{name} is too large to decode: {width}x{height} pixels exceed the limit of {MAX_PIXELS} pixels",
+            hint="scale it down first",
+        )
+    if width * height == 0:
+        raise ImageError(f"{name} has no pixels: {width}x{height}", hint="save it again")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow's own conversion clips at 255, which leaves black and white.
+        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
+        grey = Image.fromarray(levels.astype(np.uint8))
+        grey.info = dict(image.info)  # EXIF
+        return grey.convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "integers" if image.mode == "I" else "floats"
+        raise ImageError(
+            f"{name} has 32-bit {kind} as pixels, whose range is unknown", hint="save it with 8 or 16 bits"
+        )
+    return image.convert("RGB")
+
+
+def _describe(source: ImageSource) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return _printable(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"image of {len(source)} bytes"
+    name = getattr(source, "filename", None) or getattr(source, "name", None)
+    return _printable(name) if isinstance(name, (str, os.PathLike)) else "image"
+
+
+def _printable(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)
+
+
+def _formats_hint() -> str:
+    return f"images are read from {', '.join(_FORMATS)} files"
