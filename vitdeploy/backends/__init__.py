@@ -1,0 +1,1 @@
+"""Runtimes that execute a bundle: one module each, all behind the same two interfaces."""

@@ -1,0 +1,244 @@
+"""What every runtime looks like from outside: ``Backend`` opens an artifact, ``Session`` runs it.
+
+To add one: a module here with a class that satisfies ``Backend``, and a line in the table below.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self, cast
+
+import numpy as np
+
+from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.config import BatchRange
+from vitdeploy.errors import UsageError, did_you_mean
+from vitdeploy.manifest import Artifact, DType, Manifest, Precision, TensorSpec
+
+Array = np.ndarray[Any, Any]
+
+_BACKENDS = {
+    "onnxruntime": "vitdeploy.backends.onnxruntime:OnnxRuntime",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run; what a backend has no choice about is refused, not ignored."""
+
+    threads: int | None = None
+    """CPU threads; the runtime's own choice when omitted."""
+    provider: str | None = None
+    """ONNX Runtime's execution provider: cpu, cuda, tensorrt or openvino."""
+    device: str | None = None
+    """cpu, cuda, or cuda:1; the backend's own default when omitted."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads must be at least 1, not {self.threads}")
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend works on this machine, and if not, why and what would change that."""
+
+    ok: bool
+    reason: str = ""
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
+class SessionFacts:
+    """What a session is, fixed while it lives."""
+
+    backend: str
+    artifact: str
+    """The artifact's name, or the weights file's where the model runs without an artifact."""
+    precision: Precision
+    """What the artifact is declared to be in."""
+    executes: str
+    """What the runtime computes in; a backend that widens or narrows the artifact says so here."""
+    device: str
+    provider: str
+    batch: BatchRange | None
+    """Batch sizes it takes; None is any."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    versions: Mapping[str, str]
+    """Of the libraries that compute."""
+
+
+class Session(ABC):
+    """A loaded model. Not to be shared between threads unless its backend says so."""
+
+    def __init__(self, facts: SessionFacts) -> None:
+        self.facts = facts
+        self._closed = False
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute all outputs.
+
+        Args:
+            inputs: every input of ``facts.inputs`` by name, in exactly its dtype and shape; the batch
+                size within ``facts.batch``.
+
+        Raises:
+            UsageError: a name, dtype, shape or batch size that the model does not take.
+            BundleError: the runtime fails on this model.
+        """
+        if self._closed:
+            raise UsageError(f"the session of {self.facts.artifact} is closed")
+        check_inputs(self.facts, inputs)
+        return self._run({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute; the inputs are checked and contiguous."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Free what the runtime holds; called once."""
+
+    def close(self) -> None:
+        """Free what the runtime holds; the session cannot run afterwards."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Backend(Protocol):
+    """A runtime."""
+
+    name: str
+    summary: str
+    """One line for `doctor`."""
+
+    def availability(self) -> Availability:
+        """Whether this machine can run it; imports as little as possible."""
+
+    def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
+        """None if it can run this artifact (or, with None, the weights alone); else the reason why not."""
+
+    def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
+        """Open an artifact after checking the hashes of its files.
+
+        Raises:
+            UsageError: the artifact or an option is not for this backend.
+            BundleError: its files are damaged, or the runtime cannot read them.
+            MissingDependency: the runtime's library is not installed.
+            DeviceUnavailable: the device or provider is not there.
+        """
+
+
+def backend_names() -> tuple[str, ...]:
+    return tuple(_BACKENDS)
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of this name; its module is imported, its runtime is not yet.
+
+    Raises:
+        UsageError: there is none (with a suggestion).
+    """
+    if name not in _BACKENDS:
+        known = ", ".join(_BACKENDS)
+        raise UsageError(f"unknown backend {name!r}{did_you_mean(name, _BACKENDS)}", hint=f"known: {known}")
+    module, _, attribute = _BACKENDS[name].partition(":")
+    return cast(Backend, getattr(importlib.import_module(module), attribute)())
+
+
+def all_backends() -> tuple[Backend, ...]:
+    return tuple(get_backend(name) for name in _BACKENDS)
+
+
+def require_support(backend: Backend, bundle: Bundle, artifact: Artifact | None) -> None:
+    """Raise the reason why a backend cannot run an artifact as a UsageError, if there is one."""
+    if reason := backend.supports(bundle.manifest, artifact):
+        name = artifact.name if artifact else WEIGHTS
+        raise UsageError(f"the {backend.name} backend cannot run {name} of {bundle.root}: {reason}")
+
+
+def split_device(device: str) -> tuple[str, int]:
+    """``"cuda:1"`` as ``("cuda", 1)``; without a number it is 0.
+
+    Raises:
+        UsageError: neither cpu nor cuda.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in device and not index.isdecimal()):
+        raise UsageError(f"unknown device {device!r}", hint="known: cpu, cuda, cuda:N")
+    return kind, int(index or 0)
+
+
+def refuse(backend: str, **options: str | None) -> None:
+    """Raise a UsageError for the first option given that this backend has no use for."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"the {backend} backend takes no {name} (given: {value!r})")
+
+
+def check_inputs(facts: SessionFacts, inputs: Mapping[str, Array]) -> None:
+    """Check names, dtypes, shapes and the batch size against what a session takes.
+
+    Raises:
+        UsageError: says what was given and what is wanted.
+    """
+    specs = {spec.name: spec for spec in facts.inputs}
+    for name in inputs:
+        if name not in specs:
+            raise UsageError(f"{facts.artifact} has no input {name!r}{did_you_mean(name, specs)}")
+    sizes: dict[str, int] = {}
+    for name, spec in specs.items():
+        if name not in inputs:
+            raise UsageError(f"{facts.artifact} needs the input {name!r}")
+        _check_tensor(spec, inputs[name], sizes, facts.artifact)
+    if facts.batch is None or not facts.inputs:
+        return
+    batch = inputs[facts.inputs[0].name].shape[0]
+    if not facts.batch.min <= batch <= facts.batch.max:
+        served = f"{facts.batch.min}" if facts.batch.fixed else f"{facts.batch.min} to {facts.batch.max}"
+        raise UsageError(f"batch size {batch}, but {facts.artifact} serves {served}")
+
+
+def _check_tensor(spec: TensorSpec, array: Array, sizes: dict[str, int], artifact: str) -> None:
+    """Check one input; ``sizes`` remembers what each named dimension is."""
+    dtype = numpy_dtype(spec.dtype)
+    if array.dtype != dtype:
+        raise UsageError(f"{artifact}: {spec.name} must be {dtype}, not {array.dtype}")
+    fits = len(array.shape) == len(spec.shape) and all(
+        have == (sizes.setdefault(want, have) if isinstance(want, str) else want)
+        for have, want in zip(array.shape, spec.shape, strict=True)
+    )
+    if not fits:
+        wanted, given = (", ".join(str(size) for size in shape) for shape in (spec.shape, array.shape))
+        raise UsageError(f"{artifact}: {spec.name} must have the shape ({wanted}), not ({given})")
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message without line breaks, cut where it becomes a stack trace."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def numpy_dtype(dtype: DType) -> np.dtype[Any]:
+    """The numpy dtype of a tensor at the border of a model.
+
+    Raises:
+        UsageError: numpy has none (bfloat16).
+    """
+    try:
+        return np.dtype(dtype)
+    except TypeError as error:
+        raise UsageError(f"{dtype} inputs and outputs are not supported") from error
