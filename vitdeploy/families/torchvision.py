@@ -1,0 +1,71 @@
+"""torchvision's ``vit_b_16``, ``vit_b_32``, ``vit_l_16``, ``vit_l_32`` and ``vit_h_14``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from vitdeploy.config import Preprocess, Size, ViTConfig
+from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat, linear, merged_qkv
+from vitdeploy.families.infer import default_heads, infer_config
+from vitdeploy.families.positions import PositionRule
+from vitdeploy.preprocess import at_size
+
+_BLOCK = "encoder.layers.encoder_layer_{i}"
+_LAYOUT: Layout = {
+    **linear("patch_embed", "conv_proj"),
+    "cls_token": Source("class_token", flat(1)),
+    "pos_embed": Source("encoder.pos_embedding", flat(2)),
+    **linear("blocks.{i}.norm1", f"{_BLOCK}.ln_1"),
+    **merged_qkv(f"{_BLOCK}.self_attention.in_proj_weight", f"{_BLOCK}.self_attention.in_proj_bias"),
+    **linear("blocks.{i}.attn.proj", f"{_BLOCK}.self_attention.out_proj"),
+    **linear("blocks.{i}.norm2", f"{_BLOCK}.ln_2"),
+    **linear("blocks.{i}.mlp.fc1", f"{_BLOCK}.mlp.0"),
+    **linear("blocks.{i}.mlp.fc2", f"{_BLOCK}.mlp.3"),
+    **linear("norm", "encoder.ln"),
+    **linear("representation", "heads.pre_logits"),
+    **linear("head", "heads.head"),
+}
+_HEADS = {1280: 16}
+# ViT_B_16_Weights.IMAGENET1K_V1; the SWAG weights only differ in size.
+_PREPROCESS = Preprocess(
+    resize="shortest_edge",
+    resize_edge=256,
+    crop_rounding="round",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
+
+def _claims(foreign: Foreign) -> bool:
+    return "conv_proj.weight" in foreign.state and any(
+        name.startswith("encoder.layers.encoder_layer_0.") for name in foreign.state
+    )
+
+
+def _modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``mlp.linear_1`` of torchvision 0.12 became ``mlp.0``, ``mlp.linear_2`` became ``mlp.3``."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = name.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
+        renamed[name] = tensor
+    return renamed
+
+
+def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
+    state = _modern_names(foreign.state)
+    heads, *notes = default_heads(state["conv_proj.weight"].shape[0], _HEADS)
+    sizes = []
+    if template is not None:
+        heads, notes, sizes = template.heads, [], [template.image_size]
+    config = infer_config(_LAYOUT, state, foreign.source, heads=heads, sizes=sizes)
+
+    def preprocess(size: Size | None) -> Preprocess:
+        return at_size(_PREPROCESS, size or config.image_size)
+
+    notes.append("preprocessing is torchvision's for its ImageNet weights")
+    return Reading(config, _LAYOUT, state, preprocess, notes=tuple(notes))
+
+
+FAMILY = Family("torchvision", _claims, _read, PositionRule(align_corners=True))
