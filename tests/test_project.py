@@ -1,0 +1,169 @@
+"""The promises of the project itself: what is installed, what an import costs, how large a file may be."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("vitdeploy", "vitdeploy_kernels")
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "transformers", "timm", "sklearn")
+FILE_LINES = 400
+FUNCTION_LINES = 80
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def imported_by(code: str) -> set[str]:
+    """Top-level names of the modules that are loaded after running ``code`` in a fresh interpreter."""
+    done = run(sys.executable, "-c", f"{code}\nimport sys; print('LOADED', *sys.modules)")
+    assert done.returncode == 0, done.stderr
+    loaded = next(line for line in done.stdout.splitlines() if line.startswith("LOADED"))
+    return {name.partition(".")[0] for name in loaded.split()[1:]}
+
+
+def tracked_files() -> list[Path]:
+    listed = run("git", "ls-files", "-z", cwd=ROOT)
+    assert listed.returncode == 0, listed.stderr
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [path for path in files if path.is_file()]
+
+
+def python_files() -> list[Path]:
+    return [path for path in tracked_files() if path.suffix == ".py"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    done = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    info = next(name.partition("/")[0] for name in names if ".dist-info/" in name)
+    assert {name.partition("/")[0] for name in names} == {*PACKAGES, info}
+    assert f"{info}/licenses/LICENSE" in names
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+
+
+def test_wheel_holds_the_digits_model(wheel: Path) -> None:
+    files = sorted(p for p in (ROOT / "vitdeploy/data/digits").rglob("*") if p.is_file())
+    with zipfile.ZipFile(wheel) as archive:
+        assert len(files) > 10
+        for path in files:
+            assert archive.read(path.relative_to(ROOT).as_posix()) == path.read_bytes()
+
+
+def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path, with_pip=False)
+    python = tmp_path / "bin" / "python"
+    done = run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    query = "from importlib.metadata import files; print(*{str(f).split('/')[0] for f in files('vitdeploy')})"
+    top = set(run(python, "-c", query, cwd=tmp_path).stdout.split())
+    assert {name for name in top if ".dist-info" not in name and name != ".."} == set(PACKAGES)
+    assert (tmp_path / "bin" / "vitdeploy").is_file()
+    show = "import vitdeploy.errors, vitdeploy_kernels; print(vitdeploy.errors.__file__)"
+    where = run(python, "-c", show, cwd=tmp_path)
+    assert where.stdout.startswith(str(tmp_path)), where.stderr
+
+
+def test_public_names_are_pinned() -> None:
+    import vitdeploy
+
+    assert sorted(vitdeploy.__all__) == ["__version__", "bench", "export", "load", "verify"]
+    assert all(hasattr(vitdeploy, name) for name in vitdeploy.__all__)
+
+
+def test_version_is_said_once() -> None:
+    import vitdeploy
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert vitdeploy.__version__ == project["version"]
+    assert f"[{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_importing_the_package_is_light() -> None:
+    assert imported_by("import vitdeploy").isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["predict", "--help"]], ids=" ".join)
+def test_help_is_light(arguments: list[str]) -> None:
+    code = f"""
+import sys, vitdeploy.cli
+sys.argv = ["vitdeploy", *{arguments!r}]
+try:
+    vitdeploy.cli.main()
+except SystemExit as end:
+    assert not end.code
+"""
+    assert imported_by(code).isdisjoint(HEAVY)
+
+
+def test_constraints_pin_every_dependency_that_is_tested() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
+    pinned = {normal(pin.partition("==")[0]) for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    tested = [*project["dependencies"], *extras["dev"], *extras["export"], *extras["openvino"]]
+    assert {normal(re.split(r"[<>=\[]", line)[0]) for line in tested} <= pinned
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_imports_go_one_way() -> None:
+    done = run(Path(sys.executable).with_name("lint-imports"), "--no-cache", cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_files_stay_small() -> None:
+    sizes = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in python_files()}
+    assert sizes
+    assert {str(path): lines for path, lines in sizes.items() if lines > FILE_LINES} == {}
+
+
+def test_functions_stay_small() -> None:
+    large = {}
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > FUNCTION_LINES:
+                    large[f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"] = lines
+    assert large == {}
+
+
+def test_nothing_names_the_machine_it_was_written_on() -> None:
+    # Spelled in pieces, so that this file does not find itself.
+    private = (
+        "/" + "root/",
+        "/" + "home/",
+        "/" + "work/",
+        "/" + "tmp/w",
+        "files.python" + "hosted.org",
+        "pypi" + ".org/simple",
+    )
+    found = []
+    for path in tracked_files():
+        content = path.read_bytes()
+        found += [f"{path.relative_to(ROOT)}: {text}" for text in private if text.encode() in content]
+    assert found == []
