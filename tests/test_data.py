@@ -120,8 +120,8 @@ def test_weights_are_small_and_complete(config: ViTConfig, settings: dict[str, A
 def test_script_describes_the_shipped_model(
     script: ModuleType, config: ViTConfig, pixels: Preprocess
 ) -> None:
-    assert script.MODEL == config
-    assert script.PIXELS == pixels
+    assert config == script.MODEL
+    assert pixels == script.PIXELS
     _, labels = script.dataset()
     assert np.array_equal(labels[script.split(labels)[1]], digits_heldout()[1])
 
