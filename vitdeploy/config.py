@@ -217,7 +217,9 @@ _SIZES = {
     "huge": _Size("H", 1280, 32, 16, 5120),
 }
 _PATCHES = (8, 14, 16, 32)
-_LONG = re.compile(r"(?P<kind>vit|deit)_(?P<size>[a-z]+)(?P<distilled>_distilled)?_patch(?P<patch>\d+)(_(?P<image>\d+))?")
+_LONG = re.compile(
+    r"(?P<kind>vit|deit)_(?P<size>[a-z]+)(?P<distilled>_distilled)?_patch(?P<patch>\d+)(_(?P<image>\d+))?"
+)
 _SHORT = re.compile(r"(?:ViT-)?(?P<size>Ti|S|B|L|H)/(?P<patch>\d+)")
 
 

@@ -24,7 +24,7 @@ def constant(value: Tensor | None) -> nn.Parameter | None:
 
 
 class Linear(nn.Module):
-    """``x @ weight + bias`` with weight (in, out)."""
+    """``x @ weight + bias`` with weight (in, out); over rows (R, in) that is a single Gemm operator."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -32,8 +32,10 @@ class Linear(nn.Module):
         self.bias = constant(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype) @ self.weight
-        return x if self.bias is None else x + self.bias
+        x = x.to(self.weight.dtype)
+        if self.bias is None:
+            return x @ self.weight
+        return torch.addmm(self.bias, x, self.weight) if x.dim() == 2 else x @ self.weight + self.bias
 
 
 class HeadLinear(nn.Module):
@@ -151,7 +153,7 @@ class AbsorbedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads, columns, width = self.key.weight.shape
         x = x.to(self.key.weight.dtype)
-        q = self.q(x[:, : self.queries])  # (N, Q, D)
+        q = self.q(first_tokens(x, self.queries))  # (N Q, D)
         if self.queries == 1:
             q = q.reshape(-1, heads, 1, columns)  # (N, h, 1, d)
         else:
@@ -164,16 +166,21 @@ class AbsorbedAttention(nn.Module):
         pooled = self.value(pooled.reshape(-1, heads, self.queries, width))  # (N, h, Q, d)
         if self.queries > 1:
             pooled = pooled.transpose(1, 2)  # (N, Q, h, d)
-        return self.proj(pooled.reshape(-1, self.queries, width))  # (N, Q, D)
+        return self.proj(pooled.reshape(-1, width))  # (N Q, D)
+
+
+def first_tokens(x: Tensor, count: int) -> Tensor:
+    """The rows of the first ``count`` tokens: (N, T, D) -> (N count, D)."""
+    return x[:, 0] if count == 1 else x[:, :count].reshape(-1, x.shape[2])
 
 
 class AbsorbedBlock(Block):
-    """The last block when only the first Q tokens are read: (N, T, D) -> (N, Q, D)."""
+    """The last block when only the first Q tokens are read: (N, T, D) -> (N Q, D)."""
 
     attn: AbsorbedAttention
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.add1(x[:, : self.attn.queries], self.attn(self.norm1(x)))
+        pooled = self.add1(first_tokens(x, self.attn.queries), self.attn(self.norm1(x)))
         return self.add2(pooled, self.mlp(self.norm2(pooled)))
 
 
@@ -194,7 +201,9 @@ class Embedding(nn.Module):
     The prefix rows enter as rows of zeros below which the constant lies, so no token is expanded at run time.
     """
 
-    def __init__(self, patch_embed: Linear, tokens: Tensor, config: ViTConfig, *, channels_last: bool) -> None:
+    def __init__(
+        self, patch_embed: Linear, tokens: Tensor, config: ViTConfig, *, channels_last: bool
+    ) -> None:
         super().__init__()
         self.patch_embed = patch_embed  # weight (C P P, D), or (P P C, D) where channels come last
         self.tokens = Tokens(tokens)
@@ -228,10 +237,15 @@ class Pool(nn.Module):
 
 
 class Readout(nn.Module):
-    """Final LayerNorm, pooling and head. After an absorbed block the tokens are already the pooled ones."""
+    """Final LayerNorm, pooling and head. An absorbed block hands over rows, the pooled tokens alone."""
 
     def __init__(
-        self, config: ViTConfig, output: Output, norm: Norm, representation: Linear | None, head: Linear | None
+        self,
+        config: ViTConfig,
+        output: Output,
+        norm: Norm,
+        representation: Linear | None,
+        head: Linear | None,
     ) -> None:
         super().__init__()
         self.config, self.output = config, output
@@ -242,9 +256,10 @@ class Readout(nn.Module):
         if self.output == "tokens":
             return self.norm(x)
         if self.pool is None:
-            x = self.norm(x).reshape(-1, x.shape[1] * x.shape[2])  # (N, Q D)
-            if self.output == "features" and self.config.pool == "both_heads":
-                x = x.reshape(-1, 2, self.config.width).mean(dim=1)
+            x = self.norm(x)  # (N Q, D)
+            if self.config.pool == "both_heads":
+                x = x.reshape(-1, 2, self.config.width)
+                x = x.mean(dim=1) if self.output == "features" else x.flatten(1)  # (N, D), or (N, 2 D)
         else:
             x = self.norm(self.pool(x)) if self.config.norm_after_pool else self.pool(self.norm(x))
         if self.representation is not None and self.output == "logits":

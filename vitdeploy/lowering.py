@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,8 @@ from torch import Tensor, nn
 from vitdeploy import lowered, model
 from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig
 from vitdeploy.lowered import HeadLinear, Linear, LoweredViT, Norm
-from vitdeploy.precision import PrecisionPlan, assign_dtypes
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """One applied rewrite, for the export's report."""
-
-    name: str
-    detail: str
-    flops_saved: int
-    """Per image; a multiplication and an addition are two."""
+from vitdeploy.manifest import Rewrite
+from vitdeploy.precision import Part, PrecisionPlan, assign_dtypes
 
 
 def forward_flops(config: ViTConfig) -> int:
@@ -66,7 +57,7 @@ def fold_attention_scale(block: model.Block) -> model.Block:
 def drop_key_bias(block: model.Block) -> model.Block:
     """q (k + b)' adds the same q b' to a whole row of scores, and softmax does not see it."""
     block = _edited(block)
-    block.attn.k.bias = None
+    block.attn.k.register_parameter("bias", None)
     return block
 
 
@@ -76,7 +67,7 @@ def move_value_bias(block: model.Block) -> model.Block:
     attn = block.attn
     if attn.v.bias is not None:
         attn.proj.bias = _parameter(attn.proj.bias + attn.proj.weight @ attn.v.bias)
-        attn.v.bias = None
+        attn.v.register_parameter("bias", None)
     return block
 
 
@@ -92,6 +83,10 @@ def fold_layer_scale(block: model.Block) -> model.Block:
 
 
 # Rewrites of structure: reference parts become deployed parts.
+
+
+def _bias(linear: nn.Linear) -> Tensor | None:
+    return linear.bias  # typed as if it were always there
 
 
 def _linear(linear: nn.Linear) -> Linear:
@@ -110,9 +105,10 @@ def merge_qkv(block: model.Block) -> lowered.Block:
     """Three projections of the same rows are one GEMM with three times the columns."""
     attn = block.attn
     parts = (attn.q, attn.k, attn.v)
-    weight = torch.cat([p.weight for p in parts]).t()
-    biases = [torch.zeros_like(p.weight[:, 0]) if p.bias is None else p.bias for p in parts]
-    bias = None if all(p.bias is None for p in parts) else torch.cat(biases)
+    weight = torch.cat([p.weight.detach() for p in parts]).t()
+    biases = [_bias(p) for p in parts]
+    rows = [torch.zeros_like(p.weight[:, 0]) if b is None else b for p, b in zip(parts, biases, strict=True)]
+    bias = None if all(b is None for b in biases) else torch.cat(rows)
     merged = lowered.Attention(Linear(weight, bias), _linear(attn.proj), attn.heads, attn.scale)
     return lowered.Block(_norm(block.norm1), merged, _norm(block.norm2), _mlp(block.mlp))
 
@@ -135,6 +131,7 @@ def absorb_last_block(block: model.Block, queries: int) -> lowered.AbsorbedBlock
 def patches_to_gemm(embedding: model.Embedding) -> lowered.Embedding:
     """A convolution whose stride is its kernel is a GEMM over patches; all that is added is one constant."""
     bias = embedding.patch_embed.bias
+    assert bias is not None
     positions = embedding.positions()
     patches = bias.expand(embedding.config.patches, -1) if positions is None else bias + positions
     tokens = torch.cat([embedding.prefix(), patches])  # (T, D)
@@ -143,7 +140,7 @@ def patches_to_gemm(embedding: model.Embedding) -> lowered.Embedding:
 
 
 def fold_normalisation(embedding: lowered.Embedding, preprocess: Preprocess) -> lowered.Embedding:
-    """((r u) - mean) / std is linear in the pixel u: it moves into the projection, which then reads uint8 HWC."""
+    """((r u) - mean) / std is linear in the pixel u, so it moves into the projection: uint8 HWC goes in."""
     config = embedding.config
     scale, shift = normalisation(preprocess)
     weight = embedding.patch_embed.weight.reshape(config.channels, -1, config.width)  # (C, P P, D)
@@ -166,7 +163,9 @@ def read_out(readout: model.Readout, output: Output) -> lowered.Readout:
     if output == "logits" and readout.head is not None:
         head = _linear(readout.head)
         if readout.head_dist is not None:
-            weight = torch.cat([readout.head.weight, readout.head_dist.weight], dim=1).t() / 2  # (2 D, classes)
+            weight = (
+                torch.cat([readout.head.weight, readout.head_dist.weight], dim=1).t() / 2
+            )  # (2 D, classes)
             head = Linear(weight, (readout.head.bias + readout.head_dist.bias) / 2)
     representation = None if readout.representation is None else _linear(readout.representation)
     return lowered.Readout(readout.config, output, _norm(readout.norm), representation, head)
@@ -179,26 +178,48 @@ def queries_read(config: ViTConfig, output: Output) -> int | None:
     return 2 if config.pool == "both_heads" else 1
 
 
-def applied_rewrites(config: ViTConfig, output: Output, input_kind: InputKind) -> list[Rewrite]:
-    """The rewrites :func:`lower` applies to this configuration, with what each saves."""
+def applied_rewrites(config: ViTConfig, output: Output, input_kind: InputKind) -> tuple[Rewrite, ...]:
+    """The rewrites :func:`lower` applies to this configuration, with the FLOPs each saves per image."""
     d, t, depth = config.width, config.tokens, config.depth
+    queries = queries_read(config, output)
     rows = [
-        Rewrite("patches_to_gemm", "patch convolution, CLS row, bias and positions: one GEMM, one constant", d * t),
-        Rewrite("merge_qkv", f"{3 * depth} projections in {depth} GEMMs", 0),
-        Rewrite("fold_attention_scale", "attention scale in the query weights", depth * config.heads * t * t),
+        (
+            "patches_to_gemm",
+            "patch convolution, CLS row, bias and positions: one GEMM, one constant",
+            d * t,
+            True,
+        ),
+        ("merge_qkv", f"{3 * depth} projections in {depth} GEMMs", 0, True),
+        ("fold_attention_scale", "attention scale in the query weights", depth * config.heads * t * t, True),
+        ("drop_key_bias", "cancels in the softmax", depth * t * d, config.qkv_bias),
+        ("move_value_bias", "in the projection's bias", depth * t * d, config.qkv_bias),
+        ("fold_layer_scale", "in the projections before it", 2 * depth * t * d, config.layer_scale),
+        (
+            "absorb_last_block",
+            f"{queries} of {t} tokens are read",
+            _absorbed_flops(config, queries or t),
+            bool(queries),
+        ),
+        (
+            "merge_heads",
+            "two heads and their mean in one GEMM",
+            2 * config.classes,
+            _two_heads(config, output),
+        ),
+        (
+            "fold_normalisation",
+            "mean and std in the projection",
+            6 * config.patches * d,
+            input_kind == "uint8",
+        ),
     ]
-    if config.qkv_bias:
-        rows.append(Rewrite("drop_key_bias", "cancels in the softmax", depth * t * d))
-        rows.append(Rewrite("move_value_bias", "in the projection's bias", depth * t * d))
-    if config.layer_scale:
-        rows.append(Rewrite("fold_layer_scale", "in the projections before it", 2 * depth * t * d))
-    if (queries := queries_read(config, output)) is not None:
-        rows.append(Rewrite("absorb_last_block", f"{queries} of {t} tokens are read", _absorbed_flops(config, queries)))
-    if config.pool == "both_heads" and output == "logits":
-        rows.append(Rewrite("merge_heads", "two heads and their mean in one GEMM", 2 * config.classes))
-    if input_kind == "uint8":
-        rows.append(Rewrite("fold_normalisation", "mean and std in the patch projection", 3 * config.patches * d))
-    return rows
+    return tuple(
+        Rewrite(name=name, detail=text, flops_saved=saved) for name, text, saved, applies in rows if applies
+    )
+
+
+def _two_heads(config: ViTConfig, output: Output) -> bool:
+    return config.pool == "both_heads" and output == "logits" and config.classes > 0
 
 
 def _absorbed_flops(config: ViTConfig, queries: int) -> int:
@@ -217,7 +238,7 @@ BLOCK_REWRITES: tuple[Callable[[model.Block], model.Block], ...] = (
 )
 
 
-def _double(part: nn.Module) -> nn.Module:
+def _double(part: Part) -> Part:
     memo = {id(tensor): _parameter(tensor.detach().double()) for tensor in part.parameters()}
     return copy.deepcopy(part, memo)
 
@@ -249,7 +270,7 @@ def lower(
     assign_dtypes(embedding, "embedding", plan)
     blocks = []
     for i, part in enumerate(vit.blocks):
-        block = _double(part)
+        block = cast(model.Block, _double(part))
         for rewrite in BLOCK_REWRITES:
             block = rewrite(block)
         last = i == config.depth - 1

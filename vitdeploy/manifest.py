@@ -25,6 +25,7 @@ REBUILD = "copy or export the bundle again"
 
 Precision = Literal["fp32", "fp16", "bf16", "mixed"]
 DType = Literal["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int32", "int64"]
+OpDType = DType | Literal["undefined"]
 Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 Count = Annotated[int, Field(ge=0)]
 
@@ -71,7 +72,7 @@ class OpPrecision(_Record):
 
     name: str
     op: str
-    dtype: DType
+    dtype: OpDType
     island: bool = False
     """Kept in a wider dtype on purpose, as the precision plan declares."""
 

@@ -59,14 +59,20 @@ class Embedding(nn.Module):
 
     def prefix(self) -> Tensor:
         """The prefix tokens with their positions, (prefix tokens, D)."""
-        rows = [t.reshape(-1, self.config.width) for t in (self.cls_token, self.dist_token, self.registers) if t is not None]
+        rows = [
+            t.reshape(-1, self.config.width)
+            for t in (self.cls_token, self.dist_token, self.registers)
+            if t is not None
+        ]
         if not rows:
             return self.patch_embed.weight.new_zeros(0, self.config.width)
         tokens = torch.cat(rows)  # (prefix, D)
         if self.pos_embed is None:
             return tokens
         with_position = self.config.position_prefix
-        positions = F.pad(self.pos_embed[:with_position], (0, 0, 0, len(tokens) - with_position))  # (prefix, D)
+        positions = F.pad(
+            self.pos_embed[:with_position], (0, 0, 0, len(tokens) - with_position)
+        )  # (prefix, D)
         return tokens + positions
 
     def positions(self) -> Tensor | None:
@@ -126,7 +132,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, with layer scale (https://arxiv.org/abs/2103.17239) where the model has it."""
+    """Pre-norm transformer block, with layer scale (Touvron et al. 2021, https://arxiv.org/abs/2103.17239)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vitdeploy.errors import UsageError
-from vitdeploy.manifest import DType, OpPrecision, PrecisionProof
+from vitdeploy.manifest import OpDType, OpPrecision, PrecisionProof
 
 if TYPE_CHECKING:
     import onnx
 
 GEMMS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "Einsum", "ConvTranspose"})
 NORMALISATIONS = frozenset(
-    {"LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization"}
+    {
+        "LayerNormalization",
+        "RMSNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "BatchNormalization",
+    }
 )
 WATCHED = GEMMS | NORMALISATIONS | {"Softmax", "ReduceMean"}
 _WIDE = ("float32", "float64")
@@ -48,30 +54,31 @@ def read_graph(path: Path) -> onnx.ModelProto:
         UsageError: it is not an ONNX file.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
+    except Exception as error:  # a protobuf DecodeError, whose class lies in whichever protobuf is installed
         raise UsageError(f"{path}: not a readable ONNX file ({error})") from error
     if not model.graph.node:
         raise UsageError(f"{path}: not an ONNX file, or one with an empty graph")
     return model
 
 
-def _dtype_name(element_type: int) -> DType:
+def _dtype_name(element_type: int) -> OpDType:
     import onnx
 
     name = onnx.TensorProto.DataType.Name(element_type).lower()
-    names: dict[str, DType] = {"float": "float32", "double": "float64", "": "undefined"}
-    return names.get(name, cast(DType, name))
+    names: dict[str, OpDType] = {"float": "float32", "double": "float64", "": "undefined"}
+    return names.get(name, cast(OpDType, name))
 
 
-def _types(model: onnx.ModelProto) -> dict[str, DType]:
+def _types(model: onnx.ModelProto) -> dict[str, OpDType]:
     """The dtype of every value whose dtype the file states."""
     graph = model.graph
     values = [*graph.input, *graph.output, *graph.value_info]
-    types = {v.name: _dtype_name(v.type.tensor_type.elem_type) for v in values if v.type.tensor_type.elem_type}
+    types = {
+        v.name: _dtype_name(v.type.tensor_type.elem_type) for v in values if v.type.tensor_type.elem_type
+    }
     return types | {tensor.name: _dtype_name(tensor.data_type) for tensor in graph.initializer}
 
 

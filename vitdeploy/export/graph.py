@@ -64,7 +64,9 @@ def trace(
     if opset == OLDEST_OPSET:
         _to_opset_17(model)
     if (got := model.opset_imports.get("")) != opset:
-        raise ExportError(f"the graph uses operators of opset {got}, not {opset}", hint="choose another --opset")
+        raise ExportError(
+            f"the graph uses operators of opset {got}, not {opset}", hint="choose another --opset"
+        )
     tidy(model)
     return model
 
@@ -89,11 +91,15 @@ def _to_opset_17(model: ir.Model) -> None:
         if node.op_type == "Split":
             node.attributes.pop("num_outputs", None)
         elif node.op_type == "Pad" and len(node.inputs) == 4 and node.inputs[3] is not None:
-            raise ExportError(f"{node.name}: padding of chosen axes needs opset 18", hint="choose --opset 18 or more")
+            raise ExportError(
+                f"{node.name}: padding of chosen axes needs opset 18", hint="choose --opset 18 or more"
+            )
         elif node.op_type == "ReduceMean" and len(node.inputs) == 2:
             axes = node.inputs[1]
             if axes is None or axes.const_value is None:
-                raise ExportError(f"{node.name}: computed axes need opset 18", hint="choose --opset 18 or more")
+                raise ExportError(
+                    f"{node.name}: computed axes need opset 18", hint="choose --opset 18 or more"
+                )
             node.attributes["axes"] = ir.AttrInt64s("axes", axes.const_value.numpy().tolist())
             node.attributes.pop("noop_with_empty_axes", None)
             node.resize_inputs(1)
@@ -117,7 +123,9 @@ def tidy(model: ir.Model) -> None:
                 value.name = node.name if len(node.outputs) == 1 else f"{node.name}:{i}"
         node.doc_string = None
         node.metadata_props.clear()
-        if node.op_type == "Reshape":  # no target shape here has a zero, and not every runtime knows the attribute
+        if (
+            node.op_type == "Reshape"
+        ):  # no target shape here has a zero, and not every runtime knows the attribute
             node.attributes.pop("allowzero", None)
     _name_constants(graph)
     model.metadata_props.clear()

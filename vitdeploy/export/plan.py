@@ -1,0 +1,67 @@
+"""What an export would build, found out without building it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitdeploy.bundle import GOLDEN, WEIGHTS, BundleWriter
+from vitdeploy.export.onnx import FILES, INPUT
+from vitdeploy.export.run import ExportRequest, default_folder, golden_size
+from vitdeploy.export.subject import Subject
+from vitdeploy.manifest import MANIFEST, Rewrite
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """A model as it was opened, and the bundle it would become."""
+
+    source: str
+    config: dict[str, Any]
+    """Empty for a module of the user's own."""
+    parameters: int
+    flops: int | None
+    input: str
+    output: str
+    rewrites: tuple[Rewrite, ...]
+    folder: Path
+    files: dict[str, int]
+    """Estimated bytes."""
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rewrites = [rewrite.model_dump(mode="json") for rewrite in self.rewrites]
+        return plain | {"folder": str(self.folder), "notes": list(self.notes), "rewrites": rewrites}
+
+
+def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bool = False) -> ExportPlan:
+    """Open the model and say what exporting it would write; nothing stays on the disk.
+
+    Raises:
+        UsageError, CheckpointError, MissingDependency: as the export itself.
+        BundleError: the export could not write there.
+    """
+    target = folder or default_folder(request)
+    with BundleWriter(target, force=force):  # the same objections as the export's, and nothing committed
+        opened, subject = request.open()
+    size = subject.preprocess.size if subject.config is None else subject.config.image_size
+    channels_last = subject.input == "uint8"
+    shape = ("N", *size, 3) if channels_last else ("N", 3, *size)
+    return ExportPlan(
+        source=opened.source,
+        config=dataclasses.asdict(subject.config) if subject.config else {},
+        parameters=subject.parameters,
+        flops=subject.flops,
+        input=f"{INPUT} {'uint8' if channels_last else 'float32'} ({', '.join(map(str, shape))})",
+        output=f"{subject.output} float32",
+        rewrites=subject.rewrites,
+        folder=target,
+        files=_files(request, subject),
+        notes=opened.notes,
+    )

@@ -1,0 +1,336 @@
+"""From a model to a bundle on disk: reference, artifacts, parity, manifest, in that order, all or nothing."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from vitdeploy import golden, parity
+from vitdeploy._version import __version__
+from vitdeploy.backends.base import Options, get_backend
+from vitdeploy.bundle import GOLDEN, WEIGHTS, Bundle, BundleWriter
+from vitdeploy.checkpoint import DEFAULT_MODEL, Checkpoint, UserModule, open_model
+from vitdeploy.config import BatchRange, Precision, Size
+from vitdeploy.errors import MissingDependency, ParityError, UsageError, did_you_mean
+from vitdeploy.export.fallback import Proposal, smallest_islands
+from vitdeploy.export.onnx import INPUT, OnnxOptions, write_onnx
+from vitdeploy.export.subject import Subject, VitSubject, subject_of
+from vitdeploy.lowered import LoweredViT
+from vitdeploy.manifest import Artifact, Manifest, ParityRecord, Provenance
+from vitdeploy.precision import DTYPES, PrecisionPlan
+from vitdeploy.preprocess import apply, apply_uint8
+from vitdeploy.progress import Progress
+
+FORMATS = ("auto", "onnx")
+Golden = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Everything a user can ask of an export, checked for what can be checked before any work.
+
+    Raises:
+        UsageError: a value that no export could serve.
+    """
+
+    model: str | Path | nn.Module | None = None
+    checkpoint: Path | None = None
+    precisions: tuple[str, ...] = ("fp32",)
+    formats: tuple[str, ...] = ("auto",)
+    image_size: Size | None = None
+    batch: BatchRange = field(default_factory=BatchRange)
+    opset: int = 20
+    input: str = "float"
+    output: str | None = None
+    atol: float | None = None
+    fallback: bool = True
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for what, given, known in (
+            ("precision", self.precisions, tuple(DTYPES)),
+            ("format", self.formats, FORMATS),
+        ):
+            for name in given:
+                if name not in known:
+                    raise UsageError(
+                        f"unknown {what} {name!r}{did_you_mean(name, known)}",
+                        hint=f"known: {', '.join(known)}",
+                    )
+        if self.atol is not None and not self.atol > 0:
+            raise UsageError(f"atol must be positive, not {self.atol}")
+        OnnxOptions(self.batch, self.opset)
+
+    @property
+    def onnx(self) -> OnnxOptions:
+        return OnnxOptions(self.batch, self.opset)
+
+    def open(self) -> tuple[Checkpoint | UserModule, Subject]:
+        """Load the model."""
+        if isinstance(self.model, nn.Module):
+            opened: Checkpoint | UserModule = UserModule(
+                self.model, type(self.model).__name__, self.image_size or (224, 224)
+            )
+        else:
+            name = None if self.model is None else str(self.model)
+            opened = open_model(name, checkpoint=self.checkpoint, image_size=self.image_size, seed=self.seed)
+        return opened, subject_of(opened, self.output, self.input)
+
+
+def default_folder(request: ExportRequest) -> Path:
+    """Where a bundle goes when the user names no place: the model's name in the working directory."""
+    name = (
+        type(request.model).__name__
+        if isinstance(request.model, nn.Module)
+        else str(request.model or DEFAULT_MODEL)
+    )
+    if request.checkpoint is not None and request.model is None:
+        name = request.checkpoint.stem
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).name if Path(name).exists() else name).strip("-.")
+    return Path(f"{stem or 'model'}.bundle")
+
+
+def run_export(
+    request: ExportRequest,
+    folder: Path | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model into a new bundle and prove every artifact; nothing is left behind when it fails.
+
+    Raises:
+        UsageError, CheckpointError, BundleError: bad input (exit code 2).
+        MissingDependency: a library this export needs is not installed.
+        ExportError: an artifact could not be built.
+        ParityError: an artifact does not compute what the reference computes, and no fallback helps.
+    """
+    progress = progress or Progress()
+    target = folder or default_folder(request)
+    with BundleWriter(target, force=force) as writer:
+        with progress.stage("load") as stage:
+            opened, subject = request.open()
+            stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
+        for note in opened.notes:
+            progress.note(note)
+        with progress.stage("reference") as stage:
+            arrays = golden_arrays(subject)
+            stage.detail = f"{len(arrays['reference'])} golden images in float64"
+        with progress.stage("weights") as stage:
+            stage.size = _write_tensors(writer, subject, arrays)
+        job = _Job(request, opened, subject, arrays, writer, progress)
+        job.build()
+        return writer.commit()
+
+
+def golden_arrays(subject: Subject) -> Golden:
+    """Golden inputs with float64 outputs, and raw images with their preprocessed form."""
+    spec = subject.preprocess
+    size = spec.size if subject.config is None else subject.config.image_size
+    images = np.stack(golden.golden_images(size))  # (K, H, W, 3) uint8
+    inputs: np.ndarray[Any, Any]
+    if subject.input == "uint8":
+        inputs = images
+    else:
+        mean, std = (np.array(v, np.float64) for v in (spec.mean, spec.std))
+        inputs = ((images * spec.rescale - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+    inputs = np.ascontiguousarray(inputs)
+    reference = subject.reference(torch.from_numpy(inputs)).numpy()
+    arrays: Golden = {INPUT: inputs, "reference": reference}
+    for i, raw in enumerate(golden.raw_images()):
+        arrays[f"image.{i}"] = raw
+        arrays[f"image.{i}.{INPUT}"] = _preprocessed(raw, subject)
+    return arrays
+
+
+def _preprocessed(raw: np.ndarray[Any, Any], subject: Subject) -> np.ndarray[Any, Any]:
+    from PIL import Image
+
+    image = Image.fromarray(raw)
+    return (apply_uint8 if subject.input == "uint8" else apply)(image, subject.preprocess)
+
+
+def _write_tensors(writer: BundleWriter, subject: Subject, arrays: Golden) -> int:
+    weights, examples = writer.file(WEIGHTS), writer.file(GOLDEN)
+    save_file({name: tensor.contiguous() for name, tensor in subject.state.items()}, weights)
+    save_file({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, examples)
+    return weights.stat().st_size + examples.stat().st_size
+
+
+@dataclass
+class _Job:
+    """The artifacts of one export, as they are built and proven."""
+
+    request: ExportRequest
+    opened: Checkpoint | UserModule
+    subject: Subject
+    golden: Golden
+    writer: BundleWriter
+    progress: Progress
+    artifacts: list[Artifact] = field(default_factory=list)
+    parity: list[ParityRecord] = field(default_factory=list)
+
+    def build(self) -> None:
+        for precision in dict.fromkeys(self.request.precisions):
+            requested: Precision = precision  # type: ignore[assignment]
+            if any(artifact.name == f"onnx-{precision}" for artifact in self.artifacts):
+                continue  # another precision fell back to this one
+            self._build_one(requested)
+        self.writer.seal(self._manifest())
+
+    def _build_one(self, precision: Precision) -> None:
+        plan = PrecisionPlan.of(precision)
+        artifact, records = self._attempt(plan, precision)
+        if all(record.passed for record in records):
+            self._accept(artifact, records)
+            return
+        if precision == "fp32" or not self.request.fallback:
+            raise _parity_error(artifact, records)
+        self._drop(artifact)
+        self._fall_back(plan, precision, records)
+
+    def _fall_back(self, plan: PrecisionPlan, precision: Precision, failed: Sequence[ParityRecord]) -> None:
+        """The smallest set of islands that passes; where there is none, bf16."""
+        why = f"{precision} failed: {failed[0].failures[0] if failed[0].failures else _worst(failed)}"
+        self.progress.note(why)
+        proposal = self._search(plan)
+        if proposal is not None:
+            reason = f"{why}; first to break: {proposal.reason}; {len(proposal.islands)} islands in fp32"
+            artifact, records = self._attempt(plan.with_islands(proposal.islands), precision, reason)
+            if all(record.passed for record in records):
+                self.progress.note(f"{artifact.path} instead: {reason}")
+                self._accept(artifact, records)
+                return
+            self._drop(artifact)
+        if precision == "bf16" or any(a.precision == "bf16" for a in self.artifacts):
+            raise _parity_error(artifact if proposal else None, failed)
+        reason = f"{why}; no small set of fp32 islands passes"
+        artifact, records = self._attempt(PrecisionPlan.of("bf16"), precision, reason)
+        if not all(record.passed for record in records):
+            raise _parity_error(artifact, records)
+        self.progress.note(f"{artifact.path} instead: {reason}")
+        self._accept(artifact, records)
+
+    def _search(self, plan: PrecisionPlan) -> Proposal | None:
+        if not isinstance(self.subject, VitSubject):
+            return None
+        with self.progress.stage("bisect") as stage:
+            deployed = self.subject.deployed(PrecisionPlan.of("fp32"))
+            assert isinstance(deployed, LoweredViT)
+            precision = next(name for name, dtype in DTYPES.items() if dtype == plan.default)
+            reference = self.golden["reference"]
+
+            def accepts(output: torch.Tensor) -> bool:
+                return parity.passes(reference, output.numpy(), precision, self.subject.output)
+
+            proposal = smallest_islands(deployed, plan, torch.from_numpy(self.golden[INPUT]), accepts)
+            stage.detail = proposal.reason if proposal else "no small set of islands passes"
+        return proposal
+
+    def _attempt(
+        self, plan: PrecisionPlan, requested: Precision, fallback: str | None = None
+    ) -> tuple[Artifact, list[ParityRecord]]:
+        """Build one artifact and hold it against the reference on a runtime of this machine."""
+        example = torch.from_numpy(self.golden[INPUT][:1])
+        label = "mixed" if plan.islands else str(plan.default).removeprefix("torch.")
+        with self.progress.stage(f"onnx {label}") as stage:
+            artifact = write_onnx(
+                self.subject,
+                plan,
+                self.writer,
+                self.request.onnx,
+                example=example,
+                requested=requested,
+                fallback=fallback,
+            )
+            stage.size = sum((self.writer.directory / name).stat().st_size for name in artifact.files)
+            stage.detail = f"{artifact.path}, {artifact.nodes} nodes"
+        with self.progress.stage(f"parity {label}") as stage:
+            draft = self._manifest([*self.artifacts, artifact])
+            bundle = self.writer.seal(draft)
+            records = self._prove(bundle, bundle.artifact(artifact.name))
+            stage.detail = _worst(records)
+        return artifact, records
+
+    def _prove(self, bundle: Bundle, artifact: Artifact) -> list[ParityRecord]:
+        for name in ("onnxruntime", "openvino"):
+            backend = get_backend(name)
+            if backend.supports(bundle.manifest, artifact) is None and backend.availability().ok:
+                with backend.load(bundle, artifact, Options()) as session:
+                    return parity.check_session(
+                        session, self.golden, artifact, output=self.subject.output, max_abs=self.request.atol
+                    )
+        raise MissingDependency(
+            "openvino", extra="openvino", purpose=f"proving {artifact.path} on this machine"
+        )
+
+    def _accept(self, artifact: Artifact, records: Sequence[ParityRecord]) -> None:
+        self.artifacts.append(artifact)
+        self.parity.extend(records)
+
+    def _drop(self, artifact: Artifact) -> None:
+        for name in artifact.files:
+            (self.writer.directory / name).unlink()
+
+    def _manifest(self, artifacts: Sequence[Artifact] | None = None) -> Manifest:
+        subject, opened = self.subject, self.opened
+        return Manifest(
+            name=default_folder(self.request).stem,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            generator=f"vitdeploy {__version__}",
+            model=subject.config,
+            output=subject.output,
+            input=subject.input,
+            preprocess=subject.preprocess,
+            labels=subject.labels,
+            parameters=subject.parameters,
+            flops=subject.flops,
+            rewrites=subject.rewrites,
+            artifacts=tuple(self.artifacts if artifacts is None else artifacts),
+            parity=tuple(self.parity),
+            provenance=self._provenance(opened),
+        )
+
+    def _provenance(self, opened: Checkpoint | UserModule) -> Provenance:
+        libraries = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "safetensors")
+        checkpoint = opened if isinstance(opened, Checkpoint) else None
+        return Provenance(
+            source=opened.source,
+            family=checkpoint.family if checkpoint else "user module",
+            seed=checkpoint.seed if checkpoint else None,
+            source_files=dict(checkpoint.provenance) if checkpoint else {},
+            versions={name: metadata.version(name) for name in libraries},
+            platform=f"{platform.system()} {platform.machine()}, Python {sys.version.split()[0]}",
+            command=self.request.command,
+            notes=opened.notes,
+        )
+
+
+def _worst(records: Sequence[ParityRecord]) -> str:
+    relative = [r.metrics.relative for r in records if r.metrics.relative is not None]
+    bad = sum(r.metrics.nonfinite for r in records)
+    shown = f"relative error {max(relative):.2g}" if relative else "no finite output"
+    where = f" on {records[0].backend}, batch {', '.join(str(r.batch) for r in records)}" if records else ""
+    return shown + (f", {bad} NaN or Inf" if bad else "") + where
+
+
+def _parity_error(artifact: Artifact | None, records: Sequence[ParityRecord]) -> ParityError:
+    reasons = [f"batch {r.batch}: {reason}" for r in records for reason in r.failures]
+    name = artifact.path if artifact else records[0].artifact
+    return ParityError(
+        f"{name} does not compute what the checkpoint computes: {'; '.join(reasons[:4])}",
+        hint="--fp32 or --bf16 keep the range; without --no-fallback the exporter looks for fp32 islands",
+    )
