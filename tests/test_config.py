@@ -34,7 +34,7 @@ def test_a_name_takes_any_resolution_its_patch_divides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("vit_bse_patch16_224", "vit_base_patch16_224"), ("B/17", "B/16"), ("b/16", "B/16")]
+    "name, meant", [("vit_bse_patch16_224", "vit_base_patch16_224"), ("B/17", "B/16"), ("b/16", "B/16")]
 )
 def test_unknown_names_get_a_suggestion(name: str, meant: str) -> None:
     with pytest.raises(UsageError, match=f"did you mean '{meant}'"):
@@ -42,7 +42,7 @@ def test_unknown_names_get_a_suggestion(name: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    "change, says",
     [
         ({"heads": 5}, "width 48 is not divisible by 5 heads"),
         ({"depth": 0}, "depth must be at least 1"),

@@ -1,4 +1,4 @@
-"""The reference model against the papers' sizes and independent formulas; families compare it with transformers."""
+"""The reference model against the papers' sizes and the papers' equations, written out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitdeploy.config import ViTConfig, decode_variant
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"),
+    "name, millions",
     [("Ti/16", 5.7), ("S/16", 22), ("B/16", 86), ("L/16", 304), ("H/14", 632), ("vit_base_patch32_224", 88)],
 )
 def test_parameter_counts_are_the_papers(name: str, millions: float) -> None:
