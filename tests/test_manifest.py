@@ -56,7 +56,6 @@ PROOFS = st.builds(
 TOLERANCES = st.builds(
     Tolerance,
     relative=st.floats(1e-12, 1),
-    cosine=FLOATS,
     kl=st.floats(1e-12, 1),
     batch_invariance=st.floats(1e-12, 1),
 )

@@ -127,7 +127,6 @@ class Tolerance(_Record):
     """What an artifact may differ from the float64 reference; see ``vitdeploy.parity.TOLERANCES``."""
 
     relative: float = Field(gt=0)
-    cosine: float
     kl: float = Field(gt=0)
     batch_invariance: float = Field(gt=0)
     max_abs: float | None = Field(default=None, gt=0)
@@ -145,7 +144,7 @@ class ParityMetrics(_Record):
     max_abs: float | None = None
     mean_abs: float | None = None
     relative: float | None = None
-    """The worst row's ||output - reference|| / ||reference||."""
+    """The worst row's ||output - reference|| / ||reference||, and with that a bound on its cosine."""
     cosine: float | None = None
     """The worst row's cosine similarity."""
     kl: float | None = None
