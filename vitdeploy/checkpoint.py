@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import importlib.resources
 import json
 import re
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from vitdeploy import families
 from vitdeploy.checkpoint_files import SUFFIXES, Weights, read_json, read_shards, read_weights, sha256
 from vitdeploy.config import Preprocess, Size, ViTConfig, decode_variant, is_variant, variant_names
+from vitdeploy.data import digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError, did_you_mean
 from vitdeploy.families import own
 from vitdeploy.families.base import Foreign, Reading, take_over
@@ -100,9 +100,8 @@ def open_model(
         return _convert(foreign, files, template, image_size, classes)
     name = name or DEFAULT_MODEL
     if name == DIGITS:
-        with importlib.resources.as_file(importlib.resources.files("vitdeploy") / "data" / DIGITS) as folder:
-            foreign, files = _from_path(folder, DIGITS)
-            return _convert(foreign, files, None, image_size, classes)
+        foreign, files = _from_path(digits_folder(), DIGITS)
+        return _convert(foreign, files, None, image_size, classes)
     if is_variant(name):
         return _random(name, image_size, classes, seed)
     if name.startswith("timm:"):
@@ -300,14 +299,14 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int) 
 def random_state(config: ViTConfig, seed: int) -> dict[str, Tensor]:
     """Return float32 weights that depend on ``config`` and ``seed`` alone.
 
-    Every parameter is a normal value of deviation 0.02 cut off at twice that, added to 1 for the gains of
-    LayerNorm and layer scale: nothing is zero, so that every part of the model shows in its output.
+    Every parameter is normal with deviation 0.02, clamped to twice that, around 1 for the gains of LayerNorm
+    and layer scale, around 0 otherwise: nothing is constant, so that every part shows in the output.
     """
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in expected_shapes(config).items():
-        tensor = torch.empty(shape)
-        nn.init.trunc_normal_(tensor, std=0.02, a=-0.04, b=0.04, generator=generator)
+        # Not trunc_normal_, which takes 30 times as long.
+        tensor = torch.empty(shape).normal_(std=0.02, generator=generator).clamp_(-0.04, 0.04)
         gain = re.search(r"(norm\d?\.weight|scale\d)$", name)
         state[name] = tensor.add_(1.0) if gain else tensor
     return state

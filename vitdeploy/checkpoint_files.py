@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,11 +31,7 @@ _MAX_JSON = 64 * 2**20
 _MAX_RATIO, _SLACK = 20, 64 * 2**20
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
 _PREFIXES = ("module.", "_orig_mod.")
-# What torch.load raises on files that are cut short or overwritten, depending on where.
-_DAMAGE = (
-    *(zipfile.BadZipFile, RuntimeError, OSError, ValueError),
-    *(LookupError, TypeError, AttributeError, EOFError),
-)
+_PICKLES = (b"PK\x03\x04", b"\x80")
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,8 @@ def sha256(path: Path) -> str:
 
 
 def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    # A header may well be 128 bytes long, and then starts like a pickle; but its JSON follows.
+    if start.startswith(_PICKLES) and start[8:9] != b"{":
         raise CheckpointError(
             f"{path} is a pickle or a zip file, not safetensors, whatever its name says",
             hint="give it its own suffix (.pt), or save it as safetensors",
@@ -157,10 +155,12 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as arrays:
             # Copied in native byte order; torch knows no other.
             return {name: torch.from_numpy(_native(arrays[name])) for name in arrays.files}
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} is damaged or not .npz: {_line(error)}") from error
-    except RuntimeError as error:  # zipfile's word for an encrypted member
-        raise CheckpointError(f"{path} cannot be unpacked: {_line(error)}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise almost anything on damaged bytes
+        raise CheckpointError(
+            f"{path} is damaged or not .npz: {_line(error)}", hint="download or save it again"
+        ) from error
 
 
 def _check_unpacked(path: Path, archive: zipfile.ZipFile) -> None:
@@ -187,20 +187,27 @@ def _native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _read_pickle(path: Path, start: bytes) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    if not start.startswith((b"PK\x03\x04", b"\x80")):
+    if not start.startswith(_PICKLES):
         raise CheckpointError(f"{path} is not a PyTorch file", hint="download or save it again")
     try:
         if start.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 _check_unpacked(path, archive)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about odd pickles; the error says it, or there is none
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch.load raises almost anything on damaged bytes
+        if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
+            raise CheckpointError(
+                f"{path} holds more than tensors (a pickled model or training state): loading could run code",
+                hint='where you trust it: torch.save(model.state_dict(), "weights.pt"), then give that file',
+            ) from error
         raise CheckpointError(
-            f"{path} holds more than tensors (a pickled model or training state); loading it could run code",
-            hint='where you trust it: torch.save(model.state_dict(), "weights.pt"), then give that file',
+            f"{path} is damaged or not a PyTorch file: {_line(error)}", hint="download or save it again"
         ) from error
-    except _DAMAGE as error:
-        raise CheckpointError(f"{path} is damaged or not a PyTorch file: {_line(error)}") from error
     notes = []
     while isinstance(content, Mapping) and not _is_state(content):
         wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -236,4 +243,5 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], l
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."

@@ -47,6 +47,13 @@ def test_logits_equal_transformers(save: Save, agree: Agree, changes: dict[str, 
     assert agree(model, save(model)).family == "vit"
 
 
+@pytest.mark.slow
+def test_logits_of_full_size_equal_transformers(save: Save, agree: Agree) -> None:
+    model = ViTForImageClassification(ViTConfig(num_labels=1000))
+    opened = agree(model, save(model, spread=0.02))
+    assert sum(tensor.numel() for tensor in opened.state.values()) == 86_567_656
+
+
 @pytest.mark.parametrize("own", [32, [32, 128]])
 @pytest.mark.parametrize("size", [(64, 64), (16, 16), (24, 56), (40, 32), (16, 64)])
 def test_interpolated_positions_equal_transformers(

@@ -65,8 +65,13 @@ class Reading:
     notes: tuple[str, ...] = ()
     default_size: Size | None = None
     """The resolution to build for when the user names none; None is the checkpoint's own."""
+    originals: Mapping[str, str] = field(default_factory=dict)
+    """Names of ``state`` to those in the file, where they differ."""
     spell: Callable[[str], str] = str
-    """A name of ``layout`` as the file writes it, for messages."""
+    """How the file would write the name of a tensor it lacks."""
+
+    def in_file(self, name: str) -> str:
+        return self.originals.get(name, name) if name in self.state else self.spell(name)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,12 @@ def linear(ours: str, theirs: str) -> dict[str, Source]:
     return {f"{ours}.{leaf}": Source(f"{theirs}.{leaf}") for leaf in ("weight", "bias")}
 
 
+def rename(state: Mapping[str, Tensor], to: Callable[[str], str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors under other names, and those names' originals."""
+    originals = {to(name): name for name in state}
+    return {name: state[original] for name, original in originals.items()}, originals
+
+
 def merged_qkv(weight: str, bias: str) -> dict[str, Source]:
     """Query, key and value of a block, stored as one (3D, D) layer."""
     parts = {f"blocks.{{i}}.attn.{name}": third(index) for index, name in enumerate("qkv")}
@@ -142,7 +153,7 @@ def pair(value: object, key: str) -> Size:
 
 
 def mapping(config: Mapping[str, object] | None, key: str) -> Mapping[str, object]:
-    value = (config or {}).get(key) or {}
+    value = {} if config is None or config.get(key) is None else config[key]
     if not isinstance(value, Mapping):
         raise CheckpointError(f"config.json: {key} must be an object, not {value!r}")
     return value
@@ -201,7 +212,7 @@ def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Ten
             wrong.setdefault(theirs, f"is {_size(have)}{got}, must be {_size(shape)}")
     notes, unexpected = _left_over(reading, used)
     _refuse_misfit(reading, f"{source} does not fit a {family} model", list(missing), unexpected, wrong)
-    _check_values({name: reading.state[name] for name in sorted(used)}, reading.spell, source)
+    _check_values({reading.in_file(name): reading.state[name] for name in sorted(used)}, source)
     return {ours: _own(tensor) for ours, tensor in state.items()}, notes
 
 
@@ -225,7 +236,7 @@ def _refuse_misfit(
 ) -> None:
     if not (missing or unexpected or wrong):
         return
-    lack, extra = (_grouped([reading.spell(name) for name in names]) for names in (missing, unexpected))
+    lack, extra = (_grouped([reading.in_file(name) for name in names]) for names in (missing, unexpected))
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing ({', '.join(lack)})")
@@ -234,7 +245,7 @@ def _refuse_misfit(
     if wrong:
         details: dict[str, list[str]] = {}
         for name, problem in wrong.items():
-            details.setdefault(problem, []).append(reading.spell(name))
+            details.setdefault(problem, []).append(reading.in_file(name))
         lines = [f"{', '.join(_grouped(names))} {problem}" for problem, names in details.items()]
         problems.append(f"{len(wrong)} of the wrong shape ({'; '.join(lines)})")
     similar = ((name, difflib.get_close_matches(name, extra, n=1, cutoff=0.8)) for name in lack)
@@ -263,13 +274,13 @@ def _size(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _check_values(tensors: Mapping[str, Tensor], spell: Callable[[str], str], source: str) -> None:
+def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuse tensors that hold no usable weights: integers, NaN, infinities."""
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     dtypes = {
         name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if t.dtype not in floats
     }
-    odd = [f"{spell(name)} ({dtype})" for name, dtype in dtypes.items()]
+    odd = [f"{name} ({dtype})" for name, dtype in dtypes.items()]
     if odd:
         raise CheckpointError(
             f"{source}: weights must be float16, bfloat16, float32 or float64: {', '.join(odd)}",
@@ -277,10 +288,11 @@ def _check_values(tensors: Mapping[str, Tensor], spell: Callable[[str], str], so
         )
     bad = []
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        # NaN spreads to both ends of aminmax, which is 20 times as fast as isfinite of everything.
+        if not all(end.isfinite() for end in torch.aminmax(tensor)):
             nan, infinite = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
             counts = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count]
-            bad.append(f"{spell(name)} ({' and '.join(counts)} of {tensor.numel()})")
+            bad.append(f"{name} ({' and '.join(counts)} of {tensor.numel()})")
     if bad:
         raise CheckpointError(
             f"{source}: {len(bad)} tensor(s) with values that are not finite: {', '.join(bad)}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from vitdeploy.config import ViTConfig
 from vitdeploy.families import huggingface
-from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat, linear
+from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat, linear, rename
 from vitdeploy.families.positions import PositionRule
 
 _BODY: Layout = {
@@ -29,7 +29,7 @@ def _claims(foreign: Foreign) -> bool:
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state = huggingface.rename(foreign.state, "deit", vit_mlp=True)
+    state, originals = rename(foreign.state, lambda name: huggingface.file_name(name, "deit", vit_mlp=True))
     teacher = any(name.startswith(("cls_classifier.", "distillation_classifier.")) for name in state)
     layout = _TEACHER if teacher else _PLAIN
     config = huggingface.config_of(
@@ -42,8 +42,15 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         position_prefix=2,
         pool="both_heads" if teacher else "cls",
     )
-    heads = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
-    return huggingface.reading(foreign, config, model_type="deit", layout=layout, state=state, headless=heads)
+    return huggingface.reading(
+        foreign,
+        config,
+        model_type="deit",
+        layout=layout,
+        state=state,
+        originals=originals,
+        headless=("classifier.", "cls_classifier.", "distillation_classifier.", "decoder."),
+    )
 
 
 FAMILY = Family("deit", _claims, _read, PositionRule(square_source=True))

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from vitdeploy.config import ViTConfig
 from vitdeploy.families import huggingface
-from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat, linear, number, whole
+from vitdeploy.families.base import (
+    Family,
+    Foreign,
+    Layout,
+    Reading,
+    Source,
+    flat,
+    linear,
+    number,
+    rename,
+    whole,
+)
 from vitdeploy.families.positions import PositionRule
 
 _BODY: Layout = {
@@ -57,7 +68,10 @@ def _join_gates(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(foreign: Foreign, template: ViTConfig | None, model_type: str) -> Reading:
-    state = _join_gates(huggingface.rename(foreign.state, model_type, vit_mlp=False))
+    renamed, originals = rename(
+        foreign.state, lambda name: huggingface.file_name(name, model_type, vit_mlp=False)
+    )
+    state = _join_gates(renamed)
     given = foreign.config
     fields: dict[str, object] = {"layer_scale": True, "norm_eps": 1e-6}
     if given is None:
@@ -78,6 +92,7 @@ def _read(foreign: Foreign, template: ViTConfig | None, model_type: str) -> Read
         model_type=model_type,
         layout=layout,
         state=state,
+        originals=originals,
         headless=("classifier.",),
         follows_processor=True,
     )

@@ -8,14 +8,13 @@ Layers store their kernels input first; attention keeps its heads apart: query, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from vitdeploy.config import Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
-from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat
+from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat, rename
 from vitdeploy.families.infer import infer_config
 from vitdeploy.families.positions import PositionRule
 from vitdeploy.preprocess import at_size
@@ -81,16 +80,9 @@ def _claims(foreign: Foreign) -> bool:
     return any(re.fullmatch(r"(opt/target/)?embedding/kernel", name) for name in foreign.state)
 
 
-def _without_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A training checkpoint keeps the weights under ``opt/target/``, beside the optimizer's state."""
-    prefix = "opt/target/"
-    if "embedding/kernel" in state:
-        return dict(state)
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state = _without_optimizer(foreign.state)
+    # A training checkpoint keeps the weights under opt/target/, beside the optimizer's state.
+    state, originals = rename(foreign.state, lambda name: name.removeprefix("opt/target/"))
     name = f"{_ATTENTION}/query/kernel".format(i=0)
     query = state.get(name)
     if query is None or query.ndim != 3:
@@ -105,7 +97,9 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         return at_size(Preprocess(), size or config.image_size)
 
     notes = ("preprocessing is vit_jax's: resize, scale to -1 ... 1",)
-    return Reading(config, _LAYOUT, state, preprocess, notes=notes)
+    return Reading(
+        config, _LAYOUT, state, preprocess, ignored={"opt/.*": None}, notes=notes, originals=originals
+    )
 
 
 FAMILY = Family("google", _claims, _read, PositionRule(mode="bilinear", align_corners=True))

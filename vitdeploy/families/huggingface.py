@@ -75,15 +75,12 @@ def claims(foreign: Foreign, model_type: str, by_name: bool) -> bool:
     return by_name and any(n.endswith("embeddings.patch_embeddings.projection.weight") for n in foreign.state)
 
 
-def rename(state: Mapping[str, Tensor], prefix: str, *, vit_mlp: bool) -> dict[str, Tensor]:
-    """Return the tensors under the names of a file, without the prefix of a model that has a head."""
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.removeprefix(f"{prefix}.")
-        for pattern, replacement in (*_IN_MEMORY, *(_VIT_MLP if vit_mlp else ())):
-            name = pattern.sub(replacement, name)
-        renamed[name] = tensor
-    return renamed
+def file_name(name: str, prefix: str, *, vit_mlp: bool) -> str:
+    """The name a tensor has in a file, without the prefix of a model that has a head."""
+    name = name.removeprefix(f"{prefix}.")
+    for pattern, replacement in (*_IN_MEMORY, *(_VIT_MLP if vit_mlp else ())):
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def config_of(
@@ -181,6 +178,7 @@ def reading(
     model_type: str,
     layout: Layout,
     state: Mapping[str, Tensor],
+    originals: Mapping[str, str],
     headless: Sequence[str],
     follows_processor: bool = False,
 ) -> Reading:
@@ -214,5 +212,6 @@ def reading(
         labels=labels_of(foreign.config, config.classes),
         notes=tuple(notes),
         default_size=base.size if follows_processor and foreign.processor is not None else None,
+        originals=originals,
         spell=spell,
     )

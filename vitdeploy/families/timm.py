@@ -27,6 +27,7 @@ from vitdeploy.families.base import (
     merged_qkv,
     number,
     pair,
+    rename,
     whole,
 )
 from vitdeploy.families.infer import default_heads, infer_config
@@ -67,7 +68,9 @@ _ELDER_NAMES = (
 # Widths whose heads are not 64 columns wide, and architectures unlike others of their width.
 _HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 _SIXTEEN_HEADS = re.compile(r"vit_base_patch16_gap_224|vit_giantopt_.*")
-_TANH_GELU = re.compile(r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_\d+")
+_TANH_GELU = re.compile(
+    r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_\d+|large_patch16_siglip_gap_512)"
+)
 # Same tensor names, another function.
 _REFUSED = re.compile(r".*_rpn_.*")
 
@@ -91,7 +94,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     arguments, pretrained = mapping(config, "model_args"), mapping(config, "pretrained_cfg")
     architecture = str(config.get("architecture") or pretrained.get("architecture") or "").split(".")[0]
     _refuse_unsupported(architecture, arguments)
-    state = _modern_names(foreign.state)
+    state, originals = rename(foreign.state, _modern_name)
     late = "fc_norm.weight" in state
     layout = _layout("fc_norm" if late else "norm")
     known: dict[str, Any] = {"norm_after_pool": late, "norm_eps": number(arguments, "norm_eps", 1e-6)}
@@ -114,6 +117,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         state=state,
         preprocess=lambda size: _preprocess(pretrained, size or result.image_size),
         ignored={"mask_token": None},
+        originals=originals,
         labels=_labels(config, pretrained, result.classes),
         notes=(*notes, *_preprocess_note(pretrained)),
     )
@@ -135,13 +139,10 @@ def _refuse_unsupported(architecture: str, arguments: Mapping[str, object]) -> N
         )
 
 
-def _modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in _ELDER_NAMES:
-            name = pattern.sub(replacement, name)
-        renamed[name] = tensor
-    return renamed
+def _modern_name(name: str) -> str:
+    for pattern, replacement in _ELDER_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def _heads(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from vitdeploy.config import Preprocess, Size, ViTConfig
-from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat, linear, merged_qkv
+from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat, linear, merged_qkv, rename
 from vitdeploy.families.infer import default_heads, infer_config
 from vitdeploy.families.positions import PositionRule
 from vitdeploy.preprocess import at_size
@@ -44,17 +40,13 @@ def _claims(foreign: Foreign) -> bool:
     )
 
 
-def _modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``mlp.linear_1`` of torchvision 0.12 became ``mlp.0``, ``mlp.linear_2`` became ``mlp.3``."""
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
-        renamed[name] = tensor
-    return renamed
+def _modern_name(name: str) -> str:
+    """The MLP of torchvision 0.12 had names, that of its successors has numbers."""
+    return name.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state = _modern_names(foreign.state)
+    state, originals = rename(foreign.state, _modern_name)
     heads, *notes = default_heads(state["conv_proj.weight"].shape[0], _HEADS)
     sizes = []
     if template is not None:
@@ -65,7 +57,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         return at_size(_PREPROCESS, size or config.image_size)
 
     notes.append("preprocessing is torchvision's for its ImageNet weights")
-    return Reading(config, _LAYOUT, state, preprocess, notes=tuple(notes))
+    return Reading(config, _LAYOUT, state, preprocess, notes=tuple(notes), originals=originals)
 
 
 FAMILY = Family("torchvision", _claims, _read, PositionRule(align_corners=True))

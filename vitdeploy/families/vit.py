@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vitdeploy.config import ViTConfig
 from vitdeploy.families import huggingface
-from vitdeploy.families.base import Family, Foreign, Layout, Reading, linear
+from vitdeploy.families.base import Family, Foreign, Layout, Reading, linear, rename
 from vitdeploy.families.positions import PositionRule
 
 _LAYOUT: Layout = {**huggingface.EMBEDDINGS, **huggingface.VIT_BLOCK, **linear("head", "classifier")}
@@ -16,10 +16,16 @@ def _claims(foreign: Foreign) -> bool:
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state = huggingface.rename(foreign.state, "vit", vit_mlp=True)
+    state, originals = rename(foreign.state, lambda name: huggingface.file_name(name, "vit", vit_mlp=True))
     config = huggingface.config_of(foreign, template, _LAYOUT, state, norm_eps=1e-12)
     return huggingface.reading(
-        foreign, config, model_type="vit", layout=_LAYOUT, state=state, headless=("classifier.", "decoder.")
+        foreign,
+        config,
+        model_type="vit",
+        layout=_LAYOUT,
+        state=state,
+        originals=originals,
+        headless=("classifier.", "decoder."),
     )
 
 
