@@ -373,7 +373,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_flipped_bit_in_any_file_is_found(pristine: Path, data: st.DataObject) -> None:
     files = [entry for entry in sorted(pristine.rglob("*")) if entry.is_file()]
     path = data.draw(st.sampled_from(files))

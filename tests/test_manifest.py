@@ -130,7 +130,7 @@ def manifests(draw: st.DrawFn) -> tuple[Manifest, dict[str, FileRecord]]:
 
 
 @given(manifests())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_whatever_is_sealed_reads_back_the_same(pair: tuple[Manifest, dict[str, FileRecord]]) -> None:
     manifest, files = pair
     sealed = seal(manifest, files)

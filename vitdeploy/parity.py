@@ -70,6 +70,8 @@ def compare(reference: Array, outputs: Array, tolerance: Tolerance, output: Outp
     if reference.shape != outputs.shape:
         raise ValueError(f"outputs have the shape {outputs.shape}, the reference {reference.shape}")
     rows = len(reference)
+    if not reference.size:
+        return ParityMetrics(rows=rows, elements=0)
     expected, actual = (array.reshape(rows, -1).astype(np.float64) for array in (reference, outputs))
     finite = np.isfinite(actual).all(axis=1)
     counts = {
@@ -78,7 +80,7 @@ def compare(reference: Array, outputs: Array, tolerance: Tolerance, output: Outp
         "nonfinite": int((~np.isfinite(actual)).sum()),
         "worst": None if finite.all() else int(np.argmin(finite)),
     }
-    if not finite.any() or not expected.size:
+    if not finite.any():
         return ParityMetrics(**counts)
     expected, actual = expected[finite], actual[finite]
     error = np.abs(actual - expected)
