@@ -148,7 +148,7 @@ def test_malformed_models_are_one_line(
 
 def test_a_file_that_is_not_what_the_manifest_says(make_bundle: Any) -> None:
     wrong = TensorSpec(name="pixel_values", dtype="uint8", shape=("N", 4, 4, 3))
-    with pytest.raises(BundleError, match=r"inputs are .*tensor\(float\).*, but the manifest says .*uint8"):
+    with pytest.raises(BundleError, match=r"inputs are .*float32.*, but the manifest says .*uint8"):
         load(make_bundle(inputs=(wrong,)))
 
 

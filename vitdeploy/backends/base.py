@@ -16,13 +16,14 @@ import numpy as np
 
 from vitdeploy.bundle import WEIGHTS, Bundle
 from vitdeploy.config import BatchRange
-from vitdeploy.errors import UsageError, did_you_mean
+from vitdeploy.errors import BundleError, UsageError, did_you_mean
 from vitdeploy.manifest import Artifact, DType, Manifest, Precision, TensorSpec
 
 Array = np.ndarray[Any, Any]
 
 _BACKENDS = {
     "onnxruntime": "vitdeploy.backends.onnxruntime:OnnxRuntime",
+    "openvino": "vitdeploy.backends.openvino:OpenVino",
 }
 
 
@@ -224,6 +225,18 @@ def _check_tensor(spec: TensorSpec, array: Array, sizes: dict[str, int], artifac
     if not fits:
         wanted, given = (", ".join(str(size) for size in shape) for shape in (spec.shape, array.shape))
         raise UsageError(f"{artifact}: {spec.name} must have the shape ({wanted}), not ({given})")
+
+
+def check_signature(artifact: Artifact, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+    """Hold what a runtime found in a file, names to dtypes, against what the manifest says of it.
+
+    Raises:
+        BundleError: they differ.
+    """
+    for kind, specs, found in (("input", artifact.inputs, inputs), ("output", artifact.outputs, outputs)):
+        said = {spec.name: spec.dtype for spec in specs}
+        if said != dict(found):
+            raise BundleError(f"{artifact.path}: its {kind}s are {dict(found)}, but the manifest says {said}")
 
 
 def one_line(error: BaseException) -> str:

@@ -12,14 +12,14 @@ from vitdeploy.backends.base import (
     Options,
     Session,
     SessionFacts,
-    numpy_dtype,
+    check_signature,
     one_line,
     require_support,
     split_device,
 )
 from vitdeploy.bundle import Bundle
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency, UsageError, did_you_mean
-from vitdeploy.manifest import Artifact, Manifest, TensorSpec
+from vitdeploy.manifest import Artifact, Manifest
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -105,8 +105,15 @@ def _library() -> Any:
     return onnxruntime
 
 
+def available_providers() -> tuple[str, ...]:
+    """The execution providers of the installed ONNX Runtime, by its own names; none where it is missing."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return ()
+    return tuple(_library().get_available_providers())
+
+
 def _gpu_providers() -> list[str]:
-    return [name for name in _library().get_available_providers() if name in list(_PROVIDERS.values())[1:]]
+    return [name for name in available_providers() if name in list(_PROVIDERS.values())[1:]]
 
 
 def _choose(options: Options) -> tuple[str, int]:
@@ -156,14 +163,19 @@ def _open(
     if used != _PROVIDERS[provider]:
         message = f"asked for {_PROVIDERS[provider]}, but ONNX Runtime fell back to {used}"
         raise DeviceUnavailable(message, hint="its log above names the library it could not load")
-    _check_signature(path.name, artifact, session)
+    check_signature(
+        artifact,
+        {value.name: _dtype(value) for value in session.get_inputs()},
+        {value.name: _dtype(value) for value in session.get_outputs()},
+    )
     return session
 
 
 def _requested(artifact: Artifact, provider: str, device: int) -> list[Any]:
     if provider == "cpu":
         return [_PROVIDERS["cpu"]]
-    cuda = (_PROVIDERS["cuda"], {"device_id": device})
+    # TF32 has ten bits of mantissa: an fp32 artifact in it would not be one.
+    cuda = (_PROVIDERS["cuda"], {"device_id": device, "use_tf32": 0})
     if provider == "cuda":
         return [cuda]
     # Its networks are weakly typed: without these it would widen the artifact to fp32.
@@ -180,17 +192,7 @@ def _executes(artifact: Artifact, provider: str) -> str:
     return artifact.precision
 
 
-def _check_signature(file: str, artifact: Artifact, session: Any) -> None:
-    """What the file takes and gives must be what the manifest says of it."""
-    for kind, specs, found in (
-        ("input", artifact.inputs, session.get_inputs()),
-        ("output", artifact.outputs, session.get_outputs()),
-    ):
-        said, is_ = [_signature(spec) for spec in specs], [(value.name, value.type) for value in found]
-        if sorted(said) != sorted(is_):
-            raise BundleError(f"{file}: its {kind}s are {is_}, but the manifest says {said}")
-
-
-def _signature(spec: TensorSpec) -> tuple[str, str]:
-    names = {"float64": "double", "float32": "float"}
-    return spec.name, f"tensor({names.get(spec.dtype, numpy_dtype(spec.dtype).name)})"
+def _dtype(value: Any) -> str:
+    """The numpy name of what ONNX Runtime calls ``tensor(float)``."""
+    name = str(value.type).removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)

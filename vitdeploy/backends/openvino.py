@@ -1,0 +1,138 @@
+"""OpenVINO: ONNX artifacts on the CPU, in the precision they were exported in where the CPU has it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitdeploy.backends.base import (
+    Array,
+    Availability,
+    Options,
+    Session,
+    SessionFacts,
+    check_signature,
+    one_line,
+    refuse,
+    require_support,
+    split_device,
+)
+from vitdeploy.bundle import Bundle
+from vitdeploy.errors import BundleError, MissingDependency, UsageError
+from vitdeploy.manifest import Artifact, Manifest, Precision
+
+_HINTS: Mapping[Precision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
+_NAMES = {"f32": "fp32", "f16": "fp16"}
+_GEMMS = ("FullyConnected", "MatMul", "Convolution")
+
+
+class OpenVino:
+    """The backend. A session serves one thread at a time."""
+
+    name = "openvino"
+    summary = "Intel's OpenVINO on the CPU"
+
+    def availability(self) -> Availability:
+        if importlib.util.find_spec("openvino") is None:
+            return Availability(False, "openvino is not installed", 'pip install "vitdeploy[openvino]"')
+        return Availability(True)
+
+    def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
+        return None if artifact is not None and artifact.format == "onnx" else "it runs ONNX artifacts only"
+
+    def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
+        refuse(self.name, provider=options.provider)
+        if split_device(options.device or "cpu")[0] != "cpu":
+            raise UsageError(f"the {self.name} backend runs on the cpu, not on {options.device}")
+        library = _library()
+        require_support(self, bundle, artifact)
+        assert artifact is not None
+        bundle.verify_hashes(artifact.files)
+        compiled = _compile(library, bundle.path(artifact.path), artifact, options.threads)
+        facts = SessionFacts(
+            backend=self.name,
+            artifact=artifact.name,
+            precision=artifact.precision,
+            executes=_executes(compiled),
+            device="cpu",
+            provider="cpu",
+            batch=artifact.batch,
+            inputs=artifact.inputs,
+            outputs=artifact.outputs,
+            versions={"openvino": str(library.__version__)},
+        )
+        return OpenVinoSession(facts, compiled)
+
+
+class OpenVinoSession(Session):
+    """A compiled model with one inference request."""
+
+    def __init__(self, facts: SessionFacts, compiled: Any) -> None:
+        super().__init__(facts)
+        self._request = compiled.create_infer_request()
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            results = self._request.infer(dict(inputs), share_inputs=True)
+            # What it returns is its own memory, overwritten by the next run.
+            return {spec.name: np.array(results[spec.name]) for spec in self.facts.outputs}
+        except RuntimeError as error:
+            raise BundleError(f"{self.facts.artifact}: OpenVINO failed: {one_line(error)}") from error
+
+    def _close(self) -> None:
+        self._request = None
+
+
+def _library() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingDependency("openvino", extra="openvino", purpose="the openvino backend") from error
+    return openvino
+
+
+def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) -> Any:
+    from openvino.frontend import FrontEndManager
+
+    core = library.Core()
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _precision(core, artifact.precision),
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        # Asked by name: guessing the format would offer a broken file to every parser it has.
+        reader = FrontEndManager().load_by_framework("onnx")
+        compiled = core.compile_model(reader.convert(reader.load(str(path))), "CPU", settings)
+    except Exception as error:  # its errors have no base class of their own
+        raise BundleError(f"{path}: OpenVINO cannot load it: {one_line(error)}") from error
+    check_signature(
+        artifact,
+        {value.get_any_name(): value.get_element_type().to_dtype().name for value in compiled.inputs},
+        {value.get_any_name(): value.get_element_type().to_dtype().name for value in compiled.outputs},
+    )
+    return compiled
+
+
+def _precision(core: Any, precision: Precision) -> str:
+    """What to compute in. Left alone, it computes fp32 models in bf16 wherever the CPU has that.
+
+    A precision the CPU lacks is widened, never traded for another narrow one; "mixed" is widened
+    always, because the hint knows no islands and they are the reason why the artifact is mixed.
+    """
+    hint, capability = _HINTS.get(precision, ("f32", "FP32"))
+    return hint if capability in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+
+
+def _executes(compiled: Any) -> str:
+    """The precisions of the GEMMs that will run, read back from the compiled graph."""
+    infos = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
+    found = {
+        info["runtimePrecision"].astype(str) for info in infos if info["layerType"].astype(str) in _GEMMS
+    }
+    return "+".join(sorted(_NAMES.get(name, name) for name in found)) or "no GEMM"
