@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vitdeploy.bundle import GOLDEN, WEIGHTS, BundleWriter
+from vitdeploy.config import Size
 from vitdeploy.export.onnx import FILES, INPUT
-from vitdeploy.export.run import ExportRequest, default_folder, golden_size
+from vitdeploy.export.run import ExportRequest, default_folder
 from vitdeploy.export.subject import Subject
-from vitdeploy.manifest import MANIFEST, Rewrite
+from vitdeploy.golden import GOLDEN_NAMES
+from vitdeploy.manifest import Rewrite
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -50,7 +52,7 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
     target = folder or default_folder(request)
     with BundleWriter(target, force=force):  # the same objections as the export's, and nothing committed
         opened, subject = request.open()
-    size = subject.preprocess.size if subject.config is None else subject.config.image_size
+    size = _image_size(subject)
     channels_last = subject.input == "uint8"
     shape = ("N", *size, 3) if channels_last else ("N", 3, *size)
     return ExportPlan(
@@ -65,3 +67,19 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
         files=_files(request, subject),
         notes=opened.notes,
     )
+
+
+def _image_size(subject: Subject) -> Size:
+    return subject.preprocess.size if subject.config is None else subject.config.image_size
+
+
+def _files(request: ExportRequest, subject: Subject) -> dict[str, int]:
+    height, width = _image_size(subject)
+    pixels = len(GOLDEN_NAMES) * 3 * height * width
+    files = {
+        WEIGHTS: sum(tensor.nbytes for tensor in subject.state.values()),
+        GOLDEN: pixels if subject.input == "uint8" else 4 * pixels,
+    }
+    for precision in request.precisions:
+        files[FILES[precision]] = _BYTES[precision] * subject.parameters
+    return files

@@ -1,0 +1,238 @@
+"""Predictions equal a matrix product in float64, whatever the images come as and however many they are."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import LABELS, SIZE, SPEC, WEIGHT, answer, answer_images, random_image, write_bundle
+from PIL import Image
+
+import vitdeploy
+from vitdeploy.bundle import Bundle
+from vitdeploy.config import BatchRange
+from vitdeploy.errors import BundleError, ImageError, UsageError
+from vitdeploy.predictor import Predictor, softmax
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("predictor") / "b")
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle: Bundle) -> Iterator[Predictor]:
+    with vitdeploy.load(bundle) as loaded:
+        yield loaded
+
+
+def probabilities(images: list[Image.Image]) -> np.ndarray:
+    logits = answer_images(images)
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return scores / scores.sum(axis=1, keepdims=True)
+
+
+def assert_right(predictions: list[list], images: list[Image.Image]) -> None:
+    expected = probabilities(images)
+    assert len(predictions) == len(images)
+    for found, row in zip(predictions, expected, strict=True):
+        assert [p.index for p in found] == list(np.argsort(-row)[: len(found)])
+        assert [p.label for p in found] == [LABELS[p.index] for p in found]
+        assert [p.score for p in found] == pytest.approx([row[p.index] for p in found], abs=1e-5)
+
+
+def test_all_classes_sum_to_one(predictor: Predictor) -> None:
+    (found,) = predictor.predict(random_image(0), top_k=99)
+    assert len(found) == len(LABELS)
+    assert sum(p.score for p in found) == pytest.approx(1, abs=1e-12)
+    assert_right([found], [random_image(0)])
+
+
+@pytest.mark.parametrize("form", ["path", "str", "bytes", "file", "pillow", "array"])
+def test_one_image_comes_as_anything(predictor: Predictor, tmp_path: Path, form: str) -> None:
+    image = random_image(1)
+    path = tmp_path / "one.png"
+    image.save(path)
+    data = path.read_bytes()
+    sources = {"path": path, "str": str(path), "bytes": data, "file": io.BytesIO(data), "pillow": image}
+    assert_right(predictor.predict(sources.get(form, np.asarray(image)), top_k=3), [image])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 20])
+def test_many_images(predictor: Predictor, count: int) -> None:
+    images = [random_image(seed) for seed in range(count)]
+    assert_right(predictor.predict(images), images)
+    assert_right(predictor.predict(iter(images)), images)
+    assert_right(predictor.predict(np.stack([np.asarray(image) for image in images])), images)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+def test_fixed_batch_is_filled_up(tmp_path: Path, count: int) -> None:
+    made = write_bundle(tmp_path / "b", batch=BatchRange(4, 4, 4))
+    images = [random_image(seed) for seed in range(count)]
+    with vitdeploy.load(made) as predictor:
+        assert_right(predictor.predict(images), images)
+        assert predictor.logits(images).shape == (count, len(LABELS))
+
+
+def test_least_batch_above_one_is_filled_up(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", batch=BatchRange(3, 4, 8))
+    images = [random_image(seed) for seed in range(5)]
+    with vitdeploy.load(made) as predictor:
+        assert_right(predictor.predict(images), images)
+
+
+def test_uint8_input(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", kind="uint8")
+    image = random_image(3).resize((31, 17))
+    with vitdeploy.load(made) as predictor:
+        assert predictor.preprocess(image).dtype == np.uint8
+        assert_right(predictor.predict(image), [image])
+
+
+def test_logits(predictor: Predictor) -> None:
+    images = [random_image(seed) for seed in range(5)]
+    np.testing.assert_allclose(predictor.logits(images), answer_images(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="no image"):
+        predictor.logits([])
+
+
+def test_nothing_gives_nothing(predictor: Predictor) -> None:
+    assert predictor.predict([]) == []
+
+
+def test_labels_are_indices_where_there_are_none(tmp_path: Path) -> None:
+    with vitdeploy.load(write_bundle(tmp_path / "b", labels=None)) as predictor:
+        (found,) = predictor.predict(random_image(0))
+    assert [p.label for p in found] == [str(p.index) for p in found]
+
+
+def test_stream_reads_no_further_than_its_batch(predictor: Predictor) -> None:
+    taken = 0
+
+    def images() -> Iterator[Image.Image]:
+        nonlocal taken
+        for seed in range(100):
+            taken += 1
+            yield random_image(seed)
+
+    next(predictor.stream(images()))
+    assert taken == predictor.chunk
+
+
+def test_a_broken_image_among_many(predictor: Predictor) -> None:
+    good = [random_image(seed) for seed in range(4)]
+    mixed = [good[0], b"not an image", good[1], good[2], b"", good[3]]
+    results = list(predictor.stream(mixed))
+    assert [isinstance(result, ImageError) for result in results] == [False, True, False, False, True, False]
+    assert_right([result for result in results if not isinstance(result, ImageError)], good)
+    with pytest.raises(ImageError, match="not an image"):
+        predictor.predict(mixed)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((8, 8)), np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8)]
+)
+def test_arrays_that_are_no_images(predictor: Predictor, array: np.ndarray) -> None:
+    with pytest.raises(ImageError, match="not an image"):
+        predictor.predict(array)
+
+
+def test_things_that_are_no_images(predictor: Predictor) -> None:
+    with pytest.raises(ImageError, match="int"):
+        predictor.predict(5)
+
+
+def test_top_k_is_positive(predictor: Predictor) -> None:
+    with pytest.raises(UsageError, match="top_k"):
+        predictor.predict(random_image(0), top_k=0)
+
+
+@pytest.mark.parametrize("output", ["features", "tokens"])
+def test_features_are_no_classes(tmp_path: Path, output: str) -> None:
+    made = write_bundle(tmp_path / "b", output=output, labels=None)
+    with vitdeploy.load(made) as predictor:
+        with pytest.raises(UsageError, match=output):
+            predictor.predict(random_image(0))
+        with pytest.raises(UsageError, match=output):
+            predictor.logits(random_image(0))
+
+
+def test_images_need_a_preprocessing(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", preprocess=None)
+    with vitdeploy.load(made) as predictor, pytest.raises(UsageError, match="preprocessing"):
+        predictor.predict(random_image(0))
+
+
+def test_nan_is_no_prediction(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", weight=np.full_like(WEIGHT, np.nan))
+    with vitdeploy.load(made) as predictor, pytest.raises(BundleError, match="NaN"):
+        predictor.predict(random_image(0))
+
+
+def test_the_most_exact_artifact_is_chosen(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", precisions=("bf16", "fp16", "fp32"))
+    with vitdeploy.load(made.root) as predictor:
+        assert predictor.session.facts.artifact == "onnx-fp32"
+    with vitdeploy.load(made.root, artifact="fp16") as predictor:
+        assert predictor.session.facts.precision == "fp16"
+
+
+def test_an_artifact_that_cannot_run_is_passed_over(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", precisions=("bf16",))
+    with pytest.raises(UsageError, match=r"onnx-bf16: .*bf16"):
+        vitdeploy.load(made)
+
+
+def test_unknown_names_get_a_suggestion(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="did you mean 'onnxruntime'"):
+        vitdeploy.load(bundle, backend="onnxrutnime")
+    with pytest.raises(UsageError, match="did you mean 'onnx-fp32'"):
+        vitdeploy.load(bundle, artifact="onx-fp32")
+
+
+def test_closing(bundle: Bundle) -> None:
+    with vitdeploy.load(bundle, threads=1) as predictor:
+        predictor.predict(random_image(0))
+    with pytest.raises(UsageError, match="closed"):
+        predictor.predict(random_image(0))
+
+
+def test_softmax_of_large_logits() -> None:
+    np.testing.assert_allclose(softmax(np.array([1e4, 1e4 - np.log(3)], np.float64)), [0.75, 0.25])
+
+
+def test_preprocess_gives_what_the_network_reads(predictor: Predictor) -> None:
+    image = random_image(2)
+    pixels = predictor.preprocess(image)
+    assert pixels.shape == (3, SIZE, SIZE)
+    np.testing.assert_allclose(answer(pixels[None]), answer_images([image]))
+    assert predictor.bundle.manifest.preprocess == SPEC
+
+
+def test_predicting_imports_no_torch(bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "one.png"
+    random_image(0).save(path)
+    code = f"""
+import sys, vitdeploy
+assert "numpy" not in sys.modules
+with vitdeploy.load({str(bundle.root)!r}) as predictor:
+    predictor.predict({str(path)!r})
+print(*({{"torch", "onnx", "transformers", "timm", "typer", "rich"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_public_names_stay_functions() -> None:
+    code = """
+import vitdeploy, vitdeploy.bench.measure, vitdeploy.export.run, vitdeploy.verification
+from vitdeploy.export import exporting
+assert all(type(getattr(vitdeploy, name)).__name__ == "function" for name in ("bench", "export", "load", "verify"))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,215 @@
+"""vitdeploy carries a Vision Transformer checkpoint to production, and proves each step.
+
+``export`` writes a bundle, ``load`` runs it, ``verify`` proves it on this machine, ``bench`` measures it.
+Every error raised on purpose is a ``vitdeploy.errors.VitdeployError``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from vitdeploy._version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitdeploy.bench.measure import BenchReport
+    from vitdeploy.bundle import Bundle
+    from vitdeploy.config import BatchRange, Size
+    from vitdeploy.predictor import Predictor
+    from vitdeploy.progress import Progress
+    from vitdeploy.verification import VerifyReport
+
+    Path = str | os.PathLike[str]
+
+__all__ = ["__version__", "bench", "export", "load", "verify"]
+
+# Importing a subpackage binds its name here, once: now, before the functions of the same names are defined.
+for _package in ("bench", "export"):
+    importlib.import_module(f"vitdeploy.{_package}")
+
+
+def export(
+    model: str | Path | nn.Module | None = None,
+    output_dir: Path | None = None,
+    *,
+    checkpoint: Path | None = None,
+    precision: str | Sequence[str] = "fp32",
+    format: str | Sequence[str] = "auto",
+    image_size: int | Size | None = None,
+    batch: int | tuple[int, int, int] | BatchRange = (1, 8, 32),
+    opset: int = 20,
+    input: Literal["float", "uint8"] = "float",
+    output: Literal["logits", "features", "tokens"] | None = None,
+    atol: float | None = None,
+    fallback: bool = True,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model into a new bundle and prove every artifact against its float64 reference.
+
+    Args:
+        model: a named variant (``"vit_base_patch16_224"``, ``"B/16"``, ``"digits"``), a folder or hub id of
+            transformers, ``"timm:<name>"``, ``"module:function"``, or a module of your own that takes one
+            (N, 3, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is given; a named variant
+            without a checkpoint has seeded random weights.
+        output_dir: the bundle's folder; named after the model, in the working directory, when omitted.
+        checkpoint: a file or folder with the weights of a named variant.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, or several of them: one artifact each.
+        format: ``"onnx"``, or ``"auto"`` for everything this machine can build.
+        image_size: (height, width), or one number for both; the checkpoint's own when omitted.
+        batch: (min, opt, max) batch sizes that the artifacts serve; one number for a fixed batch.
+        opset: the ONNX operator set, 17 to 23.
+        input: ``"float"`` reads (N, 3, H, W) float32 pixel values; ``"uint8"`` reads (N, H, W, 3) uint8
+            images, with the normalisation folded into the first projection.
+        output: ``"logits"`` (N, classes), ``"features"`` (N, D) or ``"tokens"`` (N, T, D), float32; the
+            logits where the model has a head when omitted.
+        atol: an absolute tolerance on top of the table in ``vitdeploy.parity``.
+        fallback: when a reduced precision fails parity, keep the fewest operations in fp32 that make it
+            pass, or else take bf16; False raises instead.
+        seed: of random weights.
+        force: replace an existing bundle.
+        progress: receives the stages as they begin and finish.
+
+    Raises:
+        UsageError, CheckpointError, BundleError: bad input, or a folder that cannot be written.
+        MissingDependency: PyTorch, or a library that this model needs, is not installed.
+        ExportError: an artifact could not be built.
+        ParityError: an artifact does not compute what the checkpoint computes, and no fallback helps.
+    """
+    from vitdeploy.config import BatchRange
+    from vitdeploy.export import exporting
+
+    with exporting():
+        from vitdeploy.export.run import ExportRequest, run_export
+
+    sizes = (batch, batch, batch) if isinstance(batch, int) else batch
+    request = ExportRequest(
+        model=pathlib.Path(model) if isinstance(model, os.PathLike) else model,
+        checkpoint=None if checkpoint is None else pathlib.Path(checkpoint),
+        precisions=(precision,) if isinstance(precision, str) else tuple(precision),
+        formats=(format,) if isinstance(format, str) else tuple(format),
+        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        batch=sizes if isinstance(sizes, BatchRange) else BatchRange(*sizes),
+        opset=opset,
+        input=input,
+        output=output,
+        atol=atol,
+        fallback=fallback,
+        seed=seed,
+        command="vitdeploy.export",
+    )
+    folder = None if output_dir is None else pathlib.Path(output_dir)
+    return run_export(request, folder, force=force, progress=progress)
+
+
+def load(
+    bundle: Path | Bundle,
+    *,
+    backend: str = "onnxruntime",
+    artifact: str | None = None,
+    threads: int | None = None,
+    provider: str | None = None,
+    device: str | None = None,
+) -> Predictor:
+    """Open a bundle for predictions on images; a context manager.
+
+    Args:
+        bundle: its folder, or an opened one.
+        backend: the runtime; ``vitdeploy doctor`` lists them.
+        artifact: its name or precision (``"onnx-fp16"``, ``"fp16"``). When omitted: the most precise that
+            the backend runs on this machine (fp32, mixed, fp16, bf16).
+        threads: CPU threads; the runtime's own choice when omitted.
+        provider: ONNX Runtime's execution provider: ``"cpu"``, ``"cuda"`` or ``"tensorrt"``.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, for backends that have the choice.
+
+    Raises:
+        BundleError: there is no bundle, or it is damaged.
+        UsageError: an unknown backend or artifact, or a combination that cannot run.
+        MissingDependency, DeviceUnavailable: the runtime or the device is not there.
+    """
+    from vitdeploy.backends.base import Options
+    from vitdeploy.predictor import Predictor
+
+    options = Options(threads=threads, provider=provider, device=device)
+    return Predictor.open(bundle, backend=backend, artifact=artifact, options=options)
+
+
+def verify(
+    bundle: Path | Bundle,
+    *,
+    backends: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    data: Path | None = None,
+    threads: int | None = None,
+    provider: str | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Prove a bundle on this machine: every byte, the preprocessing, every artifact on every backend.
+
+    Args:
+        bundle: its folder, or an opened one.
+        backends: names; every available one that can run an artifact when omitted.
+        batches: batch sizes; each artifact's least, optimal and largest when omitted.
+        data: a folder of labelled images (a sub-folder per label, or files named ``<label>_*.png``), for
+            the accuracy of every artifact.
+        threads: CPU threads; the runtime's own choice when omitted.
+        provider: ONNX Runtime's execution provider; goes with ``backends=["onnxruntime"]``.
+        progress: receives the stages as they begin and finish.
+
+    Returns:
+        What was compared; ``report.passed`` says whether all of it held, ``report.check()`` raises a
+        ParityError if not.
+
+    Raises:
+        BundleError: there is no bundle, or a byte of it changed.
+        UsageError: an unknown backend, or a batch size that no artifact serves.
+        MissingDependency, DeviceUnavailable: a backend asked for by name does not work here.
+    """
+    from vitdeploy.backends.base import Options
+    from vitdeploy.verification import verify_bundle
+
+    options = Options(threads=threads, provider=provider)
+    return verify_bundle(
+        bundle, backends=backends, batches=batches, data=data, options=options, progress=progress
+    )
+
+
+def bench(
+    bundle: Path | Bundle,
+    *,
+    backends: Sequence[str] | None = None,
+    batches: Sequence[int] = (1, 8, 32),
+    threads: int | None = None,
+    provider: str | None = None,
+    budget: float = 60.0,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure host-to-host latency of every artifact, backend and batch size, in interleaved rounds.
+
+    Args:
+        bundle: its folder, or an opened one.
+        backends: names; every available one that can run an artifact when omitted.
+        batches: batch sizes; an artifact is measured at those it serves.
+        threads: CPU threads; the runtime's own choice when omitted.
+        provider: ONNX Runtime's execution provider; goes with ``backends=["onnxruntime"]``.
+        budget: seconds for the whole measurement, warm-up included.
+        progress: receives the stages as they begin and finish.
+
+    Raises:
+        BundleError: there is no bundle, or it is damaged.
+        UsageError: an unknown backend, or nothing to measure.
+        MissingDependency, DeviceUnavailable: a backend asked for by name does not work here.
+    """
+    from vitdeploy.backends.base import Options
+    from vitdeploy.bench.measure import run_bench
+
+    options = Options(threads=threads, provider=provider)
+    return run_bench(
+        bundle, backends=backends, batches=batches, options=options, budget=budget, progress=progress
+    )

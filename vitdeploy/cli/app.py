@@ -1,0 +1,159 @@
+"""The commands together, and what becomes of their errors: one line, a hint, an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from vitdeploy._version import __version__
+from vitdeploy.cli import bench, doctor, export, inspect, output, predict, verify
+from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
+
+# ClickException, of the click that typer depends on or carries inside, as its version will have it.
+_ParserError: type[Any] = typer.BadParameter.__mro__[2]
+
+_SUMMARY = "Carry a Vision Transformer checkpoint to production, and prove each step."
+_CODES = "Exit codes: 0 ok, 2 bad input, 3 something is not installed, 4 export failed, 5 parity failed."
+
+
+def build() -> typer.Typer:
+    """The command line as typer has it."""
+    app = typer.Typer(
+        name="vitdeploy",
+        help=_SUMMARY,
+        epilog=f"\b\n{_CODES}",
+        add_completion=False,
+        rich_markup_mode=None,  # plain help: twice as fast
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+    app.callback()(_root)
+    for verb in (export, verify, bench, inspect, predict, doctor):
+        name = verb.__name__.rpartition(".")[2]
+        app.command(name, short_help=verb.SUMMARY, epilog=_examples(verb.EXAMPLES))(verb.command)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, ``sys.argv`` by default; print what goes wrong; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a label or path in an alphabet that the terminal lacks
+            stream.reconfigure(errors="backslashreplace")
+    with _interruptible():
+        try:
+            code = _run(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has seen enough: `| head`
+            _discard(sys.stdout)
+            return 128 + signal.SIGPIPE
+        except _Interrupted as stop:
+            output.error(f"interrupted by {signal.Signals(stop.number).name}")
+            return 128 + stop.number
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(build())
+    try:
+        # make_context and invoke, not main(): that one swallows Ctrl-C and prints for itself.
+        with command.make_context("vitdeploy", list(arguments)) as context:
+            return int(command.invoke(context) or 0)
+    except typer.Exit as end:
+        return end.exit_code
+    except VitdeployError as error:
+        return _report(error, arguments)
+    except _ParserError as error:
+        return _report(_usage_error(error), arguments)
+    except (BrokenPipeError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        what = " ".join(str(error).split())
+        bug = VitdeployError(
+            f"this is a bug in vitdeploy: {type(error).__name__}: {what}",
+            hint="run `vitdeploy --debug ...` and report the traceback",
+        )
+        return _report(bug, arguments)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        output.line(f"vitdeploy {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback when vitdeploy has a bug.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _report(error: VitdeployError, arguments: Sequence[str]) -> int:
+    if "--json" in arguments:
+        output.json_document({"ok": False, "error": error.as_dict()})
+    output.error(error.message, error.hint)
+    return error.exit_code
+
+
+def _usage_error(error: Any) -> UsageError:
+    """What typer objects to, in our words: one suggestion, no capital letter, no final full stop."""
+    if known := getattr(error, "possibilities", None):
+        message = f"no such option: {error.option_name}{did_you_mean(error.option_name, known)}"
+    else:
+        message = error.format_message().replace(". Did you mean", "; did you mean").rstrip(".")
+    context = getattr(error, "ctx", None)
+    hint = f"{context.command_path if context else 'vitdeploy'} --help shows what there is"
+    return UsageError(message[:1].lower() + message[1:], hint=hint)
+
+
+def _examples(lines: Sequence[str]) -> str:
+    return "\b\n" + "\n".join(["Examples:", *(f"  {line}" for line in lines)])
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a request to end: whatever is being written is cleaned up on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn the signals that end a process into ``_Interrupted``, where nobody ignores them already."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Interrupted(number)
+
+    before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+
+def _discard(stream: TextIO) -> None:
+    """Keep the interpreter from flushing into a closed pipe once more when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())

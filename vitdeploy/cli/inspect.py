@@ -1,0 +1,155 @@
+"""``vitdeploy inspect``: what is in a bundle, or in any ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitdeploy.cli import output, summary
+from vitdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from vitdeploy.bundle import Bundle
+    from vitdeploy.manifest import Manifest
+    from vitdeploy.proof import GraphSummary
+
+SUMMARY = "Show what a bundle or an ONNX file contains."
+EXAMPLES = (
+    "vitdeploy inspect vit.bundle",
+    "vitdeploy inspect vit.bundle/model.fp16.onnx",
+    "vitdeploy inspect vit.bundle --json | jq .manifest.parity",
+)
+
+
+def command(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="BUNDLE|FILE.onnx", help="A bundle, or an ONNX file.", show_default=False),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show what a bundle or an ONNX file contains: model, artifacts, precision, parity, operators."""
+    from vitdeploy.bundle import Bundle
+
+    if path.is_dir():
+        _bundle(Bundle.open(path), as_json)
+    elif path.suffix == ".onnx" and path.is_file():
+        _onnx(path, as_json)
+    elif path.exists():
+        raise UsageError(f"{path}: neither a bundle nor an .onnx file")
+    else:
+        raise UsageError(f"{path}: does not exist")
+
+
+def _bundle(bundle: Bundle, as_json: bool) -> None:
+    from vitdeploy.proof import read_graph, summarise
+
+    graphs = {
+        artifact.name: summarise(read_graph(bundle.path(artifact.path)))
+        for artifact in bundle.manifest.artifacts
+        if artifact.format == "onnx"
+    }
+    if as_json:
+        operators = {name: graph.operators for name, graph in graphs.items()}
+        manifest = bundle.manifest.model_dump(mode="json")
+        output.json_document(
+            {"ok": True, "bundle": str(bundle.root), "manifest": manifest, "operators": operators}
+        )
+        return
+    _facts(bundle.manifest)
+    output.line()
+    summary.print_artifacts(bundle.manifest)
+    summary.print_rewrites(bundle.manifest)
+    summary.print_proofs(bundle.manifest)
+    if bundle.manifest.parity:
+        output.heading("parity with the float64 reference, when it was exported")
+        summary.print_parity(bundle.manifest.parity)
+    for name, graph in graphs.items():
+        _operators(name, graph)
+
+
+def _facts(manifest: Manifest) -> None:
+    made, config, labels = manifest.provenance, manifest.model, manifest.labels
+    rows = [
+        ("name", manifest.name),
+        (
+            "source",
+            f"{made.source} ({made.family})"
+            + (f", random, seed {made.seed}" if made.seed is not None else ""),
+        ),
+        ("created", f"{manifest.created} by {manifest.generator} on {made.platform}"),
+        ("parameters", f"{manifest.parameters / 1e6:.1f} M"),
+    ]
+    if config:
+        height, width = config.image_size
+        shape = f"width {config.width}, depth {config.depth}, heads {config.heads}, patch {config.patch_size}"
+        rows.append(("model", f"{shape}, {height}x{width} pixels, {config.tokens} tokens"))
+    if manifest.flops:
+        rows.append(("compute", f"{output.flops(manifest.flops)} per image"))
+    rows.append(("input", manifest.input))
+    rows.append(("output", manifest.output))
+    if labels:
+        rows.append(("labels", f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"))
+    if prep := manifest.preprocess:
+        edge = f" {prep.resize_edge}" if prep.resize_edge else ""
+        rows.append(("preprocess", f"{prep.resize}{edge} {prep.resample} to {prep.size[0]}x{prep.size[1]}"))
+    rows.extend(("note", text) for text in made.notes)
+    for name, value in rows:
+        output.line(f"{name:<12} {value}")
+
+
+def _onnx(path: Path, as_json: bool) -> None:
+    from vitdeploy.proof import prove_precision, read_graph, summarise
+
+    model = read_graph(path)
+    graph = summarise(model)
+    ops = prove_precision(model, "fp32", ()).ops  # for the list of dtypes; nothing is declared, so no verdict
+    if as_json:
+        output.json_document(
+            {"ok": True, "file": str(path), **_graph_dict(graph), "precision": summary.count_ops(ops)}
+        )
+        return
+    rows = [
+        ("file", f"{path} ({output.size(path.stat().st_size)})"),
+        ("producer", graph.producer or "-"),
+        ("opset", f"{graph.opset}, IR version {graph.ir_version}"),
+        ("parameters", f"{graph.parameters / 1e6:.1f} M"),
+        *(("input", _value(name, spec)) for name, spec in graph.inputs.items()),
+        *(("output", _value(name, spec)) for name, spec in graph.outputs.items()),
+        ("precision", summary.proof_line(ops)),
+        *((key, value) for key, value in graph.metadata.items()),
+    ]
+    for name, value in rows:
+        output.line(f"{name:<12} {value}")
+    _operators("operators", graph)
+
+
+def _value(name: str, spec: tuple[str, tuple[int | str, ...]]) -> str:
+    dtype, shape = spec
+    return f"{name} {dtype} ({', '.join(map(str, shape))})"
+
+
+def _graph_dict(graph: GraphSummary) -> dict[str, Any]:
+    def values(specs: dict[str, tuple[str, tuple[int | str, ...]]]) -> list[dict[str, Any]]:
+        return [
+            {"name": name, "dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in specs.items()
+        ]
+
+    return {
+        "opset": graph.opset,
+        "ir_version": graph.ir_version,
+        "producer": graph.producer,
+        "nodes": graph.nodes,
+        "operators": graph.operators,
+        "parameters": graph.parameters,
+        "inputs": values(graph.inputs),
+        "outputs": values(graph.outputs),
+        "metadata": graph.metadata,
+    }
+
+
+def _operators(title: str, graph: GraphSummary) -> None:
+    output.heading(f"{title}: {graph.nodes} nodes, opset {graph.opset}")
+    output.line("  " + ", ".join(f"{count} {name}" for name, count in graph.operators.items()))

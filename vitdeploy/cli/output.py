@@ -1,0 +1,156 @@
+"""How the commands print: results on stdout, progress and errors on stderr, tables, and units."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+
+from vitdeploy.progress import Progress, Stage
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+_WIDE = 200
+"""Columns of a table where no terminal says how many there are: in a file nothing is cut."""
+
+
+def line(text: str = "") -> None:
+    """One line of a result."""
+    sys.stdout.write(f"{printable(text)}\n")
+
+
+def note(text: str) -> None:
+    """One line beside the result."""
+    sys.stderr.write(f"{printable(text)}\n")
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """What went wrong, and what to do about it."""
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    note(message)
+    if hint:
+        typer.secho("hint: ", fg="cyan", nl=False, err=True)
+        note(hint)
+
+
+def heading(text: str) -> None:
+    """A line that begins a section of the result."""
+    line()
+    typer.secho(printable(text), bold=True)
+
+
+def json_document(document: Mapping[str, Any]) -> None:
+    """The one JSON document of a command."""
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; a column whose name begins with ``>`` is aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
+    for column in columns:
+        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    for row in rows:
+        made.add_row(*(printable(cell) for cell in row))
+    console = _console()
+    with console.capture() as drawn:
+        console.print(made)
+    sys.stdout.write("\n".join(row.rstrip() for row in drawn.get().splitlines()) + "\n")
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+@contextlib.contextmanager
+def stdout_is_ours() -> Iterator[None]:
+    """What libraries and the user's own modules print goes to stderr, so that a result stays a result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+class Stages(Progress):
+    """Prints stages on stderr as they finish, with a spinner meanwhile on a terminal; remembers them."""
+
+    def __init__(self) -> None:
+        self.done: list[Stage] = []
+        self.notes: list[str] = []
+        self._status: Status | None = None
+
+    def started(self, stage: Stage) -> None:
+        if sys.stderr.isatty():
+            self._status = _console(stderr=True).status(stage.name)
+            self._status.start()
+
+    def finished(self, stage: Stage) -> None:
+        self._stop()
+        self.done.append(stage)
+        written = "" if stage.size is None else size(stage.size)
+        detail = "  ".join(part for part in (stage.detail, written) if part)
+        note(f"  {stage.name:<16} {stage.seconds:6.1f} s  {detail}".rstrip())
+
+    def note(self, text: str) -> None:
+        self._stop()
+        self.notes.append(text)
+        note(f"  note: {text}")
+
+    def as_list(self) -> list[dict[str, Any]]:
+        return [
+            {"name": s.name, "seconds": round(s.seconds, 3), "detail": s.detail, "size": s.size}
+            for s in self.done
+        ]
+
+    def _stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+
+def printable(text: str) -> str:
+    """``text`` without what a terminal would obey: labels and file names come from strangers."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def size(count: float) -> str:
+    """Bytes, in a unit that a reader has a feeling for."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def flops(count: float) -> str:
+    """Floating-point operations."""
+    for unit in ("", "k", "M", "G"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}FLOPs"
+        count /= 1000
+    return f"{count:.3g} TFLOPs"
+
+
+def small(value: float | None) -> str:
+    """An error or a difference."""
+    return "-" if value is None else f"{value:.1e}"

@@ -1,0 +1,78 @@
+"""Flag values that are more than a word or a number."""
+
+from __future__ import annotations
+
+import re
+
+from vitdeploy.config import BatchRange, Size
+from vitdeploy.errors import UsageError
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """``"a,b"`` as names, each once; None where the flag is not given.
+
+    Raises:
+        UsageError: there is no name in it.
+    """
+    if text is None:
+        return None
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise UsageError(f"{text!r} names nothing", hint="separate names by commas")
+    return found
+
+
+def integers(text: str, flag: str) -> tuple[int, ...]:
+    """``"1,8,32"`` as positive integers.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) > 0 for part in parts):
+        raise UsageError(f"{flag} {text}: not a list of positive whole numbers", hint=f"{flag} 1,8,32")
+    return tuple(int(part) for part in parts)
+
+
+def batch_range(text: str) -> BatchRange:
+    """``"1,8,32"`` as the least, optimal and largest batch size; ``"8"`` as a fixed one.
+
+    Raises:
+        UsageError: neither one number nor three that rise.
+    """
+    sizes = integers(text, "--batch")
+    if len(sizes) not in (1, 3):
+        raise UsageError(
+            f"--batch {text}: {len(sizes)} numbers, but it takes MIN,OPT,MAX or one fixed size",
+            hint="--batch 1,8,32, or --batch 8",
+        )
+    return BatchRange(*(sizes * 3 if len(sizes) == 1 else sizes))
+
+
+def image_size(text: str | None) -> Size | None:
+    """``"384"`` or ``"224x384"`` (height, width) in pixels.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,5})(?:[xX×]([0-9]{1,5}))?", text.strip())
+    if match is None or int(match[1]) == 0 or int(match[2] or 1) == 0:
+        raise UsageError(
+            f"--image-size {text}: not a size in pixels", hint="--image-size 384, or 224x384 (HxW)"
+        )
+    height = int(match[1])
+    return height, int(match[2] or height)
+
+
+def duration(text: str) -> float:
+    """``"90"``, ``"90s"`` or ``"5m"`` in seconds.
+
+    Raises:
+        UsageError: none of them.
+    """
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(s|m|h)?", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"--budget {text}: not a duration", hint="--budget 90s, or 5m")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2] or "s"]

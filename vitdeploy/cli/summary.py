@@ -1,0 +1,130 @@
+"""The parts of a manifest as the commands show them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vitdeploy.cli import output
+
+if TYPE_CHECKING:
+    from vitdeploy.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
+
+_SHORT = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_PLURAL = {"GEMM": "GEMMs", "normalisation": "normalisations", "softmax": "softmaxes", "mean": "means"}
+
+
+def worst_relative(manifest: Manifest, artifact: Artifact) -> float | None:
+    """The largest relative error among an artifact's parity records."""
+    errors = [
+        record.metrics.relative
+        for record in manifest.parity
+        if record.artifact == artifact.name and record.metrics.relative is not None
+    ]
+    return max(errors, default=None)
+
+
+def artifact_dict(manifest: Manifest, artifact: Artifact) -> dict[str, Any]:
+    """An artifact for ``--json``: its record without the list of operations, with its worst error."""
+    facts = artifact.model_dump(mode="json", exclude={"proof"})
+    proof = artifact.proof
+    facts["relative_error"] = worst_relative(manifest, artifact)
+    facts["precision_proof"] = {"ok": proof.ok, "operations": count_ops(proof.ops)} if proof else None
+    return facts
+
+
+def print_artifacts(manifest: Manifest) -> None:
+    output.table(
+        ("file", "precision", ">nodes", ">size", ">relative error", ">fp32 islands"),
+        [
+            (
+                artifact.path,
+                artifact.precision,
+                str(artifact.nodes or "-"),
+                output.size(artifact.size),
+                output.small(worst_relative(manifest, artifact)),
+                str(len(artifact.islands)),
+            )
+            for artifact in manifest.artifacts
+        ],
+    )
+    for artifact in manifest.artifacts:
+        if artifact.fallback:
+            output.line(
+                f"{artifact.path} is {artifact.precision}, not {artifact.requested}: {artifact.fallback}"
+            )
+
+
+def print_rewrites(manifest: Manifest) -> None:
+    print_rewrite_list(manifest.rewrites, manifest.flops)
+
+
+def print_rewrite_list(rewrites: Sequence[Rewrite], flops: int | None) -> None:
+    if not rewrites:
+        return
+    saved = sum(rewrite.flops_saved for rewrite in rewrites)
+    share = f", {100 * saved / flops:.1f} % of {output.flops(flops)} saved" if flops and saved else ""
+    output.heading(f"{len(rewrites)} exact rewrites{share}")
+    rows = [(r.name, output.flops(r.flops_saved) if r.flops_saved else "-", r.detail) for r in rewrites]
+    output.table(("rewrite", ">saved", "what"), rows)
+
+
+def print_proofs(manifest: Manifest) -> None:
+    proven = [artifact for artifact in manifest.artifacts if artifact.proof]
+    if proven:
+        output.heading("precision proof")
+    for artifact in proven:
+        if artifact.proof:
+            verdict = "" if artifact.proof.ok else "  NOT as declared"
+            output.line(f"  {artifact.path}: {proof_line(artifact.proof.ops)}{verdict}")
+
+
+def print_parity(records: Sequence[ParityRecord]) -> None:
+    rows = []
+    for record in records:
+        m = record.metrics
+        decided = f"{m.top1_agree}/{m.top1_compared}" if m.top1_compared else "-"
+        rows.append(
+            (
+                record.artifact,
+                f"{record.backend} ({record.provider})",
+                str(record.batch),
+                output.small(m.relative),
+                output.small(m.max_abs),
+                output.small(None if m.cosine is None else 1 - m.cosine),
+                output.small(m.kl),
+                decided,
+                str(m.nonfinite),
+                "ok" if record.passed else "FAILED",
+            )
+        )
+    columns = ("artifact", "backend", ">batch", ">relative", ">max abs", ">1-cosine", ">KL", ">top-1")
+    output.table((*columns, ">NaN/Inf", ""), rows)
+
+
+def count_ops(ops: Sequence[OpPrecision]) -> list[dict[str, Any]]:
+    """How many operations of each kind compute in each dtype."""
+    counts = Counter((_kind(op), _SHORT.get(op.dtype, op.dtype), op.island) for op in ops)
+    return [
+        {"kind": kind, "dtype": dtype, "count": count, "declared_island": island}
+        for (kind, dtype, island), count in counts.items()
+    ]
+
+
+def proof_line(ops: Sequence[OpPrecision]) -> str:
+    """``97 GEMMs fp16, 25 normalisations fp32 (declared)``."""
+    parts = [
+        f"{row['count']} {row['kind'] if row['count'] == 1 else _PLURAL[row['kind']]} {row['dtype']}"
+        + (" (declared)" if row["declared_island"] else "")
+        for row in count_ops(ops)
+    ]
+    return ", ".join(parts) or "no operation whose precision matters"
+
+
+def _kind(op: OpPrecision) -> str:
+    from vitdeploy.proof import GEMMS, NORMALISATIONS
+
+    if op.op in GEMMS:
+        return "GEMM"
+    return "normalisation" if op.op in NORMALISATIONS else {"Softmax": "softmax"}.get(op.op, "mean")

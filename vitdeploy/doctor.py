@@ -1,0 +1,182 @@
+"""What this machine is and what runs on it: processor, memory, GPUs, libraries, backends."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vitdeploy._version import __version__
+from vitdeploy.backends.base import all_backends
+
+LIBRARIES: dict[str, str] = {
+    "numpy": "",
+    "onnx": "",
+    "onnxruntime": "",
+    "onnxruntime-gpu": "gpu",
+    "pillow": "",
+    "pydantic": "",
+    "safetensors": "",
+    "torch": "export",
+    "onnxscript": "export",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+    "triton": "kernels",
+    "transformers": "hub",
+    "huggingface-hub": "hub",
+    "timm": "hub",
+}
+"""Distributions that matter, and the extra that installs each; the core's have none."""
+
+# Instructions that decide how fast a CPU runs each precision, by their names in /proc/cpuinfo.
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+_ARM_FLAGS = ("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2")
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor, as far as this process may use it."""
+
+    name: str
+    flags: tuple[str, ...]
+    threads: int
+    """Hardware threads that this process may run on."""
+    memory: int | None
+    """Bytes, the container's limit where there is a lower one."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend runs here, and if not, why and what would change that."""
+
+    name: str
+    summary: str
+    available: bool
+    reason: str
+    hint: str | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything ``vitdeploy doctor`` shows."""
+
+    vitdeploy: str
+    python: str
+    platform: str
+    cpu: Cpu
+    gpus: tuple[dict[str, str], ...]
+    gpu_reason: str
+    """Why there are none."""
+    libraries: dict[str, str | None]
+    backends: tuple[BackendStatus, ...]
+    providers: tuple[str, ...]
+    """ONNX Runtime's execution providers."""
+    temporary_folder: str
+    free_disk: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine. Imports ONNX Runtime, if it is there, to ask for its providers."""
+    gpus, reason = find_gpus()
+    temporary = tempfile.gettempdir()
+    return Diagnosis(
+        vitdeploy=__version__,
+        python=f"{platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        cpu=find_cpu(),
+        gpus=gpus,
+        gpu_reason=reason,
+        libraries={name: _version(name) for name in LIBRARIES},
+        backends=tuple(_status()),
+        providers=_providers(),
+        temporary_folder=temporary,
+        free_disk=shutil.disk_usage(temporary).free,
+    )
+
+
+def find_cpu(root: Path = Path("/")) -> Cpu:
+    """Describe the processor; ``root`` is where /proc and /sys are."""
+    info = _cpuinfo(root / "proc/cpuinfo")
+    known = set((info.get("flags") or info.get("Features") or "").split())
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Cpu(
+        name=info.get("model name") or platform.processor() or platform.machine(),
+        flags=tuple(flag for flag in (*_FLAGS, *_ARM_FLAGS) if flag in known),
+        threads=threads,
+        memory=_memory(root),
+    )
+
+
+def _cpuinfo(path: Path) -> dict[str, str]:
+    """The first processor's entries."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:  # not Linux
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _memory(root: Path) -> int | None:
+    limits = []
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int((root / name).read_text()))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return min(limits, default=None)
+
+
+def find_gpus(
+    run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run,
+) -> tuple[tuple[dict[str, str], ...], str]:
+    """NVIDIA GPUs as their driver's tool lists them, and a reason where there are none."""
+    fields = ("name", "memory.total", "driver_version", "compute_cap")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = run(query, capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:
+        return (), "no NVIDIA driver (nvidia-smi is not there)"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return (), f"nvidia-smi does not answer: {error}"
+    if done.returncode:
+        return (), f"nvidia-smi failed: {' '.join((done.stdout + done.stderr).split())[:200]}"
+    rows = [[value.strip() for value in row.split(",")] for row in done.stdout.splitlines() if row.strip()]
+    gpus = tuple(dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields))
+    return gpus, "" if gpus else "nvidia-smi lists none"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _status() -> list[BackendStatus]:
+    found = []
+    for backend in all_backends():
+        state = backend.availability()
+        found.append(BackendStatus(backend.name, backend.summary, state.ok, state.reason, state.hint))
+    return found
+
+
+def _providers() -> tuple[str, ...]:
+    from vitdeploy.backends.onnxruntime import available_providers
+
+    return available_providers()

@@ -1,0 +1,238 @@
+"""Images in, labels out: what ``vitdeploy.load`` returns. Needs no torch."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from vitdeploy.backends.base import Array, Backend, Options, Session, get_backend
+from vitdeploy.bundle import Bundle
+from vitdeploy.errors import BundleError, ImageError, UsageError
+from vitdeploy.images import ImageSource
+from vitdeploy.manifest import Artifact
+from vitdeploy.preprocess import apply, apply_uint8, load_image
+
+AnyImage = ImageSource | np.ndarray[Any, Any]
+"""A path, the bytes of an image file, a binary file object, a Pillow image, or (H, W, 3) uint8 RGB."""
+
+EXACTNESS = ("fp32", "mixed", "fp16", "bf16")
+"""Precisions, the most exact first: the order in which an artifact is chosen."""
+
+_DEFAULT_CHUNK = 8
+"""Images at a time where the session takes any batch size."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of an image."""
+
+    label: str
+    """The checkpoint's name of the class; its index, as text, where it names none."""
+    index: int
+    score: float
+    """Softmax probability, computed in float64."""
+
+
+class Predictor:
+    """A loaded bundle that classifies images. Get one from ``vitdeploy.load``.
+
+    As safe to share between threads as its backend's sessions are.
+    """
+
+    def __init__(self, bundle: Bundle, session: Session) -> None:
+        self.bundle = bundle
+        self.session = session
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        *,
+        backend: str = "onnxruntime",
+        artifact: str | None = None,
+        options: Options | None = None,
+    ) -> Predictor:
+        """Open a bundle; ``vitdeploy.load`` documents the arguments and the errors."""
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+        runtime = get_backend(backend)
+        chosen = opened.artifact(artifact) if artifact is not None else choose_artifact(opened, runtime)
+        return cls(opened, runtime.load(opened, chosen, options or Options()))
+
+    def predict(self, images: AnyImage | Iterable[AnyImage], top_k: int = 5) -> list[list[Prediction]]:
+        """Classify one or many images.
+
+        Args:
+            images: one image or an iterable of them; see ``AnyImage``. A (N, H, W, 3) uint8 array is N.
+            top_k: how many classes per image, the likeliest first; at most all of them.
+
+        Returns:
+            One list per image, in order; a single image gives one list too.
+
+        Raises:
+            ImageError: an image cannot be decoded; nothing is returned for the others.
+            UsageError: ``top_k`` is not positive, or the bundle gives features or tokens, not logits.
+            BundleError: the runtime fails, or gives NaN or infinite logits.
+        """
+        results = []
+        for result in self.stream(as_many(images), top_k):
+            if isinstance(result, ImageError):
+                raise result
+            results.append(result)
+        return results
+
+    def stream(self, images: Iterable[AnyImage], top_k: int = 5) -> Iterator[list[Prediction] | ImageError]:
+        """Classify images one batch at a time, giving the error in place of an image that has one.
+
+        Raises:
+            UsageError, BundleError: as :meth:`predict`, at the first result.
+        """
+        self._require_logits()
+        if top_k < 1:
+            raise UsageError(f"top_k must be at least 1, not {top_k}")
+        for chunk in _chunks(images, self.chunk):
+            prepared = [self._try(image) for image in chunk]
+            good = [item for item in prepared if not isinstance(item, ImageError)]
+            rows = iter(self._run(good)) if good else iter(())
+            for item in prepared:
+                yield item if isinstance(item, ImageError) else self._best(next(rows), top_k)
+
+    def logits(self, images: AnyImage | Iterable[AnyImage]) -> Array:
+        """Return what the model gives for one or many images: (N, classes) float32.
+
+        Raises:
+            ImageError: an image cannot be decoded.
+            UsageError: the bundle gives features or tokens, not logits; or no image is given.
+            BundleError: the runtime fails.
+        """
+        self._require_logits()
+        chunks = _chunks(as_many(images), self.chunk)
+        outputs = [self._run([self.preprocess(image) for image in chunk]) for chunk in chunks]
+        if not outputs:
+            raise UsageError("no image was given")
+        return np.concatenate(outputs)
+
+    def preprocess(self, image: AnyImage) -> Array:
+        """Return the model's input for one image: (3, H, W) float32, or (H, W, 3) uint8 for uint8 input.
+
+        Raises:
+            ImageError: it cannot be decoded.
+        """
+        manifest = self.bundle.manifest
+        if manifest.preprocess is None:
+            raise UsageError(f"{self.bundle.root}: says nothing of preprocessing, so it cannot take images")
+        picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image)
+        convert = apply_uint8 if manifest.input == "uint8" else apply
+        return convert(picture, manifest.preprocess)
+
+    @property
+    def chunk(self) -> int:
+        """How many images are computed together."""
+        batch = self.session.facts.batch
+        return batch.opt if batch else _DEFAULT_CHUNK
+
+    def close(self) -> None:
+        """Free what the runtime holds."""
+        self.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_logits(self) -> None:
+        output = self.bundle.manifest.output
+        if output != "logits":
+            raise UsageError(
+                f"{self.bundle.root}: gives {output}, which are no classes to predict",
+                hint="export with --output logits, or run its session for the raw output",
+            )
+
+    def _try(self, image: AnyImage) -> Array | ImageError:
+        try:
+            return self.preprocess(image)
+        except ImageError as error:
+            return error
+
+    def _run(self, tensors: Sequence[Array]) -> Array:
+        """Outputs of at most ``chunk`` prepared images; too few for the artifact are filled up, then cut."""
+        batch = self.session.facts.batch
+        missing = max(0, batch.min - len(tensors)) if batch else 0
+        stacked = np.stack([*tensors, *([tensors[-1]] * missing)])
+        facts = self.session.facts
+        outputs = self.session.run({facts.inputs[0].name: stacked})
+        return outputs[facts.outputs[0].name][: len(tensors)]
+
+    def _best(self, logits: Array, top_k: int) -> list[Prediction]:
+        if not np.isfinite(logits).all():
+            raise BundleError(
+                f"{self.session.facts.artifact} gives NaN or infinite logits",
+                hint=f"vitdeploy verify {self.bundle.root}",
+            )
+        scores = softmax(logits)
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        labels = self.bundle.manifest.labels
+        return [
+            Prediction(labels[index] if labels else str(index), int(index), float(scores[index]))
+            for index in order
+        ]
+
+
+def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:
+    """The most exact artifact that ``backend`` runs on this machine; None is the reference weights.
+
+    Raises:
+        UsageError: it runs none; says why for each.
+    """
+    ranked = sorted(bundle.manifest.artifacts, key=lambda artifact: EXACTNESS.index(artifact.precision))
+    reasons = {artifact.name: backend.supports(bundle.manifest, artifact) for artifact in ranked}
+    for artifact in ranked:
+        if reasons[artifact.name] is None:
+            return artifact
+    if backend.supports(bundle.manifest, None) is None:
+        return None
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no artifacts"
+    raise UsageError(f"the {backend.name} backend can run nothing of {bundle.root}: {why}")
+
+
+def softmax(logits: Array) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Softmax over the last axis, in float64."""
+    wide = logits.astype(np.float64)
+    exponents = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    scores: np.ndarray[Any, np.dtype[np.float64]] = exponents / exponents.sum(axis=-1, keepdims=True)
+    return scores
+
+
+def as_many(images: AnyImage | Iterable[AnyImage]) -> Iterable[AnyImage]:
+    """One image as an iterable of one."""
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim == 4 else [images]
+    single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
+    if single or hasattr(images, "read") or not hasattr(images, "__iter__"):
+        return [images]  # type: ignore[list-item]
+    return images  # type: ignore[return-value]
+
+
+def _picture(array: np.ndarray[Any, Any]) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise ImageError(
+            f"an array of shape {array.shape} and dtype {array.dtype} is not an image",
+            hint="pass (H, W, 3) uint8 RGB",
+        )
+    return Image.fromarray(array)
+
+
+def _chunks(images: Iterable[AnyImage], size: int) -> Iterator[tuple[AnyImage, ...]]:
+    iterator = iter(images)
+    while chunk := tuple(itertools.islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,251 @@
+"""Proves a bundle on the machine it is on: every byte, the preprocessing, every artifact, accuracy.
+
+(Not ``verify.py``: a module of that name would take the place of the function ``vitdeploy.verify``.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitdeploy.accuracy import Accuracy, LabelledImages, Labels, find_labelled, first_places, score
+from vitdeploy.backends.base import Backend, Options, Session, all_backends, backend_names, get_backend
+from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError, UsageError
+from vitdeploy.manifest import Artifact, ParityRecord
+from vitdeploy.parity import PreprocessCheck, check_preprocess, check_session
+from vitdeploy.predictor import EXACTNESS, Predictor
+from vitdeploy.progress import Progress
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An artifact that a backend of this machine does not run."""
+
+    artifact: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was compared, and what did not hold."""
+
+    bundle: Path
+    files: int
+    """Whose hashes are right."""
+    preprocess: PreprocessCheck
+    parity: tuple[ParityRecord, ...]
+    skipped: tuple[Skipped, ...]
+    accuracy: tuple[Accuracy, ...]
+    failures: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def check(self) -> None:
+        """Raise what did not hold.
+
+        Raises:
+            ParityError: names the first failures.
+        """
+        if self.failures:
+            more = f" (and {len(self.failures) - 3} more)" if len(self.failures) > 3 else ""
+            raise ParityError(f"{self.bundle}: not proven: {'; '.join(self.failures[:3])}{more}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "ok": self.passed,
+            "bundle": str(self.bundle),
+            "files": self.files,
+            "preprocess": dataclasses.asdict(self.preprocess),
+            "parity": [record.model_dump(mode="json") for record in self.parity],
+            "skipped": [dataclasses.asdict(skipped) for skipped in self.skipped],
+            "accuracy": [dataclasses.asdict(accuracy) for accuracy in self.accuracy],
+            "failures": list(self.failures),
+            "notes": list(self.notes),
+        }
+
+
+def verify_bundle(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    backends: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Verify a bundle; ``vitdeploy.verify`` documents the arguments and the errors."""
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+    pairs = runnable(opened, backends)
+    images = find_labelled(Path(data), opened.manifest) if data is not None else None
+    job = _Verification(opened, options or Options(), batches, progress or Progress())
+    with job.progress.stage("hashes") as stage:
+        opened.verify()
+        stage.detail = f"{len(opened.manifest.files)} files"
+    with job.progress.stage("preprocess") as stage:
+        preprocess = check_preprocess(opened)
+        stage.detail = f"{preprocess.images} images, difference {preprocess.max_abs:.1e}"
+    job.failures += [f"preprocessing: {reason}" for reason in preprocess.failures]
+    job.run(pairs, images)
+    return VerifyReport(
+        bundle=opened.root,
+        files=len(opened.manifest.files),
+        preprocess=preprocess,
+        parity=tuple(job.records),
+        skipped=tuple(job.skipped),
+        accuracy=tuple(job.accuracy),
+        failures=tuple(job.failures),
+        notes=tuple(job.notes),
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An artifact (None is the reference weights) and a backend, with the reason if it cannot run it."""
+
+    backend: Backend
+    artifact: Artifact | None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.artifact.name if self.artifact else WEIGHTS
+
+
+def runnable(bundle: Bundle, backends: Sequence[str] | None) -> list[Pair]:
+    """Every pairing of an artifact with a backend, in the order of the artifacts.
+
+    Args:
+        backends: names; with None, the backends that run artifacts, as far as they work here. A backend
+            asked for by name that runs models without an artifact is paired with the weights.
+
+    Raises:
+        UsageError: an unknown backend, or one that can run nothing of this bundle.
+        DeviceUnavailable: a backend asked for by name does not work here.
+    """
+    manifest = bundle.manifest
+    asked = (
+        [get_backend(name) for name in dict.fromkeys(backends)]
+        if backends is not None
+        else list(all_backends())
+    )
+    pairs = []
+    for backend in asked:
+        state = backend.availability()
+        if backends is not None and not state.ok:
+            raise DeviceUnavailable(
+                f"the {backend.name} backend does not run here: {state.reason}", hint=state.hint
+            )
+        missing = None if state.ok else state.reason
+        found = [Pair(backend, a, backend.supports(manifest, a) or missing) for a in manifest.artifacts]
+        if backends is not None and backend.supports(manifest, None) is None:
+            found = [pair for pair in found if pair.reason is None] + [Pair(backend, None)]
+        if backends is not None and all(pair.reason for pair in found):
+            why = "; ".join(f"{pair.name}: {pair.reason}" for pair in found) or "it has no artifacts"
+            raise UsageError(f"the {backend.name} backend can run nothing of {bundle.root}: {why}")
+        pairs += found
+    order = [WEIGHTS, *(artifact.name for artifact in manifest.artifacts)]
+    return sorted(pairs, key=lambda pair: order.index(pair.name))
+
+
+@dataclass
+class _Verification:
+    bundle: Bundle
+    options: Options
+    batches: Sequence[int] | None
+    progress: Progress
+    records: list[ParityRecord] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    accuracy: list[Accuracy] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
+        golden = self.bundle.golden()
+        answers: dict[str, tuple[str, Labels]] = {}
+        for pair in pairs:
+            if pair.reason is not None:
+                self.skipped.append(Skipped(pair.name, pair.backend.name, pair.reason))
+                continue
+            try:
+                with self._load(pair) as session:
+                    self._prove(pair, session, golden)
+                    if images is not None and pair.name not in answers:
+                        answers[pair.name] = pair.backend.name, self._answers(session, images)
+            except BundleError as error:
+                self.failures.append(f"{pair.name} on {pair.backend.name}: {error.message}")
+        self._require_proof()
+        if images is not None and answers:
+            self._score(answers, images)
+
+    def _load(self, pair: Pair) -> Session:
+        return pair.backend.load(self.bundle, pair.artifact, self.options)
+
+    def _prove(self, pair: Pair, session: Session, golden: Mapping[str, Any]) -> None:
+        with self.progress.stage(f"{pair.name}") as stage:
+            bound = next(
+                (r.tolerance.max_abs for r in self.bundle.manifest.parity if r.artifact == pair.name), None
+            )
+            records = check_session(session, golden, batches=self.batches, max_abs=bound)
+            worst = [r.metrics.relative for r in records if r.metrics.relative is not None]
+            stage.detail = f"{pair.backend.name}, relative error {max(worst, default=float('nan')):.1e}"
+        self.records += records
+        for record in records:
+            where = f"{pair.name} on {pair.backend.name}, batch {record.batch}"
+            self.failures += [f"{where}: {reason}" for reason in record.failures]
+
+    def _require_proof(self) -> None:
+        """An artifact that nothing here can run is not proven, and neither is an empty bundle."""
+        proven = {record.artifact for record in self.records}
+        for artifact in self.bundle.manifest.artifacts:
+            broken = any(failure.startswith(f"{artifact.name} on ") for failure in self.failures)
+            if artifact.name in proven or broken:
+                continue
+            reasons = [f"{s.backend}: {s.reason}" for s in self.skipped if s.artifact == artifact.name]
+            self.failures.append(f"{artifact.name}: no backend here runs it ({'; '.join(reasons)})")
+        if not self.records and not self.failures:
+            self.failures.append("nothing was compared: the bundle has no artifacts")
+
+    def _answers(self, session: Session, images: LabelledImages) -> Labels:
+        with self.progress.stage("accuracy") as stage:
+            found = first_places(Predictor(self.bundle, session), images)
+            stage.detail = f"{session.facts.artifact}, {len(images.paths)} images"
+        return found
+
+    def _score(self, answers: dict[str, tuple[str, Labels]], images: LabelledImages) -> None:
+        reference = self._reference(answers, images)
+        for name, (backend, found) in answers.items():
+            self.accuracy.append(score(name, backend, found, reference, images))
+
+    def _reference(self, answers: dict[str, tuple[str, Labels]], images: LabelledImages) -> Labels:
+        """What the reference model says; without torch, what the most exact artifact says."""
+        if WEIGHTS in answers:
+            return answers[WEIGHTS][1]
+        for backend in _reference_backend(self.bundle):
+            with backend.load(self.bundle, None, Options(threads=self.options.threads)) as session:
+                found = self._answers(session, images)
+            self.accuracy.append(score("reference", backend.name, found, found, images))
+            return found
+        exact = min(
+            (a for a in self.bundle.manifest.artifacts if a.name in answers),
+            key=lambda artifact: EXACTNESS.index(artifact.precision),
+        )
+        self.notes.append(f"agreement is with {exact.name}: the reference model needs the torch backend")
+        return answers[exact.name][1]
+
+
+def _reference_backend(bundle: Bundle) -> Iterator[Backend]:
+    """The backend that runs the reference model itself, where there is one."""
+    if "torch" in backend_names():
+        backend = get_backend("torch")
+        if backend.availability().ok and backend.supports(bundle.manifest, None) is None:
+            yield backend
