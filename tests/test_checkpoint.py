@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from vitdeploy.checkpoint import Checkpoint, UserModule, open_model, save_folder
 from vitdeploy.config import Preprocess, variant_names
-from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError
+from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError, VitdeployError
 from vitdeploy.model import build, expected_shapes, forward_float64
 
 TINY: dict[str, Any] = {
@@ -204,6 +207,18 @@ def test_every_misfit_is_listed_in_one_error(folder: Path) -> None:
     assert f"did you mean {wrong} for {right}?" in message
 
 
+def test_head_that_should_be_there_is_missed(folder: Path) -> None:
+    def edit(state: dict[str, Tensor]) -> None:
+        del state["classifier.weight"], state["classifier.bias"]
+
+    edit_weights(folder, edit)
+    assert "2 missing (classifier.weight, classifier.bias)" in refusal(str(folder)).message
+    edit_config(folder, id2label=None)
+    assert "2 missing" in refusal(str(folder)).message
+    edit_config(folder, architectures=["ViTModel"])
+    assert opened(str(folder)).config.classes == 0
+
+
 def test_architecture_that_the_config_does_not_describe(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=1)
     assert "16 unexpected (vit.encoder.layer.1." in refusal(str(folder)).message
@@ -238,6 +253,8 @@ def test_weights_that_are_no_floats_are_named(folder: Path) -> None:
         ({"num_attention_heads": 0}, "0 heads do not make up hidden_size 32"),
         ({"num_attention_heads": 3}, "3 heads do not make up hidden_size 32"),
         ({"head_dim": 8}, "2 heads do not make up hidden_size 32"),
+        ({"num_hidden_layers": 10**9}, "the configuration has 1000000000 blocks, the file only 40 tensors"),
+        ({"intermediate_size": 10**18}, "impossibly large"),
         ({"patch_size": [8, 16]}, "patch_size [8, 16] is not square"),
         ({"image_size": "large"}, "image_size must be one or two whole numbers, not 'large'"),
         ({"image_size": 36}, "image size 36x36 is not divisible by the patch size 8"),
@@ -293,6 +310,45 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
     assert "no such file or folder" in refusal(checkpoint=tmp_path / "none").message
     for name in ("./none", "/none/at/all", "weights.safetensors", "a/b/c.npz"):
         assert f"{name}: no such file or folder" in refusal(name).message
+
+
+ORACLES = Path(__file__).parent / "oracles"
+
+
+def foreign_states(folder: Path) -> list[tuple[dict[str, Tensor], dict[str, Any] | None]]:
+    """One checkpoint of each naming."""
+    google = runpy.run_path(str(ORACLES / "google_npz.py"))["synthesise"](seed=1)
+    states: list[tuple[dict[str, Tensor], dict[str, Any] | None]] = [
+        (load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())),
+        ({name: torch.from_numpy(array) for name, array in google.items()}, None),
+        (load_file(ORACLES / "torchvision" / "representation.safetensors"), None),
+        (dict(opened("deit_tiny_distilled_patch16_32").state), None),
+    ]
+    for case in ("distilled", "swiglu", "registers_mean"):
+        config = json.loads((ORACLES / "timm" / case / "config.json").read_text())
+        states.append((load_file(ORACLES / "timm" / case / "model.safetensors"), config))
+    return states
+
+
+def test_no_wrong_shape_or_setting_escapes_as_another_error(folder: Path, tmp_path: Path) -> None:
+    dice = random.Random(1)
+    shapes = [(), (0,), (1,), (3, 0), (1, 1, 1), (2, 3, 4, 5), (48,), (16, 16), (1, 17, 16)]
+    values = [None, -1, 0, 3, 1e9, "x", True, [], {}, [1], {"a": 1}]
+    path = tmp_path / "model.safetensors"
+    for state, config in foreign_states(folder):
+        for _ in range(25):
+            changed, settings = dict(state), dict(config or {})
+            for name in dice.sample(sorted(changed), dice.randint(1, 3)):
+                changed[name] = torch.ones(dice.choice(shapes))
+                if dice.random() < 0.3:
+                    del changed[name]
+            if settings:
+                settings[dice.choice(sorted(settings))] = dice.choice(values)
+                (tmp_path / "config.json").write_text(json.dumps(settings))
+            save_file(changed, path)
+            with contextlib.suppress(VitdeployError):
+                open_model(checkpoint=path)
+        (tmp_path / "config.json").unlink(missing_ok=True)
 
 
 # --- a named variant beside a file ------------------------------------------------------------------------

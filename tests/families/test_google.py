@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from vitdeploy.checkpoint import Checkpoint, open_model
 from vitdeploy.errors import CheckpointError
@@ -50,7 +51,6 @@ def test_positions_interpolate_linearly_from_corner_to_corner(tmp_path: Path, si
 
 
 def test_oracle_stretches_as_scipy_does() -> None:
-    ndimage = pytest.importorskip("scipy.ndimage")
     table = np.random.default_rng(3).normal(size=(17, 6))
     zoomed = ndimage.zoom(table[1:].reshape(4, 4, 6), (7 / 4, 3 / 4, 1), order=1)
     np.testing.assert_allclose(ORACLE["stretch"](table, 1, (7, 3))[1:], zoomed.reshape(21, 6), atol=1e-12)

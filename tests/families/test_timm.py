@@ -143,6 +143,25 @@ def test_position_table_of_no_known_grid_is_refused(tmp_path: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "lost", ["head.", "pos_embed", "cls_token", "norm.", "blocks.1.", "blocks.0.attn.qkv.bias"]
+)
+def test_tensors_that_are_missing_are_never_taken_for_another_architecture(tmp_path: Path, lost: str) -> None:
+    folder = copy("vit", tmp_path)
+    state = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in state.items() if not k.startswith(lost)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError):
+        load(folder)
+
+
+def test_positions_are_absent_only_where_the_configuration_says_so(tmp_path: Path) -> None:
+    folder = copy("vit", tmp_path, model_args=arguments("vit", pos_embed="none"))
+    state = load_file(folder / "model.safetensors")
+    del state["pos_embed"]
+    save_file(state, folder / "model.safetensors")
+    assert load(folder).config.position == "none"
+
+
 def test_released_spellings_of_dinov2_and_deit3(tmp_path: Path) -> None:
     """Meta's own files: other names, and in DINOv2 a position row for CLS though there are registers."""
     for case, renames in {

@@ -103,8 +103,10 @@ def third(index: int) -> Pick:
     """One of query, key, value out of a merged (3D, ...) tensor."""
 
     def pick(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or tensor.shape[0] % 3:
+            return tensor
         rows = tensor.shape[0] // 3
-        return tensor[index * rows : (index + 1) * rows] if tensor.shape[0] == 3 * rows else tensor
+        return tensor[index * rows : (index + 1) * rows]
 
     return pick
 
@@ -195,7 +197,7 @@ def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Ten
     used: set[str] = set()
     missing: dict[str, None] = {}
     wrong: dict[str, str] = {}
-    for ours, shape in expected_shapes(reading.config).items():
+    for ours, shape in _expected(reading, source).items():
         template, block = _parts(ours)
         if template not in reading.layout:
             raise CheckpointError(f"{source}: {family} checkpoints have no {ours}")
@@ -214,6 +216,20 @@ def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Ten
     _refuse_misfit(reading, f"{source} does not fit a {family} model", list(missing), unexpected, wrong)
     _check_values({reading.in_file(name): reading.state[name] for name in sorted(used)}, source)
     return {ours: _own(tensor) for ours, tensor in state.items()}, notes
+
+
+def _expected(reading: Reading, source: str) -> dict[str, tuple[int, ...]]:
+    """The parameters to look for; a configuration out of all proportion is refused before it costs memory."""
+    config = reading.config
+    if config.depth > len(reading.state):
+        tensors = len(reading.state)
+        raise CheckpointError(
+            f"{source}: the configuration has {config.depth} blocks, the file only {tensors} tensors"
+        )
+    try:
+        return expected_shapes(config)
+    except RuntimeError as error:  # torch's word for sizes that overflow
+        raise CheckpointError(f"{source}: the configuration's sizes are impossibly large") from error
 
 
 def _left_over(reading: Reading, used: set[str]) -> tuple[tuple[str, ...], list[str]]:

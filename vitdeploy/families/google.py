@@ -15,7 +15,7 @@ from torch import Tensor
 from vitdeploy.config import Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
 from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat, rename
-from vitdeploy.families.infer import infer_config
+from vitdeploy.families.infer import infer_config, what_is_open
 from vitdeploy.families.positions import PositionRule
 from vitdeploy.preprocess import at_size
 
@@ -88,9 +88,9 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     if query is None or query.ndim != 3:
         found = "missing" if query is None else f"of shape {tuple(query.shape)}"
         raise CheckpointError(f"{foreign.source}: {name} must be (width, heads, head width); it is {found}")
-    sizes = [] if template is None else [template.image_size]
+    heads, (_, sizes) = query.shape[1], what_is_open(template)
     config = infer_config(
-        _LAYOUT, state, foreign.source, heads=query.shape[1], sizes=sizes, activation="gelu_tanh"
+        _LAYOUT, state, foreign.source, heads=lambda width: heads, sizes=sizes, activation="gelu_tanh"
     )
 
     def preprocess(size: Size | None) -> Preprocess:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, did_you_mean
 from vitdeploy.families.base import Foreign, Layout, Reading, Source, flat, linear, number, pair, whole
-from vitdeploy.families.infer import infer_config
+from vitdeploy.families.infer import infer_config, what_is_open
 from vitdeploy.preprocess import at_size, from_huggingface
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -108,11 +108,8 @@ def config_of(
                 f"{foreign.source}: there is no config.json beside the weights",
                 hint="keep it in its folder, or name the variant: -m vit_base_patch16_224 --checkpoint FILE",
             )
-        sizes = [template.image_size]
-        return infer_config(layout, state, foreign.source, heads=template.heads, sizes=sizes, **fields)
-    width, heads = whole(config, "hidden_size", 768), whole(config, "num_attention_heads", 12)
-    if heads < 1 or whole(config, "head_dim", width // max(heads, 1)) * heads != width:
-        raise CheckpointError(f"config.json: {heads} heads do not make up hidden_size {width}")
+        heads, sizes = what_is_open(template)
+        return infer_config(layout, state, foreign.source, heads=heads, sizes=sizes, **fields)
     patch = pair(config.get("patch_size", patch_size), "patch_size")
     if patch[0] != patch[1]:
         raise CheckpointError(f"config.json: patch_size {list(patch)} is not square")
@@ -120,23 +117,35 @@ def config_of(
         image_size=pair(config.get("image_size", 224), "image_size"),
         patch_size=patch[0],
         channels=whole(config, "num_channels", 3),
-        width=width,
+        width=whole(config, "hidden_size", 768),
         depth=whole(config, "num_hidden_layers", 12),
-        heads=heads,
+        heads=_heads(config),
         qkv_bias=bool(config.get("qkv_bias", True)),
         **{
             "mlp_width": whole(config, "intermediate_size", 3072),
             "activation": activation(config),
-            "classes": _rows(state, layout),
+            "classes": _classes(config, state.get(layout["head.weight"].name)),
             **fields,
             "norm_eps": number(config, "layer_norm_eps", fields["norm_eps"]),
         },
     )
 
 
-def _rows(state: Mapping[str, Tensor], layout: Layout) -> int:
-    head = state.get(layout["head.weight"].name)
-    return 0 if head is None or not head.ndim else head.shape[0]
+def _heads(config: Mapping[str, object]) -> int:
+    width, heads = whole(config, "hidden_size", 768), whole(config, "num_attention_heads", 12)
+    if heads < 1 or whole(config, "head_dim", width // heads) * heads != width:
+        raise CheckpointError(f"config.json: {heads} heads do not make up hidden_size {width}")
+    return heads
+
+
+def _classes(config: Mapping[str, object], head: Tensor | None) -> int:
+    """Rows of the head; where it is missing but should be there, as many as the labels, 2 by default."""
+    if head is not None and head.ndim:
+        return head.shape[0]
+    if "ForImageClassification" not in str(config.get("architectures")):
+        return 0
+    labels = config.get("id2label", (0, 1))
+    return len(labels) if isinstance(labels, (Mapping, tuple)) else 0
 
 
 def activation(config: Mapping[str, object]) -> Activation:

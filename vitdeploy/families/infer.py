@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,14 +18,14 @@ def infer_config(
     state: Mapping[str, Tensor],
     source: str,
     *,
-    heads: int,
+    heads: Callable[[int], int],
     sizes: Sequence[Size],
     **known: Any,
 ) -> ViTConfig:
     """Return the configuration that the shapes in ``state`` describe.
 
     Args:
-        heads: attention heads; no shape tells them.
+        heads: attention heads for a width; no shape tells them.
         sizes: image sizes the position table may be for, likeliest first; otherwise its grid is square.
         known: fields of ``ViTConfig`` that shapes cannot tell, or that the caller knows better.
 
@@ -36,22 +36,20 @@ def infer_config(
     width, channels, patch, across = shapes.of("patch_embed.weight", 4)
     if patch != across:
         raise CheckpointError(f"{source}: patches of {patch}x{across} pixels are not square")
-    fc1, (_, mlp_width) = shapes.of("blocks.{i}.mlp.fc1.weight", 2), shapes.of("blocks.{i}.mlp.fc2.weight", 2)
-    gated = fc1[0] == 2 * mlp_width
-    registers = shapes.rows("registers")
-    tokens = {name: shapes.have(name) for name in ("cls_token", "dist_token")}
+    inner, mlp_width = shapes.rows("blocks.{i}.mlp.fc1.weight"), shapes.of("blocks.{i}.mlp.fc2.weight", 2)[1]
+    gated = inner == 2 * mlp_width
     fields: dict[str, Any] = {
         "patch_size": patch,
         "channels": channels,
         "width": width,
         "depth": count_blocks(layout, state),
-        "heads": heads,
+        "heads": heads(width),
         "mlp_width": mlp_width,
         "gated_mlp": gated,
         "classes": shapes.rows("head.weight"),
-        "cls_token": tokens["cls_token"],
-        "distillation_token": tokens["dist_token"],
-        "registers": registers,
+        "cls_token": shapes.have("cls_token"),
+        "distillation_token": shapes.have("dist_token"),
+        "registers": shapes.rows("registers"),
         "qkv_bias": shapes.have("blocks.{i}.attn.q.bias"),
         "layer_scale": shapes.have("blocks.{i}.scale1"),
         "pool": _pool(shapes, width),
@@ -59,43 +57,51 @@ def infer_config(
     }
     if gated:
         fields["activation"] = "silu"
-    if shapes.have("pos_embed"):
-        prefix = sum(tokens.values()) + registers
-        # Either every prefix token has a row, or none, or (DINOv2's own files) the CLS token alone.
-        choices = (prefix, 0, int(tokens["cls_token"]))
-        rows = shapes.of("pos_embed", 2)[0]
-        fields["image_size"], fields["position_prefix"] = table_size(rows, choices, patch, sizes, source)
+    if known.get("position", "learned") == "learned":
+        fields |= _table(shapes, patch, sizes)
     else:
-        fields |= {"position": "none", "position_prefix": 0, "image_size": sizes[0] if sizes else (224, 224)}
+        fields |= {"position_prefix": 0, "image_size": sizes[0] if sizes else (224, 224)}
     return ViTConfig(**(fields | known))
 
 
-def table_size(
-    rows: int, prefixes: Sequence[int], patch: int, sizes: Sequence[Size], source: str
-) -> tuple[Size, int]:
-    """Return the image size a position table of ``rows`` rows is for, and how many rows are not patches.
+def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]:
+    """What the position table tells: the image size, and how many of its rows are not patches.
 
     Raises:
         CheckpointError: neither one of ``sizes`` nor a square grid accounts for the rows.
     """
+    cls = int(shapes.have("cls_token"))
+    # Either every prefix token has a row, or none, or (DINOv2's own files) the CLS token alone.
+    prefixes = (cls + int(shapes.have("dist_token")) + shapes.rows("registers"), 0, cls)
+    rows, _ = shapes.of("pos_embed", 2)
     for height, width in sizes:
         rest = rows - (height // patch) * (width // patch)
         if rest in prefixes and not (height % patch or width % patch):
-            return (height, width), rest
+            return {"image_size": (height, width), "position_prefix": rest}
     for prefix in prefixes:
         side = math.isqrt(max(rows - prefix, 0))
         if side and side * side == rows - prefix:
-            return (side * patch, side * patch), prefix
+            return {"image_size": (side * patch, side * patch), "position_prefix": prefix}
     raise CheckpointError(
-        f"{source}: the position table has {rows} rows: no square grid, and not the configured image size's",
+        f"{shapes.source}: the position table has {rows} rows: no square grid, nor the configured size's",
         hint="state the image size in config.json beside the weights",
     )
 
 
-def default_heads(width: int, classic: Mapping[int, int]) -> tuple[int, str]:
-    """Return the heads usual for a width (64 columns each unless ``classic`` says otherwise), and a note."""
-    heads = classic.get(width) or max(1, width // 64)
-    return heads, f"the file does not tell the number of heads: {heads}, as usual for width {width}"
+def usual_heads(width: int) -> int:
+    """Heads of 64 columns, except for the widths of the paper's H, g and G, and of SoViT-400M."""
+    return 16 if width in (1152, 1280, 1408, 1664) else max(1, width // 64)
+
+
+def what_is_open(template: ViTConfig | None) -> tuple[Callable[[int], int], list[Size]]:
+    """``heads`` and ``sizes`` for ``infer_config``: of the variant the user named, or as usual."""
+    if template is None:
+        return usual_heads, []
+    return lambda width: template.heads, [template.image_size]
+
+
+def heads_note(config: ViTConfig) -> str:
+    return f"the file does not tell the number of heads: {config.heads}, as usual for width {config.width}"
 
 
 class _Shapes:

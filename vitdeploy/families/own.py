@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from vitdeploy.config import Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, ConfigError, did_you_mean
 from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, linear, mapping
-from vitdeploy.families.infer import default_heads, infer_config
+from vitdeploy.families.infer import heads_note, infer_config, what_is_open
 from vitdeploy.families.positions import PositionRule
 from vitdeploy.preprocess import at_size
 
@@ -44,14 +44,12 @@ def _claims(foreign: Foreign) -> bool:
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     stated = foreign.config or {}
     notes = []
-    if "model" in stated:
+    if stated.get("model") is not None:
         config = _parse(ViTConfig, mapping(stated, "model"), "model")
     else:
-        width = foreign.state["patch_embed.weight"].shape[0]
-        heads, note = (template.heads, "") if template else default_heads(width, {})
-        sizes = [template.image_size] if template else []
+        heads, sizes = what_is_open(template)
         config = infer_config(_LAYOUT, foreign.state, foreign.source, heads=heads, sizes=sizes)
-        notes += [note] if note else []
+        notes += [] if template else [heads_note(config)]
     base = Preprocess(size=config.image_size)
     if stated.get("preprocess"):
         base = _parse(Preprocess, mapping(stated, "preprocess"), "preprocess")

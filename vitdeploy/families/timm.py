@@ -7,11 +7,10 @@ Names are those of timm's state dict. Two elder spellings are understood as well
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
@@ -30,7 +29,7 @@ from vitdeploy.families.base import (
     rename,
     whole,
 )
-from vitdeploy.families.infer import default_heads, infer_config
+from vitdeploy.families.infer import heads_note, infer_config, what_is_open
 from vitdeploy.families.positions import PositionRule
 from vitdeploy.preprocess import from_timm
 
@@ -65,8 +64,7 @@ _ELDER_NAMES = (
     (re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),
 )
 
-# Widths whose heads are not 64 columns wide, and architectures unlike others of their width.
-_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+# Unlike others of their width.
 _SIXTEEN_HEADS = re.compile(r"vit_base_patch16_gap_224|vit_giantopt_.*")
 _TANH_GELU = re.compile(
     r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_\d+|large_patch16_siglip_gap_512)"
@@ -81,6 +79,13 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
+}
+_ACTIVATION_CLASSES = {
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "QuickGELU": "quick_gelu",
+    "ReLU": "relu",
+    "SiLU": "silu",
 }
 _NORMS = (None, "layernorm")
 
@@ -98,7 +103,6 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     late = "fc_norm.weight" in state
     layout = _layout("fc_norm" if late else "norm")
     known: dict[str, Any] = {"norm_after_pool": late, "norm_eps": number(arguments, "norm_eps", 1e-6)}
-    heads, notes = _heads(architecture, arguments, template, state)
     if (activation := _activation(architecture, arguments)) is not None:
         known["activation"] = activation
     if (pool := arguments.get("global_pool") or config.get("global_pool")) in ("avg", "token"):
@@ -109,8 +113,23 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         known["pool"] = "mean"
     if "dist_token" in state:
         known["pool"] = "both_heads"
-    sizes = _sizes(arguments, pretrained, template)
-    result = infer_config(layout, state, foreign.source, heads=heads, sizes=sizes, **known)
+    if arguments.get("pos_embed") in ("", "none"):
+        known["position"] = "none"
+    for ours, theirs in (("classes", "num_classes"), ("depth", "depth")):
+        if (stated := arguments.get(theirs, config.get(theirs))) is not None:
+            known[ours] = whole({theirs: stated}, theirs, 0)
+    heads, sizes = what_is_open(template)
+    result = infer_config(
+        layout,
+        state,
+        foreign.source,
+        heads=_heads(architecture, arguments) or heads,
+        sizes=[*_sizes(arguments, pretrained), *sizes],
+        **known,
+    )
+    notes = [] if architecture or template else [heads_note(result)]
+    if not pretrained:
+        notes.append("no config.json of timm: preprocessing is timm's default for ViT")
     return Reading(
         config=result,
         layout=layout,
@@ -119,7 +138,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         ignored={"mask_token": None},
         originals=originals,
         labels=_labels(config, pretrained, result.classes),
-        notes=(*notes, *_preprocess_note(pretrained)),
+        notes=tuple(notes),
     )
 
 
@@ -145,21 +164,14 @@ def _modern_name(name: str) -> str:
     return name
 
 
-def _heads(
-    architecture: str,
-    arguments: Mapping[str, object],
-    template: ViTConfig | None,
-    state: Mapping[str, Tensor],
-) -> tuple[int, tuple[str, ...]]:
+def _heads(architecture: str, arguments: Mapping[str, object]) -> Callable[[int], int] | None:
+    """The heads that the configuration or the name settles."""
     if "num_heads" in arguments:
-        return whole(arguments, "num_heads", 0), ()
-    if _SIXTEEN_HEADS.fullmatch(architecture):
-        return 16, ()
-    if template is not None:
-        return template.heads, ()
-    width = state["patch_embed.proj.weight"].shape[0]
-    heads, note = default_heads(width, _HEADS)
-    return heads, () if architecture else (note,)
+        heads = whole(arguments, "num_heads", 0)
+        if heads < 1:
+            raise CheckpointError(f"config.json: num_heads must be at least 1, not {heads}")
+        return lambda width: heads
+    return (lambda width: 16) if _SIXTEEN_HEADS.fullmatch(architecture) else None
 
 
 def _activation(architecture: str, arguments: Mapping[str, object]) -> Activation | None:
@@ -172,20 +184,14 @@ def _activation(architecture: str, arguments: Mapping[str, object]) -> Activatio
     return _ACTIVATIONS[name]
 
 
-def _sizes(
-    arguments: Mapping[str, object], pretrained: Mapping[str, object], template: ViTConfig | None
-) -> list[Size]:
+def _sizes(arguments: Mapping[str, object], pretrained: Mapping[str, object]) -> list[Size]:
     sizes = []
-    if "img_size" in arguments:
+    if arguments.get("img_size") is not None:
         sizes.append(pair(arguments["img_size"], "img_size"))
     shape = pretrained.get("input_size")
     if isinstance(shape, (list, tuple)) and len(shape) == 3:
         sizes.append(pair(shape[1:], "input_size"))
-    return sizes if template is None else [*sizes, template.image_size]
-
-
-def _preprocess_note(pretrained: Mapping[str, object]) -> tuple[str, ...]:
-    return () if pretrained else ("no config.json of timm: preprocessing is timm's default for ViT",)
+    return sizes
 
 
 def _preprocess(pretrained: Mapping[str, object], size: Size) -> Preprocess:
@@ -247,13 +253,11 @@ def _config_of(model: Any, name: str) -> dict[str, object]:
             hint="--model module:function exports any nn.Module, timm.create_model(...) too",
         )
     block = model.blocks[0]
-    activation = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(block.mlp.act).__name__)
+    activation = type(block.mlp.act).__name__
     arguments = {
         "num_heads": block.attn.num_heads,
         "norm_eps": block.norm1.eps,
-        "act_layer": {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(
-            type(block.mlp.act).__name__, activation.lower()
-        ),
+        "act_layer": _ACTIVATION_CLASSES.get(activation, activation),
         "global_pool": model.global_pool,
         "img_size": list(model.patch_embed.img_size),
         "pool_include_prefix": model.pool_include_prefix,

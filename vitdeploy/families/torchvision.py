@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vitdeploy.config import Preprocess, Size, ViTConfig
 from vitdeploy.families.base import Family, Foreign, Layout, Reading, Source, flat, linear, merged_qkv, rename
-from vitdeploy.families.infer import default_heads, infer_config
+from vitdeploy.families.infer import heads_note, infer_config, what_is_open
 from vitdeploy.families.positions import PositionRule
 from vitdeploy.preprocess import at_size
 
@@ -23,7 +23,6 @@ _LAYOUT: Layout = {
     **linear("representation", "heads.pre_logits"),
     **linear("head", "heads.head"),
 }
-_HEADS = {1280: 16}
 # ViT_B_16_Weights.IMAGENET1K_V1; the SWAG weights only differ in size.
 _PREPROCESS = Preprocess(
     resize="shortest_edge",
@@ -47,16 +46,15 @@ def _modern_name(name: str) -> str:
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     state, originals = rename(foreign.state, _modern_name)
-    heads, *notes = default_heads(state["conv_proj.weight"].shape[0], _HEADS)
-    sizes = []
-    if template is not None:
-        heads, notes, sizes = template.heads, [], [template.image_size]
+    heads, sizes = what_is_open(template)
     config = infer_config(_LAYOUT, state, foreign.source, heads=heads, sizes=sizes)
 
     def preprocess(size: Size | None) -> Preprocess:
         return at_size(_PREPROCESS, size or config.image_size)
 
-    notes.append("preprocessing is torchvision's for its ImageNet weights")
+    notes = ["preprocessing is torchvision's for its ImageNet weights"]
+    if template is None:
+        notes.append(heads_note(config))
     return Reading(config, _LAYOUT, state, preprocess, notes=tuple(notes), originals=originals)
 
 
