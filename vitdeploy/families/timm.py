@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
@@ -100,24 +101,8 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     architecture = str(config.get("architecture") or pretrained.get("architecture") or "").split(".")[0]
     _refuse_unsupported(architecture, arguments)
     state, originals = rename(foreign.state, _modern_name)
-    late = "fc_norm.weight" in state
-    layout = _layout("fc_norm" if late else "norm")
-    known: dict[str, Any] = {"norm_after_pool": late, "norm_eps": number(arguments, "norm_eps", 1e-6)}
-    if (activation := _activation(architecture, arguments)) is not None:
-        known["activation"] = activation
-    if (pool := arguments.get("global_pool") or config.get("global_pool")) in ("avg", "token"):
-        known["pool"] = "mean" if pool == "avg" else "cls"
-    elif pool:
-        raise CheckpointError(f"{foreign.source}: pooling by {pool!r} is not supported")
-    elif late:
-        known["pool"] = "mean"
-    if "dist_token" in state:
-        known["pool"] = "both_heads"
-    if arguments.get("pos_embed") in ("", "none"):
-        known["position"] = "none"
-    for ours, theirs in (("classes", "num_classes"), ("depth", "depth")):
-        if (stated := arguments.get(theirs, config.get(theirs))) is not None:
-            known[ours] = whole({theirs: stated}, theirs, 0)
+    layout = _layout("fc_norm" if "fc_norm.weight" in state else "norm")
+    known = _known(foreign.source, architecture, config, state)
     heads, sizes = what_is_open(template)
     result = infer_config(
         layout,
@@ -140,6 +125,29 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         labels=_labels(config, pretrained, result.classes),
         notes=tuple(notes),
     )
+
+
+def _known(
+    source: str, architecture: str, config: Mapping[str, object], state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What the configuration says, and what the presence of a tensor means in timm."""
+    arguments, late = mapping(config, "model_args"), "fc_norm.weight" in state
+    known: dict[str, Any] = {"norm_after_pool": late, "norm_eps": number(arguments, "norm_eps", 1e-6)}
+    if (activation := _activation(architecture, arguments)) is not None:
+        known["activation"] = activation
+    pool = arguments.get("global_pool") or config.get("global_pool") or ("avg" if late else None)
+    if pool not in (None, "avg", "token"):
+        raise CheckpointError(f"{source}: pooling by {pool!r} is not supported")
+    if "dist_token" in state:
+        known["pool"] = "both_heads"
+    elif pool is not None:
+        known["pool"] = "mean" if pool == "avg" else "cls"
+    if arguments.get("pos_embed") in ("", "none"):
+        known["position"] = "none"
+    for ours, theirs in (("classes", "num_classes"), ("depth", "depth")):
+        if (stated := arguments.get(theirs, config.get(theirs))) is not None:
+            known[ours] = whole({theirs: stated}, theirs, 0)
+    return known
 
 
 def _refuse_unsupported(architecture: str, arguments: Mapping[str, object]) -> None:
