@@ -169,9 +169,9 @@ class Preprocess:
             raise ConfigError(f"resize_to does not go with resize={self.resize!r}")
         if self.resize_to is None and self.resize in ("cover", "contain"):
             raise ConfigError(f"resize={self.resize!r} needs resize_to")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if {len(self.mean), len(self.std)} != {3} or min(self.std) <= 0:
             raise ConfigError(f"mean and std must be three numbers, std positive: {self.mean}, {self.std}")
-        if len(self.pad) != 3 or min(self.pad) < 0 or max(self.pad) > 255:
+        if {len(self.pad)} != {3} or min(self.pad) < 0 or max(self.pad) > 255:
             raise ConfigError(f"pad must be three numbers from 0 to 255, not {self.pad}")
 
 

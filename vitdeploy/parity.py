@@ -38,8 +38,9 @@ Float = NDArray[np.float64]
 # Company in a batch changes the order of sums, so an image's answer may move by rounding, that is by
 # what the precision itself may lose; rows that get mixed up differ by a multiple of it.
 TOLERANCES: Mapping[Precision, Tolerance] = {
-    # 13 times the worst measured, room for deeper models; a fifth of the subtlest fault.
-    "fp32": Tolerance(relative=2e-5, kl=1e-6, batch_invariance=2e-5),
+    # 30 times the worst measured: room for deeper models, and for trained ones, whose massive activations
+    # cost digits; half of the subtlest fault.
+    "fp32": Tolerance(relative=5e-5, kl=1e-6, batch_invariance=5e-5),
     # 6 times the worst measured: trained weights spread wider than random ones and lose more.
     "fp16": Tolerance(relative=1e-2, kl=1e-3, batch_invariance=1e-2),
     # Islands only take rounding away from fp16.

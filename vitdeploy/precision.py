@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -52,6 +52,13 @@ class PrecisionPlan:
     def exact(cls) -> PrecisionPlan:
         """Everything in float64: what remains is the rewrites' own difference."""
         return cls(torch.float64, island_dtype=torch.float64, output_dtype=torch.float64)
+
+    @property
+    def name(self) -> Precision | Literal["mixed"]:
+        """What artifacts of this plan are called."""
+        return (
+            "mixed" if self.islands else next(name for name, dtype in DTYPES.items() if dtype == self.default)
+        )
 
     def with_islands(self, islands: frozenset[str]) -> PrecisionPlan:
         return replace(self, islands=islands)

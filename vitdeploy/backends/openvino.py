@@ -23,7 +23,7 @@ from vitdeploy.backends.base import (
 )
 from vitdeploy.bundle import Bundle
 from vitdeploy.errors import BundleError, MissingDependency, UsageError
-from vitdeploy.manifest import Artifact, Manifest, Precision
+from vitdeploy.manifest import Artifact, Manifest, Precision, TensorSpec
 
 _HINTS: Mapping[Precision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 _NAMES = {"f32": "fp32", "f16": "fp16"}
@@ -112,11 +112,18 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
     except Exception as error:  # its errors have no base class of their own
         raise BundleError(f"{path}: OpenVINO cannot load it: {one_line(error)}") from error
     check_signature(
-        artifact,
-        {value.get_any_name(): value.get_element_type().to_dtype().name for value in compiled.inputs},
-        {value.get_any_name(): value.get_element_type().to_dtype().name for value in compiled.outputs},
+        artifact, _dtypes(compiled.inputs, artifact.inputs), _dtypes(compiled.outputs, artifact.outputs)
     )
     return compiled
+
+
+def _dtypes(values: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str]:
+    """Names to dtypes; a value that a fused cast left with several names goes by the one in the manifest."""
+    known = {spec.name for spec in specs}
+    return {
+        next(iter(known & value.get_names()), value.get_any_name()): value.get_element_type().to_dtype().name
+        for value in values
+    }
 
 
 def _precision(core: Any, precision: Precision) -> str:

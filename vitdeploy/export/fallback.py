@@ -115,6 +115,7 @@ def _last(most: int, good: Callable[[int], bool]) -> int:
     return low
 
 
+@torch.inference_mode()
 def emulate(model: nn.Module, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
     """Run an fp32 model with every site that is no island rounding what it reads and what it writes."""
     dtype = plan.default

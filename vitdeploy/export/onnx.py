@@ -14,6 +14,7 @@ from vitdeploy._version import __version__
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import ExportError, PrecisionError, UsageError
 from vitdeploy.export.graph import NEWEST_OPSET, OLDEST_OPSET, trace
+from vitdeploy.export.stream import save_streaming
 from vitdeploy.export.subject import Subject
 from vitdeploy.manifest import Artifact, TensorSpec
 from vitdeploy.precision import DTYPES, PrecisionPlan
@@ -71,7 +72,7 @@ def write_onnx(
     deployed = subject.deployed(plan)
     islands = subject.islands(deployed, plan)
     default = next(name for name, dtype in DTYPES.items() if dtype == plan.default)
-    precision = "mixed" if plan.islands else default
+    precision = plan.name
     graph = trace(deployed, example, batch=options.batch, opset=options.opset, names=(INPUT, subject.output))
     _describe(graph, subject, precision)
     path = writer.file(FILES[precision])
@@ -118,7 +119,7 @@ def _save(model: ir.Model, path: Path) -> list[Path]:
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )
     if weights <= EXTERNAL_ABOVE:
-        ir.save(model, path)
+        save_streaming(model, path)
         return [path]
     data = path.with_name(f"{path.name}.data")
     ir.save(model, path, external_data=data.name)
