@@ -24,6 +24,8 @@ Array = np.ndarray[Any, Any]
 _BACKENDS = {
     "onnxruntime": "vitdeploy.backends.onnxruntime:OnnxRuntime",
     "openvino": "vitdeploy.backends.openvino:OpenVino",
+    "torch": "vitdeploy.backends.torch:Torch",
+    "torch-compile": "vitdeploy.backends.torch_compile:TorchCompile",
 }
 
 

@@ -1,0 +1,208 @@
+"""PyTorch: the reference model itself, from the bundle's weights; no exported artifact is read.
+
+An artifact only says which precision to run in, and which batch sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from vitdeploy.backends.base import (
+    Array,
+    Availability,
+    Options,
+    Session,
+    SessionFacts,
+    one_line,
+    refuse,
+    require_support,
+    split_device,
+)
+from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.config import Output
+from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
+from vitdeploy.manifest import Artifact, Manifest, Precision, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Forward = Callable[["Tensor"], "Tensor"]
+
+_DTYPES: Mapping[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Torch:
+    """The backend, in eager mode. A session serves one thread at a time."""
+
+    name = "torch"
+    summary = "PyTorch, the reference model as it is, on the CPU or CUDA"
+
+    def availability(self) -> Availability:
+        if importlib.util.find_spec("torch") is None:
+            return Availability(False, "torch is not installed", 'pip install "vitdeploy[export]"')
+        return Availability(True)
+
+    def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
+        if manifest.model is None:
+            return "it builds a ViT from its configuration, and this bundle holds a module of the user's own"
+        if WEIGHTS not in manifest.files:
+            return f"the bundle has no {WEIGHTS}"
+        if artifact is not None and artifact.precision not in _DTYPES:
+            return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
+        return None
+
+    def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
+        refuse(self.name, provider=options.provider)
+        torch = _library(self.name)
+        require_support(self, bundle, artifact)
+        device = _device(torch, options.device or "cpu")
+        bundle.verify_hashes([WEIGHTS])
+        precision: Precision = artifact.precision if artifact else "fp32"
+        manifest = bundle.manifest
+        facts = SessionFacts(
+            backend=self.name,
+            artifact=artifact.name if artifact else WEIGHTS,
+            precision=precision,
+            executes=precision,
+            device=device,
+            provider=device.partition(":")[0],
+            batch=artifact.batch if artifact else None,
+            inputs=artifact.inputs if artifact else (_input(manifest),),
+            outputs=artifact.outputs if artifact else (_output(manifest),),
+            versions={"torch": str(torch.__version__)},
+        )
+        vit = _build(torch, bundle, precision, device)
+        return TorchSession(facts, self._forward(vit, manifest), options.threads)
+
+    def _forward(self, vit: nn.Module, manifest: Manifest) -> Forward:
+        """The function of a session: the network's input to float32 output."""
+        return forward_of(vit, manifest)
+
+
+class TorchSession(Session):
+    """A model in memory."""
+
+    def __init__(self, facts: SessionFacts, forward: Forward, threads: int | None) -> None:
+        super().__init__(facts)
+        self._forward: Forward | None = forward
+        self._threads = threads
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        import torch
+
+        assert self._forward is not None
+        pixels = torch.from_numpy(inputs[self.facts.inputs[0].name]).to(self.facts.device)
+        try:
+            with torch.no_grad(), _threads(self._threads), _no_tf32(self.facts.device):
+                outputs = self._forward(pixels)
+        except RuntimeError as error:
+            raise BundleError(f"{self.facts.artifact}: PyTorch failed: {one_line(error)}") from error
+        return {self.facts.outputs[0].name: outputs.cpu().numpy()}
+
+    def _close(self) -> None:
+        self._forward = None
+
+
+def _library(backend: str) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependency("torch", extra="export", purpose=f"the {backend} backend") from error
+    return torch
+
+
+def _device(torch: Any, wanted: str) -> str:
+    kind, index = split_device(wanted)
+    if kind == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise DeviceUnavailable(f"PyTorch {torch.__version__} finds {count} CUDA devices, not {wanted}")
+    return f"cuda:{index}"
+
+
+def _build(torch: Any, bundle: Bundle, precision: Precision, device: str) -> nn.Module:
+    """The reference model with the bundle's weights, rounded once."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from vitdeploy.model import build
+
+    config, path = bundle.manifest.model, bundle.path(WEIGHTS)
+    assert config is not None
+    dtype = getattr(torch, _DTYPES[precision])
+    try:
+        state = {name: tensor.to(device, dtype) for name, tensor in load_file(path).items()}
+        return build(config, state)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise BundleError(f"{path}: not the weights of this model: {one_line(error)}") from error
+
+
+def forward_of(vit: nn.Module, manifest: Manifest) -> Forward:
+    """The reference as a function of what artifacts read; uint8 images are normalised in float32."""
+    import torch
+
+    weight, output = next(vit.parameters()), manifest.output
+
+    def forward(pixels: Tensor) -> Tensor:
+        outputs: Tensor = vit(pixels.to(weight.dtype), output)
+        return outputs.to(torch.float32)
+
+    if manifest.input == "float" or manifest.preprocess is None:
+        return forward
+    spec = manifest.preprocess
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=weight.device) for v in (spec.mean, spec.std))
+
+    def forward_uint8(images: Tensor) -> Tensor:
+        pixels = (images * spec.rescale - mean) / std  # (N, H, W, 3) float32
+        return forward(pixels.permute(0, 3, 1, 2))
+
+    return forward_uint8
+
+
+def _input(manifest: Manifest) -> TensorSpec:
+    assert manifest.model is not None
+    height, width = manifest.model.image_size
+    channels = manifest.model.channels
+    if manifest.input == "uint8":
+        return TensorSpec(name="pixel_values", dtype="uint8", shape=("N", height, width, channels))
+    return TensorSpec(name="pixel_values", dtype="float32", shape=("N", channels, height, width))
+
+
+def _output(manifest: Manifest) -> TensorSpec:
+    config = manifest.model
+    assert config is not None
+    shapes: dict[Output, tuple[int | str, ...]] = {
+        "logits": ("N", config.classes),
+        "features": ("N", config.features),
+        "tokens": ("N", config.tokens, config.width),
+    }
+    return TensorSpec(name=manifest.output, dtype="float32", shape=shapes[manifest.output])
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """PyTorch's thread count is the whole process's: set it for one run only."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
+
+
+def _no_tf32(device: str) -> contextlib.AbstractContextManager[None]:
+    """cuDNN's convolutions use TF32 unless told not to, and an fp32 model in it is not one."""
+    import torch
+
+    if device == "cpu":
+        return contextlib.nullcontext()
+    flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return cast(contextlib.AbstractContextManager[None], flags)

@@ -1,0 +1,50 @@
+"""PyTorch's compiler over the reference model: what a user gets without exporting anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from types import FunctionType
+from typing import TYPE_CHECKING
+
+from vitdeploy.backends.base import Availability
+from vitdeploy.backends.torch import Forward, Torch, forward_of
+from vitdeploy.manifest import Manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class TorchCompile(Torch):
+    """The backend. The first run of a batch of one, and of any larger one, compiles: seconds to minutes."""
+
+    name = "torch-compile"
+    summary = "PyTorch with torch.compile, dynamic batch"
+
+    def availability(self) -> Availability:
+        found = super().availability()
+        compilers = (os.environ.get("CXX"), "g++", "clang++")
+        if found.ok and not any(name and shutil.which(name) for name in compilers):
+            return Availability(False, "torch.compile needs a C++ compiler", "install g++")
+        return found
+
+    def _forward(self, vit: nn.Module, manifest: Manifest) -> Forward:
+        import torch
+        import torch._dynamo
+
+        forward = forward_of(vit, manifest)
+        assert isinstance(forward, FunctionType)
+        # The compiler limits its versions of one code object: each session brings its own.
+        code, scope = forward.__code__.replace(), forward.__globals__
+        own = FunctionType(code, scope, closure=forward.__closure__)
+        # Freezing packs the weights for the CPU's GEMMs; fullgraph turns a silent fallback into an error.
+        frozen = next(vit.parameters()).device.type == "cpu"
+        compiled = torch.compile(own, fullgraph=True, options={"freezing": True} if frozen else None)
+
+        def run(pixels: Tensor) -> Tensor:
+            if len(pixels) > 1:  # one is always compiled by itself
+                torch._dynamo.mark_dynamic(pixels, 0)
+            outputs: Tensor = compiled(pixels)
+            return outputs
+
+        return run
