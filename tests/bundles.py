@@ -148,7 +148,9 @@ def _artifact(precision: str, kind: str, batch: BatchRange) -> Artifact:
         files=(FILES[precision],),
         opset=20,
         batch=batch,
-        inputs=(TensorSpec(name="pixel_values", dtype="uint8" if uint8 else "float32", shape=(size, *pixels)),),
+        inputs=(
+            TensorSpec(name="pixel_values", dtype="uint8" if uint8 else "float32", shape=(size, *pixels)),
+        ),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=(size, len(LABELS))),),
         proof=proof,
         nodes=5,

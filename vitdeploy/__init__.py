@@ -154,7 +154,8 @@ def verify(
 
     Args:
         bundle: its folder, or an opened one.
-        backends: names; every available one that can run an artifact when omitted.
+        backends: names; every one here that runs exported artifacts when omitted. Then an artifact that
+            none of them can run is not proven, and fails; of named ones, what they cannot run is skipped.
         batches: batch sizes; each artifact's least, optimal and largest when omitted.
         data: a folder of labelled images (a sub-folder per label, or files named ``<label>_*.png``), for
             the accuracy of every artifact.
@@ -194,7 +195,7 @@ def bench(
 
     Args:
         bundle: its folder, or an opened one.
-        backends: names; every available one that can run an artifact when omitted.
+        backends: names; every one here that can run this bundle when omitted, torch's included.
         batches: batch sizes; an artifact is measured at those it serves.
         threads: CPU threads; the runtime's own choice when omitted.
         provider: ONNX Runtime's execution provider; goes with ``backends=["onnxruntime"]``.

@@ -42,6 +42,8 @@ class VerifyReport:
     parity: tuple[ParityRecord, ...]
     skipped: tuple[Skipped, ...]
     accuracy: tuple[Accuracy, ...]
+    unproven: tuple[str, ...]
+    """Artifacts that no backend ran; failures too, unless the backends were chosen by name."""
     failures: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -69,6 +71,7 @@ class VerifyReport:
             "parity": [record.model_dump(mode="json") for record in self.parity],
             "skipped": [dataclasses.asdict(skipped) for skipped in self.skipped],
             "accuracy": [dataclasses.asdict(accuracy) for accuracy in self.accuracy],
+            "unproven": list(self.unproven),
             "failures": list(self.failures),
             "notes": list(self.notes),
         }
@@ -96,6 +99,9 @@ def verify_bundle(
         stage.detail = f"{preprocess.images} images, difference {preprocess.max_abs:.1e}"
     job.failures += [f"preprocessing: {reason}" for reason in preprocess.failures]
     job.run(pairs, images)
+    unproven = tuple(a.name for a in opened.manifest.artifacts if a.name not in job.run_here)
+    if backends is None:
+        job.require_proof(unproven)
     return VerifyReport(
         bundle=opened.root,
         files=len(opened.manifest.files),
@@ -103,6 +109,7 @@ def verify_bundle(
         parity=tuple(job.records),
         skipped=tuple(job.skipped),
         accuracy=tuple(job.accuracy),
+        unproven=unproven,
         failures=tuple(job.failures),
         notes=tuple(job.notes),
     )
@@ -121,40 +128,48 @@ class Pair:
         return self.artifact.name if self.artifact else WEIGHTS
 
 
-def runnable(bundle: Bundle, backends: Sequence[str] | None) -> list[Pair]:
+def runnable(bundle: Bundle, backends: Sequence[str] | None, *, models: bool = False) -> list[Pair]:
     """Every pairing of an artifact with a backend, in the order of the artifacts.
 
     Args:
-        backends: names; with None, the backends that run artifacts, as far as they work here. A backend
-            asked for by name that runs models without an artifact is paired with the weights.
+        backends: names; None is all. Those that run the weights without reading an artifact are paired
+            with each artifact for its precision; with the weights alone if they can run none.
+        models: whether None includes those too.
 
     Raises:
-        UsageError: an unknown backend, or one that can run nothing of this bundle.
+        UsageError: an unknown backend, or one asked for by name that can run nothing of this bundle.
         DeviceUnavailable: a backend asked for by name does not work here.
     """
-    manifest = bundle.manifest
-    asked = (
-        [get_backend(name) for name in dict.fromkeys(backends)]
-        if backends is not None
-        else list(all_backends())
-    )
     pairs = []
-    for backend in asked:
-        state = backend.availability()
-        if backends is not None and not state.ok:
-            raise DeviceUnavailable(
-                f"the {backend.name} backend does not run here: {state.reason}", hint=state.hint
-            )
-        missing = None if state.ok else state.reason
-        found = [Pair(backend, a, backend.supports(manifest, a) or missing) for a in manifest.artifacts]
-        if backends is not None and backend.supports(manifest, None) is None:
-            found = [pair for pair in found if pair.reason is None] + [Pair(backend, None)]
-        if backends is not None and all(pair.reason for pair in found):
-            why = "; ".join(f"{pair.name}: {pair.reason}" for pair in found) or "it has no artifacts"
-            raise UsageError(f"the {backend.name} backend can run nothing of {bundle.root}: {why}")
-        pairs += found
-    order = [WEIGHTS, *(artifact.name for artifact in manifest.artifacts)]
+    for backend in all_backends() if backends is None else map(get_backend, dict.fromkeys(backends)):
+        if backends is not None:
+            pairs += _asked_for(bundle, backend)
+        elif models or reads_artifacts(backend, bundle):
+            state = backend.availability()
+            missing = None if state.ok else state.reason
+            for artifact in bundle.manifest.artifacts:
+                pairs.append(Pair(backend, artifact, missing or backend.supports(bundle.manifest, artifact)))
+    order = [WEIGHTS, *(artifact.name for artifact in bundle.manifest.artifacts)]
     return sorted(pairs, key=lambda pair: order.index(pair.name))
+
+
+def _asked_for(bundle: Bundle, backend: Backend) -> list[Pair]:
+    manifest, state = bundle.manifest, backend.availability()
+    if not state.ok:
+        message = f"the {backend.name} backend does not run here: {state.reason}"
+        raise DeviceUnavailable(message, hint=state.hint)
+    pairs = [Pair(backend, a, backend.supports(manifest, a)) for a in manifest.artifacts]
+    if any(pair.reason is None for pair in pairs):
+        return pairs
+    if backend.supports(manifest, None) is None:
+        return [Pair(backend, None)]
+    why = "; ".join(f"{pair.name}: {pair.reason}" for pair in pairs) or "it has no artifacts"
+    raise UsageError(f"the {backend.name} backend can run nothing of {bundle.root}: {why}")
+
+
+def reads_artifacts(backend: Backend, bundle: Bundle) -> bool:
+    """Whether a backend runs exported files; one that needs none builds the model from the weights."""
+    return backend.supports(bundle.manifest, None) is not None
 
 
 @dataclass
@@ -164,6 +179,8 @@ class _Verification:
     batches: Sequence[int] | None
     progress: Progress
     records: list[ParityRecord] = field(default_factory=list)
+    run_here: set[str] = field(default_factory=set)
+    """Artifacts that a backend has run, or has failed to."""
     skipped: list[Skipped] = field(default_factory=list)
     accuracy: list[Accuracy] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -176,6 +193,8 @@ class _Verification:
             if pair.reason is not None:
                 self.skipped.append(Skipped(pair.name, pair.backend.name, pair.reason))
                 continue
+            if reads_artifacts(pair.backend, self.bundle):
+                self.run_here.add(pair.name)
             try:
                 with self._load(pair) as session:
                     self._prove(pair, session, golden)
@@ -183,7 +202,6 @@ class _Verification:
                         answers[pair.name] = pair.backend.name, self._answers(session, images)
             except BundleError as error:
                 self.failures.append(f"{pair.name} on {pair.backend.name}: {error.message}")
-        self._require_proof()
         if images is not None and answers:
             self._score(answers, images)
 
@@ -203,15 +221,12 @@ class _Verification:
             where = f"{pair.name} on {pair.backend.name}, batch {record.batch}"
             self.failures += [f"{where}: {reason}" for reason in record.failures]
 
-    def _require_proof(self) -> None:
+    def require_proof(self, unproven: Sequence[str]) -> None:
         """An artifact that nothing here can run is not proven, and neither is an empty bundle."""
-        proven = {record.artifact for record in self.records}
-        for artifact in self.bundle.manifest.artifacts:
-            broken = any(failure.startswith(f"{artifact.name} on ") for failure in self.failures)
-            if artifact.name in proven or broken:
-                continue
-            reasons = [f"{s.backend}: {s.reason}" for s in self.skipped if s.artifact == artifact.name]
-            self.failures.append(f"{artifact.name}: no backend here runs it ({'; '.join(reasons)})")
+        for name in unproven:
+            reasons = [f"{s.backend}: {s.reason}" for s in self.skipped if s.artifact == name]
+            why = "; ".join(reasons) or "no backend reads its format"
+            self.failures.append(f"{name}: no backend here runs it ({why})")
         if not self.records and not self.failures:
             self.failures.append("nothing was compared: the bundle has no artifacts")
 
@@ -228,8 +243,6 @@ class _Verification:
 
     def _reference(self, answers: dict[str, tuple[str, Labels]], images: LabelledImages) -> Labels:
         """What the reference model says; without torch, what the most exact artifact says."""
-        if WEIGHTS in answers:
-            return answers[WEIGHTS][1]
         for backend in _reference_backend(self.bundle):
             with backend.load(self.bundle, None, Options(threads=self.options.threads)) as session:
                 found = self._answers(session, images)
@@ -239,7 +252,7 @@ class _Verification:
             (a for a in self.bundle.manifest.artifacts if a.name in answers),
             key=lambda artifact: EXACTNESS.index(artifact.precision),
         )
-        self.notes.append(f"agreement is with {exact.name}: the reference model needs the torch backend")
+        self.notes.append(f"agreement is with {exact.name}: the reference model itself does not run here")
         return answers[exact.name][1]
 
 

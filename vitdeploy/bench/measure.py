@@ -121,7 +121,7 @@ def run_bench(
     golden = opened.golden()
     if "pixel_values" not in golden:
         raise ParityError(f"{opened.root}: has no golden inputs to measure with")
-    pairs = runnable(opened, backends)
+    pairs = runnable(opened, backends, models=True)
     skipped = [f"{pair.name} on {pair.backend.name}: {pair.reason}" for pair in pairs if pair.reason]
     with ExitStack() as stack:
         cells: list[_Running] = []

@@ -48,20 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a label or path in an alphabet that the terminal lacks
             stream.reconfigure(errors="backslashreplace")
-    with _interruptible():
+    with _interruptible() as caught:
         try:
             code = _run(arguments)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has seen enough: `| head`
             _discard(sys.stdout)
             return 128 + signal.SIGPIPE
-        except _Interrupted as stop:
-            output.error(f"interrupted by {signal.Signals(stop.number).name}")
-            return 128 + stop.number
+        except _Interrupted:
+            return _interrupted(caught[0])
+        except VitdeployError as error:
+            # A library may have turned an interruption into an error of its own.
+            return _interrupted(caught[0]) if caught else _report(error, arguments)
     return code
 
 
 def _run(arguments: list[str]) -> int:
+    """Run a command; whatever goes wrong is a VitdeployError."""
     command = typer.main.get_command(build())
     try:
         # make_context and invoke, not main(): that one swallows Ctrl-C and prints for itself.
@@ -69,21 +72,18 @@ def _run(arguments: list[str]) -> int:
             return int(command.invoke(context) or 0)
     except typer.Exit as end:
         return end.exit_code
-    except VitdeployError as error:
-        return _report(error, arguments)
-    except _ParserError as error:
-        return _report(_usage_error(error), arguments)
-    except (BrokenPipeError, KeyboardInterrupt):
+    except (VitdeployError, BrokenPipeError):
         raise
+    except _ParserError as error:
+        raise _usage_error(error) from error
     except Exception as error:
         if "--debug" in arguments:
             raise
         what = " ".join(str(error).split())
-        bug = VitdeployError(
+        raise VitdeployError(
             f"this is a bug in vitdeploy: {type(error).__name__}: {what}",
             hint="run `vitdeploy --debug ...` and report the traceback",
-        )
-        return _report(bug, arguments)
+        ) from error
 
 
 def _version(wanted: bool) -> None:
@@ -101,6 +101,11 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def _interrupted(number: int) -> int:
+    output.error(f"interrupted by {signal.Signals(number).name}")
+    return 128 + number
 
 
 def _report(error: VitdeployError, arguments: Sequence[str]) -> int:
@@ -128,17 +133,18 @@ def _examples(lines: Sequence[str]) -> str:
 class _Interrupted(KeyboardInterrupt):
     """Ctrl-C, or a request to end: whatever is being written is cleaned up on the way out."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn the signals that end a process into ``_Interrupted``, where nobody ignores them already."""
+def _interruptible() -> Iterator[list[int]]:
+    """Raise ``_Interrupted`` on the signals that end a process, where nobody ignores them already.
+
+    Yields the signals that arrived.
+    """
+    caught: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _Interrupted(number)
+        caught.append(number)
+        raise _Interrupted
 
     before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
     if threading.current_thread() is threading.main_thread():
@@ -146,7 +152,7 @@ def _interruptible() -> Iterator[None]:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, stop)
     try:
-        yield
+        yield caught
     finally:
         for known, handler in before.items():
             signal.signal(known, handler)

@@ -83,7 +83,7 @@ def _print(report: BenchReport) -> None:
         for cell in report.cells
     ]
     columns = ("backend", "artifact", ">batch", ">p50 ms", ">p90 ms", ">p99 ms", ">mean ms", ">images/s")
-    output.table((*columns, ">relative error"), rows)
-    output.line(f"{report.rounds} interleaved rounds")
+    output.table((*columns, ">error"), rows)
+    output.line(f"{report.rounds} interleaved rounds; error: relative to the float64 reference")
     for text in report.skipped:
         output.line(f"not run: {text}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-_WIDE = 200
-"""Columns of a table where no terminal says how many there are: in a file nothing is cut."""
+_WIDE = 400
+"""Columns of a table at most; a narrower terminal wraps a line, which reads better than cut-off numbers."""
 
 
 def line(text: str = "") -> None:
@@ -57,7 +56,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="")
     for column in columns:
         made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     for row in rows:
@@ -71,9 +70,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
-    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    return Console(stderr=stderr, width=_WIDE, markup=False, emoji=False, highlight=False)
 
 
 @contextlib.contextmanager

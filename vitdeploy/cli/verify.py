@@ -24,7 +24,7 @@ EXAMPLES = (
 def command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle.", show_default=False)],
     backend: Annotated[
-        str | None, typer.Option(metavar="B,...", help="Backends.  [default: all that run here]")
+        str | None, typer.Option(metavar="B,...", help="Backends.  [default: all here that run artifacts]")
     ] = None,
     batch: Annotated[
         str | None, typer.Option(metavar="N,...", help="Batch sizes.  [default: each artifact's MIN,OPT,MAX]")
@@ -42,7 +42,8 @@ def command(
     """Prove a bundle on this machine; exit with 5 if anything does not hold.
 
     Checks every byte, the preprocessing, and every artifact on every backend against the float64
-    reference. An artifact that no backend here can run is not proven, and fails too.
+    reference. An artifact that no backend here can run is not proven, and fails too; with --backend,
+    what the named ones cannot run is only listed.
     """
     from vitdeploy.backends.base import Options
     from vitdeploy.verification import verify_bundle
@@ -84,6 +85,8 @@ def _print(report: VerifyReport) -> None:
     if report.passed:
         compared = f"{len(report.parity)} comparisons"
         output.line()
+        if report.unproven:
+            output.line(f"not proven, as no named backend runs it: {', '.join(report.unproven)}")
         output.line(
             f"{report.bundle}: proven: {report.files} files intact, preprocessing equal, {compared} passed"
         )

@@ -1,0 +1,40 @@
+"""Running a command line in this process, and one real export for all who look at its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bundles import write_bundle
+from commands import Exported, Result, Run, in_a_process
+
+from vitdeploy.bundle import Bundle
+from vitdeploy.cli import main
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run("verify", folder)`` in this process."""
+
+    def call(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """The linear classifier, in fp32 and fp16."""
+    return write_bundle(tmp_path / "linear.bundle", precisions=("fp32", "fp16"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The digits model, really exported, in fp32 and fp16."""
+    folder = tmp_path_factory.mktemp("digits") / "digits.bundle"
+    result = in_a_process("export", "-m", "digits", "-o", folder, "--fp32", "--fp16")
+    assert result.code == 0, result.err
+    return Exported(folder, result)

@@ -1,0 +1,176 @@
+"""The frame around the verbs: help, exit codes, errors as one line and a hint, JSON, signals, pipes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from bundles import random_image
+from commands import COMMAND, Run
+
+from vitdeploy import doctor
+from vitdeploy.bundle import Bundle
+from vitdeploy.cli import main
+
+VERBS = ("export", "verify", "bench", "inspect", "predict", "doctor")
+
+
+def test_help(run: Run) -> None:
+    result = run("--help")
+    assert (result.code, result.err) == (0, "")
+    assert all(f"\n  {verb}" in result.out for verb in VERBS)
+    assert run() == result
+    assert run("-h") == result
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_examples(run: Run, verb: str) -> None:
+    result = run(verb, "--help")
+    assert result.code == 0
+    assert f"Examples:\n    vitdeploy {verb}" in result.out
+    assert "--json" in result.out
+
+
+def test_version(run: Run) -> None:
+    import vitdeploy
+
+    assert run("--version").out == f"vitdeploy {vitdeploy.__version__}\n"
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        subprocess.run([*COMMAND, "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) <= 0.4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["exprt"], "no such command 'exprt'; did you mean 'export'?"),
+        (["export", "--fp61"], "no such option: --fp61; did you mean '--fp16'?"),
+        (["export", "--modle", "x"], "no such option: --modle; did you mean '--model'?"),
+        (["predict"], "missing argument 'BUNDLE'"),
+        (["export", "--opset", "x"], "invalid value for '--opset'"),
+        (["export", "--model"], "option '--model' requires an argument"),
+        (["inspect", "a", "b"], "got unexpected extra argument"),
+    ],
+)
+def test_usage_errors(run: Run, arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: {message}")
+    assert "\nhint: vitdeploy" in result.err
+    assert len(result.err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, code, kind",
+    [
+        (["inspect", "--json", "--nonsense"], 2, "UsageError"),
+        (["verify", "nowhere", "--json"], 2, "BundleError"),
+        (["export", "-m", "digitz", "--json"], 2, "UsageError"),
+        (["predict", "nowhere", "x.png", "--json", "--csv"], 2, "UsageError"),
+    ],
+)
+def test_errors_as_json(run: Run, arguments: list[str], code: int, kind: str) -> None:
+    result = run(*arguments)
+    assert result.code == code
+    assert result.document["ok"] is False
+    error = result.document["error"]
+    assert error.keys() == {"kind", "message", "hint"}
+    assert error["kind"] == kind
+    assert f"error: {error['message']}" in result.err
+
+
+def broken(*_: object, **__: object) -> None:
+    raise RuntimeError("two\nlines")
+
+
+def test_a_bug_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitdeploy.doctor.diagnose", broken)
+    result = run("doctor")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines()[0] == "error: this is a bug in vitdeploy: RuntimeError: two lines"
+    assert "Traceback" not in result.err
+    assert run("doctor", "--json").document["error"]["kind"] == "VitdeployError"
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitdeploy.doctor.diagnose", broken)
+    with pytest.raises(RuntimeError, match="two"):
+        main(["--debug", "doctor"])
+
+
+def test_a_pipe_that_closes_is_no_error(bundle: Bundle, tmp_path: Path) -> None:
+    image = tmp_path / "one.png"
+    random_image(0).save(image)
+    writer = subprocess.Popen(
+        [*COMMAND, "predict", bundle.root, image, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    assert writer.wait() == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_with_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr("vitdeploy.doctor.diagnose", lambda: signal.raise_signal(number))
+    result = run("doctor")
+    assert result.code == 128 + number
+    assert result.err == f"error: interrupted by {number.name}\n"
+    assert signal.getsignal(number) is before
+
+
+def test_an_interruption_that_a_library_renames(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diagnose() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:  # what an extension module does while it is imported
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("vitdeploy.doctor.diagnose", diagnose)
+    result = run("doctor", "--json")
+    assert (result.code, result.out, result.err) == (130, "", "error: interrupted by SIGINT\n")
+
+
+def test_an_ignored_signal_stays_ignored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    diagnose = doctor.diagnose
+
+    def hang_up() -> doctor.Diagnosis:
+        signal.raise_signal(signal.SIGHUP)
+        return diagnose()
+
+    monkeypatch.setattr("vitdeploy.doctor.diagnose", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        assert run("doctor").code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_without_unicode(bundle: Bundle, tmp_path: Path) -> None:
+    image = tmp_path / "kočka.png"
+    random_image(0).save(image)
+    command = [*COMMAND, "predict", bundle.root, image]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"}, check=True
+    )
+    assert "ko\\u010dka.png" in done.stdout
+
+
+def test_json_is_ascii(bundle: Bundle, tmp_path: Path, run: Run) -> None:
+    image = tmp_path / "kočka.png"
+    random_image(0).save(image)
+    out = run("predict", bundle.root, image, "--json").out
+    assert out.isascii()
+    assert json.loads(out)["images"][0]["path"] == str(image)

@@ -1,0 +1,82 @@
+"""``vitdeploy inspect``: a bundle, an ONNX file of ours, an ONNX file of somebody else's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from bundles import WEIGHT, graph
+from commands import Exported, Run
+
+from vitdeploy.bundle import Bundle
+
+
+def test_a_bundle(run: Run, digits: Exported) -> None:
+    result = run("inspect", digits.folder)
+    assert (result.code, result.err) == (0, "")
+    for text in (
+        "depth 4",
+        "10: 0, 1, 2",
+        "model.fp16.onnx",
+        "absorb_last_block",
+        "normalisations fp32 (declared)",
+    ):
+        assert text in result.out
+    assert result.out.count(" ok\n") == len(Bundle.open(digits.folder).manifest.parity) >= 6
+    assert "LayerNormalization" in result.out
+
+
+def test_a_bundle_as_json(run: Run, digits: Exported) -> None:
+    document = run("inspect", digits.folder, "--json").document
+    assert document["ok"] is True
+    assert document["manifest"]["name"] == "digits"
+    assert document["operators"].keys() == {"onnx-fp32", "onnx-fp16"}
+    nodes = {a["name"]: a["nodes"] for a in document["manifest"]["artifacts"]}
+    assert {name: sum(counts.values()) for name, counts in document["operators"].items()} == nodes
+
+
+def test_an_onnx_file(run: Run, bundle: Bundle) -> None:
+    out = run("inspect", bundle.root / "model.fp16.onnx").out
+    assert "pixel_values float32 (N, 3, 8, 8)" in out
+    assert "1 GEMM fp16" in out
+    assert "opset        20" in out
+    document = run("inspect", bundle.root / "model.fp16.onnx", "--json").document
+    assert document["operators"] == {"Cast": 3, "Flatten": 1, "MatMul": 1}
+    assert document["precision"] == [{"kind": "GEMM", "dtype": "fp16", "count": 1, "declared_island": False}]
+    assert document["inputs"] == [{"name": "pixel_values", "dtype": "float32", "shape": ["N", 3, 8, 8]}]
+    assert document["parameters"] == WEIGHT.size
+
+
+def test_a_file_that_is_not_from_here(run: Run, tmp_path: Path) -> None:
+    model = onnx.load_from_string(graph("fp32", "float", WEIGHT))
+    model.producer_name = "somebody \x1b[31m"
+    path = tmp_path / "other.onnx"
+    onnx.save(model, path)
+    out = run("inspect", path).out
+    assert "somebody \\x1b[31m" in out
+    assert "1 GEMM fp32" in out
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.onnx", None, "does not exist"),
+        ("text.txt", b"text", "neither a bundle nor an .onnx file"),
+        ("junk.onnx", b"\xff\xff\xff", "ONNX file"),
+        ("empty.onnx", b"", "ONNX file"),
+    ],
+)
+def test_errors(run: Run, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    result = run("inspect", path)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_a_folder_that_is_no_bundle(run: Run, tmp_path: Path) -> None:
+    result = run("inspect", tmp_path)
+    assert result.code == 2
+    assert "is not a bundle" in result.err
