@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,15 @@ from vitdeploy import bundle as module
 from vitdeploy.bundle import GOLDEN, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, UsageError
-from vitdeploy.manifest import MANIFEST, Artifact, Manifest, Provenance, TensorSpec
+from vitdeploy.manifest import (
+    MANIFEST,
+    Artifact,
+    FileRecord,
+    Manifest,
+    ParityRecord,
+    Provenance,
+    TensorSpec,
+)
 
 ARRAYS = {"pixel_values": np.arange(12, dtype=np.float32).reshape(2, 6), "reference": np.eye(2)}
 
@@ -388,6 +397,28 @@ def test_any_flipped_bit_in_any_file_is_found(pristine: Path, data: st.DataObjec
     finally:
         path.write_bytes(content)
     Bundle.open(pristine).verify()
+
+
+DOCUMENTATION = Path(__file__).parent.parent / "docs" / "bundle.md"
+
+
+class TestDocumentation:
+    def check(self, bundle: Path) -> subprocess.CompletedProcess[str]:
+        code = re.search(r"```python\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
+        assert code is not None
+        return subprocess.run([sys.executable, "-c", code[1], str(bundle)], capture_output=True, text=True)
+
+    def test_the_independent_check_agrees(self, target: Path) -> None:
+        write(target)
+        assert self.check(target).stdout == "intact: tiny\n"
+        _flip(target / "model.onnx", 7, 1)
+        assert "AssertionError: model.onnx" in self.check(target).stderr
+
+    def test_every_key_of_the_manifest_is_described(self) -> None:
+        text = DOCUMENTATION.read_text()
+        for model in (Manifest, Artifact, ParityRecord, Provenance, FileRecord, TensorSpec):
+            for name in model.model_fields:
+                assert f"`{name}`" in text, f"{model.__name__}.{name}"
 
 
 class TestRefusals:

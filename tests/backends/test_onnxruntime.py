@@ -15,7 +15,7 @@ from vitdeploy.backends.onnxruntime import OnnxRuntime
 from vitdeploy.bundle import Bundle
 from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
-from vitdeploy.manifest import TensorSpec
+from vitdeploy.manifest import OpPrecision, PrecisionProof, TensorSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -115,6 +115,13 @@ def test_bf16_has_a_reason_before_and_an_error_after(make_bundle: Any) -> None:
     assert reason == "ONNX Runtime's CPU provider has no bf16 kernels"
     with pytest.raises(UsageError, match=r"cannot run onnx-bf16 .* has no bf16 kernels"):
         load(bundle)
+
+
+def test_bf16_is_found_in_a_mixed_artifact_too(make_bundle: Any) -> None:
+    bundle = make_bundle()
+    proof = PrecisionProof(ops=(OpPrecision(name="head", op="MatMul", dtype="bfloat16"),), ok=True)
+    mixed = bundle.manifest.artifacts[0].model_copy(update={"precision": "mixed", "proof": proof})
+    assert "no bf16 kernels" in str(OnnxRuntime().supports(bundle.manifest, mixed))
 
 
 def test_only_onnx_artifacts(make_bundle: Any) -> None:

@@ -47,7 +47,7 @@ class OnnxRuntime:
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         if artifact is None or artifact.format != "onnx":
             return "it runs ONNX artifacts only"
-        if artifact.precision == "bf16" and self.availability().ok and not _gpu_providers():
+        if _has_bf16(artifact) and self.availability().ok and not _gpu_providers():
             return _NO_BF16
         return None
 
@@ -56,7 +56,7 @@ class OnnxRuntime:
         library = _library()
         require_support(self, bundle, artifact)
         assert artifact is not None
-        if provider == "cpu" and artifact.precision == "bf16":
+        if provider == "cpu" and _has_bf16(artifact):
             raise UsageError(f"{artifact.name}: {_NO_BF16}", hint="--provider cuda, or another precision")
         _require_provider(library, provider)
         bundle.verify_hashes(artifact.files)
@@ -114,6 +114,11 @@ def available_providers() -> tuple[str, ...]:
 
 def _gpu_providers() -> list[str]:
     return [name for name in available_providers() if name in list(_PROVIDERS.values())[1:]]
+
+
+def _has_bf16(artifact: Artifact) -> bool:
+    operations = artifact.proof.ops if artifact.proof else ()
+    return artifact.precision == "bf16" or any(operation.dtype == "bfloat16" for operation in operations)
 
 
 def _choose(options: Options) -> tuple[str, int]:
