@@ -13,7 +13,7 @@ SIZES = [(224, 224), (384, 224), (56, 98), (28, 28), (8, 8), (1, 1), (1, 9), (9,
 @pytest.mark.parametrize("size", SIZES)
 def test_any_size_and_twice_the_same(size: tuple[int, int]) -> None:
     images = golden_images(size)
-    assert len(images) == len(GOLDEN_NAMES) == 10
+    assert len(images) == len(GOLDEN_NAMES) == 8
     for image, again in zip(images, golden_images(size), strict=True):
         assert image.shape == (*size, 3)
         assert image.dtype == np.uint8
@@ -29,12 +29,9 @@ def test_names_say_what_is_drawn() -> None:
     images = dict(zip(GOLDEN_NAMES, golden_images((64, 96)), strict=True))
     assert (images["black"] == 0).all()
     assert (images["white"] == 255).all()
-    assert (images["grey"] == 128).all()
     board = images["checkerboard"].astype(int)
     assert (np.abs(np.diff(board, axis=0)) == 255).all()
     assert (np.abs(np.diff(board, axis=1)) == 255).all()
-    assert (images["halves"][:, :48] == 0).all()
-    assert (images["halves"][:, 48:] == 255).all()
     assert (images["bright_pixel"] == 255).sum() == 3
     assert images["bright_pixel"].sum() == 3 * 255
     assert abs(images["noise"].mean() - 127.5) < 3

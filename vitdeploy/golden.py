@@ -90,13 +90,6 @@ def _checkerboard(size: Size) -> NDArray[np.uint8]:
     return _to_uint8(odd[..., None] * np.array([255, 255, 255]))
 
 
-def _halves(size: Size) -> NDArray[np.uint8]:
-    """Left half black, right half white."""
-    image = np.zeros((*size, 3), dtype=np.uint8)
-    image[:, size[1] // 2 :] = 255
-    return image
-
-
 def _bright_pixel(size: Size) -> NDArray[np.uint8]:
     """One white pixel on black."""
     image = np.zeros((*size, 3), dtype=np.uint8)
@@ -156,9 +149,7 @@ _DRAWINGS: dict[str, Callable[[Size], NDArray[np.uint8]]] = {
     "noise": _uniform_noise,
     "black": _constant(0),
     "white": _constant(255),
-    "grey": _constant(128),
     "checkerboard": _checkerboard,
-    "halves": _halves,
     "bright_pixel": _bright_pixel,
 }
 

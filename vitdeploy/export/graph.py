@@ -9,16 +9,20 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
 
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ExportError
+from vitdeploy.lowered import LoweredViT
 from vitdeploy.model import public_name
 
 OLDEST_OPSET, NEWEST_OPSET = 17, 23
 _NEWER_THAN_17 = 18
+_MARK = 1_000_003
+"""A batch size, never allocated, that is prime and larger than any dimension of a model."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -28,6 +32,8 @@ def trace(
     """Trace ``module(example)`` and return its graph.
 
     Args:
+        module: a deployed ViT is traced at one batch size, which is then set free: half the time of a trace
+            with a symbolic batch, which any other module gets.
         example: one input with the batch as its first axis; only its shape and dtype matter.
         batch: a fixed batch is traced as a constant, otherwise the first axis is ``N``.
         names: of the input and of the output.
@@ -35,19 +41,40 @@ def trace(
     Raises:
         ExportError: PyTorch cannot trace the module, or ONNX has no form of it at this opset.
     """
-    example = torch.zeros((batch.min if batch.fixed else 2, *example.shape[1:]), dtype=example.dtype)
-    axes = None if batch.fixed else ({0: torch.export.Dim("N", min=1, max=max(batch.max, 2))},)
-    traced_opset = max(opset, _NEWER_THAN_17)
+    marked = isinstance(module, LoweredViT) and not batch.fixed
+    rows = batch.min if batch.fixed else _MARK if marked else 2
+    image = torch.zeros((1, *example.shape[1:]), dtype=example.dtype).expand(rows, *example.shape[1:])
+    symbolic = None if batch.fixed or marked else ({0: torch.export.Dim("N", min=1, max=max(batch.max, 2))},)
+    model = _exported(module, image, symbolic, max(opset, _NEWER_THAN_17), names)
+    if opset == OLDEST_OPSET:
+        _to_opset_17(model)
+    if (got := model.opset_imports.get("")) != opset:
+        raise ExportError(
+            f"the graph uses operators of opset {got}, not {opset}", hint="choose another --opset"
+        )
+    if marked:
+        free_batch(model, _MARK)
+    tidy(model)
+    return model
+
+
+def _exported(
+    module: nn.Module,
+    image: torch.Tensor,
+    symbolic: tuple[dict[int, torch.export.Dim]] | None,
+    opset: int,
+    names: tuple[str, str],
+) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
-                (example,),
+                (image,),
                 dynamo=True,
-                opset_version=traced_opset,
+                opset_version=opset,
                 input_names=[names[0]],
                 output_names=[names[1]],
-                dynamic_shapes=axes,
+                dynamic_shapes=symbolic,
                 verbose=False,
                 external_data=False,
             )
@@ -60,15 +87,40 @@ def trace(
         ) from error
     if program is None:
         raise ExportError(f"PyTorch returned no graph for {type(module).__name__}")
-    model = program.model
-    if opset == OLDEST_OPSET:
-        _to_opset_17(model)
-    if (got := model.opset_imports.get("")) != opset:
-        raise ExportError(
-            f"the graph uses operators of opset {got}, not {opset}", hint="choose another --opset"
-        )
-    tidy(model)
-    return model
+    return program.model
+
+
+def free_batch(model: ir.Model, mark: int) -> None:
+    """Turn the batch size ``mark``, which stands for nothing else in the graph, into the dimension ``N``.
+
+    Raises:
+        ExportError: it is part of a constant that is no shape, so the graph depends on it.
+    """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.INT64 or tensor.size > 16:
+            continue
+        numbers = tensor.numpy()
+        found = (numbers % mark == 0) & (numbers != 0)
+        if not found.any():
+            continue
+        if (
+            found.sum() > 1
+            or (numbers < 0).any()
+            or {user.op_type for user, _ in value.uses()} != {"Reshape"}
+        ):
+            raise ExportError(f"the graph depends on the batch size: {value.name} is {numbers.tolist()}")
+        value.const_value = ir.tensor(np.where(found, -1, numbers), name=value.name)
+    values = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *values):
+        if value.shape is not None:
+            value.shape = ir.Shape([_freed(size, mark) for size in value.shape])
+
+
+def _freed(size: int | ir.SymbolicDim, mark: int) -> int | str | ir.SymbolicDim | None:
+    if not isinstance(size, int) or size % mark:
+        return size
+    return "N" if size == mark else None
 
 
 @contextlib.contextmanager
