@@ -24,68 +24,84 @@ EXAMPLES = (
 )
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="A named variant (vit_base_patch16_224, B/16, digits), a transformers folder or hub id, "
+        "timm:NAME, or module:function.  [default: vit_base_patch16_224]",
+    ),
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="Weights of a named variant: a file or folder.")
+]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option("-o", "--output-dir", metavar="DIR", help="The bundle.  [default: ./MODEL.bundle]"),
+]
+Format = Annotated[
+    str, typer.Option(metavar="F,...", help="onnx, or auto for all that this machine can build.")
+]
+Fp32 = Annotated[bool, typer.Option("--fp32", help="Add an fp32 artifact; the default.")]
+Fp16 = Annotated[bool, typer.Option("--fp16", help="Add an fp16 artifact.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Add a bf16 artifact.")]
+Precisions = Annotated[str | None, typer.Option(metavar="P,...", help="The same, as a list: fp32,fp16,bf16.")]
+ImageSize = Annotated[
+    str | None, typer.Option(metavar="N|HxW", help="Pixels; the checkpoint's own when omitted.")
+]
+Batch = Annotated[
+    str, typer.Option(metavar="MIN,OPT,MAX|N", help="Batch sizes to serve; one number fixes it.")
+]
+Opset = Annotated[int, typer.Option(metavar="N", help="ONNX operator set, 17 to 23.")]
+Input = Annotated[
+    str,
+    typer.Option(
+        metavar="float|uint8",
+        help="float: (N,3,H,W) pixel values; uint8: (N,H,W,3) images, normalisation folded in.",
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        metavar="logits|features|tokens",
+        help="What the artifacts return.  [default: logits where there is a head]",
+    ),
+]
+Atol = Annotated[
+    float | None, typer.Option(metavar="X", help="An absolute tolerance on top of the built-in ones.")
+]
+NoFallback = Annotated[
+    bool, typer.Option("--no-fallback", help="Fail where a precision needs fp32 islands to pass.")
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of random weights.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be built; write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
 def command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "-m",
-            "--model",
-            metavar="MODEL",
-            help="A named variant (vit_base_patch16_224, B/16, digits), a transformers folder or hub id, "
-            "timm:NAME, or module:function.  [default: vit_base_patch16_224]",
-            show_default=False,
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Weights of a named variant: a file or folder.")
-    ] = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option("-o", "--output-dir", metavar="DIR", help="The bundle.  [default: ./MODEL.bundle]"),
-    ] = None,
-    format: Annotated[
-        str, typer.Option(metavar="F,...", help="onnx, or auto for all that this machine can build.")
-    ] = "auto",
-    fp32: Annotated[bool, typer.Option("--fp32", help="Add an fp32 artifact; the default.")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Add an fp16 artifact.")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Add a bf16 artifact.")] = False,
-    precision: Annotated[
-        str | None, typer.Option(metavar="P,...", help="The same, as a list: fp32,fp16,bf16.")
-    ] = None,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="N|HxW", help="Pixels; the checkpoint's own when omitted.")
-    ] = None,
-    batch: Annotated[
-        str, typer.Option(metavar="MIN,OPT,MAX|N", help="Batch sizes to serve; one number fixes it.")
-    ] = "1,8,32",
-    opset: Annotated[int, typer.Option(metavar="N", help="ONNX operator set, 17 to 23.")] = 20,
-    input: Annotated[
-        str,
-        typer.Option(
-            metavar="float|uint8",
-            help="float: (N,3,H,W) pixel values; uint8: (N,H,W,3) images, normalisation folded in.",
-        ),
-    ] = "float",
-    output_kind: Annotated[
-        str | None,
-        typer.Option(
-            "--output",
-            metavar="logits|features|tokens",
-            help="What the artifacts return.  [default: logits where there is a head]",
-        ),
-    ] = None,
-    atol: Annotated[
-        float | None, typer.Option(metavar="X", help="An absolute tolerance on top of the built-in ones.")
-    ] = None,
-    no_fallback: Annotated[
-        bool, typer.Option("--no-fallback", help="Fail where a precision needs fp32 islands to pass.")
-    ] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of random weights.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be built; write nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    output_dir: OutputDir = None,
+    format: Format = "auto",
+    fp32: Fp32 = False,
+    fp16: Fp16 = False,
+    bf16: Bf16 = False,
+    precision: Precisions = None,
+    image_size: ImageSize = None,
+    batch: Batch = "1,8,32",
+    opset: Opset = 20,
+    input: Input = "float",
+    output_kind: Output = None,
+    atol: Atol = None,
+    no_fallback: NoFallback = False,
+    seed: Seed = 0,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Export a model into a bundle and prove every artifact against its float64 reference.
 
