@@ -31,9 +31,10 @@ Float = NDArray[np.float64]
 # and planted faults: tanh-GELU for erf 1e-4 (Ti) to 2.7e-4 (B), LayerNorm eps 1e-5 for 1e-6 2.5e-3 to
 # 3.3e-3, no head bias 7.1e-2 to 3.8e-2.
 #
-# KL is about half the variance of the logits' errors; with a trained model's logits (norm 50 over 1000
-# classes) the relative bounds below allow it 5e-7, 1e-4 and 3e-3. Its own bound catches what a relative
-# error hides: logits so large, or so far from zero, that a small share of them changes probabilities.
+# KL is about half the variance of the logits' errors: with a trained model's logits (norm 50 over 1000
+# classes, errors spread over them) the relative bounds below allow it 3e-9, 1e-4 and 3e-3. Its own bound
+# catches what a relative error hides: logits so large, or so far from zero, that a small share of them
+# changes probabilities.
 #
 # Company in a batch changes the order of sums, so an image's answer may move by rounding, that is by
 # what the precision itself may lose; rows that get mixed up differ by a multiple of it.
@@ -74,18 +75,18 @@ def compare(reference: Array, outputs: Array, tolerance: Tolerance, output: Outp
     if not reference.size:
         return ParityMetrics(rows=rows, elements=0)
     expected, actual = (array.reshape(rows, -1).astype(np.float64) for array in (reference, outputs))
-    finite = np.isfinite(actual).all(axis=1)
+    numbers = np.isfinite(actual)
+    finite = numbers.all(axis=1)
     counts = {
         "rows": rows,
         "elements": int(expected.size),
-        "nonfinite": int((~np.isfinite(actual)).sum()),
+        "nonfinite": int((~numbers).sum()),
         "worst": None if finite.all() else int(np.argmin(finite)),
     }
     if not finite.any():
         return ParityMetrics(**counts)
     expected, actual = expected[finite], actual[finite]
-    error = np.abs(actual - expected)
-    relative = _relative(actual - expected, expected)
+    error, relative = np.abs(actual - expected), _relative(actual - expected, expected)
     if counts["worst"] is None:
         counts["worst"] = int(np.argmax(relative))
     ranking = _ranking(expected, actual, tolerance) if output == "logits" else {}
@@ -201,24 +202,23 @@ def check_session(
     least = facts.batch.min if facts.batch else 1
     sizes = batches or (facts.batch.sizes if facts.batch else (1, 8))
     # With other company than below: alone where the artifact allows it, else with other neighbours.
-    alone = _outputs(session, np.roll(inputs, 1, axis=0), least)
-    alone = None if alone is None else np.roll(alone[: len(inputs)], -1, axis=0)
+    rolled = _outputs(session, np.roll(inputs, 1, axis=0), least)
+    alone = None if rolled is None else np.roll(rolled[: len(inputs)], -1, axis=0)
     records = []
     for size in sizes:
         outputs = alone if size == least == 1 else _outputs(session, inputs, size)
         metrics, found = _check_batch(outputs, alone, reference, facts.outputs[0].name, tolerance)
-        records.append(
-            ParityRecord(
-                artifact=facts.artifact,
-                backend=facts.backend,
-                batch=size,
-                provider=facts.provider,
-                metrics=metrics,
-                tolerance=tolerance,
-                passed=not found,
-                failures=found,
-            )
+        record = ParityRecord(
+            artifact=facts.artifact,
+            backend=facts.backend,
+            batch=size,
+            provider=facts.provider,
+            metrics=metrics,
+            tolerance=tolerance,
+            passed=not found,
+            failures=found,
         )
+        records.append(record)
     return records
 
 
