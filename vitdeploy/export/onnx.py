@@ -17,6 +17,7 @@ from vitdeploy.export.graph import NEWEST_OPSET, OLDEST_OPSET, trace
 from vitdeploy.export.stream import save_streaming
 from vitdeploy.export.subject import Subject
 from vitdeploy.manifest import Artifact, TensorSpec
+from vitdeploy.memory import release
 from vitdeploy.precision import DTYPES, PrecisionPlan
 from vitdeploy.proof import prove_precision, read_graph, undeclared
 
@@ -81,9 +82,11 @@ def write_onnx(
         tuple(_spec(value) for value in values) for values in (graph.graph.inputs, graph.graph.outputs)
     )
     nodes = graph.graph.num_nodes()
-    del graph, deployed  # before the file is read again: a large model is held once, not twice
+    del graph, deployed
+    release()  # before the file is read again
     _check(path)
     proof = prove_precision(read_graph(path), default, islands)
+    release()
     if not proof.ok:
         names = (
             ", ".join(f"{row.name} ({row.dtype})" for row in undeclared(proof, default)) or "no GEMM found"
@@ -115,15 +118,18 @@ def _describe(model: ir.Model, subject: Subject, precision: str) -> None:
 
 
 def _save(model: ir.Model, path: Path) -> list[Path]:
-    weights = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
-    )
-    if weights <= EXTERNAL_ABOVE:
+    """Write the graph; it loses its weights, which the exporter's pattern matchers would hold on to."""
+    values = list(model.graph.initializers.values())
+    if sum(value.const_value.nbytes for value in values if value.const_value) <= EXTERNAL_ABOVE:
         save_streaming(model, path)
-        return [path]
-    data = path.with_name(f"{path.name}.data")
-    ir.save(model, path, external_data=data.name)
-    return [path, data]
+        files = [path]
+    else:
+        data = path.with_name(f"{path.name}.data")
+        ir.save(model, path, external_data=data.name)
+        files = [path, data]
+    for value in values:
+        value.const_value = None
+    return files
 
 
 def _spec(value: ir.Value) -> TensorSpec:

@@ -28,6 +28,7 @@ from vitdeploy.export.fallback import Proposal, emulate, smallest_islands
 from vitdeploy.export.onnx import INPUT, OnnxOptions, write_onnx
 from vitdeploy.export.subject import Subject, VitSubject, subject_of
 from vitdeploy.manifest import Artifact, Manifest, ParityRecord, Provenance
+from vitdeploy.memory import release
 from vitdeploy.precision import DTYPES, PrecisionPlan
 from vitdeploy.preprocess import apply, apply_uint8
 from vitdeploy.progress import Progress
@@ -125,12 +126,16 @@ def run_export(
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
         for note in opened.notes:
             progress.note(note)
+        provenance = _provenance(request, opened)
+        del opened  # and its weights, once they are in the bundle
         with progress.stage("reference") as stage:
             arrays = golden_arrays(subject)
             stage.detail = f"{len(arrays['reference'])} golden images in float64"
         with progress.stage("weights") as stage:
             stage.size = _write_tensors(writer, subject, arrays)
-        job = _Job(request, opened, subject, arrays, writer, progress)
+        subject.reload(writer.directory / WEIGHTS)
+        release()
+        job = _Job(request, provenance, subject, arrays, writer, progress)
         job.build()
         return writer.commit()
 
@@ -174,7 +179,7 @@ class _Job:
     """The artifacts of one export, as they are built and proven."""
 
     request: ExportRequest
-    opened: Checkpoint | UserModule
+    provenance: Provenance
     subject: Subject
     golden: Golden
     writer: BundleWriter
@@ -242,6 +247,8 @@ class _Job:
         with self.progress.stage(f"round as {precision}") as stage:
             deployed = self.subject.deployed(plan).float()
             output = emulate(deployed, plan, torch.from_numpy(self.golden[INPUT])).numpy()
+            del deployed
+            release()
             tolerance = parity.TOLERANCES[precision]
             metrics = parity.compare(self.golden["reference"], output, tolerance, self.subject.output)
             failures = parity.failures(metrics, tolerance)
@@ -292,7 +299,10 @@ class _Job:
         with self.progress.stage(f"parity {plan.name}") as stage:
             draft = self._manifest([*self.artifacts, artifact])
             bundle = self.writer.seal(draft)
+            self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what lowering has read
+            release()
             records = self._prove(bundle, bundle.artifact(artifact.name))
+            release()
             stage.detail = _worst(records)
         return artifact, records
 
@@ -315,7 +325,7 @@ class _Job:
             (self.writer.directory / name).unlink()
 
     def _manifest(self, artifacts: Sequence[Artifact] | None = None) -> Manifest:
-        subject, opened = self.subject, self.opened
+        subject = self.subject
         return Manifest(
             name=default_folder(self.request).stem,
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -330,22 +340,23 @@ class _Job:
             rewrites=subject.rewrites,
             artifacts=tuple(self.artifacts if artifacts is None else artifacts),
             parity=tuple(self.parity),
-            provenance=self._provenance(opened),
+            provenance=self.provenance,
         )
 
-    def _provenance(self, opened: Checkpoint | UserModule) -> Provenance:
-        libraries = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "safetensors")
-        checkpoint = opened if isinstance(opened, Checkpoint) else None
-        return Provenance(
-            source=opened.source,
-            family=checkpoint.family if checkpoint else "user module",
-            seed=checkpoint.seed if checkpoint else None,
-            source_files=dict(checkpoint.provenance) if checkpoint else {},
-            versions={name: metadata.version(name) for name in libraries},
-            platform=f"{platform.system()} {platform.machine()}, Python {sys.version.split()[0]}",
-            command=self.request.command,
-            notes=opened.notes,
-        )
+
+def _provenance(request: ExportRequest, opened: Checkpoint | UserModule) -> Provenance:
+    libraries = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "safetensors")
+    checkpoint = opened if isinstance(opened, Checkpoint) else None
+    return Provenance(
+        source=opened.source,
+        family=checkpoint.family if checkpoint else "user module",
+        seed=checkpoint.seed if checkpoint else None,
+        source_files=dict(checkpoint.provenance) if checkpoint else {},
+        versions={name: metadata.version(name) for name in libraries},
+        platform=f"{platform.system()} {platform.machine()}, Python {sys.version.split()[0]}",
+        command=request.command,
+        notes=opened.notes,
+    )
 
 
 def _worst(records: Sequence[ParityRecord]) -> str:

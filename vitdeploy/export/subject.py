@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitdeploy import model
@@ -48,6 +50,9 @@ class Subject(ABC):
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
         """The sites of the deployed module that the plan keeps in fp32."""
 
+    def reload(self, path: Path) -> None:
+        """Go on with the weights in this file, the same ones, mapped instead of held in memory."""
+
     @property
     def parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.state.values())
@@ -76,6 +81,9 @@ class VitSubject(Subject):
     @property
     def state(self) -> Mapping[str, Tensor]:
         return model.state_of(self._vit)
+
+    def reload(self, path: Path) -> None:
+        self._vit = model.build(self._vit.config, load_file(path))
 
     def reference(self, inputs: Tensor) -> Tensor:
         if self.input == "uint8":
