@@ -108,8 +108,8 @@ class TestWriting:
         self, target: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         hashed: list[str] = []
-        real = module._sha256
-        monkeypatch.setattr(module, "_sha256", lambda path: hashed.append(path.name) or real(path))
+        real = module.sha256
+        monkeypatch.setattr(module, "sha256", lambda path: hashed.append(path.name) or real(path))
         with BundleWriter(target) as writer:
             writer.file("model.onnx").write_bytes(b"one")
             unfinished = writer.seal(draft())

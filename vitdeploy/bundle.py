@@ -7,15 +7,13 @@ and no path or link leads out of the folder.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError
@@ -35,17 +33,10 @@ from vitdeploy.manifest import (
     safe_path,
     seal,
 )
+from vitdeploy.plain_files import Signature, names_below, sha256, signature
 
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
-
-
-class _Signature(NamedTuple):
-    """Changes when a file is rewritten or replaced; survives moving the bundle's folder."""
-
-    inode: int
-    size: int
-    modified: int
 
 
 class Bundle:
@@ -54,7 +45,7 @@ class Bundle:
     Files whose hash was checked once are not read again by the same object while they stay unchanged.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, checked: Mapping[str, _Signature]) -> None:
+    def __init__(self, root: Path, manifest: Manifest, checked: Mapping[str, Signature]) -> None:
         self.root = root
         self.manifest = manifest
         self._checked = dict(checked)
@@ -175,7 +166,7 @@ class Bundle:
 
     def _size_problem(self, name: str) -> str | None:
         try:
-            size = _plain_file(self.root, name).size
+            size = signature(self.root, name).size
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -189,14 +180,14 @@ class Bundle:
         if problem := self._size_problem(name):
             return problem
         try:
-            signature = _plain_file(self.root, name)
-            if self._checked.get(name) == signature:
+            found = signature(self.root, name)
+            if self._checked.get(name) == found:
                 return None
-            if _sha256(self.root / name) != self.manifest.files[name].sha256:
+            if sha256(self.root / name) != self.manifest.files[name].sha256:
                 return f"{name} changed after it was written (its sha256 does not match)"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        self._checked[name] = signature
+        self._checked[name] = found
         return None
 
 
@@ -216,7 +207,7 @@ class BundleWriter:
         self._force = force
         self._base = base
         self._staged = StagedFolder(self.target)
-        self._records: dict[str, tuple[_Signature, FileRecord]] = {}
+        self._records: dict[str, tuple[Signature, FileRecord]] = {}
         self._hashed = dict(base._checked) if base else {}
         self._sealed: Bundle | None = None
 
@@ -312,22 +303,22 @@ class BundleWriter:
             except OSError:  # no hard links here
                 shutil.copy2(base.root / name, path, follow_symlinks=False)
             # The old record stays: hashing again would bless a file that was damaged meanwhile.
-            self._records[name] = (_plain_file(self.directory, name), record)
+            self._records[name] = (signature(self.directory, name), record)
 
     def _scan(self) -> dict[str, FileRecord]:
-        found = {}
+        records = {}
         for name in _names(self.directory):
             try:
-                signature = _plain_file(self.directory, safe_path(name))
+                found = signature(self.directory, safe_path(name))
             except ValueError as error:
                 raise BundleError(f"{self.target}: {error}") from error
             known = self._records.get(name)
-            if known is None or known[0] != signature:
-                known = signature, FileRecord(size=signature.size, sha256=_sha256(self.directory / name))
+            if known is None or known[0] != found:
+                known = found, FileRecord(size=found.size, sha256=sha256(self.directory / name))
                 self._records[name] = known
-                self._hashed[name] = signature
-            found[name] = known[1]
-        return found
+                self._hashed[name] = found
+            records[name] = known[1]
+        return records
 
     def _refused(self, error: BaseException | None) -> OSError | None:
         """The disk's refusal behind an exception, if that is what it is."""
@@ -359,7 +350,7 @@ def _disk_error(error: OSError, target: Path) -> BundleError:
 def _read_manifest(root: Path) -> bytes:
     path = root / MANIFEST
     try:
-        size = _plain_file(root, MANIFEST).size
+        size = signature(root, MANIFEST).size
         if size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path}: {size} bytes, but a manifest has at most {MAX_MANIFEST_BYTES}")
         return path.read_bytes()
@@ -382,32 +373,5 @@ def _looks_like_bundle(folder: Path) -> bool:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Every entry below ``folder`` that is no directory, as a relative path; not the manifest."""
-    for root, folders, files in os.walk(folder):
-        links = [name for name in folders if Path(root, name).is_symlink()]
-        for name in sorted(files + links):
-            relative = Path(root, name).relative_to(folder).as_posix()
-            if relative != MANIFEST:
-                yield relative
-
-
-def _plain_file(root: Path, name: str) -> _Signature:
-    """What identifies the contents of a regular file reached without following any link.
-
-    Raises:
-        ValueError: a link on the way, or no regular file.
-    """
-    path = root
-    for part in name.split("/"):
-        path = path / part
-        info = path.lstat()
-        if stat.S_ISLNK(info.st_mode):
-            raise ValueError(f"{name} is or passes a symbolic link")
-    if not stat.S_ISREG(info.st_mode):
-        raise ValueError(f"{name} is not a regular file")
-    return _Signature(info.st_ino, info.st_size, info.st_mtime_ns)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """What a manifest of ``folder`` would list: everything but itself."""
+    return (name for name in names_below(folder) if name != MANIFEST)

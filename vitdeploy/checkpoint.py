@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitdeploy import families
-from vitdeploy.checkpoint_files import SUFFIXES, Weights, read_json, read_shards, read_weights, sha256
+from vitdeploy.checkpoint_files import SUFFIXES, Weights, read_json, read_shards, read_weights
 from vitdeploy.config import Preprocess, Size, ViTConfig, decode_variant, is_variant, variant_names
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError, did_you_mean
@@ -30,6 +30,7 @@ from vitdeploy.families.base import Foreign, Reading, take_over
 from vitdeploy.families.positions import fit_positions
 from vitdeploy.families.timm import from_library
 from vitdeploy.model import expected_shapes
+from vitdeploy.plain_files import sha256
 
 DEFAULT_MODEL = "vit_base_patch16_224"
 DIGITS = "digits"

@@ -6,7 +6,6 @@ bytes that are there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitdeploy.errors import CheckpointError
+from vitdeploy.plain_files import sha256
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 
@@ -115,11 +115,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return content
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
