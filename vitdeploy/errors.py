@@ -94,7 +94,7 @@ class RegressionError(VitdeployError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, whatever its case, or nothing."""
+    """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, in any case, or nothing."""
     folded = {candidate.casefold(): candidate for candidate in known}
     close = difflib.get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.5)
     return f"; did you mean {folded[close[0]]!r}?" if close else ""

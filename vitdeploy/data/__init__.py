@@ -1,6 +1,6 @@
 """Data that travels inside the package: a small trained ViT and the real images it was tested on.
 
-The model, its accuracy and how it was trained: ``digits/README.md``; ``examples/train_digits.py`` writes it all.
+The model, its accuracy and how it was trained: ``digits/README.md``. ``examples/train_digits.py`` writes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["digits_folder", "digits_heldout", "digits_images"]
 
 
 def digits_folder() -> Path:
-    """The checkpoint ``digits``: a folder with ``config.json`` and ``model.safetensors``, in our own naming."""
+    """The checkpoint ``digits``: a folder with ``config.json`` and ``model.safetensors``, in our naming."""
     return Path(str(resources.files(__name__) / "digits"))
 
 
@@ -27,6 +27,6 @@ def digits_heldout() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def digits_images() -> list[Path]:
-    """Some of the held-out images as PNG and JPEG files, sorted; a name begins with the label: ``3_0012.png``."""
+    """Some of the held-out images as PNG and JPEG, sorted; a name begins with the label: ``3_0012.png``."""
     folder = digits_folder() / "images"
     return sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
