@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Tests run in several processes at once: one core each, or their thread pools fight over the same cores.
@@ -11,3 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("vitdeploy", deadline=None)  # a busy machine is not a slow function
 settings.load_profile("vitdeploy")
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """Where a test writes its bundle: in a folder that is not there yet."""
+    return tmp_path / "parent" / "bundle"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_bundles import siblings
 
 from vitdeploy.bundle import Bundle, BundleWriter
 from vitdeploy.errors import BundleError
@@ -26,15 +27,6 @@ def seal(writer: BundleWriter, name: str) -> None:
     provenance = Provenance(source="tiny", family="vit")
     created = "2026-11-21T03:00:00Z"
     writer.seal(Manifest(name=name, created=created, generator="vitdeploy 0.1.0", provenance=provenance))
-
-
-def siblings(target: Path) -> list[str]:
-    return sorted(entry.name for entry in target.parent.iterdir())
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    return tmp_path / "parent" / "bundle"
 
 
 # A child that dies, or is interrupted, at the n-th thing it does to the file system: Python reports
