@@ -182,6 +182,7 @@ def applied_rewrites(config: ViTConfig, output: Output, input_kind: InputKind) -
     """The rewrites :func:`lower` applies to this configuration, with the FLOPs each saves per image."""
     d, t, depth = config.width, config.tokens, config.depth
     queries = queries_read(config, output)
+    merged = depth - bool(queries)
     rows = [
         (
             "patches_to_gemm",
@@ -189,7 +190,7 @@ def applied_rewrites(config: ViTConfig, output: Output, input_kind: InputKind) -
             d * t,
             True,
         ),
-        ("merge_qkv", f"{3 * depth} projections in {depth} GEMMs", 0, True),
+        ("merge_qkv", f"{3 * merged} projections in {merged} GEMMs", 0, merged > 0),
         ("fold_attention_scale", "attention scale in the query weights", depth * config.heads * t * t, True),
         ("drop_key_bias", "cancels in the softmax", depth * t * d, config.qkv_bias),
         ("move_value_bias", "in the projection's bias", depth * t * d, config.qkv_bias),

@@ -9,8 +9,8 @@ import gc
 def release() -> None:
     """Free what only cycles hold, and return what glibc keeps of it to the system.
 
-    Tracers leave cycles that hold whole models, and glibc keeps freed blocks of up to 32 MB for later: together
-    several times a model's weights. Where the C library has no ``malloc_trim``, only the first half happens.
+    Tracers leave cycles that hold whole models, and glibc keeps freed blocks of up to 32 MB for later:
+    together several times a model's weights. A C library without ``malloc_trim`` keeps what it keeps.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -256,6 +256,7 @@ def test_killed_at_any_moment_there_is_no_bundle_or_a_whole_one(tmp_path: Path, 
     source = folder(tmp_path / "checkpoint", SHALLOW, random_state(SHALLOW, spread=0.2))
     target = tmp_path / "out.bundle"
     script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from pathlib import Path; from vitdeploy.export.run import ExportRequest, run_export\n"
         f"print('begin', flush=True); run_export(ExportRequest(model={str(source)!r}), Path({str(target)!r}))"
     )

@@ -150,6 +150,8 @@ def _open(
     library.set_default_logger_severity(severity)
     settings = library.SessionOptions()
     settings.log_severity_level = severity
+    # Threads that spin while they wait take the cores from whatever else runs: another session, a server.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_ALL
     if threads is not None:
         settings.intra_op_num_threads = threads

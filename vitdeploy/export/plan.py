@@ -12,7 +12,7 @@ from vitdeploy.config import Size
 from vitdeploy.export.onnx import FILES, INPUT
 from vitdeploy.export.run import ExportRequest, default_folder
 from vitdeploy.export.subject import Subject
-from vitdeploy.golden import GOLDEN_NAMES
+from vitdeploy.golden import GOLDEN_NAMES, raw_images
 from vitdeploy.manifest import Rewrite
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -75,10 +75,11 @@ def _image_size(subject: Subject) -> Size:
 
 def _files(request: ExportRequest, subject: Subject) -> dict[str, int]:
     height, width = _image_size(subject)
-    pixels = len(GOLDEN_NAMES) * 3 * height * width
+    raw = [image.nbytes for image in raw_images()]
+    pixels = (len(GOLDEN_NAMES) + len(raw)) * 3 * height * width
     files = {
         WEIGHTS: sum(tensor.nbytes for tensor in subject.state.values()),
-        GOLDEN: pixels if subject.input == "uint8" else 4 * pixels,
+        GOLDEN: sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels),
     }
     for precision in request.precisions:
         files[FILES[precision]] = _BYTES[precision] * subject.parameters

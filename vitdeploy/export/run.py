@@ -34,6 +34,8 @@ from vitdeploy.preprocess import apply, apply_uint8
 from vitdeploy.progress import Progress
 
 FORMATS = ("auto", "onnx")
+_MODE = 0o644
+"""safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
 Golden = dict[str, np.ndarray[Any, Any]]
 
 
@@ -99,7 +101,10 @@ def default_folder(request: ExportRequest) -> Path:
     )
     if request.checkpoint is not None and request.model is None:
         name = request.checkpoint.stem
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).name if Path(name).exists() else name).strip("-.")
+    path = Path(name)
+    if path.exists():
+        name = path.stem if path.is_file() else path.resolve().name
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
     return Path(f"{stem or 'model'}.bundle")
 
 
@@ -124,7 +129,7 @@ def run_export(
         with progress.stage("load") as stage:
             opened, subject = request.open()
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
-        for note in opened.notes:
+        for note in (*opened.notes, *subject.notes):
             progress.note(note)
         provenance = _provenance(request, opened)
         del opened  # and its weights, once they are in the bundle
@@ -171,6 +176,8 @@ def _write_tensors(writer: BundleWriter, subject: Subject, arrays: Golden) -> in
     weights, examples = writer.file(WEIGHTS), writer.file(GOLDEN)
     save_file({name: tensor.contiguous() for name, tensor in subject.state.items()}, weights)
     save_file({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, examples)
+    for path in (weights, examples):
+        path.chmod(_MODE)
     return weights.stat().st_size + examples.stat().st_size
 
 

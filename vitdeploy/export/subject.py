@@ -32,6 +32,8 @@ class Subject(ABC):
     input: InputKind
     rewrites: tuple[Rewrite, ...] = ()
     flops: int | None = None
+    notes: tuple[str, ...] = ()
+    """What the user should know about how this model is taken."""
 
     @property
     @abstractmethod
@@ -50,6 +52,7 @@ class Subject(ABC):
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
         """The sites of the deployed module that the plan keeps in fp32."""
 
+    @abstractmethod
     def reload(self, path: Path) -> None:
         """Go on with the weights in this file, the same ones, mapped instead of held in memory."""
 
@@ -112,12 +115,21 @@ class ModuleSubject(Subject):
         self.preprocess = Preprocess(size=user.image_size)
         self.labels = None
         self.output, self.input = "logits", input_kind
+        height, width = user.image_size
+        self.notes = (
+            f"a module of your own says nothing of its preprocessing; assumed: resize to {height}x{width}, "
+            "mean and std 0.5",
+        )
         self._module = user.module
 
     @property
     def state(self) -> Mapping[str, Tensor]:
         # A safetensors file holds no two names for one memory.
         return {name: tensor.detach().clone() for name, tensor in self._module.state_dict().items()}
+
+    def reload(self, path: Path) -> None:
+        # Only the module itself knows what its weights mean: it keeps them.
+        return
 
     def reference(self, inputs: Tensor) -> Tensor:
         exact = copy.deepcopy(self._module).eval().double()
