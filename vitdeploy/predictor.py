@@ -16,9 +16,9 @@ from PIL import Image
 from vitdeploy.backends.base import Array, Backend, Options, Session, get_backend
 from vitdeploy.bundle import Bundle
 from vitdeploy.errors import BundleError, ImageError, UsageError
-from vitdeploy.images import ImageSource
+from vitdeploy.images import ImageSource, load_image
 from vitdeploy.manifest import Artifact
-from vitdeploy.preprocess import apply, apply_uint8, load_image
+from vitdeploy.preprocess import apply, apply_uint8
 
 AnyImage = ImageSource | np.ndarray[Any, Any]
 """A path, the bytes of an image file, a binary file object, a Pillow image, or (H, W, 3) uint8 RGB."""
@@ -166,10 +166,9 @@ class Predictor:
 
     def _run(self, tensors: Sequence[Array]) -> Array:
         """Outputs of at most ``chunk`` prepared images; too few for the artifact are filled up, then cut."""
-        batch = self.session.facts.batch
-        missing = max(0, batch.min - len(tensors)) if batch else 0
-        stacked = np.stack([*tensors, *([tensors[-1]] * missing)])
         facts = self.session.facts
+        missing = max(0, facts.batch.min - len(tensors)) if facts.batch else 0
+        stacked = np.stack([*tensors, *([tensors[-1]] * missing)])
         outputs = self.session.run({facts.inputs[0].name: stacked})
         return outputs[facts.outputs[0].name][: len(tensors)]
 

@@ -18,9 +18,7 @@ from PIL import Image
 
 from vitdeploy.config import Preprocess, Size
 from vitdeploy.errors import CheckpointError, ConfigError, ImageError, did_you_mean
-from vitdeploy.images import MAX_PIXELS, find_images, load_image, upright
-
-__all__ = ["apply", "apply_uint8", "at_size", "find_images", "from_huggingface", "from_timm", "load_image"]
+from vitdeploy.images import MAX_PIXELS, load_image, upright
 
 _Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 _FILTERS: Mapping[_Resample, Image.Resampling] = {

@@ -180,7 +180,6 @@ def _measure(cells: Sequence[_Running], budget: float) -> int:
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Python's collector would run inside whichever sample happens to trigger it."""
-
     was_on = gc.isenabled()
     gc.disable()
     try:

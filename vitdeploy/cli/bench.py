@@ -42,7 +42,7 @@ def command(
     from vitdeploy.backends.base import Options
     from vitdeploy.bench.measure import run_bench
 
-    named = parse.names(backend) or (("onnxruntime",) if provider else None)
+    named = parse.backends(backend, provider)
     sizes, seconds = parse.integers(batch, "--batch"), parse.duration(budget)
     options = Options(threads=threads, provider=provider)
     if results is not None and not results.parent.is_dir():

@@ -51,8 +51,7 @@ def _print(found: Diagnosis) -> None:
         ("disk", f"{output.size(found.free_disk)} free in {found.temporary_folder}"),
         ("providers", ", ".join(found.providers) or "none: ONNX Runtime is not installed"),
     ]
-    for name, value in rows:
-        output.line(f"{name:<12} {value}")
+    output.facts(rows)
     output.heading("backends")
     for backend in found.backends:
         output.line(f"  {'yes' if backend.available else 'no ':<4} {backend.name:<14} {backend.summary}")

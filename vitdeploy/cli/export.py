@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -139,8 +140,6 @@ def command(
 
 
 def _command_line() -> str:
-    import sys
-
     return shlex.join(["vitdeploy", *sys.argv[1:]])
 
 
@@ -170,7 +169,7 @@ def _export(request: ExportRequest, folder: Path | None, force: bool, as_json: b
 def _print_bundle(bundle: Bundle, where: Path) -> None:
     output.heading(f"{where}")
     summary.print_artifacts(bundle.manifest)
-    summary.print_rewrites(bundle.manifest)
+    summary.print_rewrites(bundle.manifest.rewrites, bundle.manifest.flops)
     summary.print_proofs(bundle.manifest)
     output.heading("next")
     folder = shlex.quote(str(where))
@@ -194,18 +193,18 @@ def _dry_run(request: ExportRequest, folder: Path | None, force: bool, as_json: 
 def _print_plan(plan: ExportPlan) -> None:
     for text in plan.notes:
         output.note(f"  note: {text}")
-    facts: list[tuple[str, Any]] = [
-        ("model", plan.source),
-        ("parameters", f"{plan.parameters / 1e6:.1f} M"),
-        ("compute", "-" if plan.flops is None else f"{output.flops(plan.flops)} per image"),
-        ("input", plan.input),
-        ("output", plan.output),
-        ("bundle", plan.folder),
-    ]
-    for name, value in facts:
-        output.line(f"{name:<12} {value}")
+    output.facts(
+        [
+            ("model", plan.source),
+            ("parameters", f"{plan.parameters / 1e6:.1f} M"),
+            ("compute", "-" if plan.flops is None else f"{output.flops(plan.flops)} per image"),
+            ("input", plan.input),
+            ("output", plan.output),
+            ("bundle", plan.folder),
+        ]
+    )
     for name, value in plan.config.items():
         output.line(f"  {name:<22} {value}")
-    summary.print_rewrite_list(plan.rewrites, plan.flops)
+    summary.print_rewrites(plan.rewrites, plan.flops)
     output.heading("would write")
     output.table(("file", ">size, about"), [(name, output.size(count)) for name, count in plan.files.items()])

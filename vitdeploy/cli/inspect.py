@@ -61,7 +61,7 @@ def _bundle(bundle: Bundle, as_json: bool) -> None:
     _facts(bundle.manifest)
     output.line()
     summary.print_artifacts(bundle.manifest)
-    summary.print_rewrites(bundle.manifest)
+    summary.print_rewrites(bundle.manifest.rewrites, bundle.manifest.flops)
     summary.print_proofs(bundle.manifest)
     if bundle.manifest.parity:
         output.heading("parity with the float64 reference, when it was exported")
@@ -96,8 +96,7 @@ def _facts(manifest: Manifest) -> None:
         edge = f" {prep.resize_edge}" if prep.resize_edge else ""
         rows.append(("preprocess", f"{prep.resize}{edge} {prep.resample} to {prep.size[0]}x{prep.size[1]}"))
     rows.extend(("note", text) for text in made.notes)
-    for name, value in rows:
-        output.line(f"{name:<12} {value}")
+    output.facts(rows)
 
 
 def _onnx(path: Path, as_json: bool) -> None:
@@ -121,8 +120,7 @@ def _onnx(path: Path, as_json: bool) -> None:
         ("precision", summary.proof_line(ops)),
         *((key, value) for key, value in graph.metadata.items()),
     ]
-    for name, value in rows:
-        output.line(f"{name:<12} {value}")
+    output.facts(rows)
     _operators("operators", graph)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,6 +44,12 @@ def heading(text: str) -> None:
     """A line that begins a section of the result."""
     line()
     typer.secho(printable(text), bold=True)
+
+
+def facts(rows: Iterable[tuple[str, object]]) -> None:
+    """Names and values, one line each."""
+    for name, value in rows:
+        line(f"{name:<12} {value}")
 
 
 def json_document(document: Mapping[str, Any]) -> None:

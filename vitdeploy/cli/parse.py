@@ -22,6 +22,11 @@ def names(text: str | None) -> tuple[str, ...] | None:
     return found
 
 
+def backends(text: str | None, provider: str | None) -> tuple[str, ...] | None:
+    """``--backend`` as names; without it, a provider asks for the one backend that has providers."""
+    return names(text) or (("onnxruntime",) if provider else None)
+
+
 def integers(text: str, flag: str) -> tuple[int, ...]:
     """``"1,8,32"`` as positive integers.
 

@@ -52,8 +52,8 @@ def command(
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
     from vitdeploy.backends.base import Options
+    from vitdeploy.images import find_images
     from vitdeploy.predictor import Predictor
-    from vitdeploy.preprocess import find_images
 
     paths: dict[Path, None] = {}
     broken = 0

@@ -56,11 +56,7 @@ def print_artifacts(manifest: Manifest) -> None:
             )
 
 
-def print_rewrites(manifest: Manifest) -> None:
-    print_rewrite_list(manifest.rewrites, manifest.flops)
-
-
-def print_rewrite_list(rewrites: Sequence[Rewrite], flops: int | None) -> None:
+def print_rewrites(rewrites: Sequence[Rewrite], flops: int | None) -> None:
     if not rewrites:
         return
     saved = sum(rewrite.flops_saved for rewrite in rewrites)

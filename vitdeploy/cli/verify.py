@@ -48,7 +48,7 @@ def command(
     from vitdeploy.backends.base import Options
     from vitdeploy.verification import verify_bundle
 
-    named = parse.names(backend) or (("onnxruntime",) if provider else None)
+    named = parse.backends(backend, provider)
     sizes = parse.integers(batch, "--batch") if batch is not None else None
     options = Options(threads=threads, provider=provider)
     with output.Stages() as stages, output.stdout_is_ours():

@@ -123,7 +123,7 @@ def config_of(
         qkv_bias=bool(config.get("qkv_bias", True)),
         **{
             "mlp_width": whole(config, "intermediate_size", 3072),
-            "activation": activation(config),
+            "activation": _activation(config),
             "classes": _classes(config, state.get(layout["head.weight"].name)),
             **fields,
             "norm_eps": number(config, "layer_norm_eps", fields["norm_eps"]),
@@ -148,7 +148,7 @@ def _classes(config: Mapping[str, object], head: Tensor | None) -> int:
     return len(labels) if isinstance(labels, (Mapping, tuple)) else 0
 
 
-def activation(config: Mapping[str, object]) -> Activation:
+def _activation(config: Mapping[str, object]) -> Activation:
     name = config.get("hidden_act", "gelu")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         guess = did_you_mean(str(name), _ACTIVATIONS)
