@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vitdeploy.accuracy import Accuracy, LabelledImages, Labels, find_labelled, first_places, score
-from vitdeploy.backends.base import Backend, Options, Session, all_backends, backend_names, get_backend
+from vitdeploy.backends.base import Backend, Options, Session, all_backends, get_backend
 from vitdeploy.bundle import WEIGHTS, Bundle
 from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError, UsageError
 from vitdeploy.manifest import Artifact, ParityRecord
@@ -243,7 +243,8 @@ class _Verification:
 
     def _reference(self, answers: dict[str, tuple[str, Labels]], images: LabelledImages) -> Labels:
         """What the reference model says; without torch, what the most exact artifact says."""
-        for backend in _reference_backend(self.bundle):
+        backend = get_backend("torch")
+        if backend.availability().ok and backend.supports(self.bundle.manifest, None) is None:
             with backend.load(self.bundle, None, Options(threads=self.options.threads)) as session:
                 found = self._answers(session, images)
             self.accuracy.append(score("reference", backend.name, found, found, images))
@@ -254,11 +255,3 @@ class _Verification:
         )
         self.notes.append(f"agreement is with {exact.name}: the reference model itself does not run here")
         return answers[exact.name][1]
-
-
-def _reference_backend(bundle: Bundle) -> Iterator[Backend]:
-    """The backend that runs the reference model itself, where there is one."""
-    if "torch" in backend_names():
-        backend = get_backend("torch")
-        if backend.availability().ok and backend.supports(bundle.manifest, None) is None:
-            yield backend
