@@ -43,7 +43,7 @@ def files(vit_b16: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
     folder = tmp_path_factory.mktemp("onnx")
     bundle = vitdeploy.export(vit_b16, folder / "ours.bundle")
-    model = Logits(ViTForImageClassification.from_pretrained(vit_b16).eval())
+    model = Logits(ViTForImageClassification.from_pretrained(vit_b16)).eval()
     torch.onnx.export(
         model,
         (torch.zeros(2, 3, 224, 224),),

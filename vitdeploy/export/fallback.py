@@ -117,48 +117,41 @@ def _last(most: int, good: Callable[[int], bool]) -> int:
 
 @torch.inference_mode()
 def emulate(model: nn.Module, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
-    """Run an fp32 model with every site that is no island rounding what it reads and what it writes."""
-    dtype = plan.default
+    """Run an fp32 model in which every site that is no island rounds its weights, its inputs and its outputs.
+
+    The model is the same afterwards; only one site's rounded weights exist at a time.
+    """
+    exact: dict[nn.Parameter, Tensor] = {}
 
     def rounded(x: Tensor) -> Tensor:
-        return x.to(dtype).to(x.dtype)
+        return x.to(plan.default).to(x.dtype) if x.is_floating_point() else x
 
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(rounded(x) if x.is_floating_point() else x for x in args)
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for parameter in module.parameters(recurse=False):
+            exact[parameter] = parameter.data
+            parameter.data = rounded(parameter.data)
+        return tuple(rounded(x) for x in args)
 
     def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        restore()
         return rounded(output)
+
+    def restore() -> None:
+        while exact:
+            parameter, data = exact.popitem()
+            parameter.data = data
 
     handles = []
     for name, module in sites(model):
-        if plan.dtype(name, module) == dtype:
+        if plan.dtype(name, module) == plan.default:
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
-        with _rounded_weights(model, plan):
-            result: Tensor = model(inputs)
-            return result
+        result: Tensor = model(inputs)
+        return result
     finally:
+        restore()
         for handle in handles:
             handle.remove()
-
-
-class _rounded_weights:
-    """Weights as the plan would store them, for as long as the context lasts."""
-
-    def __init__(self, model: nn.Module, plan: PrecisionPlan) -> None:
-        self.model, self.plan = model, plan
-        self.kept: list[tuple[nn.Parameter, Tensor]] = []
-
-    def __enter__(self) -> None:
-        for name, module in sites(self.model):
-            if self.plan.dtype(name, module) == self.plan.default:
-                for parameter in module.parameters(recurse=False):
-                    self.kept.append((parameter, parameter.data))
-                    parameter.data = parameter.data.to(self.plan.default).to(parameter.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter, data in self.kept:
-            parameter.data = data
 
 
 def _largest(model: nn.Module, inputs: Tensor, site: str, dtype: torch.dtype) -> str:
