@@ -1,0 +1,46 @@
+"""README's performance table says what the committed records say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def records(suite: str) -> dict[str, dict[str, Any]]:
+    text = (ROOT / "benchmarks" / "results" / f"{suite}.json").read_text(encoding="utf-8")
+    return {row["name"]: row for row in json.loads(text)["benchmarks"]}
+
+
+def rows() -> dict[str, list[str]]:
+    """The table's rows by their first words."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Performance")[1].split("\n## ")[0]
+    cells = [line.strip("| ").split("|") for line in section.splitlines() if line.startswith("|")]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
+
+
+def test_speed_against_the_plain_export() -> None:
+    names = ("our fp32 ONNX against `torch.onnx.export` of transformers' model, batch 1", "the same, batch 8")
+    for name, batch in zip(names, (1, 8), strict=True):
+        extra = records("onnx_cpu")[f"test_fp32_against_the_plain_export[{batch}]"]["extra_info"]
+        ratio = extra["plain_over_ours"]
+        measured, spread = rows()[name]
+        assert measured == f"{ratio['median']:.2f} × faster"
+        assert spread == f"{ratio['q1']:.2f} to {ratio['q3']:.2f}, {ratio['pairs']} pairs"
+        assert extra["relative_difference"] < 1e-5
+        assert rows()["nodes in the graph, ours and theirs"][0] == (
+            f"{extra['nodes']['ours']} and {extra['nodes']['plain']}"
+        )
+
+
+def test_cost_of_an_export() -> None:
+    record = records("export_cpu")["test_export_vit_b16_fp32_and_fp16"]
+    memory = record["extra_info"]["peak_beyond_framework_over_weights"]
+    table = rows()
+    assert table["export to fp32 and fp16, with all proofs"][0] == f"{record['stats']['median']:.0f} s"
+    measured, spread = table["its peak memory beyond the framework's own, over the weights' size"]
+    assert measured == f"{memory['median']:.1f} ×"
+    assert spread == f"{memory['q1']:.1f} to {memory['q3']:.1f}"
+    assert table["`vitdeploy --help`"][0] == f"{records('export_cpu')['test_help']['stats']['median']:.2f} s"
