@@ -210,6 +210,28 @@ def test_any_module_takes_the_generic_path(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+class Overflowing(Conv):
+    """Far beyond fp16 in the middle, and back again before the end."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.conv(x).flatten(2).mean(dim=2) + 1.0
+        x = (x * 300) * 300
+        x.mul_(1 / 90_000)
+        return {"logits": self.head(self.norm(x))}
+
+
+def test_an_overflow_that_cpu_runtimes_hide_is_caught_in_any_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    request = ExportRequest(model=Overflowing(), image_size=(32, 32), batch=RANGE, precisions=("fp16",))
+    with pytest.raises(ExportError, match="bfloat16") as caught:  # what a convolution takes from opset 22 on
+        run_export(request, tmp_path / "out.bundle")
+    assert "--opset" in (caught.value.hint or "")
+    bundle = run_export(dataclasses.replace(request, opset=22), tmp_path / "out.bundle")
+    (artifact,) = bundle.manifest.artifacts
+    assert (artifact.path, artifact.requested) == ("model.bf16.onnx", "fp16")
+    assert "emulation" in (artifact.fallback or "")
+
+
 def test_a_module_that_does_not_run_says_what_it_was_given(tmp_path: Path) -> None:
     request = ExportRequest(model=nn.Linear(7, 3), image_size=(32, 32))
     with pytest.raises(ExportError, match=r"does not run on a \(8, 3, 32, 32\) tensor"):

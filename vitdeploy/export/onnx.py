@@ -144,4 +144,7 @@ def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path.name} is not valid ONNX: {' '.join(str(error).split())}") from error
+        raise ExportError(
+            f"{path.name} is not valid ONNX: {' '.join(str(error).split())}",
+            hint=f"operators take more dtypes at a later --opset, up to {NEWEST_OPSET}",
+        ) from error

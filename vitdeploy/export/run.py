@@ -24,7 +24,7 @@ from vitdeploy.bundle import GOLDEN, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.checkpoint import DEFAULT_MODEL, Checkpoint, UserModule, open_model
 from vitdeploy.config import BatchRange, Precision, Size
 from vitdeploy.errors import MissingDependency, ParityError, UsageError, did_you_mean
-from vitdeploy.export.fallback import Proposal, emulate, smallest_islands
+from vitdeploy.export.fallback import Proposal, smallest_islands
 from vitdeploy.export.onnx import INPUT, OnnxOptions, write_onnx
 from vitdeploy.export.subject import Subject, VitSubject, subject_of
 from vitdeploy.manifest import Artifact, Manifest, ParityRecord, Provenance
@@ -248,13 +248,11 @@ class _Job:
         The CPU runtimes that check the artifact itself are free to compute in fp32 and drop roundings between
         operations, and with them an overflow that a GPU would meet.
         """
-        if not isinstance(self.subject, VitSubject) or plan.default == torch.float32:
+        if plan.default == torch.float32:
             return []
         precision = plan.name
         with self.progress.stage(f"round as {precision}") as stage:
-            deployed = self.subject.deployed(plan).float()
-            output = emulate(deployed, plan, torch.from_numpy(self.golden[INPUT])).numpy()
-            del deployed
+            output = self.subject.rehearse(plan, torch.from_numpy(self.golden[INPUT])).numpy()
             release()
             tolerance = parity.TOLERANCES[precision]
             metrics = parity.compare(self.golden["reference"], output, tolerance, self.subject.output)

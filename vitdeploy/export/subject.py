@@ -15,7 +15,8 @@ from vitdeploy import model
 from vitdeploy.checkpoint import Checkpoint, UserModule
 from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig
 from vitdeploy.errors import ExportError, UsageError, did_you_mean
-from vitdeploy.export.user_module import island_norms, only_tensor, wrap
+from vitdeploy.export.fallback import emulate
+from vitdeploy.export.user_module import island_norms, only_tensor, rehearse, wrap
 from vitdeploy.lowered import LoweredViT
 from vitdeploy.lowering import applied_rewrites, forward_flops, lower, normalisation
 from vitdeploy.manifest import Rewrite
@@ -47,6 +48,10 @@ class Subject(ABC):
     @abstractmethod
     def deployed(self, plan: PrecisionPlan) -> nn.Module:
         """The module to trace."""
+
+    @abstractmethod
+    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
+        """The output of a reduced precision as hardware computes it: in fp32, every result rounded."""
 
     @abstractmethod
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
@@ -97,6 +102,9 @@ class VitSubject(Subject):
     def deployed(self, plan: PrecisionPlan) -> LoweredViT:
         return lower(self._vit, plan, output=self.output, input_kind=self.input, preprocess=self.preprocess)
 
+    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
+        return emulate(self.deployed(plan).float(), plan, inputs)
+
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
         return island_names(deployed, plan)
 
@@ -144,6 +152,9 @@ class ModuleSubject(Subject):
 
     def deployed(self, plan: PrecisionPlan) -> nn.Module:
         return wrap(self._module, plan)
+
+    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
+        return rehearse(self._module, plan, inputs)
 
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
         return island_norms(deployed) if plan.default != torch.float32 else ()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from vitdeploy.errors import ExportError
 from vitdeploy.precision import PrecisionPlan
@@ -71,6 +74,34 @@ def wrap(module: nn.Module, plan: PrecisionPlan) -> Wrapped:
     else:
         inner = inner.to(plan.default)
     return Wrapped(inner, plan.default, plan.output_dtype).eval()
+
+
+class _Rounding(TorchDispatchMode):
+    """Rounds what every operation computes to a narrower dtype, as hardware that stores it there does."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype = dtype
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result if func.is_view else tree_map_only(Tensor, self._rounded, result)
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        # In place, because an operation may have written into one of its arguments.
+        return value.copy_(value.to(self.dtype)) if value.is_floating_point() else value
+
+
+@torch.inference_mode()
+def rehearse(module: nn.Module, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
+    """The wrapped module's output in the plan's dtype, computed in fp32 with every result rounded."""
+    wrapped = wrap(module, plan).float()
+    wrapped.dtype = torch.float32
+    with _Rounding(plan.default):
+        result: Tensor = wrapped(inputs.to(plan.default).float())
+        return result
 
 
 def _with_island_norms(module: nn.Module) -> nn.Module:
