@@ -45,7 +45,13 @@ def relative_error(path: Path, vit: model.ViT, config: ViTConfig, batch: int = 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("opset", range(OLDEST_OPSET, NEWEST_OPSET + 1))
+@pytest.mark.parametrize(
+    "opset",
+    [
+        pytest.param(opset, marks=() if opset in (OLDEST_OPSET, 20, NEWEST_OPSET) else pytest.mark.slow)
+        for opset in range(OLDEST_OPSET, NEWEST_OPSET + 1)
+    ],
+)
 def test_every_opset_is_valid_small_and_right(tmp_path: Path, opset: int, precision: str) -> None:
     config = CONFIGS["vit"]
     vit, proto = emit(config, tmp_path / "m.onnx", precision=precision, opset=opset)
