@@ -153,19 +153,13 @@ class AbsorbedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads, columns, width = self.key.weight.shape
         x = x.to(self.key.weight.dtype)
-        q = self.q(first_tokens(x, self.queries))  # (N Q, D)
-        if self.queries == 1:
-            q = q.reshape(-1, heads, 1, columns)  # (N, h, 1, d)
-        else:
-            q = q.reshape(-1, self.queries, heads, columns).transpose(1, 2)  # (N, h, Q, d)
-        u = self.key(q).reshape(-1, heads * self.queries, width)  # (N, hQ, D)
-        scores = u @ x.transpose(1, 2)  # (N, hQ, T)
+        q = self.q(first_tokens(x, self.queries)).reshape(-1, heads, 1, columns)  # (N Q, h, 1, d)
+        u = self.key(q).reshape(-1, self.queries * heads, width)  # (N, Q h, D)
+        scores = u @ x.transpose(1, 2)  # (N, Q h, T)
         if self.scale != 1:
             scores = scores * self.scale
-        pooled = self.softmax(scores).to(x.dtype) @ x  # (N, hQ, D)
-        pooled = self.value(pooled.reshape(-1, heads, self.queries, width))  # (N, h, Q, d)
-        if self.queries > 1:
-            pooled = pooled.transpose(1, 2)  # (N, Q, h, d)
+        pooled = self.softmax(scores).to(x.dtype) @ x  # (N, Q h, D)
+        pooled = self.value(pooled.reshape(-1, heads, 1, width))  # (N Q, h, 1, d)
         return self.proj(pooled.reshape(-1, width))  # (N Q, D)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def emit(
     return vit, onnx.load(path)
 
 
+def largest_block(proto: onnx.ModelProto) -> int:
+    """Nodes of the block that has most of them."""
+    names = (re.split(r"[./]", node.name) for node in proto.graph.node)
+    return max(Counter(name[1] for name in names if name[0] == "blocks").values())
+
+
 def relative_error(path: Path, vit: model.ViT, config: ViTConfig, batch: int = 3) -> float:
     x = pixels(config, batch)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -59,15 +66,21 @@ def test_every_opset_is_valid_small_and_right(tmp_path: Path, opset: int, precis
     assert {o.domain: o.version for o in proto.opset_import} == {"": opset}
     if precision != "bf16":  # which ONNX Runtime has no CPU kernels for
         assert relative_error(tmp_path / "m.onnx", vit, config) < {"fp32": 1e-5, "fp16": 5e-3}[precision]
-    blocks = Counter(n.name.split(".")[1] for n in proto.graph.node if n.name.startswith("blocks."))
     most = 27 if opset >= 20 or precision == "fp32" else 30  # before opset 20, GELU is five nodes
-    assert max(blocks.values()) <= most
+    assert largest_block(proto) <= most
+
+
+@pytest.mark.parametrize("name", ["distilled", "deit3"])
+def test_blocks_stay_small_with_their_casts(tmp_path: Path, name: str) -> None:
+    _, proto = emit(CONFIGS[name], tmp_path / "m.onnx", precision="fp16")
+    assert largest_block(proto) <= 27
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n != "no_head"])
 def test_every_family_is_clean(tmp_path: Path, name: str) -> None:
     vit, proto = emit(CONFIGS[name], tmp_path / "m.onnx")
     assert relative_error(tmp_path / "m.onnx", vit, CONFIGS[name]) < 1e-5
+    assert largest_block(proto) <= 27
     operators = Counter(node.op_type for node in proto.graph.node)
     for unwanted in ("Shape", "Expand", "Unsqueeze", "Squeeze", "Constant", "Identity", "Conv", "Concat"):
         assert operators[unwanted] == (name == "dinov2" and unwanted == "Concat"), unwanted
