@@ -190,7 +190,7 @@ class TestVerdicts:
     def test_nothing_compared_is_a_failure(self) -> None:
         assert failures(ParityMetrics(rows=0, elements=0), FP32) == ("nothing was compared",)
         assert failures(compare(np.zeros((0, 3)), np.zeros((0, 3)), FP32, "logits"), FP32)
-        assert not passes(np.zeros((3, 0)), np.zeros((3, 0)), "fp32", "logits")
+        assert not passes(np.zeros((3, 0)), np.zeros((3, 0)), TOLERANCES["fp32"], "logits")
 
     def test_tolerances_widen_with_precision(self) -> None:
         order = [TOLERANCES[precision] for precision in ("fp32", "fp16", "bf16")]

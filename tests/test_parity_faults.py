@@ -13,7 +13,7 @@ from vitdeploy import model as reference_model
 from vitdeploy.backends.base import Array
 from vitdeploy.config import ViTConfig
 from vitdeploy.manifest import Precision
-from vitdeploy.parity import passes
+from vitdeploy.parity import TOLERANCES, passes
 
 CONFIG = ViTConfig(
     image_size=(32, 32), patch_size=8, width=96, depth=4, heads=3, mlp_width=192, classes=50, norm_eps=1e-6
@@ -67,7 +67,7 @@ FAULTS: dict[str, tuple[ViTConfig, dict[str, torch.Tensor]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_do_not_pass(fault: str) -> None:
     config, state = FAULTS[fault]
-    assert not passes(_computed(CONFIG, STATE), _computed(config, state), "fp32", "logits")
+    assert not passes(_computed(CONFIG, STATE), _computed(config, state), TOLERANCES["fp32"], "logits")
 
 
 ROUNDED = [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
@@ -78,6 +78,6 @@ def test_honest_rounding_passes(precision: Precision, dtype: torch.dtype) -> Non
     vit = reference_model.build(CONFIG, {name: tensor.to(dtype) for name, tensor in STATE.items()})
     with torch.inference_mode():
         outputs = vit(IMAGES.to(dtype)).float().numpy()
-    assert passes(_computed(CONFIG, STATE), outputs, precision, "logits")
+    assert passes(_computed(CONFIG, STATE), outputs, TOLERANCES[precision], "logits")
     if precision != "fp32":
-        assert not passes(_computed(CONFIG, STATE), outputs, "fp32", "logits")
+        assert not passes(_computed(CONFIG, STATE), outputs, TOLERANCES["fp32"], "logits")

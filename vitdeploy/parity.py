@@ -170,9 +170,8 @@ def failures(metrics: ParityMetrics, tolerance: Tolerance) -> tuple[str, ...]:
     return tuple(found)
 
 
-def passes(reference: Array, outputs: Array, precision: Precision, output: Output) -> bool:
-    """Whether outputs are within the tolerance of a precision."""
-    tolerance = TOLERANCES[precision]
+def passes(reference: Array, outputs: Array, tolerance: Tolerance, output: Output) -> bool:
+    """Whether outputs are within a tolerance, such as one of ``TOLERANCES``."""
     return not failures(compare(reference, outputs, tolerance, output), tolerance)
 
 

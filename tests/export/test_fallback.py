@@ -8,7 +8,8 @@ from models import CONFIGS, pixels, random_vit
 from torch import Tensor
 
 from vitdeploy import model
-from vitdeploy.export.fallback import emulate, smallest_islands
+from vitdeploy.export.fallback import Proposal, Verdict, emulate, smallest_islands
+from vitdeploy.lowered import LoweredViT
 from vitdeploy.lowering import lower
 from vitdeploy.precision import PrecisionPlan
 
@@ -16,7 +17,7 @@ CONFIG = CONFIGS["vit"]
 FP16 = PrecisionPlan.of("fp16")
 
 
-def accepts(vit: model.ViT, x: Tensor):  # type: ignore[no-untyped-def]
+def accepts(vit: model.ViT, x: Tensor) -> Verdict:
     reference = model.forward_float64(vit, x)
 
     def close(output: Tensor) -> bool:
@@ -35,7 +36,7 @@ def planted(block: int, value: float) -> model.ViT:
     return vit
 
 
-def search(vit: model.ViT, plan: PrecisionPlan = FP16):  # type: ignore[no-untyped-def]
+def search(vit: model.ViT, plan: PrecisionPlan = FP16) -> tuple[Proposal | None, LoweredViT, Tensor]:
     x = pixels(CONFIG)
     deployed = lower(vit, PrecisionPlan.of("fp32"))
     return smallest_islands(deployed, plan, x, accepts(vit, x)), deployed, x

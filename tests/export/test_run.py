@@ -261,6 +261,12 @@ def test_an_absolute_bound_gates_too(tmp_path: Path) -> None:
         export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2), atol=1e-12)
 
 
+def test_an_absolute_bound_gates_the_rehearsal_before_anything_is_built(tmp_path: Path) -> None:
+    state = random_state(SHALLOW, spread=0.2)
+    with pytest.raises(ParityError, match=r"onnx-fp16 on emulation.*max abs error"):
+        export(tmp_path, SHALLOW, state, precisions=("fp16",), atol=1e-12, fallback=False)
+
+
 def test_stages_are_told_in_order(tmp_path: Path) -> None:
     recorder = Recorder()
     source = folder(tmp_path / "checkpoint", SHALLOW, random_state(SHALLOW, spread=0.2))

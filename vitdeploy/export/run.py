@@ -27,7 +27,7 @@ from vitdeploy.errors import MissingDependency, ParityError, UsageError, did_you
 from vitdeploy.export.fallback import Proposal, smallest_islands
 from vitdeploy.export.onnx import INPUT, OnnxOptions, write_onnx
 from vitdeploy.export.subject import Subject, VitSubject, subject_of
-from vitdeploy.manifest import Artifact, Manifest, ParityRecord, Provenance
+from vitdeploy.manifest import Artifact, Manifest, ParityRecord, Provenance, Tolerance
 from vitdeploy.memory import release
 from vitdeploy.precision import DTYPES, PrecisionPlan
 from vitdeploy.preprocess import apply, apply_uint8
@@ -254,7 +254,7 @@ class _Job:
         with self.progress.stage(f"round as {precision}") as stage:
             output = self.subject.rehearse(plan, torch.from_numpy(self.golden[INPUT])).numpy()
             release()
-            tolerance = parity.TOLERANCES[precision]
+            tolerance = self._tolerance(plan)
             metrics = parity.compare(self.golden["reference"], output, tolerance, self.subject.output)
             failures = parity.failures(metrics, tolerance)
             record = ParityRecord(
@@ -270,15 +270,19 @@ class _Job:
             stage.detail = _worst([record])
         return [record]
 
+    def _tolerance(self, plan: PrecisionPlan) -> Tolerance:
+        """What the plan's precision may lose, with the user's own bound on top."""
+        return parity.TOLERANCES[plan.name].model_copy(update={"max_abs": self.request.atol})
+
     def _search(self, plan: PrecisionPlan) -> Proposal | None:
         if not isinstance(self.subject, VitSubject):
             return None
         with self.progress.stage("bisect") as stage:
             deployed = self.subject.deployed(PrecisionPlan.of("fp32"))
-            reference = self.golden["reference"]
+            reference, tolerance = self.golden["reference"], self._tolerance(plan)
 
             def accepts(output: torch.Tensor) -> bool:
-                return parity.passes(reference, output.numpy(), plan.name, self.subject.output)
+                return parity.passes(reference, output.numpy(), tolerance, self.subject.output)
 
             proposal = smallest_islands(deployed, plan, torch.from_numpy(self.golden[INPUT]), accepts)
             stage.detail = proposal.reason if proposal else "no small set of islands passes"
