@@ -1,0 +1,137 @@
+"""What the GEMM-like kernels share: the order of tiles, the product of a tile, row statistics, activations.
+
+Device functions only. Row statistics travel between kernels as (rows, tiles, 2) float32: each tile of
+columns has its own mean and its sum of squared distances from that mean, which combine without
+cancellation (Chan, Golub & LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Whether Triton's interpreter runs these functions; decided when the package is imported."""
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``a @ b + acc`` with float32 products and sums; the interpreter multiplies bfloat16 as bit patterns."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of a program's tile; GROUP rows of tiles together, so that weights stay in L2."""
+    per_group = GROUP * column_tiles
+    first = (program // per_group) * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    inside = program % per_group
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def row_statistics(
+    stats_ptr,
+    row,
+    row_mask,
+    eps,
+    WIDTH: tl.constexpr,
+    STATS_STRIDE: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Mean and reciprocal standard deviation of rows, from the statistics of their tiles."""
+    tile = tl.arange(0, TILES_BLOCK)
+    inside = row_mask[:, None] & (tile < TILES)[None, :]
+    at = stats_ptr + (row * STATS_STRIDE)[:, None] + 2 * tile[None, :]
+    means = tl.load(at, mask=inside, other=0.0)
+    squares = tl.load(at + 1, mask=inside, other=0.0)
+    counts = tl.maximum(tl.minimum(WIDTH - tile * TILE, TILE), 0).to(tl.float32)[None, :]
+    mean = tl.sum(means * counts, axis=1) / WIDTH
+    away = means - mean[:, None]
+    variance = tl.sum(squares + counts * away * away, axis=1) / WIDTH
+    return mean, tl.math.rsqrt(variance + eps)
+
+
+@triton.jit
+def tile_statistics(values, column_mask, count):
+    """Mean of a tile's rows and their squared distances from it; ``values`` float32, ``count`` columns."""
+    mean = tl.sum(tl.where(column_mask[None, :], values, 0.0), axis=1) / count
+    away = tl.where(column_mask[None, :], values - mean[:, None], 0.0)
+    return mean, tl.sum(away * away, axis=1)
+
+
+@triton.jit
+def product(
+    a_ptr,
+    a_rows,
+    row_mask,
+    w_ptr,
+    column,
+    column_mask,
+    mean,
+    rstd,
+    DEPTH: tl.constexpr,
+    W_STRIDE: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``a @ w`` of one tile in float32; with NORMALISE, ``((a - mean) * rstd) @ w``.
+
+    ``a_rows`` are the rows' offsets in elements (int64); w is (DEPTH, columns) with row stride W_STRIDE.
+    """
+    depth = tl.arange(0, BLOCK_K)
+    a_at = a_ptr + a_rows[:, None] + depth[None, :]
+    w_at = w_ptr + depth[:, None] * W_STRIDE + column[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, DEPTH, BLOCK_K):
+        if DEPTH % BLOCK_K == 0:
+            a = tl.load(a_at, mask=row_mask[:, None], other=0.0)
+            w = tl.load(w_at, mask=column_mask[None, :], other=0.0)
+        else:
+            inside = depth < DEPTH - k
+            a = tl.load(a_at, mask=row_mask[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_at, mask=column_mask[None, :] & inside[:, None], other=0.0)
+        if NORMALISE:
+            a = ((a.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(w.dtype)
+        acc = dot(a, w, acc)
+        a_at += BLOCK_K
+        w_at += BLOCK_K * W_STRIDE
+    return acc
+
+
+@triton.jit
+def erf_tail(x):
+    """1 - erf(x) for x >= 0 to 1.5e-7 (Abramowitz & Stegun 1964, 7.1.26): one exponential, no branches."""
+    t = 1.0 / (1.0 + 0.3275911 * x)
+    poly = 1.061405429 * t - 1.453152027
+    poly = poly * t + 1.421413741
+    poly = poly * t - 0.284496736
+    poly = poly * t + 0.254829592
+    return poly * t * tl.exp(-x * x)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """An activation in float32; infinities and NaN go through as they do in torch."""
+    if ACTIVATION == "gelu":
+        tail = 0.5 * erf_tail(tl.abs(x) * 0.7071067811865476)
+        x = x * tl.where(x >= 0, 1.0 - tail, tail)
+    elif ACTIVATION == "gelu_tanh":
+        # tanh(u) = 2 sigmoid(2 u) - 1
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "quick_gelu":
+        x = x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    return x
