@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-Route = Literal["fused", "cublas"]
+Route = Literal["fused", "cublas", "pair"]
+"""How a part is computed: by the fused kernel, by cuBLASLt with LayerNorm and residual addition apart, or, for
+``layernorm_attention``, by the pair of ``layernorm_linear`` and ``attention``."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Entry:
     Attributes:
         shape: the kernel's own numbers (rows, columns, depth for a GEMM).
         config: the best configuration found for it.
-        route: whether the fused kernel or cuBLASLt with a separate epilogue was faster.
+        route: the way that was fastest.
         microseconds: what was measured; None for a default that was not.
     """
 
@@ -118,8 +120,8 @@ def _entry(row: Mapping[str, Any]) -> Entry:
     if not shape or any(type(size) is not int or size < 1 for size in shape):
         raise ValueError(f"shape must be positive integers, not {row['shape']!r}")
     route = row.get("route", "fused")
-    if route not in ("fused", "cublas"):
-        raise ValueError(f"route must be fused or cublas, not {route!r}")
+    if route not in get_args(Route):
+        raise ValueError(f"route must be one of {', '.join(get_args(Route))}, not {route!r}")
     return Entry(shape, Config(**row["config"]), route, row.get("microseconds"))
 
 

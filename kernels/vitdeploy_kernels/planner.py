@@ -1,0 +1,356 @@
+"""Which kernel computes which part of a ViT's forward pass: the plan, as a list of steps over fixed buffers.
+
+A step is a launch of a fused kernel, or a few torch calls where no fused kernel applies or where the
+table of the GPU says that cuBLASLt is faster. Every step knows its site and, if it is not fused, why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitdeploy_kernels import (
+    absorbed,
+    add_layernorm,
+    attention,
+    layernorm_attention,
+    layernorm_linear,
+    linear_residual,
+    patch_embed,
+)
+from vitdeploy_kernels.config import Entry, Table
+from vitdeploy_kernels.launch import Launch, tiles
+from vitdeploy_kernels.layernorm_linear import Folded
+from vitdeploy_kernels.support import Unsupported
+from vitdeploy_kernels.vit import AbsorbedBlock, Block, Linear, VitShape, VitWeights, random_weights
+
+Readout: TypeAlias = Callable[[Tensor], Tensor]
+"""From the last residual rows, (N, T, D) or the read tokens (N Q, D), to the output."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that is done: ``launch``, or ``call`` where it is left to torch.
+
+    Attributes:
+        site: the part of the model, ``blocks.3.attn.qkv``.
+        operation: the kernel's name, or what torch does.
+        reason: why it is not a fused kernel; None if it is one.
+    """
+
+    site: str
+    operation: str
+    launch: Launch | None = None
+    call: Callable[[], None] | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one batch size, and the buffers they read and write."""
+
+    batch: int
+    steps: tuple[Step, ...]
+    image: Tensor
+    output: Tensor
+
+
+def activate_in_place(x: Tensor, activation: str) -> None:
+    """What a fused epilogue would have done."""
+    if activation in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        torch.ops.aten.gelu_(x, approximate=approximate)
+    elif activation == "relu":
+        x.relu_()
+    elif activation == "silu":
+        F.silu(x, inplace=True)
+    elif activation == "quick_gelu":
+        x.mul_(torch.sigmoid(1.702 * x))
+
+
+class Workspace:
+    """Named memory that the plans of several batch sizes share; build the largest plan first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of this size in the memory of this name."""
+        count = torch.Size(size).numel()
+        held = self._storage.get((name, dtype))
+        if held is None or held.numel() < count:
+            held = torch.zeros(count, dtype=dtype, device=self.device)
+            self._storage[name, dtype] = held
+        return held[:count].view(*size)
+
+
+class Planner:
+    """Builds the plan of one batch size.
+
+    Args:
+        shape: the model.
+        weights: on the device the plan is for; on the meta device for a plan that is only compiled.
+        table: configurations of the GPU.
+        workspace: memory for everything between the layers.
+        readout: computes the output where the shape has no fused head.
+    """
+
+    def __init__(
+        self,
+        shape: VitShape,
+        weights: VitWeights,
+        batch: int,
+        table: Table,
+        workspace: Workspace,
+        readout: Readout | None = None,
+    ) -> None:
+        self.shape, self.weights, self.batch, self.table = shape, weights, batch, table
+        self.workspace, self.readout = workspace, readout
+        self.dtype = weights.dtype
+        self.rows = batch * shape.tokens
+        self.steps: list[Step] = []
+        self.ones = self._take("ones", (shape.width,), torch.float32).fill_(1)
+        self.zeros = self._take("zeros", (shape.width,), torch.float32).zero_()
+        self.image = self._take("image", shape.image_shape(batch), _image_dtype(shape))
+        self.x = self._take("x", (self.rows, shape.width))
+
+    def build(self) -> Plan:
+        """The whole forward pass."""
+        stats = self._embed()
+        for index, block in enumerate(self.weights.blocks):
+            stats = self._block(f"blocks.{index}", block, stats)
+        rows: Tensor = self.x
+        if self.weights.last is not None:
+            rows, stats = self._absorbed(f"blocks.{self.shape.depth - 1}", self.weights.last, stats)
+        output = self._read_out(rows, stats)
+        return Plan(self.batch, tuple(self.steps), self.image, output)
+
+    def _take(self, name: str, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        return self.workspace.take(name, size, dtype or self.dtype)
+
+    def _entry(self, kernel: str, *shape: int) -> Entry:
+        return self.table.entry(kernel, shape)
+
+    def _launch(self, site: str, launch: Launch) -> None:
+        self.steps.append(Step(site, launch.name.removesuffix("_kernel"), launch=launch))
+
+    def _torch(self, site: str, operation: str, call: Callable[[], object], reason: str) -> None:
+        self.steps.append(Step(site, operation, call=call, reason=reason))
+
+    def _embed(self) -> Tensor:
+        shape, embedding = self.shape, self.weights.embedding
+        config = self._entry("patch_embed", self.rows, shape.width, len(embedding.weight)).config
+        stats = self._take("stats", (self.rows, tiles(shape.width, config.block_n), 2), torch.float32)
+        launch = patch_embed.launch(
+            self.image, embedding.weight, embedding.tokens, self.x, stats,
+            patch=shape.patch, prefix=shape.prefix, scale=embedding.scale, config=config,
+        )  # fmt: skip
+        self._launch("embedding", launch)
+        return stats
+
+    def _norm_linear(
+        self, site: str, x: Tensor, stats: Tensor, folded: Folded, out: Tensor, activation: str = "none"
+    ) -> None:
+        """LayerNorm, linear layer, activation."""
+        rows, columns = out.shape
+        entry = self._entry("layernorm_linear", rows, columns, self.shape.width)
+        if entry.route == "fused" or out.dtype != self.dtype:
+            launch = layernorm_linear.launch(
+                x, stats, *folded, out,
+                eps=self.shape.eps, activation=activation, centred=self.shape.centred, config=entry.config,
+            )  # fmt: skip
+            return self._launch(site, launch)
+        normed = self._take("normed", (rows, self.shape.width))
+        bias = folded.bias.to(self.dtype)
+        self._layernorm(f"{site}.norm", x, None, None, None, normed, None)
+
+        def multiply() -> None:
+            torch.addmm(bias, normed, folded.weight, out=out)
+            activate_in_place(out, activation)
+
+        return self._torch(site, "cublas", multiply, "cuBLASLt and a separate LayerNorm were measured faster")
+
+    def _layernorm(
+        self,
+        site: str,
+        x: Tensor,
+        branch: Tensor | None,
+        bias: Tensor | None,
+        total: Tensor | None,
+        normed: Tensor | None,
+        stats: Tensor | None,
+    ) -> None:
+        config = self._entry("add_layernorm", len(x), self.shape.width).config
+        launch = add_layernorm.launch(
+            x, branch, bias, self.ones, self.zeros, total, normed, stats, eps=self.shape.eps, config=config
+        )
+        self._launch(site, launch)
+
+    def _residual(self, site: str, x: Tensor, linear: Linear, residual: Tensor, out: Tensor) -> Tensor:
+        """Linear layer, added to the residual stream; returns the new rows' statistics."""
+        rows, depth = x.shape
+        entry = self._entry("linear_residual", rows, self.shape.width, depth)
+        if entry.route == "fused":
+            parts = tiles(self.shape.width, entry.config.block_n)
+            stats = self._take("stats", (rows, parts, 2), torch.float32)
+            launch = linear_residual.launch(
+                x, linear.weight, linear.bias, residual, out, stats, config=entry.config
+            )
+            self._launch(site, launch)
+            return stats
+        stats = self._take("stats", (rows, 1, 2), torch.float32)
+        branch = self._take("branch", (rows, self.shape.width))
+        reason = "cuBLASLt and a separate addition were measured faster"
+        self._torch(site, "cublas", lambda: torch.mm(x, linear.weight, out=branch), reason)
+        self._layernorm(f"{site}.add", residual, branch, linear.bias, out, None, stats)
+        return stats
+
+    def _block(self, site: str, block: Block, stats: Tensor) -> Tensor:
+        mixed = self._attention(f"{site}.attn", block, stats)
+        stats = self._residual(f"{site}.attn.proj", mixed, block.proj, self.x, self.x)
+        hidden = self._hidden(f"{site}.mlp", "hidden", self.x, stats, block.fc1)
+        return self._residual(f"{site}.mlp.fc2", hidden, block.fc2, self.x, self.x)
+
+    def _attention(self, site: str, block: Block, stats: Tensor) -> Tensor:
+        """Queries, keys and values, and what attention makes of them: (rows, width)."""
+        shape, batch = self.shape, self.batch
+        tokens = self.x.view(batch, shape.tokens, shape.width)
+        mixed = self._take("mixed", tokens.shape)
+        fits = layernorm_attention.supports(tokens, block.qkv.weight, block.qkv.bias, shape.heads)
+        if not isinstance(fits, Unsupported):
+            entry = self._entry("layernorm_attention", batch * shape.heads, shape.tokens, shape.width)
+            if entry.route == "fused":
+                launch = layernorm_attention.launch(
+                    tokens, block.qkv.weight, block.qkv.bias, mixed,
+                    heads=shape.heads, scale=shape.scale, eps=shape.eps, config=entry.config,
+                )  # fmt: skip
+                self._launch(site, launch)
+                return mixed.view(self.rows, shape.width)
+        qkv = self._take("qkv", (batch, shape.tokens, 3 * shape.width))
+        self._norm_linear(f"{site}.qkv", self.x, stats, block.qkv, qkv.view(self.rows, -1))
+        support = attention.supports(qkv, shape.heads)
+        if isinstance(support, Unsupported):
+            call = lambda: mixed.copy_(_sdpa(qkv, shape.heads, shape.scale))  # noqa: E731
+            self._torch(site, "scaled_dot_product_attention", call, support.reason)
+        else:
+            entry = self._entry("attention", batch * shape.heads, shape.tokens, shape.head_width)
+            launch = attention.launch(
+                qkv, mixed, heads=shape.heads, scale=shape.scale, config=entry.config
+            )
+            self._launch(site, launch)
+        return mixed.view(self.rows, shape.width)
+
+    def _hidden(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded) -> Tensor:
+        """The MLP's first layer with its activation, or gate: (rows, MLP width)."""
+        shape = self.shape
+        hidden = self._take(name, (len(x), shape.hidden))
+        activation = "none" if shape.gated else shape.activation
+        self._norm_linear(f"{site}.fc1", x, stats, fc1, hidden, activation)
+        if not shape.gated:
+            return hidden
+        gated = self._take(f"{name}.gated", (len(x), shape.mlp_width))
+
+        def gate() -> None:
+            left, right = hidden.chunk(2, dim=1)
+            gated.copy_(left)
+            activate_in_place(gated, shape.activation)
+            gated.mul_(right)
+
+        self._torch(f"{site}.gate", "gate", gate, "no fused kernel for gated MLPs")
+        return gated
+
+    def _absorbed(self, site: str, block: AbsorbedBlock, stats: Tensor) -> tuple[Tensor, Tensor]:
+        """The last block for the tokens that are read; returns their rows (N Q, D) and statistics."""
+        shape, batch = self.shape, self.batch
+        assert shape.queries is not None
+        count, width, heads = batch * shape.queries, shape.width, shape.heads
+        tokens = self.x.view(batch, shape.tokens, width)
+        rows, row_stats = self._first_tokens(site, tokens, stats)
+        q = self._take("read.q", (count, width))
+        self._norm_linear(f"{site}.attn.q", rows, row_stats, block.q, q)
+        queries = self._take("read.queries", (batch, shape.queries * heads, width))
+        self._head_linear(f"{site}.attn.key", q.view(count, heads, -1), block.key, queries.view(count, heads, width))
+        pooled = self._take("read.pooled", queries.shape)
+        self._absorbed_attention(f"{site}.attn", queries, tokens, stats, pooled)
+        mixed = self._take("read.mixed", (count, width))
+        self._head_linear(
+            f"{site}.attn.value", pooled.view(count, heads, width), block.value, mixed.view(count, heads, -1)
+        )
+        read = self._take("read.x", (count, width))
+        stats = self._residual(f"{site}.attn.proj", mixed, block.proj, rows, read)
+        hidden = self._hidden(f"{site}.mlp", "read.hidden", read, stats, block.fc1)
+        return read, self._residual(f"{site}.mlp.fc2", hidden, block.fc2, read, read)
+
+    def _first_tokens(self, site: str, tokens: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and statistics of the tokens that are read: views of one token, copies of several."""
+        count = self.shape.queries
+        per_image = stats.view(self.batch, self.shape.tokens, -1, 2)
+        if count == 1:
+            return tokens[:, 0], per_image[:, 0]
+        rows = self._take("first", (self.batch, count or 0, self.shape.width))
+        row_stats = self._take("first.stats", (self.batch, count or 0, *per_image.shape[2:]), torch.float32)
+
+        def gather() -> None:
+            rows.copy_(tokens[:, :count])
+            row_stats.copy_(per_image[:, :count])
+
+        self._torch(f"{site}.first", "copy", gather, f"{count} tokens are read")
+        return rows.flatten(0, 1), row_stats.flatten(0, 1)
+
+    def _head_linear(self, site: str, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        config = self._entry("head_linear", len(x), out.shape[2], x.shape[2]).config
+        self._launch(site, absorbed.launch_head_linear(x, weight, out, config=config))
+
+    def _absorbed_attention(self, site: str, queries: Tensor, tokens: Tensor, stats: Tensor, out: Tensor) -> None:
+        shape = self.shape
+        support = absorbed.supports_absorbed_attention(queries, tokens, stats)
+        if isinstance(support, Unsupported):
+            call = lambda: out.copy_(_absorbed(queries, tokens, shape.scale, shape.eps))  # noqa: E731
+            return self._torch(site, "absorbed attention", call, support.reason)
+        config = self._entry("absorbed_attention", self.batch, shape.tokens, shape.width).config
+        launch = absorbed.launch_absorbed_attention(
+            queries, tokens, stats, out, scale=shape.scale, eps=shape.eps, config=config
+        )
+        return self._launch(site, launch)
+
+    def _read_out(self, rows: Tensor, stats: Tensor) -> Tensor:
+        if self.weights.head is not None:
+            logits = self._take("logits", (self.batch, self.shape.classes), torch.float32)
+            self._norm_linear("head", rows, stats, self.weights.head, logits)
+            return logits
+        if self.readout is None:
+            return rows
+        readout, whole = self.readout, self.shape.queries is None
+        x = rows.view(self.batch, self.shape.tokens, -1) if whole else rows
+        output = torch.empty_like(readout(x))
+        columns = f"{output.shape[-1]} columns"
+        self._torch("readout", "torch", lambda: output.copy_(readout(x)), f"no fused readout ({columns})")
+        return output
+
+
+def _image_dtype(shape: VitShape) -> torch.dtype:
+    return torch.uint8 if shape.uint8 else torch.float32
+
+
+def _sdpa(qkv: Tensor, heads: int, scale: float) -> Tensor:
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
+def _absorbed(queries: Tensor, tokens: Tensor, scale: float, eps: float) -> Tensor:
+    normed = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=eps).to(queries.dtype)
+    scores = queries @ normed.transpose(1, 2)
+    return (scores.float() * scale).softmax(dim=-1).to(normed.dtype) @ normed
+
+
+def launches(shape: VitShape, dtype: torch.dtype, batch: int, table: Table) -> list[tuple[str, Launch]]:
+    """The fused launches of a forward pass, with their sites, over meta tensors: for compilation only."""
+    weights = random_weights(shape, dtype, "meta")
+    plan = Planner(shape, weights, batch, table, Workspace(torch.device("meta"))).build()
+    return [(step.site, step.launch) for step in plan.steps if step.launch is not None]

@@ -1,0 +1,181 @@
+"""What the runner runs: the shape of a plain pre-norm ViT and its weights, folded for the fused kernels.
+
+The weights are those of the checkpoint after exact rewrites: LayerNorm's gain and shift in the linear
+layer behind it, layer scale in the one before it, no key bias, the value bias in the projection's. Where
+the residual stream is *centred* (every layer that writes to it gives rows whose mean is zero, which
+LayerNorm, its only reader, cannot see), the kernels take a shorter way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitdeploy_kernels.layernorm_linear import Folded, fold_layernorm
+
+
+@dataclass(frozen=True)
+class VitShape:
+    """The numbers of a model, a plain ViT (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929).
+
+    Attributes:
+        image_size: height, width.
+        prefix: tokens before the patches: CLS, distillation, registers.
+        gated: the MLP multiplies ``activation`` of its first half with its second (SwiGLU).
+        scale: of the attention scores; 1 where it is part of the query weights.
+        queries: leading tokens the output depends on, None if it reads every token. With a number, the
+            last block is the absorbed one: no keys and no values are projected.
+        classes: columns of a fused head over the first token; 0 if the readout is the caller's.
+        centred: the residual stream has zero mean.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch: int = 16
+    channels: int = 3
+    prefix: int = 1
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: str = "gelu"
+    gated: bool = False
+    eps: float = 1e-6
+    scale: float = 1.0
+    queries: int | None = 1
+    classes: int = 1000
+    uint8: bool = False
+    centred: bool = True
+
+    @property
+    def tokens(self) -> int:
+        height, width = self.image_size
+        return self.prefix + (height // self.patch) * (width // self.patch)
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Columns of the MLP's first layer."""
+        return self.mlp_width * (2 if self.gated else 1)
+
+    @property
+    def full_blocks(self) -> int:
+        """Blocks that compute every token."""
+        return self.depth - (self.queries is not None)
+
+    def image_shape(self, batch: int) -> tuple[int, int, int, int]:
+        height, width = self.image_size
+        if self.uint8:
+            return batch, height, width, self.channels
+        return batch, self.channels, height, width
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: weight (in, out) in the model's dtype, bias (out) float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The patch projection: weight (C P P, D), or (P P C, D) for uint8 pixels; tokens (T, D) float32."""
+
+    weight: Tensor
+    tokens: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that computes every token; qkv has columns (3, heads, head width)."""
+
+    qkv: Folded
+    proj: Linear
+    fc1: Folded
+    fc2: Linear
+
+
+@dataclass(frozen=True)
+class AbsorbedBlock:
+    """The last block when only the first tokens are read; key (h, d, D) and value (h, D, d)."""
+
+    q: Folded
+    key: Tensor
+    value: Tensor
+    proj: Linear
+    fc1: Folded
+    fc2: Linear
+
+
+@dataclass(frozen=True)
+class VitWeights:
+    """All weights of a model, on one device; head where the shape has classes."""
+
+    embedding: Embedding
+    blocks: tuple[Block, ...]
+    last: AbsorbedBlock | None
+    head: Folded | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+
+def random_weights(
+    shape: VitShape, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> VitWeights:
+    """Seeded random weights of this shape, of trained models' magnitude; on the meta device, their shapes only."""
+    generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, generator=generator, device=device) * scale
+
+    return build_weights(shape, dtype, normal)
+
+
+def build_weights(shape: VitShape, dtype: torch.dtype, normal: Callable[..., Tensor]) -> VitWeights:
+    """Weights whose values ``normal(*size, scale=...)`` draws."""
+    width, d = shape.width, shape.head_width
+
+    def folded(columns: int) -> Folded:
+        weight = normal(width, columns, scale=width**-0.5)
+        gain = torch.ones(width, device=weight.device)
+        bias = normal(columns, scale=0.02)
+        return fold_layernorm(gain, torch.zeros_like(gain), weight, bias, dtype)
+
+    def centred(weight: Tensor) -> Tensor:
+        return weight - weight.mean(dim=-1, keepdim=True) if shape.centred else weight
+
+    def linear(depth: int) -> Linear:
+        weight = centred(normal(depth, width, scale=0.5 * depth**-0.5))
+        return Linear(weight.to(dtype), centred(normal(width, scale=0.02)))
+
+    def block() -> Block:
+        return Block(folded(3 * width), linear(width), folded(shape.hidden), linear(shape.mlp_width))
+
+    def absorbed() -> AbsorbedBlock:
+        key = normal(shape.heads, d, width, scale=width**-0.5).to(dtype)
+        value = normal(shape.heads, width, d, scale=width**-0.5).to(dtype)
+        return AbsorbedBlock(
+            folded(width), key, value, linear(width), folded(shape.hidden), linear(shape.mlp_width)
+        )
+
+    pixels = shape.channels * shape.patch**2
+    embedding = Embedding(
+        centred(normal(pixels, width, scale=pixels**-0.5)).to(dtype),
+        centred(normal(shape.tokens, width, scale=0.2)),
+        1 / 64 if shape.uint8 else 1.0,
+    )
+    return VitWeights(
+        embedding,
+        tuple(block() for _ in range(shape.full_blocks)),
+        absorbed() if shape.queries is not None else None,
+        folded(shape.classes) if shape.classes else None,
+    )
