@@ -37,15 +37,20 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Of the compiler. Fused multiply-add is asked for because its default changes with Triton 3.10."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
         """Queue the launch on the current stream of its tensors' device (compiling it the first time)."""
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
-        parameters = {**self.arguments, **self.constants}
+        parameters = {**self.arguments, **self.constants, **self.options}
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self.kernel[self.grid](**parameters, num_warps=self.warps, num_stages=self.stages)
+                self.kernel[self.grid](**parameters)
         else:
-            self.kernel[self.grid](**parameters, num_warps=self.warps, num_stages=self.stages)
+            self.kernel[self.grid](**parameters)
 
 
 def power_of_two(size: int, least: int = 1) -> int:
