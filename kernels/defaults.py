@@ -1,0 +1,192 @@
+"""Write the default tables ``vitdeploy_kernels/configs/sm_*.json``: choices by static evidence, not measured.
+
+A GEMM takes the tile that needs the least time if every program ran at its tile's share of the best rate:
+few rows are spread over all multiprocessors by small tiles, many rows take the largest. Every tile listed
+here compiles without spilling registers for its architecture.
+
+    python kernels/defaults.py            # writes the tables
+    python kernels/defaults.py --check    # exits 1 if they are not what this script writes
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNELS = Path(__file__).parent
+sys.path.insert(0, str(KERNELS))
+
+from vitdeploy_kernels.config import Config, Entry, Table, format_table  # noqa: E402
+from vitdeploy_kernels.launch import power_of_two, tiles  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of a GEMM; ``share`` of the best tile's rate is an estimate."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the choices depend on; multiprocessors are those of the data-centre or largest card."""
+
+    name: str
+    multiprocessors: int
+    tiles: tuple[Tile, ...]
+    attention: tuple[int, int, int, int]
+    """Queries, keys, warps, stages."""
+    absorbed_stages: int
+    """For rows of more than 1024 columns; fewer where shared memory is small."""
+
+
+SMALL = (Tile(16, 64, 128, 4, 3, 0.15), Tile(16, 32, 128, 4, 3, 0.10), Tile(16, 16, 128, 4, 3, 0.06))
+"""For a few rows: what counts is how many multiprocessors read the weights."""
+
+HOPPER = (
+    Tile(128, 256, 64, 8, 3, 1.0),
+    Tile(128, 128, 64, 8, 3, 0.85),
+    Tile(64, 128, 64, 4, 4, 0.65),
+    Tile(64, 64, 64, 4, 4, 0.45),
+    Tile(64, 32, 128, 4, 3, 0.30),
+    *SMALL,
+)
+
+AMPERE = (
+    Tile(128, 256, 32, 8, 3, 1.0),
+    Tile(128, 128, 32, 8, 4, 0.9),
+    Tile(64, 128, 32, 4, 4, 0.7),
+    Tile(64, 64, 64, 4, 3, 0.5),
+    Tile(32, 64, 64, 4, 3, 0.35),
+    *SMALL,
+)
+
+ADA = AMPERE[1:]
+
+ARCHITECTURES = (
+    Architecture("sm_80", 108, AMPERE, (64, 64, 4, 3), 2),
+    Architecture("sm_89", 142, ADA, (64, 64, 4, 2), 1),
+    Architecture("sm_90", 132, HOPPER, (64, 64, 4, 2), 2),
+    Architecture("sm_100", 148, HOPPER, (64, 64, 4, 2), 2),
+    Architecture("sm_120", 170, ADA, (64, 64, 4, 2), 1),
+)
+
+WIDTHS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Widths and heads of ViT-Ti, S, B, L and H."""
+TOKENS = (50, 197, 257, 577)
+BATCHES = (1, 8, 64, 256)
+ROWS = (1, 8, 64, 197, 788, 1576, 6304, 12608, 50432)
+"""Read tokens alone, and 197 tokens of 1, 4, 8, 32, 64 and 256 images."""
+CLASSES = 1000
+PIXELS = (588, 768)
+"""Of a patch of 14 by 14 and 16 by 16, three channels."""
+
+
+def gemm(arch: Architecture, rows: int, columns: int, programs: int = 1) -> Config:
+    """The tile that finishes first; ``programs`` times as many products are computed side by side."""
+
+    def time(tile: Tile) -> float:
+        count = programs * tiles(rows, tile.rows) * tiles(columns, tile.columns)
+        return tiles(count, arch.multiprocessors) * tile.rows * tile.columns / tile.share
+
+    fitting = [tile for tile in arch.tiles if tile.rows <= power_of_two(rows, 16)]
+    tile = min(fitting, key=time)
+    return Config(tile.rows, tile.columns, tile.depth, 8, tile.warps, tile.stages)
+
+
+def layernorm_linear(arch: Architecture) -> Iterable[Entry]:
+    for width in WIDTHS:
+        for columns in (width, 3 * width, 4 * width, CLASSES):
+            for rows in ROWS:
+                yield Entry((rows, columns, width), gemm(arch, rows, columns))
+
+
+def linear_residual(arch: Architecture) -> Iterable[Entry]:
+    for width in WIDTHS:
+        for depth in (width, 4 * width):
+            for rows in ROWS:
+                yield Entry((rows, width, depth), gemm(arch, rows, width))
+
+
+def patch_embed(arch: Architecture) -> Iterable[Entry]:
+    for width in WIDTHS:
+        for depth in PIXELS:
+            for rows in ROWS[3:]:
+                yield Entry((rows, width, depth), gemm(arch, rows, width))
+
+
+def head_linear(arch: Architecture) -> Iterable[Entry]:
+    for width, heads in WIDTHS.items():
+        for columns, depth in ((width, width // heads), (width // heads, width)):
+            for rows in BATCHES:
+                yield Entry((rows, columns, depth), gemm(arch, rows, columns, heads))
+
+
+def attention(arch: Architecture) -> Iterable[Entry]:
+    queries, keys, warps, stages = arch.attention
+    for head_width in (32, 64, 80, 128):
+        for tokens in TOKENS:
+            yield Entry((12 * 64, tokens, head_width), Config(queries, keys, 16, 1, warps, stages))
+
+
+def add_layernorm(arch: Architecture) -> Iterable[Entry]:
+    """Eight elements per thread, 16 bytes; narrow rows share a program."""
+    for width in WIDTHS:
+        block = power_of_two(width)
+        rows = max(1024 // block, 1)
+        yield Entry((12608, width), Config(rows, block, 16, 1, max(rows * block // 256, 1), 1))
+
+
+def absorbed_attention(arch: Architecture) -> Iterable[Entry]:
+    for width in WIDTHS:
+        stages = 2 if width <= 1024 else arch.absorbed_stages
+        for batch in BATCHES:
+            yield Entry((batch, 197, width), Config(16, 16, 16, 1, 8, stages))
+
+
+CHOICES: dict[str, Callable[[Architecture], Iterable[Entry]]] = {
+    "layernorm_linear": layernorm_linear,
+    "linear_residual": linear_residual,
+    "patch_embed": patch_embed,
+    "head_linear": head_linear,
+    "attention": attention,
+    "add_layernorm": add_layernorm,
+    "absorbed_attention": absorbed_attention,
+}
+
+
+def table(arch: Architecture) -> Table:
+    """The default table of an architecture."""
+    kernels = {name: tuple(dict.fromkeys(choose(arch))) for name, choose in CHOICES.items()}
+    return Table(arch.name, False, kernels, {})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
+    check = parser.parse_args().check
+    stale = []
+    for arch in ARCHITECTURES:
+        path = KERNELS / "vitdeploy_kernels" / "configs" / f"{arch.name}.json"
+        text = format_table(table(arch))
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    if stale:
+        print(("stale: " if check else "wrote ") + ", ".join(stale))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
