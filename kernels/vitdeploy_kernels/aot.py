@@ -128,13 +128,13 @@ def signature(launch: Launch) -> Signature:
         AotError: a parameter that the launch does not give, one that the kernel does not have, or a type
             that cannot be passed.
     """
-    names = tuple(inspect.signature(launch.kernel.fn).parameters)
+    names = parameter_names(launch.kernel)
     given = [*launch.arguments, *launch.constants]
     if sorted(names) != sorted(given):
         missing, unknown = sorted({*names} - {*given}), sorted({*given} - {*names})
         raise AotError(f"{launch.name}: not given: {missing}; not a parameter, or given twice: {unknown}")
     types = {
-        name: "constexpr" if name in launch.constants else _type_of(name, launch.arguments[name])
+        name: "constexpr" if name in launch.constants else type_of(name, launch.arguments[name])
         for name in names
     }
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
@@ -145,7 +145,18 @@ def signature(launch: Launch) -> Signature:
     return Signature(types, dict(launch.constants), attributes)
 
 
-def _type_of(name: str, value: Tensor | int | float) -> str:
+@functools.cache
+def parameter_names(kernel: Any) -> tuple[str, ...]:
+    """All parameters of a kernel in order, constants included."""
+    return tuple(inspect.signature(kernel.fn).parameters)
+
+
+def type_of(name: str, value: Tensor | int | float) -> str:
+    """Triton's name for the type of an argument.
+
+    Raises:
+        AotError: no kernel takes it.
+    """
     if isinstance(value, Tensor):
         if value.dtype not in POINTERS:
             raise AotError(f"{name}: no kernel takes a tensor of {value.dtype}")
