@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-EXTRAS := dev,export,openvino
+EXTRAS := dev,export,kernels,openvino
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

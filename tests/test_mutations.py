@@ -27,7 +27,8 @@ from vitdeploy.checkpoint import Checkpoint, open_model, save_folder
 from vitdeploy.config import BatchRange, Preprocess
 from vitdeploy.errors import BundleError, CheckpointError, ParityError, PrecisionError
 from vitdeploy.export import run
-from vitdeploy.export.run import ExportRequest, run_export
+from vitdeploy.export.request import ExportRequest
+from vitdeploy.export.run import run_export
 from vitdeploy.golden import golden_images
 from vitdeploy.manifest import canonical, digest_of
 from vitdeploy.verification import verify_bundle

@@ -119,6 +119,7 @@ class Weights(OnnxRuntime):
     """Runs the weights without reading an artifact, as torch does."""
 
     name = "weights"
+    formats = ()
 
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         return None if artifact is None else super().supports(manifest, artifact)

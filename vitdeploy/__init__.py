@@ -86,7 +86,8 @@ def export(
     from vitdeploy.export import exporting
 
     with exporting():
-        from vitdeploy.export.run import ExportRequest, run_export
+        from vitdeploy.export.request import ExportRequest
+        from vitdeploy.export.run import run_export
 
     sizes = (batch, batch, batch) if isinstance(batch, int) else batch
     request = ExportRequest(

@@ -33,51 +33,52 @@ def forward_flops(config: ViTConfig) -> int:
 # Rewrites of a block's weights: the block stays a reference block.
 
 
-def _edited(block: model.Block) -> model.Block:
+def edited(block: model.Block) -> model.Block:
     """A copy whose modules can be changed while tensors stay shared."""
     memo = {id(tensor): tensor for tensor in block.parameters()}
     return copy.deepcopy(block, memo)
 
 
-def _parameter(value: Tensor) -> nn.Parameter:
+def parameter(value: Tensor) -> nn.Parameter:
+    """A constant."""
     return nn.Parameter(value, requires_grad=False)
 
 
 def fold_attention_scale(block: model.Block) -> model.Block:
     """softmax(s q k') = softmax((s q) k'): the scale becomes part of the query projection."""
-    block = _edited(block)
+    block = edited(block)
     attn = block.attn
-    attn.q.weight = _parameter(attn.q.weight * attn.scale)
+    attn.q.weight = parameter(attn.q.weight * attn.scale)
     if attn.q.bias is not None:
-        attn.q.bias = _parameter(attn.q.bias * attn.scale)
+        attn.q.bias = parameter(attn.q.bias * attn.scale)
     attn.scale = 1.0
     return block
 
 
 def drop_key_bias(block: model.Block) -> model.Block:
     """q (k + b)' adds the same q b' to a whole row of scores, and softmax does not see it."""
-    block = _edited(block)
+    block = edited(block)
     block.attn.k.register_parameter("bias", None)
     return block
 
 
 def move_value_bias(block: model.Block) -> model.Block:
     """Rows of a softmax sum to one, so the value bias passes through attention into the projection's bias."""
-    block = _edited(block)
+    block = edited(block)
     attn = block.attn
     if attn.v.bias is not None:
-        attn.proj.bias = _parameter(attn.proj.bias + attn.proj.weight @ attn.v.bias)
+        attn.proj.bias = parameter(attn.proj.bias + attn.proj.weight @ attn.v.bias)
         attn.v.register_parameter("bias", None)
     return block
 
 
 def fold_layer_scale(block: model.Block) -> model.Block:
     """Layer scale multiplies the rows of the linear layer before it (its bias too)."""
-    block = _edited(block)
+    block = edited(block)
     for linear, scale in ((block.attn.proj, block.scale1), (block.mlp.fc2, block.scale2)):
         if scale is not None:
-            linear.weight = _parameter(linear.weight * scale[:, None])
-            linear.bias = _parameter(linear.bias * scale)
+            linear.weight = parameter(linear.weight * scale[:, None])
+            linear.bias = parameter(linear.bias * scale)
     block.scale1 = block.scale2 = None
     return block
 
@@ -85,7 +86,7 @@ def fold_layer_scale(block: model.Block) -> model.Block:
 # Rewrites of structure: reference parts become deployed parts.
 
 
-def _bias(linear: nn.Linear) -> Tensor | None:
+def bias_of(linear: nn.Linear) -> Tensor | None:
     return linear.bias  # typed as if it were always there
 
 
@@ -106,7 +107,7 @@ def merge_qkv(block: model.Block) -> lowered.Block:
     attn = block.attn
     parts = (attn.q, attn.k, attn.v)
     weight = torch.cat([p.weight.detach() for p in parts]).t()
-    biases = [_bias(p) for p in parts]
+    biases = [bias_of(p) for p in parts]
     rows = [torch.zeros_like(p.weight[:, 0]) if b is None else b for p, b in zip(parts, biases, strict=True)]
     bias = None if all(b is None for b in biases) else torch.cat(rows)
     merged = lowered.Attention(Linear(weight, bias), _linear(attn.proj), attn.heads, attn.scale)
@@ -239,8 +240,9 @@ BLOCK_REWRITES: tuple[Callable[[model.Block], model.Block], ...] = (
 )
 
 
-def _double(part: Part) -> Part:
-    memo = {id(tensor): _parameter(tensor.detach().double()) for tensor in part.parameters()}
+def doubled(part: Part) -> Part:
+    """A copy in float64."""
+    memo = {id(tensor): parameter(tensor.detach().double()) for tensor in part.parameters()}
     return copy.deepcopy(part, memo)
 
 
@@ -263,7 +265,7 @@ def lower(
     """
     config = vit.config
     queries = queries_read(config, output)
-    embedding = patches_to_gemm(_double(vit.embedding))
+    embedding = patches_to_gemm(doubled(vit.embedding))
     if input_kind == "uint8":
         if preprocess is None:
             raise ValueError("uint8 input needs the preprocessing whose mean and std to fold")
@@ -271,13 +273,13 @@ def lower(
     assign_dtypes(embedding, "embedding", plan)
     blocks = []
     for i, part in enumerate(vit.blocks):
-        block = cast(model.Block, _double(part))
+        block = cast(model.Block, doubled(part))
         for rewrite in BLOCK_REWRITES:
             block = rewrite(block)
         last = i == config.depth - 1
         deployed = absorb_last_block(block, queries) if last and queries else merge_qkv(block)
         blocks.append(assign_dtypes(deployed, f"blocks.{i}", plan))
-    readout = assign_dtypes(read_out(_double(vit.readout), output), "readout", plan)
+    readout = assign_dtypes(read_out(doubled(vit.readout), output), "readout", plan)
     result = LoweredViT(embedding, blocks, readout)
     result.output_dtype = plan.output_dtype
     return result.eval()

@@ -32,6 +32,15 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """What a backend says of how it runs an artifact: which parts are fused, and which are not and why."""
+
+    artifact: str
+    backend: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """What was compared, and what did not hold."""
 
@@ -46,6 +55,7 @@ class VerifyReport:
     """Artifacts that no backend ran; failures too, unless the backends were chosen by name."""
     failures: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    fusion: tuple[Fusion, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -74,6 +84,7 @@ class VerifyReport:
             "unproven": list(self.unproven),
             "failures": list(self.failures),
             "notes": list(self.notes),
+            "fusion": [dataclasses.asdict(fusion) for fusion in self.fusion],
         }
 
 
@@ -112,6 +123,7 @@ def verify_bundle(
         unproven=unproven,
         failures=tuple(job.failures),
         notes=tuple(job.notes),
+        fusion=tuple(job.fusion),
     )
 
 
@@ -144,11 +156,14 @@ def runnable(bundle: Bundle, backends: Sequence[str] | None, *, models: bool = F
     for backend in all_backends() if backends is None else map(get_backend, dict.fromkeys(backends)):
         if backends is not None:
             pairs += _asked_for(bundle, backend)
-        elif models or reads_artifacts(backend, bundle):
+        else:
             state = backend.availability()
             missing = None if state.ok else state.reason
+            always = models or backend.supports(bundle.manifest, None) is not None
             for artifact in bundle.manifest.artifacts:
-                pairs.append(Pair(backend, artifact, missing or backend.supports(bundle.manifest, artifact)))
+                if always or artifact.format in backend.formats:
+                    reason = missing or backend.supports(bundle.manifest, artifact)
+                    pairs.append(Pair(backend, artifact, reason))
     order = [WEIGHTS, *(artifact.name for artifact in bundle.manifest.artifacts)]
     return sorted(pairs, key=lambda pair: order.index(pair.name))
 
@@ -167,11 +182,6 @@ def _asked_for(bundle: Bundle, backend: Backend) -> list[Pair]:
     raise UsageError(f"the {backend.name} backend can run nothing of {bundle.root}: {why}")
 
 
-def reads_artifacts(backend: Backend, bundle: Bundle) -> bool:
-    """Whether a backend runs exported files; one that needs none builds the model from the weights."""
-    return backend.supports(bundle.manifest, None) is not None
-
-
 @dataclass
 class _Verification:
     bundle: Bundle
@@ -185,6 +195,7 @@ class _Verification:
     accuracy: list[Accuracy] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    fusion: list[Fusion] = field(default_factory=list)
 
     def run(self, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
         golden = self.bundle.golden()
@@ -193,7 +204,7 @@ class _Verification:
             if pair.reason is not None:
                 self.skipped.append(Skipped(pair.name, pair.backend.name, pair.reason))
                 continue
-            if reads_artifacts(pair.backend, self.bundle):
+            if pair.artifact is not None and pair.artifact.format in pair.backend.formats:
                 self.run_here.add(pair.name)
             try:
                 with self._load(pair) as session:
@@ -217,6 +228,8 @@ class _Verification:
             worst = [r.metrics.relative for r in records if r.metrics.relative is not None]
             stage.detail = f"{pair.backend.name}, relative error {max(worst, default=float('nan')):.1e}"
         self.records += records
+        if session.facts.fusion:
+            self.fusion.append(Fusion(pair.name, pair.backend.name, session.facts.fusion))
         for record in records:
             where = f"{pair.name} on {pair.backend.name}, batch {record.batch}"
             self.failures += [f"{where}: {reason}" for reason in record.failures]

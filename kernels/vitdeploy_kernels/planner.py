@@ -46,7 +46,7 @@ class Step:
     site: str
     operation: str
     launch: Launch | None = None
-    call: Callable[[], None] | None = None
+    call: Callable[[], object] | None = None
     reason: str | None = None
 
 
@@ -234,15 +234,13 @@ class Planner:
                 return mixed.view(self.rows, shape.width)
         qkv = self._take("qkv", (batch, shape.tokens, 3 * shape.width))
         self._norm_linear(f"{site}.qkv", self.x, stats, block.qkv, qkv.view(self.rows, -1))
-        support = attention.supports(qkv, shape.heads)
+        support = attention.supports(qkv, shape.heads, shape.scale)
         if isinstance(support, Unsupported):
             call = lambda: mixed.copy_(_sdpa(qkv, shape.heads, shape.scale))  # noqa: E731
             self._torch(site, "scaled_dot_product_attention", call, support.reason)
         else:
             entry = self._entry("attention", batch * shape.heads, shape.tokens, shape.head_width)
-            launch = attention.launch(
-                qkv, mixed, heads=shape.heads, scale=shape.scale, config=entry.config
-            )
+            launch = attention.launch(qkv, mixed, heads=shape.heads, scale=shape.scale, config=entry.config)
             self._launch(site, launch)
         return mixed.view(self.rows, shape.width)
 
@@ -275,7 +273,9 @@ class Planner:
         q = self._take("read.q", (count, width))
         self._norm_linear(f"{site}.attn.q", rows, row_stats, block.q, q)
         queries = self._take("read.queries", (batch, shape.queries * heads, width))
-        self._head_linear(f"{site}.attn.key", q.view(count, heads, -1), block.key, queries.view(count, heads, width))
+        self._head_linear(
+            f"{site}.attn.key", q.view(count, heads, -1), block.key, queries.view(count, heads, width)
+        )
         pooled = self._take("read.pooled", queries.shape)
         self._absorbed_attention(f"{site}.attn", queries, tokens, stats, pooled)
         mixed = self._take("read.mixed", (count, width))
@@ -307,7 +307,9 @@ class Planner:
         config = self._entry("head_linear", len(x), out.shape[2], x.shape[2]).config
         self._launch(site, absorbed.launch_head_linear(x, weight, out, config=config))
 
-    def _absorbed_attention(self, site: str, queries: Tensor, tokens: Tensor, stats: Tensor, out: Tensor) -> None:
+    def _absorbed_attention(
+        self, site: str, queries: Tensor, tokens: Tensor, stats: Tensor, out: Tensor
+    ) -> None:
         shape = self.shape
         support = absorbed.supports_absorbed_attention(queries, tokens, stats)
         if isinstance(support, Unsupported):
@@ -330,7 +332,8 @@ class Planner:
         x = rows.view(self.batch, self.shape.tokens, -1) if whole else rows
         output = torch.empty_like(readout(x))
         columns = f"{output.shape[-1]} columns"
-        self._torch("readout", "torch", lambda: output.copy_(readout(x)), f"no fused readout ({columns})")
+        reason = f"fused only over one token and a plain head ({columns})"
+        self._torch("readout", "LayerNorm, pooling and head", lambda: output.copy_(readout(x)), reason)
         return output
 
 

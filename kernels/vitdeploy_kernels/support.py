@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -90,11 +89,6 @@ def check_device(*tensors: Tensor | None) -> str | None:
         return None
     hint = "; TRITON_INTERPRET=1 runs them on the CPU, slowly" if device.type == "cpu" else ""
     return f"the kernels need an NVIDIA GPU, and the tensors are on {device.type}{hint}"
-
-
-def interpreter_wanted() -> bool:
-    """Whether the environment asks for the interpreter; imports nothing."""
-    return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "yes")
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from weights_bundles import write_weights
 
 from vitdeploy.bundle import Bundle, BundleWriter
 from vitdeploy.config import BatchRange
@@ -94,3 +96,9 @@ def pixels() -> np.ndarray[Any, Any]:
 def expected(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """What the classifier must give, in float64."""
     return pixels.reshape(3, 48).astype(np.float64) @ WEIGHT.astype(np.float64)
+
+
+@pytest.fixture
+def weights_bundle(tmp_path: Path) -> MakeBundle:
+    """Write a bundle with weights and without any artifact."""
+    return functools.partial(write_weights, tmp_path / "bundle")

@@ -54,7 +54,9 @@ def test_every_backend_answers_under_its_name() -> None:
     assert [backend.name for backend in all_backends()] == list(backend_names())
     for backend in all_backends():
         assert backend.summary
-        assert backend.availability().ok, backend.availability()
+        state = backend.availability()
+        assert state.ok or backend.name == "triton", state  # which needs a GPU
+        assert state.ok != bool(state.reason)
 
 
 def test_unknown_backends_get_a_suggestion() -> None:

@@ -18,7 +18,7 @@ from vitdeploy.bundle import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ParityError
 from vitdeploy.export import run as exporter
-from vitdeploy.export.run import ExportRequest
+from vitdeploy.export.request import ExportRequest
 from vitdeploy.progress import Progress
 
 

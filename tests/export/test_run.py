@@ -23,7 +23,8 @@ from vitdeploy.bundle import Bundle
 from vitdeploy.checkpoint import Checkpoint, save_folder
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
-from vitdeploy.export.run import ExportRequest, run_export
+from vitdeploy.export.request import ExportRequest
+from vitdeploy.export.run import run_export
 from vitdeploy.progress import Progress
 
 SHALLOW = dataclasses.replace(CONFIGS["vit"], depth=2)
@@ -285,7 +286,8 @@ def test_killed_at_any_moment_there_is_no_bundle_or_a_whole_one(tmp_path: Path, 
     target = tmp_path / "out.bundle"
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from pathlib import Path; from vitdeploy.export.run import ExportRequest, run_export\n"
+        "from pathlib import Path; from vitdeploy.export.request import ExportRequest; "
+        "from vitdeploy.export.run import run_export\n"
         f"print('begin', flush=True); run_export(ExportRequest(model={str(source)!r}), Path({str(target)!r}))"
     )
     for delay in (0.2, 1.0, 2.0, 3.5, 5.0):

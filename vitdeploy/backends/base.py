@@ -26,6 +26,7 @@ _BACKENDS = {
     "openvino": "vitdeploy.backends.openvino:OpenVino",
     "torch": "vitdeploy.backends.torch:Torch",
     "torch-compile": "vitdeploy.backends.torch_compile:TorchCompile",
+    "triton": "vitdeploy.backends.triton:Triton",
 }
 
 
@@ -73,6 +74,8 @@ class SessionFacts:
     outputs: tuple[TensorSpec, ...]
     versions: Mapping[str, str]
     """Of the libraries that compute."""
+    fusion: tuple[str, ...] = ()
+    """Which parts of the model run fused, and which do not and why; from backends that know."""
 
 
 class Session(ABC):
@@ -127,6 +130,8 @@ class Backend(Protocol):
     name: str
     summary: str
     """One line for `doctor`."""
+    formats: tuple[str, ...]
+    """Formats of artifacts whose files it reads; of others it only takes the precision and the batch sizes."""
 
     def availability(self) -> Availability:
         """Whether this machine can run it; imports as little as possible."""

@@ -38,6 +38,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     summary = "ONNX Runtime, CPU by default; providers cuda and tensorrt with onnxruntime-gpu"
+    formats: tuple[str, ...] = ("onnx",)
 
     def availability(self) -> Availability:
         if importlib.util.find_spec("onnxruntime") is None:

@@ -35,6 +35,7 @@ class OpenVino:
 
     name = "openvino"
     summary = "Intel's OpenVINO on the CPU"
+    formats: tuple[str, ...] = ("onnx",)
 
     def availability(self) -> Availability:
         if importlib.util.find_spec("openvino") is None:

@@ -27,7 +27,10 @@ from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 from vitdeploy.manifest import Artifact, Manifest, Precision, TensorSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+
+    from vitdeploy.model import ViT
 
 Forward = Callable[["Tensor"], "Tensor"]
 
@@ -39,6 +42,7 @@ class Torch:
 
     name = "torch"
     summary = "PyTorch, the reference model as it is, on the CPU or CUDA"
+    formats: tuple[str, ...] = ()
 
     def availability(self) -> Availability:
         if importlib.util.find_spec("torch") is None:
@@ -50,15 +54,17 @@ class Torch:
             return "it builds a ViT from its configuration, and this bundle holds a module of the user's own"
         if WEIGHTS not in manifest.files:
             return f"the bundle has no {WEIGHTS}"
+        if artifact is not None and artifact.format == "triton-aot":
+            return f"{artifact.name} holds kernels for the triton backend"
         if artifact is not None and artifact.precision not in _DTYPES:
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         refuse(self.name, provider=options.provider)
-        torch = _library(self.name)
+        torch = library(self.name)
         require_support(self, bundle, artifact)
-        device = _device(torch, options.device or "cpu")
+        device = cuda_device(torch, options.device or "cpu")
         bundle.verify_hashes([WEIGHTS])
         precision: Precision = artifact.precision if artifact else "fp32"
         manifest = bundle.manifest
@@ -70,11 +76,11 @@ class Torch:
             device=device,
             provider=device.partition(":")[0],
             batch=artifact.batch if artifact else None,
-            inputs=artifact.inputs if artifact else (_input(manifest),),
-            outputs=artifact.outputs if artifact else (_output(manifest),),
+            inputs=artifact.inputs if artifact else (input_spec(manifest),),
+            outputs=artifact.outputs if artifact else (output_spec(manifest),),
             versions={"torch": str(torch.__version__)},
         )
-        vit = _build(torch, bundle, precision, device)
+        vit = load_vit(bundle, getattr(torch, _DTYPES[precision]), device)
         return TorchSession(facts, self._forward(vit, manifest), options.threads)
 
     def _forward(self, vit: nn.Module, manifest: Manifest) -> Forward:
@@ -106,15 +112,25 @@ class TorchSession(Session):
         self._forward = None
 
 
-def _library(backend: str) -> Any:
+def library(backend: str, extra: str = "export") -> Any:
+    """PyTorch.
+
+    Raises:
+        MissingDependency: it is not installed; names the extra.
+    """
     try:
         import torch
     except ImportError as error:
-        raise MissingDependency("torch", extra="export", purpose=f"the {backend} backend") from error
+        raise MissingDependency("torch", extra=extra, purpose=f"the {backend} backend") from error
     return torch
 
 
-def _device(torch: Any, wanted: str) -> str:
+def cuda_device(torch: Any, wanted: str) -> str:
+    """The device as PyTorch names it: ``cpu`` or ``cuda:N``.
+
+    Raises:
+        DeviceUnavailable: there is no such GPU.
+    """
     kind, index = split_device(wanted)
     if kind == "cpu":
         return "cpu"
@@ -124,8 +140,12 @@ def _device(torch: Any, wanted: str) -> str:
     return f"cuda:{index}"
 
 
-def _build(torch: Any, bundle: Bundle, precision: Precision, device: str) -> nn.Module:
-    """The reference model with the bundle's weights, rounded once."""
+def load_vit(bundle: Bundle, dtype: torch.dtype | None = None, device: str = "cpu") -> ViT:
+    """The reference model with the bundle's weights, as they are or rounded once.
+
+    Raises:
+        BundleError: they are not the weights of this model.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -133,7 +153,6 @@ def _build(torch: Any, bundle: Bundle, precision: Precision, device: str) -> nn.
 
     config, path = bundle.manifest.model, bundle.path(WEIGHTS)
     assert config is not None
-    dtype = getattr(torch, _DTYPES[precision])
     try:
         state = {name: tensor.to(device, dtype) for name, tensor in load_file(path).items()}
         return build(config, state)
@@ -163,7 +182,8 @@ def forward_of(vit: nn.Module, manifest: Manifest) -> Forward:
     return forward_uint8
 
 
-def _input(manifest: Manifest) -> TensorSpec:
+def input_spec(manifest: Manifest) -> TensorSpec:
+    """What a session that reads no artifact takes."""
     assert manifest.model is not None
     height, width = manifest.model.image_size
     channels = manifest.model.channels
@@ -172,7 +192,8 @@ def _input(manifest: Manifest) -> TensorSpec:
     return TensorSpec(name="pixel_values", dtype="float32", shape=("N", channels, height, width))
 
 
-def _output(manifest: Manifest) -> TensorSpec:
+def output_spec(manifest: Manifest) -> TensorSpec:
+    """What it gives."""
     config = manifest.model
     assert config is not None
     shapes: dict[Output, tuple[int | str, ...]] = {

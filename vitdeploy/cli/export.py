@@ -14,7 +14,7 @@ from vitdeploy.cli import output, parse, summary
 if TYPE_CHECKING:
     from vitdeploy.bundle import Bundle
     from vitdeploy.export.plan import ExportPlan
-    from vitdeploy.export.run import ExportRequest
+    from vitdeploy.export.request import ExportRequest
 
 SUMMARY = "A model becomes a bundle, every artifact proven."
 EXAMPLES = (
@@ -116,7 +116,7 @@ def command(
     from vitdeploy.export import exporting
 
     with exporting():
-        from vitdeploy.export.run import ExportRequest
+        from vitdeploy.export.request import ExportRequest
 
     request = ExportRequest(
         model=model,

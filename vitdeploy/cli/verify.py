@@ -17,6 +17,7 @@ SUMMARY = "Prove a bundle on this machine."
 EXAMPLES = (
     "vitdeploy verify vit.bundle",
     "vitdeploy verify vit.bundle --backend onnxruntime,openvino --batch 1,8",
+    "vitdeploy verify vit.bundle --backend triton",
     "vitdeploy verify vit.bundle --data held_out/ --json",
 )
 
@@ -80,6 +81,10 @@ def _print(report: VerifyReport) -> None:
             for a in report.accuracy
         ]
         output.table(("model", "backend", ">accuracy", ">as the reference"), rows)
+    for fusion in report.fusion:
+        output.heading(f"fusion of {fusion.artifact} on {fusion.backend}")
+        for text in fusion.lines:
+            output.line(text)
     for text in report.notes:
         output.line(f"note: {text}")
     if report.passed:

@@ -10,7 +10,7 @@ from typing import Any
 from vitdeploy.bundle import GOLDEN, WEIGHTS, BundleWriter
 from vitdeploy.config import Size
 from vitdeploy.export.onnx import FILES, INPUT
-from vitdeploy.export.run import ExportRequest, default_folder
+from vitdeploy.export.request import ExportRequest, default_folder
 from vitdeploy.export.subject import Subject
 from vitdeploy.golden import GOLDEN_NAMES, raw_images
 from vitdeploy.manifest import Rewrite

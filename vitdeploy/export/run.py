@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,97 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from vitdeploy import golden, parity
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle import GOLDEN, WEIGHTS, Bundle, BundleWriter
-from vitdeploy.checkpoint import DEFAULT_MODEL, Checkpoint, UserModule, open_model
-from vitdeploy.config import BatchRange, Precision, Size
-from vitdeploy.errors import MissingDependency, ParityError, UsageError, did_you_mean
+from vitdeploy.checkpoint import Checkpoint, UserModule
+from vitdeploy.config import Precision
+from vitdeploy.errors import MissingDependency, ParityError
 from vitdeploy.export.fallback import Proposal, smallest_islands
-from vitdeploy.export.onnx import INPUT, OnnxOptions, write_onnx
-from vitdeploy.export.subject import Subject, VitSubject, subject_of
+from vitdeploy.export.onnx import INPUT, write_onnx
+from vitdeploy.export.request import ExportRequest, default_folder
+from vitdeploy.export.subject import Subject, VitSubject
 from vitdeploy.manifest import Artifact, Manifest, ParityRecord, Provenance, Tolerance
 from vitdeploy.memory import release
-from vitdeploy.precision import DTYPES, PrecisionPlan
+from vitdeploy.precision import PrecisionPlan
 from vitdeploy.preprocess import apply, apply_uint8
 from vitdeploy.progress import Progress
 
-FORMATS = ("auto", "onnx")
 _MODE = 0o644
 """safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
 Golden = dict[str, np.ndarray[Any, Any]]
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """Everything a user can ask of an export, checked for what can be checked before any work.
-
-    Raises:
-        UsageError: a value that no export could serve.
-    """
-
-    model: str | Path | nn.Module | None = None
-    checkpoint: Path | None = None
-    precisions: tuple[str, ...] = ("fp32",)
-    formats: tuple[str, ...] = ("auto",)
-    image_size: Size | None = None
-    batch: BatchRange = field(default_factory=BatchRange)
-    opset: int = 20
-    input: str = "float"
-    output: str | None = None
-    atol: float | None = None
-    fallback: bool = True
-    seed: int = 0
-    command: str = ""
-
-    def __post_init__(self) -> None:
-        for what, given, known in (
-            ("precision", self.precisions, tuple(DTYPES)),
-            ("format", self.formats, FORMATS),
-        ):
-            for name in given:
-                if name not in known:
-                    raise UsageError(
-                        f"unknown {what} {name!r}{did_you_mean(name, known)}",
-                        hint=f"known: {', '.join(known)}",
-                    )
-        if self.atol is not None and not self.atol > 0:
-            raise UsageError(f"atol must be positive, not {self.atol}")
-        OnnxOptions(self.batch, self.opset)
-
-    @property
-    def onnx(self) -> OnnxOptions:
-        return OnnxOptions(self.batch, self.opset)
-
-    def open(self) -> tuple[Checkpoint | UserModule, Subject]:
-        """Load the model."""
-        if isinstance(self.model, nn.Module):
-            opened: Checkpoint | UserModule = UserModule(
-                self.model, type(self.model).__name__, self.image_size or (224, 224)
-            )
-        else:
-            name = None if self.model is None else str(self.model)
-            opened = open_model(name, checkpoint=self.checkpoint, image_size=self.image_size, seed=self.seed)
-        return opened, subject_of(opened, self.output, self.input)
-
-
-def default_folder(request: ExportRequest) -> Path:
-    """Where a bundle goes when the user names no place: the model's name in the working directory."""
-    name = (
-        type(request.model).__name__
-        if isinstance(request.model, nn.Module)
-        else str(request.model or DEFAULT_MODEL)
-    )
-    if request.checkpoint is not None and request.model is None:
-        name = request.checkpoint.stem
-    path = Path(name)
-    if path.exists():
-        name = path.stem if path.is_file() else path.resolve().name
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
-    return Path(f"{stem or 'model'}.bundle")
 
 
 def run_export(

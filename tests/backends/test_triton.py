@@ -1,0 +1,147 @@
+"""The fused kernels as a backend: whole models in Triton's interpreter, against the float64 reference."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import interpreter
+import numpy as np
+import pytest
+import torch
+from models import CONFIGS, pixels, random_vit
+from weights_bundles import CONFIG, SPEC, artifact, golden
+
+from vitdeploy.backends import triton as module
+from vitdeploy.backends.base import Options, get_backend
+from vitdeploy.backends.triton import Triton, cuda_capabilities
+from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
+from vitdeploy.manifest import Precision
+from vitdeploy.model import forward_float64
+from vitdeploy.parity import check_session
+
+Make = Callable[..., Bundle]
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """The CPU in a GPU's place."""
+    if interpreter.ON_GPU:
+        pytest.skip("a GPU is here: the kernels were compiled for it")
+    with interpreter.environment():
+        yield
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_gives_the_reference(weights_bundle: Make, name: str) -> None:
+    config = CONFIGS[name]
+    with Triton().load(weights_bundle(config), None, Options()) as session:
+        (record,) = check_session(session, golden(config), batches=[3])
+        assert record.failures == ()
+        assert (session.facts.precision, session.facts.provider) == ("fp16", "interpreter")
+        assert any("attention: 3/3 blocks fused" in line for line in session.facts.fusion) == (
+            name != "distilled"
+        ), session.facts.fusion
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("output", ["features", "tokens"])
+def test_other_outputs(weights_bundle: Make, output: str) -> None:
+    with Triton().load(weights_bundle(output=output), None, Options()) as session:
+        (record,) = check_session(session, golden(output=output), batches=[2])
+        assert record.failures == ()
+        assert any("head: LayerNorm, pooling and head in torch" in line for line in session.facts.fusion)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_artifacts_precision_and_batches(weights_bundle: Make, precision: Precision) -> None:
+    with Triton().load(weights_bundle(), artifact(precision), Options()) as session:
+        records = check_session(session, golden())
+        assert [record.failures for record in records] == [(), (), ()]
+        assert [record.batch for record in records] == [1, 2, 4]
+        assert session.facts.executes == session.facts.precision == precision
+        with pytest.raises(UsageError, match=f"onnx-{precision} serves 1 to 4"):
+            session.run({"pixel_values": pixels(CONFIG, 5).numpy()})
+    assert records[0].metrics.relative is not None
+    assert records[0].metrics.relative > {"fp16": 1e-5, "bf16": 1e-4}[precision]  # it did round
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_uint8_images(weights_bundle: Make) -> None:
+    images = np.random.default_rng(0).integers(0, 256, size=(3, *CONFIG.image_size, 3), dtype=np.uint8)
+    exact = (images / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)
+    reference = forward_float64(random_vit(CONFIG), torch.from_numpy(exact.transpose(0, 3, 1, 2)))
+    with Triton().load(weights_bundle(input="uint8"), None, Options()) as session:
+        arrays = {"pixel_values": images, "reference": reference.numpy()}
+        assert all(record.passed for record in check_session(session, arrays, batches=[3]))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_batch_between_buckets_is_padded_and_nan_stays_in_its_image(weights_bundle: Make) -> None:
+    images = pixels(CONFIG, 3).numpy()
+    poisoned = images.copy()
+    poisoned[1, 0, 5, 7] = np.nan
+    with Triton().load(weights_bundle(), artifact("fp16"), Options()) as session:
+        clean = session.run({"pixel_values": images})["logits"]
+        dirty = session.run({"pixel_values": poisoned})["logits"]
+        again = session.run({"pixel_values": images})["logits"]
+    assert np.isnan(dirty[1]).all()
+    np.testing.assert_array_equal(dirty[[0, 2]], clean[[0, 2]])
+    np.testing.assert_array_equal(again, clean)
+
+
+def test_reasons_why_not(weights_bundle: Make, make_bundle: Any) -> None:
+    own = make_bundle()
+    assert "a module of the user's own" in str(Triton().supports(own.manifest, None))
+    with_model = own.manifest.model_copy(update={"model": CONFIG})
+    assert Triton().supports(with_model, None) == f"the bundle has no {WEIGHTS}"
+    manifest = weights_bundle().manifest
+    assert "fp32 islands" in str(Triton().supports(manifest, artifact("mixed")))
+    assert "computes in fp16 or bf16, and onnx-fp32 is fp32" in str(
+        Triton().supports(manifest, artifact("fp32"))
+    )
+    assert Triton().supports(manifest, artifact("bf16")) is None
+    with pytest.raises(UsageError, match="takes no provider"):
+        Triton().load(weights_bundle(), None, Options(provider="cpu"))
+
+
+@pytest.mark.skipif(interpreter.ON_GPU, reason="a GPU is here")
+def test_without_a_gpu_it_says_what_is_missing(weights_bundle: Make) -> None:
+    state = get_backend("triton").availability()
+    assert not state.ok
+    assert state.reason == "no NVIDIA GPU answers"
+    assert "TRITON_INTERPRET=1" in str(state.hint)
+    with pytest.raises(DeviceUnavailable, match="no NVIDIA GPU"):
+        Triton().load(weights_bundle(), None, Options())
+
+
+def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cuda_capabilities", lambda: [(7, 5)])
+    assert "need compute capability 8.0, this GPU has 7.5" in Triton().availability().reason
+    monkeypatch.setattr(module, "cuda_capabilities", lambda: [(7, 5), (9, 0)])
+    assert Triton().availability().ok
+
+
+def test_no_driver_is_no_gpu() -> None:
+    assert cuda_capabilities("libthere-is-no-such-driver.so") == []
+
+
+@pytest.mark.parametrize("missing", ["torch", "triton"])
+def test_a_missing_library_names_the_extra(
+    weights_bundle: Make, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    bundle = weights_bundle()
+    real = module.importlib.util.find_spec
+    monkeypatch.setattr(
+        module.importlib.util, "find_spec", lambda name: None if name == missing else real(name)
+    )
+    monkeypatch.setitem(sys.modules, missing, None)
+    state = Triton().availability()
+    assert (state.reason, state.hint) == (f"{missing} is not installed", 'pip install "vitdeploy[kernels]"')
+    with pytest.raises(MissingDependency, match=missing):
+        Triton().load(bundle, None, Options())

@@ -1,0 +1,178 @@
+"""Our fused Triton kernels over the bundle's weights, on an NVIDIA GPU with one CUDA graph per batch bucket.
+
+No exported graph is read; an artifact only says which precision and which batch sizes. With
+``TRITON_INTERPRET=1`` the same kernels run on the CPU, slowly: enough to verify a small model anywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vitdeploy.backends.base import (
+    Array,
+    Availability,
+    Options,
+    Session,
+    SessionFacts,
+    one_line,
+    refuse,
+    require_support,
+)
+from vitdeploy.backends.torch import cuda_device, input_spec, library, load_vit, output_spec
+from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.config import BatchRange
+from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
+from vitdeploy.manifest import Artifact, Manifest, Precision
+
+if TYPE_CHECKING:
+    from vitdeploy_kernels.runner import VitRunner
+
+_DTYPES: Mapping[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}
+_OLDEST = (8, 0)
+"""Compute capability; ``vitdeploy_kernels.support.OLDEST`` is the same, and importing it needs torch."""
+
+_MAJOR, _MINOR = 75, 76
+"""The driver's numbers for CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
+
+
+class Triton:
+    """The backend. A session serves one thread at a time."""
+
+    name = "triton"
+    summary = "fused Triton kernels with CUDA graphs, from the weights"
+    formats: tuple[str, ...] = ("triton-aot",)
+
+    def availability(self) -> Availability:
+        for module in ("torch", "triton"):
+            if importlib.util.find_spec(module) is None:
+                return Availability(False, f"{module} is not installed", 'pip install "vitdeploy[kernels]"')
+        if _interpreted():
+            return Availability(True)
+        found = cuda_capabilities()
+        if not found:
+            hint = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to check small models"
+            return Availability(False, "no NVIDIA GPU answers", hint)
+        if max(found) < _OLDEST:
+            newest, needed = (".".join(map(str, pair)) for pair in (max(found), _OLDEST))
+            return Availability(False, f"the kernels need compute capability {needed}, this GPU has {newest}")
+        return Availability(True)
+
+    def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
+        if manifest.model is None:
+            return "it builds a ViT from its configuration, and this bundle holds a module of the user's own"
+        if WEIGHTS not in manifest.files:
+            return f"the bundle has no {WEIGHTS}"
+        if artifact is not None and artifact.precision == "mixed":
+            return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
+        if artifact is not None and artifact.precision not in _DTYPES:
+            return f"it computes in fp16 or bf16, and {artifact.name} is {artifact.precision}"
+        return None
+
+    def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
+        refuse(self.name, provider=options.provider)
+        torch = library(self.name, "kernels")
+        if importlib.util.find_spec("triton") is None:
+            raise MissingDependency("triton", extra="kernels", purpose=f"the {self.name} backend")
+        require_support(self, bundle, artifact)
+        device = self._device(torch, options.device)
+        bundle.verify_hashes([WEIGHTS])
+        precision: Precision = artifact.precision if artifact else "fp16"
+        batch = artifact.batch if artifact else BatchRange()
+        runner = _runner(torch, bundle, precision, batch, device)
+        manifest = bundle.manifest
+        facts = SessionFacts(
+            backend=self.name,
+            artifact=artifact.name if artifact else WEIGHTS,
+            precision=precision,
+            executes=precision,
+            device=device,
+            provider="interpreter" if device == "cpu" else "cuda",
+            batch=batch,
+            inputs=artifact.inputs if artifact else (input_spec(manifest),),
+            outputs=artifact.outputs if artifact else (output_spec(manifest),),
+            versions={name: str(importlib.import_module(name).__version__) for name in ("torch", "triton")},
+            fusion=runner.report,
+        )
+        return TritonSession(facts, runner)
+
+    def _device(self, torch: Any, wanted: str | None) -> str:
+        """The GPU, or the CPU where the interpreter was asked for."""
+        if _interpreted():
+            return "cpu"
+        state = self.availability()
+        if not state.ok:
+            message = f"the {self.name} backend does not run here: {state.reason}"
+            raise DeviceUnavailable(message, hint=state.hint)
+        if wanted == "cpu":
+            raise DeviceUnavailable(
+                f"the {self.name} backend needs a GPU", hint="TRITON_INTERPRET=1 runs the kernels on the CPU"
+            )
+        return cuda_device(torch, wanted or "cuda")
+
+
+class TritonSession(Session):
+    """A model in memory, with its graphs captured."""
+
+    def __init__(self, facts: SessionFacts, runner: VitRunner) -> None:
+        super().__init__(facts)
+        self._runner: VitRunner | None = runner
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        import torch
+
+        assert self._runner is not None
+        try:
+            outputs = self._runner(torch.from_numpy(inputs[self.facts.inputs[0].name]))
+        except RuntimeError as error:
+            raise BundleError(f"{self.facts.artifact}: the kernels failed: {one_line(error)}") from error
+        return {self.facts.outputs[0].name: outputs.cpu().numpy()}
+
+    def _close(self) -> None:
+        self._runner = None
+
+
+def _interpreted() -> bool:
+    """What Triton itself looks at; importing it to ask costs a second."""
+    return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "yes", "on", "y")
+
+
+def cuda_capabilities(driver: str = "libcuda.so.1") -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs that the CUDA driver finds; none without a driver."""
+    try:
+        cuda = ctypes.CDLL(driver)
+    except OSError:
+        return []
+    count, value = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for device in range(count.value):
+        pair = []
+        for attribute in (_MAJOR, _MINOR):
+            if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+                return []
+            pair.append(value.value)
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def _runner(torch: Any, bundle: Bundle, precision: Precision, batch: BatchRange, device: str) -> VitRunner:
+    """The folded model and its plans."""
+    from vitdeploy.fusing import fuse
+    from vitdeploy_kernels.runner import VitRunner, buckets
+
+    manifest = bundle.manifest
+    model = fuse(
+        load_vit(bundle),
+        getattr(torch, _DTYPES[precision]),
+        output=manifest.output,
+        input_kind=manifest.input,
+        preprocess=manifest.preprocess,
+        device=device,
+    )
+    sizes = [size for size in buckets(batch.max) if size >= batch.min]
+    return VitRunner(model.shape, model.weights, batches=sizes, readout=model.readout)

@@ -1,0 +1,87 @@
+"""What a user asks of an export, checked for what can be checked before any work."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from vitdeploy.checkpoint import DEFAULT_MODEL, Checkpoint, UserModule, open_model
+from vitdeploy.config import BatchRange, Size
+from vitdeploy.errors import UsageError, did_you_mean
+from vitdeploy.export.onnx import OnnxOptions
+from vitdeploy.export.subject import Subject, subject_of
+from vitdeploy.precision import DTYPES
+
+FORMATS = ("auto", "onnx")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Everything a user can ask of an export.
+
+    Raises:
+        UsageError: a value that no export could serve.
+    """
+
+    model: str | Path | nn.Module | None = None
+    checkpoint: Path | None = None
+    precisions: tuple[str, ...] = ("fp32",)
+    formats: tuple[str, ...] = ("auto",)
+    image_size: Size | None = None
+    batch: BatchRange = field(default_factory=BatchRange)
+    opset: int = 20
+    input: str = "float"
+    output: str | None = None
+    atol: float | None = None
+    fallback: bool = True
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for what, given, known in (
+            ("precision", self.precisions, tuple(DTYPES)),
+            ("format", self.formats, FORMATS),
+        ):
+            for name in given:
+                if name not in known:
+                    raise UsageError(
+                        f"unknown {what} {name!r}{did_you_mean(name, known)}",
+                        hint=f"known: {', '.join(known)}",
+                    )
+        if self.atol is not None and not self.atol > 0:
+            raise UsageError(f"atol must be positive, not {self.atol}")
+        OnnxOptions(self.batch, self.opset)
+
+    @property
+    def onnx(self) -> OnnxOptions:
+        return OnnxOptions(self.batch, self.opset)
+
+    def open(self) -> tuple[Checkpoint | UserModule, Subject]:
+        """Load the model."""
+        if isinstance(self.model, nn.Module):
+            opened: Checkpoint | UserModule = UserModule(
+                self.model, type(self.model).__name__, self.image_size or (224, 224)
+            )
+        else:
+            name = None if self.model is None else str(self.model)
+            opened = open_model(name, checkpoint=self.checkpoint, image_size=self.image_size, seed=self.seed)
+        return opened, subject_of(opened, self.output, self.input)
+
+
+def default_folder(request: ExportRequest) -> Path:
+    """Where a bundle goes when the user names no place: the model's name in the working directory."""
+    name = (
+        type(request.model).__name__
+        if isinstance(request.model, nn.Module)
+        else str(request.model or DEFAULT_MODEL)
+    )
+    if request.checkpoint is not None and request.model is None:
+        name = request.checkpoint.stem
+    path = Path(name)
+    if path.exists():
+        name = path.stem if path.is_file() else path.resolve().name
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+    return Path(f"{stem or 'model'}.bundle")
