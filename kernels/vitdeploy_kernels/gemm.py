@@ -13,6 +13,9 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether Triton's interpreter runs these functions; decided when the package is imported."""
 
+PART = tl.constexpr(64)
+"""Columns that an epilogue with a second matrix finishes at a time."""
+
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
 
@@ -22,6 +25,16 @@ def dot(a, b, acc):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     return tl.dot(a, b, acc)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """float32 rounded to nearest even, as a GPU does; the interpreter would cut bfloat16 off."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, up, bits).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -68,6 +81,106 @@ def tile_statistics(values, column_mask, count):
 
 
 @triton.jit
+def combined(mean, squares, count, mean2, squares2, count2):
+    """Statistics of two sets of columns together; the second may be empty."""
+    both = count + count2
+    share = count2.to(tl.float32) / tl.maximum(both, 1)
+    away = mean2 - mean
+    return mean + away * share, squares + squares2 + away * away * (share * count), both
+
+
+@triton.jit
+def halves(acc):
+    """The left and the right half of a tile's columns."""
+    parts = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
+def write_columns(
+    acc, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr
+):
+    """:func:`write_tile` for columns from ``start``: mean, squares and count of what was written."""
+    column = start + tl.arange(0, acc.shape[1])
+    column_mask = column < COLUMNS
+    inside = row_mask[:, None] & column_mask[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=column_mask, other=0.0)[None, :]
+    if gain_ptr is not None:
+        acc *= tl.load(gain_ptr + column, mask=column_mask, other=0.0)[None, :]
+    acc += tl.load(add_ptr + add_rows[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    rounded = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (row * COLUMNS)[:, None] + column[None, :], rounded, mask=inside)
+    count = tl.maximum(tl.minimum(COLUMNS - start, acc.shape[1]), 0)
+    mean, squares = tile_statistics(rounded.to(tl.float32), column_mask, tl.maximum(count, 1))
+    return mean, squares, count
+
+
+@triton.jit
+def write_parts(
+    acc, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr
+):
+    """:func:`write_columns`, in two parts if there are more than PART."""
+    if acc.shape[1] > PART:
+        left, right = halves(acc)
+        mean, squares, count = write_columns(
+            left, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+        )
+        start += left.shape[1]
+        mean2, squares2, count2 = write_columns(
+            right, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+        )
+        mean, squares, count = combined(mean, squares, count, mean2, squares2, count2)
+    else:
+        mean, squares, count = write_columns(
+            acc, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+        )
+    return mean, squares, count
+
+
+@triton.jit
+def write_tile(
+    acc,
+    bias_ptr,
+    gain_ptr,
+    add_ptr,
+    add_rows,
+    out_ptr,
+    stats_ptr,
+    row,
+    row_mask,
+    j,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write ``(acc + bias) * gain + add``, rounded, and the statistics of what was written.
+
+    The j-th tile of columns; bias, gain and stats may be None. ``add_rows`` are the offsets, in elements,
+    of the rows that are added; the rows of out are contiguous. A wide tile is finished part by part: all
+    that is added would not fit into registers beside it.
+    """
+    start = j * BLOCK_N
+    if BLOCK_N > 2 * PART:
+        left, right = halves(acc)
+        mean, squares, count = write_parts(
+            left, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+        )
+        start += BLOCK_N // 2
+        mean2, squares2, count2 = write_parts(
+            right, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+        )
+        mean, squares, count = combined(mean, squares, count, mean2, squares2, count2)
+    else:
+        mean, squares, count = write_parts(
+            acc, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+        )
+    if stats_ptr is not None:
+        at = stats_ptr + (row * tl.cdiv(COLUMNS, BLOCK_N) + j) * 2
+        tl.store(at, mean, mask=row_mask)
+        tl.store(at + 1, squares, mask=row_mask)
+
+
+@triton.jit
 def product(
     a_ptr,
     a_rows,
@@ -101,7 +214,7 @@ def product(
             a = tl.load(a_at, mask=row_mask[:, None] & inside[None, :], other=0.0)
             w = tl.load(w_at, mask=column_mask[None, :] & inside[:, None], other=0.0)
         if NORMALISE:
-            a = ((a.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(w.dtype)
+            a = narrow((a.to(tl.float32) - mean[:, None]) * rstd[:, None], w.dtype)
         acc = dot(a, w, acc)
         a_at += BLOCK_K
         w_at += BLOCK_K * W_STRIDE
