@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -78,10 +77,8 @@ class CudaDriver:
         self._contexts: dict[int, int] = {}
 
     def ordinal(self, device: torch.device) -> int | None:
-        """The number of a GPU; None if the device is not one."""
-        if device.type != "cuda":
-            return None
-        return torch.cuda.current_device() if device.index is None else device.index
+        """The number of the GPU that a tensor is on; None if its device is not one."""
+        return device.index if device.type == "cuda" else None
 
     def stream(self, ordinal: int) -> int:
         """The handle of torch's current stream."""
@@ -197,19 +194,3 @@ def _c_value(value: Tensor | int | float, kind: str) -> ctypes._SimpleCData[Any]
     if kind == "fp32":
         return c_float(value)
     return c_int32(int(value)) if kind == "i32" else c_int64(int(value))
-
-
-class Loaded:
-    """Kernels by binary and GPU, each loaded when it is first launched there."""
-
-    def __init__(self, driver: CudaDriver) -> None:
-        self._driver = driver
-        self._kernels: dict[tuple[str, int], CubinKernel] = {}
-        self._lock = threading.Lock()
-
-    def kernel(self, key: str, binary: Binary, ordinal: int) -> CubinKernel:
-        """The kernel of this key, loaded."""
-        with self._lock:
-            if (key, ordinal) not in self._kernels:
-                self._kernels[key, ordinal] = CubinKernel(self._driver, binary, ordinal)
-            return self._kernels[key, ordinal]
