@@ -20,19 +20,19 @@ KERNELS = Path(__file__).parent
 sys.path.insert(0, str(KERNELS))
 
 from vitdeploy_kernels.config import Config, Entry, Table, format_table  # noqa: E402
-from vitdeploy_kernels.launch import power_of_two, tiles  # noqa: E402
+from vitdeploy_kernels.cost import relative_time  # noqa: E402
+from vitdeploy_kernels.launch import power_of_two  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of a GEMM; ``share`` of the best tile's rate is an estimate."""
+    """A tile of a GEMM."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    share: float
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,24 @@ class Architecture:
     """For rows of more than 1024 columns; fewer where shared memory is small."""
 
 
-SMALL = (Tile(16, 64, 128, 4, 3, 0.15), Tile(16, 32, 128, 4, 3, 0.10), Tile(16, 16, 128, 4, 3, 0.06))
+SMALL = (Tile(16, 64, 128, 4, 3), Tile(16, 32, 128, 4, 3), Tile(16, 16, 128, 4, 3))
 """For a few rows: what counts is how many multiprocessors read the weights."""
 
 HOPPER = (
-    Tile(128, 256, 64, 8, 3, 1.0),
-    Tile(128, 128, 64, 8, 3, 0.85),
-    Tile(64, 128, 64, 4, 4, 0.65),
-    Tile(64, 64, 64, 4, 4, 0.45),
-    Tile(64, 32, 128, 4, 3, 0.30),
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+    Tile(64, 128, 64, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+    Tile(64, 32, 128, 4, 3),
     *SMALL,
 )
 
 AMPERE = (
-    Tile(128, 256, 32, 8, 3, 1.0),
-    Tile(128, 128, 32, 8, 4, 0.9),
-    Tile(64, 128, 32, 4, 4, 0.7),
-    Tile(64, 64, 64, 4, 3, 0.5),
-    Tile(32, 64, 64, 4, 3, 0.35),
+    Tile(128, 256, 32, 8, 3),
+    Tile(128, 128, 32, 8, 4),
+    Tile(64, 128, 32, 4, 4),
+    Tile(64, 64, 64, 4, 3),
+    Tile(32, 64, 64, 4, 3),
     *SMALL,
 )
 
@@ -90,12 +90,11 @@ PIXELS = (588, 768)
 """Of a patch of 14 by 14 and 16 by 16, three channels."""
 
 
-def gemm(arch: Architecture, rows: int, columns: int, programs: int = 1) -> Config:
-    """The tile that finishes first; ``programs`` times as many products are computed side by side."""
+def gemm(arch: Architecture, rows: int, columns: int, products: int = 1) -> Config:
+    """The tile that finishes first; ``products`` of this shape are computed side by side."""
 
     def time(tile: Tile) -> float:
-        count = programs * tiles(rows, tile.rows) * tiles(columns, tile.columns)
-        return tiles(count, arch.multiprocessors) * tile.rows * tile.columns / tile.share
+        return relative_time(rows, columns, tile.rows, tile.columns, arch.multiprocessors, products)
 
     fitting = [tile for tile in arch.tiles if tile.rows <= power_of_two(rows, 16)]
     tile = min(fitting, key=time)
@@ -145,6 +144,15 @@ def add_layernorm(arch: Architecture) -> Iterable[Entry]:
         yield Entry((12608, width), Config(rows, block, 16, 1, max(rows * block // 256, 1), 1))
 
 
+def layernorm_attention(arch: Architecture) -> Iterable[Entry]:
+    """Fused only where rows are so narrow that every head reading them all costs little."""
+    queries, _, warps, stages = arch.attention
+    for width, heads in WIDTHS.items():
+        for tokens in (50, 197):
+            config = Config(queries, 64, 32, 1, warps, stages)
+            yield Entry((64 * heads, tokens, width), config, "fused" if width <= 192 else "pair")
+
+
 def absorbed_attention(arch: Architecture) -> Iterable[Entry]:
     for width in WIDTHS:
         stages = 2 if width <= 1024 else arch.absorbed_stages
@@ -159,6 +167,7 @@ CHOICES: dict[str, Callable[[Architecture], Iterable[Entry]]] = {
     "head_linear": head_linear,
     "attention": attention,
     "add_layernorm": add_layernorm,
+    "layernorm_attention": layernorm_attention,
     "absorbed_attention": absorbed_attention,
 }
 
