@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitdeploy_kernels.config import Config, choose
-from vitdeploy_kernels.gemm import tile_statistics
+from vitdeploy_kernels.gemm import narrow, tile_statistics
 from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
 from vitdeploy_kernels.support import Support, check_device, check_tensor, first_reason, require, rows_of
 
@@ -48,7 +48,7 @@ def add_layernorm_kernel(
         y += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + column, mask=column_mask, other=0.0)[None, :]
-    rounded = y.to(x.dtype)
+    rounded = narrow(y, x.dtype)
     if total_ptr is not None:
         tl.store(total_ptr + (row * TOTAL_STRIDE)[:, None] + column[None, :], rounded, mask=inside)
     y = rounded.to(tl.float32)
@@ -62,7 +62,7 @@ def add_layernorm_kernel(
         shift = tl.load(shift_ptr + column, mask=column_mask, other=0.0)
         normed = (y - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
         at = normed_ptr + (row * WIDTH)[:, None] + column[None, :]
-        tl.store(at, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+        tl.store(at, narrow(normed, normed_ptr.dtype.element_ty), mask=inside)
 
 
 def supports(

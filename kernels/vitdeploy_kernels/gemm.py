@@ -109,7 +109,7 @@ def write_columns(
     if gain_ptr is not None:
         acc *= tl.load(gain_ptr + column, mask=column_mask, other=0.0)[None, :]
     acc += tl.load(add_ptr + add_rows[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    rounded = acc.to(out_ptr.dtype.element_ty)
+    rounded = narrow(acc, out_ptr.dtype.element_ty)
     tl.store(out_ptr + (row * COLUMNS)[:, None] + column[None, :], rounded, mask=inside)
     count = tl.maximum(tl.minimum(COLUMNS - start, acc.shape[1]), 0)
     mean, squares = tile_statistics(rounded.to(tl.float32), column_mask, tl.maximum(count, 1))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitdeploy_kernels.config import Config, choose
-from vitdeploy_kernels.gemm import dot, tile_of, write_tile
+from vitdeploy_kernels.gemm import dot, narrow, tile_of, write_tile
 from vitdeploy_kernels.launch import Constant, Launch, tiles
 from vitdeploy_kernels.support import DTYPES, Support, check_device, check_tensor, first_reason, require
 
@@ -86,7 +86,7 @@ def patch_embed_kernel(
         if NHWC:
             a = (tl.load(a_at, mask=a_mask, other=128).to(tl.float16) - 128).to(w.dtype)
         else:
-            a = tl.load(a_at, mask=a_mask, other=0.0).to(w.dtype)
+            a = narrow(tl.load(a_at, mask=a_mask, other=0.0).to(tl.float32), w.dtype)
         acc = dot(a, w, acc)
     write_tile(
         acc * scale, None, None, tokens_ptr, token * COLUMNS, out_ptr, stats_ptr,
