@@ -71,16 +71,32 @@ def store_tile(
 
 
 @triton.jit
-def softmax_step(scores, top, total, unit):
-    """Take a tile of scores into a running softmax: its weights, what to rescale by, the new top and total.
-
-    Scores count in units of ``unit`` powers of two. A row that has seen only -inf keeps zeros.
-    """
+def softmax_step(
+    scores,
+    bias_ptr,
+    top,
+    total,
+    scale,
+    BIAS_ROW: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Take a tile of products into a running softmax: its weights, the new top and total, and the factor
+    for what was summed so far. ``scale`` includes log2(e). A row that has seen only -inf keeps zeros."""
+    unit = scale
+    if bias_ptr is not None:
+        bias = load_tile(bias_ptr, BIAS_ROW, QUERIES, KEYS, BLOCK_M, BLOCK_N)
+        scores = scores * scale + bias.to(tl.float32) * LOG2_E
+        unit = 1.0
+    if KEYS < BLOCK_N:
+        scores = tl.where((tl.arange(0, BLOCK_N) < KEYS)[None, :], scores, -float("inf"))
     new = tl.maximum(top, tl.max(scores, axis=1))
     finite = tl.where(new == -float("inf"), 0.0, new)
     weights = tl.exp2(tl.fma(scores, unit, (-finite * unit)[:, None]))
     rescale = tl.exp2((top - finite) * unit)
-    return weights, rescale, new, total * rescale + tl.sum(weights, axis=1)
+    return weights, new, total * rescale + tl.sum(weights, axis=1), rescale
 
 
 @triton.jit
@@ -109,14 +125,9 @@ def attend_keys(
     if REST > 0:
         k_rest = load_tile(k_ptr + MAIN, STRIDE, KEYS, REST, BLOCK_N, REST_BLOCK)
         scores = dot(q_rest, tl.trans(k_rest), scores)
-    unit = scale
-    if bias_ptr is not None:
-        bias = load_tile(bias_ptr, BIAS_ROW, QUERIES, KEYS, BLOCK_M, BLOCK_N)
-        scores = scores * scale + bias.to(tl.float32) * LOG2_E
-        unit = 1.0
-    if KEYS < BLOCK_N:
-        scores = tl.where((tl.arange(0, BLOCK_N) < KEYS)[None, :], scores, -float("inf"))
-    weights, rescale, top, total = softmax_step(scores, top, total, unit)
+    weights, top, total, rescale = softmax_step(
+        scores, bias_ptr, top, total, scale, BIAS_ROW, QUERIES, KEYS, BLOCK_M, BLOCK_N
+    )
     v = load_tile(k_ptr + VALUES, STRIDE, KEYS, MAIN, BLOCK_N, MAIN)
     acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])
     if REST > 0:
