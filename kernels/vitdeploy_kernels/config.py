@@ -11,14 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 Route = Literal["fused", "cublas", "pair"]
-"""How a part is computed: by the fused kernel, by cuBLASLt with LayerNorm and residual addition apart, or, for
-``layernorm_attention``, by the pair of ``layernorm_linear`` and ``attention``."""
+"""How a part is computed: by the fused kernel, by cuBLASLt with LayerNorm and residual addition apart, or,
+for ``layernorm_attention``, by the pair of ``layernorm_linear`` and ``attention``."""
 
 
 @dataclass(frozen=True)
@@ -166,21 +167,24 @@ def shipped_table(capability: tuple[int, int], gpu: str | None = None) -> Table:
     Raises:
         ValueError: older than every table.
     """
-    return _shipped(capability, gpu)
+    shipped = [path.name for path in _folder().iterdir()]
+    if gpu is not None and table_name(gpu) in shipped:
+        return _read(table_name(gpu))
+    wanted = 10 * capability[0] + capability[1]
+    numbers = [int(name[3:-5]) for name in shipped if name.startswith("sm_")]
+    older = [number for number in numbers if number <= wanted]
+    if not older:
+        raise ValueError(f"no kernel configurations for compute capability {capability[0]}.{capability[1]}")
+    return _read(f"sm_{max(older)}.json")
+
+
+def _folder() -> Traversable:
+    return resources.files("vitdeploy_kernels") / "configs"
 
 
 @functools.cache
-def _shipped(capability: tuple[int, int], gpu: str | None) -> Table:
-    folder = resources.files("vitdeploy_kernels") / "configs"
-    if gpu is not None and (folder / table_name(gpu)).is_file():
-        return parse_table((folder / table_name(gpu)).read_text(encoding="utf-8"), table_name(gpu))
-    shipped = [int(item.name[3:-5]) for item in folder.iterdir() if item.name.startswith("sm_")]
-    wanted = 10 * capability[0] + capability[1]
-    older = [number for number in shipped if number <= wanted]
-    if not older:
-        raise ValueError(f"no kernel configurations for compute capability {capability[0]}.{capability[1]}")
-    name = f"sm_{max(older)}.json"
-    return parse_table((folder / name).read_text(encoding="utf-8"), name)
+def _read(name: str) -> Table:
+    return parse_table((_folder() / name).read_text(encoding="utf-8"), name)
 
 
 def table_name(gpu: str) -> str:
@@ -189,9 +193,9 @@ def table_name(gpu: str) -> str:
 
 
 def table_for(device: torch.device) -> Table:
-    """The shipped table for a device; the oldest architecture's where there is no GPU (interpreter, meta)."""
+    """The shipped table for a device; the interpreter's, of large tiles, where there is no GPU."""
     if device.type != "cuda":
-        return shipped_table((8, 0))
+        return _read("interpreter.json")
     return shipped_table(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
 
 

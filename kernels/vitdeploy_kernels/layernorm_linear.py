@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitdeploy_kernels.config import Config, choose
-from vitdeploy_kernels.gemm import ACTIVATIONS, activate, product, row_statistics, tile_of
+from vitdeploy_kernels.gemm import ACTIVATIONS, activate, narrow, product, row_statistics, tile_of
 from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
 from vitdeploy_kernels.support import (
     DTYPES,
@@ -75,7 +75,7 @@ def layernorm_linear_kernel(
     acc += tl.load(bias_ptr + column, mask=column_mask, other=0.0)[None, :]
     acc = activate(acc, ACTIVATION)
     out = out_ptr + (row * COLUMNS)[:, None] + column[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+    tl.store(out, narrow(acc, out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
 def supports(

@@ -223,7 +223,7 @@ class Planner:
         tokens = self.x.view(batch, shape.tokens, shape.width)
         mixed = self._take("mixed", tokens.shape)
         fits = layernorm_attention.supports(tokens, block.qkv.weight, block.qkv.bias, shape.heads)
-        if not isinstance(fits, Unsupported):
+        if self.table.kernels.get("layernorm_attention") and not isinstance(fits, Unsupported):
             entry = self._entry("layernorm_attention", batch * shape.heads, shape.tokens, shape.width)
             if entry.route == "fused":
                 launch = layernorm_attention.launch(
