@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vitdeploy_kernels import reference
+
 MARGIN = 512
 """Elements before and after; a multiple of what keeps a tensor aligned to 16 bytes."""
 
@@ -57,3 +59,18 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     assert a.shape == e.shape
     error = (a - e).norm(dim=1) / e.norm(dim=1).clamp(min=1e-30)
     return float(torch.where(error.isnan(), torch.inf, error).max())
+
+
+def statistics_error(stats: Tensor, written: Tensor, tile: int) -> float:
+    """The worst error of row statistics of (rows, columns) values as they were written.
+
+    Means against the row's largest value; squares against themselves, or where they are next to nothing,
+    against what float32 can tell apart in such a row. Infinite where a NaN is.
+    """
+    a, e = stats.cpu().double(), reference.statistics(written.cpu(), tile)
+    assert a.shape == e.shape
+    largest = written.cpu().double().abs().amax(dim=1).clamp(min=1e-30)[:, None]
+    means = (a[..., 0] - e[..., 0]).abs() / largest
+    squares = (a[..., 1] - e[..., 1]).abs() / (e[..., 1] + tile * (1e-4 * largest) ** 2)
+    worst = torch.maximum(means, squares)
+    return float(torch.where(worst.isnan(), torch.inf, worst).max()) if worst.numel() else 0.0

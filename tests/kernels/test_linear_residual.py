@@ -1,0 +1,242 @@
+"""linear_residual against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_tensors import TOLERANCE, Guarded, guard, guard_rows, relative, statistics_error
+from torch import Tensor
+
+from vitdeploy_kernels import reference
+from vitdeploy_kernels.config import Config
+from vitdeploy_kernels.launch import tiles
+from vitdeploy_kernels.linear_residual import _operator, launch, linear_residual
+from vitdeploy_kernels.support import UnsupportedError
+
+SMALL = Config(block_m=32, block_n=64, block_k=32, group=2, warps=4, stages=2)
+HALF = torch.float16
+EXACT = 1e-5
+"""Worst error of statistics: a few roundings of float32."""
+
+
+class Case:
+    """Inputs of one call, with NaN around each and between the rows of those that may have gaps."""
+
+    def __init__(
+        self,
+        rows: int,
+        depth: int,
+        columns: int,
+        device: torch.device,
+        dtype: torch.dtype = HALF,
+        bias: bool = True,
+        layer_scale: bool = True,
+    ) -> None:
+        vectors = torch.randn(2, columns)
+        self.x = guard_rows(torch.randn(rows, depth).to(dtype), device, gap=3)
+        self.weight = guard((torch.randn(depth, columns) / depth**0.5).to(dtype), device)
+        self.bias = guard(vectors[0], device) if bias else None
+        self.layer_scale = guard(vectors[1], device) if layer_scale else None
+        # The columns' means differ, so that parts of a tile differ in more than noise.
+        residual = torch.randn(rows, columns) + torch.arange(columns) / 16
+        self.residual = guard_rows(residual.to(dtype), device)
+
+    def expected(self) -> Tensor:
+        given = (self.x, self.weight, self.bias, self.residual, self.layer_scale)
+        return reference.linear_residual(*(None if t is None else t.cpu() for t in given))  # type: ignore[arg-type]
+
+    def run(self, config: Config = SMALL) -> tuple[Tensor, Tensor]:
+        return linear_residual(
+            self.x, self.weight, self.bias, self.residual, layer_scale=self.layer_scale, config=config
+        )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias, layer_scale", [(True, True), (True, False), (False, True), (False, False)])
+def test_is_residual_plus_linear(
+    dtype: torch.dtype, bias: bool, layer_scale: bool, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    case = Case(70, 100, 136, device, dtype, bias, layer_scale)
+    out, stats = case.run()
+    assert out.dtype == dtype
+    assert stats.shape == (70, 3, 2)
+    assert stats.dtype == torch.float32
+    assert relative(out, case.expected()) < TOLERANCE[dtype]
+    assert statistics_error(stats, out, 64) < EXACT
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 50),
+    depth=st.integers(1, 90),
+    columns=st.integers(1, 280),
+    blocks=st.tuples(
+        st.sampled_from([16, 32, 64]), st.sampled_from([16, 64, 128, 256]), st.sampled_from([16, 32, 64])
+    ),
+    group=st.integers(1, 3),
+    dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
+    in_place=st.booleans(),
+)
+def test_any_shape_stays_inside(
+    rows: int,
+    depth: int,
+    columns: int,
+    blocks: tuple[int, int, int],
+    group: int,
+    dtype: torch.dtype,
+    in_place: bool,
+    device: torch.device,
+) -> None:
+    torch.manual_seed(rows)
+    case = Case(rows, depth, columns, device, dtype)
+    expected = case.expected()
+    config = Config(*blocks, group=group, warps=4, stages=2)
+    out = Guarded((rows, columns), dtype, device)
+    stats = Guarded((rows, tiles(columns, config.block_n), 2), torch.float32, device)
+    if in_place:
+        out.tensor.copy_(case.residual)
+    launch(
+        case.x, case.weight, case.bias, out.tensor if in_place else case.residual, out.tensor, stats.tensor,
+        layer_scale=case.layer_scale, config=config,
+    ).run()  # fmt: skip
+    assert relative(out.tensor, expected) < TOLERANCE[dtype]
+    assert statistics_error(stats.tensor, out.tensor, config.block_n) < EXACT
+    assert out.intact()
+    assert stats.intact()
+
+
+def test_without_statistics(device: torch.device) -> None:
+    torch.manual_seed(1)
+    case = Case(20, 40, 70, device)
+    out = torch.empty(20, 70, dtype=HALF, device=device)
+    made = launch(case.x, case.weight, case.bias, case.residual, out, None, config=SMALL)
+    assert made.constants["stats_ptr"] is None
+    made.run()
+    case.layer_scale = None
+    assert relative(out, case.expected()) < TOLERANCE[HALF]
+
+
+def test_misaligned_and_transposed_inputs(device: torch.device) -> None:
+    torch.manual_seed(2)
+    case = Case(40, 50, 70, device)
+    expected = case.expected()
+    case.x, case.residual = (guard(t, device, shift=1) for t in (case.x, case.residual))
+    case.weight, case.bias = guard(case.weight, device, shift=3), guard(case.bias, device, shift=1)
+    assert relative(case.run()[0], expected) < TOLERANCE[HALF]
+    case.x, case.residual = (guard(t.mT, device).mT for t in (case.x, case.residual))
+    case.weight = guard(case.weight.mT, device).mT
+    case.bias = torch.stack([case.bias, case.bias], dim=1)[:, 0]
+    assert relative(case.run()[0], expected) < TOLERANCE[HALF]
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("mean 1000, deviation 1", lambda: torch.randn(40, 200) + 1000),
+        ("all equal", lambda: torch.full((40, 200), 3.0)),
+        ("all equal and large", lambda: torch.full((40, 200), 6e4)),
+        ("+-6e4", lambda: torch.randn(40, 200).sign() * 6e4),
+        ("one massive channel", lambda: torch.cat([torch.full((40, 1), 3e4), torch.randn(40, 199)], dim=1)),
+        ("subnormal", lambda: torch.randn(40, 200) * 1e-6),
+    ],
+)
+@pytest.mark.parametrize("block_n", [64, 256])
+def test_statistics_of_extreme_rows(name: str, values: object, block_n: int, device: torch.device) -> None:
+    torch.manual_seed(3)
+    residual = guard(values().half(), device)  # type: ignore[operator]
+    x, weight = (guard(torch.zeros(size, dtype=HALF), device) for size in ((40, 16), (16, 200)))
+    out, stats = linear_residual(x, weight, None, residual, config=Config(32, block_n, 16))
+    assert torch.equal(out, residual), name
+    assert statistics_error(stats, out, block_n) < EXACT, name
+
+
+def test_statistics_are_of_rounded_values(device: torch.device) -> None:
+    torch.manual_seed(4)
+    x, weight = torch.ones(20, 16, dtype=HALF), torch.zeros(16, 64, dtype=HALF)
+    residual, bias = torch.full((20, 64), 1000.0, dtype=HALF), torch.rand(64)
+    out, stats = linear_residual(*(t.to(device) for t in (x, weight, bias, residual)), config=SMALL)
+    assert statistics_error(stats, out, 64) < EXACT
+
+
+def test_sums_in_float32(device: torch.device) -> None:
+    """A float16 sum of 4096 products of 1 would stop at 2048; a product of 300 by 300 would overflow."""
+    x, weight = torch.ones(4, 4096).half(), torch.ones(4096, 16).half()
+    x[:, 0], weight[0] = 300.0, 300.0
+    residual, layer_scale = torch.full((4, 16), -6e4).half(), torch.full((16,), 0.25)
+    x, weight, residual, layer_scale = (t.to(device) for t in (x, weight, residual, layer_scale))
+    out, _ = linear_residual(x, weight, None, residual, layer_scale=layer_scale, config=Config(16, 16, 128))
+    # (4095 + 90000) / 4 - 60000
+    assert torch.equal(out.cpu(), torch.full((4, 16), -36476.25).half())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+def test_overflow_and_nan_are_torchs(device: torch.device) -> None:
+    torch.manual_seed(5)
+    case = Case(40, 32, 70, device)
+    case.residual[3] = 65504.0
+    case.residual[4, 5] = -torch.inf
+    case.x[7, 2] = torch.nan
+    case.x[8, 1] = torch.inf
+    case.bias[:] = 0
+    case.bias[6], case.layer_scale[6] = 1e4, 3.0
+    clean = torch.tensor([row for row in range(40) if row not in (3, 4, 7, 8)])
+    out, stats = (t.cpu() for t in case.run())
+    wanted = case.expected().half()
+    assert torch.isinf(out[3, 6])
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert torch.equal(out.isinf(), wanted.isinf())
+    assert torch.equal(out[wanted.isinf()], wanted[wanted.isinf()])
+    assert relative(out[clean], wanted[clean]) < TOLERANCE[HALF]
+    assert stats[clean].isfinite().all()
+    assert stats[7].isnan().all()
+    assert stats[[3, 4], 0, 1].isnan().all()
+
+
+def test_compiles_and_exports(device: torch.device) -> None:
+    class Add(torch.nn.Module):
+        def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            return linear_residual(x, case.weight, case.bias, residual, config=SMALL)
+
+    torch.manual_seed(6)
+    case = Case(40, 48, 64, device)
+    inputs = case.x.contiguous(), case.residual.contiguous()
+    expected = Add()(*inputs)
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(Add(), inputs, dynamic_shapes=({0: rows}, {0: rows}))
+    for model in (torch.compile(Add(), fullgraph=True, backend="eager"), exported.module()):
+        assert all(torch.equal(a, e) for a, e in zip(model(*inputs), expected, strict=True))
+    assert exported.module()(inputs[0][:7], inputs[1][:7])[0].shape == (7, 64)
+
+
+def test_operator_is_a_good_citizen(device: torch.device) -> None:
+    torch.manual_seed(7)
+    case = Case(20, 32, 40, device)
+    inputs = (case.x.contiguous(), case.weight, case.bias, case.residual, case.layer_scale, SMALL.as_list())
+    torch.library.opcheck(_operator, inputs)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(20, 8, 4)}, "x must have the shape (any, any), not (20, 8, 4)"),
+        ({"x": torch.zeros(20, 32)}, "x must be float16 or bfloat16, not float32"),
+        ({"weight": torch.zeros(31, 40).half()}, "weight must have the shape (32, any), not (31, 40)"),
+        ({"weight": torch.zeros(32, 40).bfloat16()}, "weight must be float16, not bfloat16"),
+        ({"bias": torch.zeros(39)}, "bias must have the shape (40), not (39,)"),
+        ({"bias": torch.zeros(40).half()}, "bias must be float32, not float16"),
+        ({"residual": torch.zeros(19, 40).half()}, "residual must have the shape (20, 40), not (19, 40)"),
+        ({"residual": torch.zeros(20, 40)}, "residual must be float16, not float32"),
+        ({"layer_scale": torch.zeros(1)}, "layer_scale must have the shape (40), not (1,)"),
+        ({"weight": torch.zeros(32, 40).half().to("meta")}, "tensors lie on different devices"),
+    ],
+)
+def test_unsupported(change: dict[str, Tensor], message: str, device: torch.device) -> None:
+    case = Case(20, 32, 40, device)
+    for name, value in change.items():
+        setattr(case, name, value if value.is_meta else value.to(device))
+    with pytest.raises(UnsupportedError, match=r"^linear_residual: ") as caught:
+        case.run()
+    assert message in str(caught.value)
