@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from kernel_tensors import TOLERANCE, guard, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_tensors import TOLERANCE, Guarded, guard, guard_rows, relative
 from torch import Tensor
 
 from vitdeploy_kernels import reference
 from vitdeploy_kernels.config import Config
-from vitdeploy_kernels.layernorm_linear import Folded, fold_layernorm, layernorm_linear
+from vitdeploy_kernels.gemm import ACTIVATIONS
+from vitdeploy_kernels.layernorm_linear import Folded, _operator, fold_layernorm, launch, layernorm_linear
+from vitdeploy_kernels.support import UnsupportedError
 
 SMALL = Config(block_m=32, block_n=64, block_k=32, group=2, warps=4, stages=2)
 EPS = 1e-6
@@ -27,7 +35,7 @@ def error(x: Tensor, f: Folded, out: Tensor, activation: str = "none") -> float:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_is_layernorm_linear_activation(dtype: torch.dtype, activation: str, device: torch.device) -> None:
     torch.manual_seed(0)
     x = guard(torch.randn(70, 96).to(dtype), device)
@@ -56,3 +64,251 @@ def test_extreme_rows(name: str, values: object, device: torch.device) -> None:
     f = folded(96, 64, torch.float16, device)
     out = layernorm_linear(x, stats, *f, eps=EPS, config=SMALL)
     assert error(x, f, out) < TOLERANCE[torch.float16], name
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_centred_rows(centred: bool, device: torch.device) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(40, 96)
+    x = guard((x - x.mean(dim=1, keepdim=True)).half(), device)
+    stats = guard(reference.statistics(x.cpu(), 32).float(), device)
+    f = folded(96, 80, torch.float16, device)
+    out = layernorm_linear(x, stats, *f, eps=EPS, centred=centred, config=SMALL)
+    assert error(x, f, out) < TOLERANCE[torch.float16]
+
+
+def test_ill_conditioned_rows_beside_others(device: torch.device) -> None:
+    """The first tile of rows goes the direct way for one row's sake, the second does not."""
+    torch.manual_seed(3)
+    x = torch.randn(64, 96)
+    x[5] += 1000
+    x = guard(x.half(), device)
+    stats = guard(reference.statistics(x.cpu(), 32).float(), device)
+    f = folded(96, 80, torch.float16, device)
+    out = layernorm_linear(x, stats, *f, eps=EPS, config=SMALL)
+    assert error(x, f, out) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+def test_rows_with_nan_and_inf_are_nan_alone(device: torch.device) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(40, 96).half()
+    x[3, 7], x[4, 0], x[33, 95] = torch.nan, torch.inf, -torch.inf
+    x = guard(x, device)
+    stats = guard(reference.statistics(x.cpu(), 32).float(), device)
+    f = folded(96, 80, torch.float16, device)
+    out = layernorm_linear(x, stats, *f, eps=EPS, config=SMALL).cpu()
+    ill = torch.tensor([3, 4, 33])
+    clean = torch.tensor([row for row in range(40) if row not in ill])
+    assert out[ill].isnan().all()
+    assert error(x.cpu()[clean], f, out[clean]) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_large_values_and_of_infinity(activation: str, device: torch.device) -> None:
+    x = torch.tensor([[1.0, -1.0]] * 2).half().to(device)
+    stats = reference.statistics(x.cpu(), 2).float().to(device)
+    bias = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e4, -3e4, 0.0, -0.5, 8.0])
+    weight = torch.zeros(2, 8, dtype=torch.float16, device=device)
+    out = layernorm_linear(
+        x, stats, weight, torch.zeros(8, device=device), bias.to(device), activation=activation, config=SMALL
+    )
+    wanted = {
+        "none": lambda v: v,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
+        "quick_gelu": lambda v: v * torch.sigmoid(1.702 * v),
+        "relu": torch.relu,
+        "silu": torch.nn.functional.silu,
+    }[activation](bias)
+    torch.testing.assert_close(out.cpu(), wanted.half().expand(2, 8), equal_nan=True, rtol=1e-3, atol=1e-6)
+
+
+def test_eps_counts(device: torch.device) -> None:
+    x = torch.tensor([[1.0, -1.0]]).half().to(device) / 64
+    stats = reference.statistics(x.cpu(), 2).float().to(device)
+    weight = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).half().to(device)
+    colsum, bias = weight.float().sum(dim=0), torch.zeros(2, device=device)
+    out = layernorm_linear(x, stats, weight, colsum, bias, eps=3 / 64**2, config=SMALL)
+    assert torch.equal(out.cpu(), torch.tensor([[0.5, 0.0]]).half())
+
+
+def test_sums_in_float32(device: torch.device) -> None:
+    """The products' sum passes 65504 by far before the deviation scales it back."""
+    x = torch.full((4, 2048), 64.0)
+    x[:, 1::2] = -64.0
+    x = x.half()
+    weight = (x[:1].T / 64 * torch.tensor([3.0, 1.0, -2.0] * 5 + [0.5])).half()
+    stats = reference.statistics(x, 64).float()
+    f = Folded(weight, weight.float().sum(dim=0), torch.zeros(16))
+    out = layernorm_linear(x.to(device), stats.to(device), *(t.to(device) for t in f), config=SMALL)
+    assert error(x, f, out) < TOLERANCE[torch.float16]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 50),
+    width=st.integers(1, 150),
+    columns=st.integers(1, 150),
+    blocks=st.tuples(
+        st.sampled_from([16, 32, 64]), st.sampled_from([16, 64, 128]), st.sampled_from([16, 32, 64])
+    ),
+    group=st.integers(1, 3),
+    tile=st.sampled_from([16, 32, 64, 256]),
+    dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
+    out_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    far=st.booleans(),
+)
+def test_any_shape_stays_inside(
+    rows: int,
+    width: int,
+    columns: int,
+    blocks: tuple[int, int, int],
+    group: int,
+    tile: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    far: bool,
+    device: torch.device,
+) -> None:
+    torch.manual_seed(rows)
+    # The columns' means differ, so that the tiles of the statistics differ in more than noise.
+    values = torch.randn(rows, width) + torch.arange(width) / 16 + 500 * far
+    x = guard_rows(values.to(dtype), device, gap=3)
+    stats = guard(reference.statistics(x.cpu(), tile).float(), device)
+    f = folded(width, columns, dtype, device)
+    out = Guarded((rows, columns), out_dtype, device)
+    config = Config(*blocks, group=group, warps=4, stages=2)
+    launch(x, stats, *f, out.tensor, eps=EPS, config=config).run()
+    assert error(x, f, out.tensor) < max(TOLERANCE.get(out_dtype, 0.0), TOLERANCE[dtype])
+    assert out.intact()
+
+
+def test_float32_output_is_not_rounded(device: torch.device) -> None:
+    torch.manual_seed(5)
+    x = guard(torch.randn(20, 64).half(), device)
+    stats = guard(reference.statistics(x.cpu(), 64).float(), device)
+    f = folded(64, 48, torch.float16, device)
+    for activation in ACTIVATIONS:
+        out = layernorm_linear(
+            x, stats, *f, eps=EPS, activation=activation, out_dtype=torch.float32, config=SMALL
+        )
+        assert out.dtype == torch.float32
+        assert error(x, f, out, activation) < 1e-5
+
+
+def test_first_token_of_each_image(device: torch.device) -> None:
+    torch.manual_seed(6)
+    tokens = guard(torch.randn(9, 7, 64).half(), device)
+    stats = guard(reference.statistics(tokens.cpu().flatten(0, 1), 32).float().view(9, 7, 2, 2), device)
+    f = folded(64, 48, torch.float16, device)
+    out = layernorm_linear(tokens[:, 0], stats[:, 0], *f, eps=EPS, config=SMALL)
+    assert error(tokens[:, 0], f, out) < TOLERANCE[torch.float16]
+    apart = Guarded((9, 48), torch.float16, device)
+    launch(tokens[:, 0], stats[:, 0], *f, apart.tensor, eps=EPS, config=SMALL).run()
+    assert torch.equal(apart.tensor, out)
+    assert apart.intact()
+
+
+def test_misaligned_and_transposed_inputs(device: torch.device) -> None:
+    torch.manual_seed(7)
+    x, f = torch.randn(40, 50).half(), folded(50, 70, torch.float16, device)
+    stats = reference.statistics(x, 32).float()
+    shifted = (guard(t, device, shift=1) for t in (x, stats, *f))
+    out = layernorm_linear(*shifted, eps=EPS, config=SMALL)
+    assert error(x, f, out) < TOLERANCE[torch.float16]
+    vectors = (torch.stack([v, v], dim=1)[:, 0] for v in (f.colsum, f.bias))
+    apart = guard(x.mT, device).mT, guard(stats.mT, device).mT, guard(f.weight.mT, device).mT, *vectors
+    assert torch.equal(layernorm_linear(*apart, eps=EPS, config=SMALL), out)
+
+
+def test_fold_layernorm_is_exact_to_one_rounding() -> None:
+    torch.manual_seed(8)
+    gain, shift, weight, bias = torch.randn(30), torch.randn(30), torch.randn(30, 20), torch.randn(20)
+    x = torch.randn(5, 30)
+    wanted = (reference.normalise(x, EPS) * gain + shift) @ weight.double() + bias
+    f = fold_layernorm(gain, shift, weight, bias, torch.float32)
+    assert relative(reference.normalise(x, EPS) @ f.weight.double() + f.bias, wanted) < 1e-6
+    half = fold_layernorm(gain, shift, weight, None, torch.float16)
+    assert torch.equal(half.weight, (gain.double()[:, None] * weight.double()).half())
+    assert torch.equal(half.colsum, half.weight.double().sum(dim=0).float())
+    assert torch.equal(half.bias, (shift.double() @ weight.double()).float())
+
+
+def test_compiles_and_exports(device: torch.device) -> None:
+    class Linear(torch.nn.Module):
+        def forward(self, x: Tensor, stats: Tensor) -> Tensor:
+            return layernorm_linear(x, stats, *f, activation="gelu", out_dtype=torch.float32, config=SMALL)
+
+    torch.manual_seed(9)
+    f = folded(48, 64, torch.float16, device)
+    x = torch.randn(40, 48).half()
+    inputs = x.to(device), reference.statistics(x, 16).float().to(device)
+    expected = Linear()(*inputs)
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(Linear(), inputs, dynamic_shapes=({0: rows}, {0: rows}))
+    for model in (torch.compile(Linear(), fullgraph=True, backend="eager"), exported.module()):
+        assert torch.equal(model(*inputs), expected)
+    assert exported.module()(inputs[0][:7], inputs[1][:7]).shape == (7, 64)
+
+
+def test_operator_is_a_good_citizen(device: torch.device) -> None:
+    torch.manual_seed(10)
+    f, x = folded(32, 40, torch.float16, device), torch.randn(20, 32).half()
+    stats = reference.statistics(x, 16).float().to(device)
+    options = (EPS, "gelu", False, torch.bfloat16, SMALL.as_list())
+    torch.library.opcheck(_operator, (x.to(device), stats, *f, *options))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(32)}, "x must have the shape (any, any), not (32,)"),
+        ({"x": torch.zeros(20, 32)}, "x must be float16 or bfloat16, not float32"),
+        ({"stats": torch.zeros(20, 2)}, "stats must have the shape (20, any, 2), not (20, 2)"),
+        ({"stats": torch.zeros(20, 2, 2).half()}, "stats must be float32, not float16"),
+        ({"weight": torch.zeros(31, 40).half()}, "weight must have the shape (32, any), not (31, 40)"),
+        ({"weight": torch.zeros(32, 40).bfloat16()}, "weight must be float16, not bfloat16"),
+        ({"colsum": torch.zeros(41)}, "colsum must have the shape (40), not (41,)"),
+        ({"bias": torch.zeros(40).half()}, "bias must be float32, not float16"),
+        ({"bias": torch.zeros(40).to("meta")}, "tensors lie on different devices"),
+        ({"activation": "mish"}, "unknown activation 'mish' (known: none, gelu, gelu_tanh, quick_gelu"),
+    ],
+)
+def test_unsupported(change: dict[str, Tensor | str], message: str, device: torch.device) -> None:
+    f = folded(32, 40, torch.float16, device)
+    inputs: dict[str, object] = {
+        "x": torch.zeros(20, 32, dtype=torch.float16, device=device),
+        "stats": torch.zeros(20, 2, 2, device=device),
+        **f._asdict(),
+        "activation": "none",
+    }
+    for name, value in change.items():
+        movable = isinstance(value, Tensor) and not value.is_meta
+        inputs[name] = value.to(device) if movable else value  # type: ignore[union-attr]
+    with pytest.raises(UnsupportedError, match=r"^layernorm_linear: ") as caught:
+        layernorm_linear(**inputs, config=SMALL)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+@pytest.mark.slow
+def test_without_gpu_and_interpreter() -> None:
+    program = """
+import torch
+from vitdeploy_kernels.layernorm_linear import layernorm_linear
+from vitdeploy_kernels.support import UnsupportedError
+x, single = torch.zeros(4, 8).half(), torch.zeros(8)
+try:
+    layernorm_linear(x, torch.zeros(4, 1, 2), torch.zeros(8, 8).half(), single, single)
+except UnsupportedError as error:
+    print(error)
+"""
+    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=outside, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == (
+        "layernorm_linear: the kernels need an NVIDIA GPU, and the tensors are on cpu; "
+        "TRITON_INTERPRET=1 runs them on the CPU, slowly"
+    )
