@@ -44,6 +44,8 @@ class Architecture:
     tiles: tuple[Tile, ...]
     attention: tuple[int, int, int, int]
     """Queries, keys, warps, stages."""
+    activated: int
+    """Columns of the widest tile that layernorm_linear finishes without spilling, activation included."""
     absorbed_stages: int
     """For rows of more than 1024 columns; fewer where shared memory is small."""
 
@@ -72,11 +74,11 @@ AMPERE = (
 ADA = AMPERE[1:]
 
 ARCHITECTURES = (
-    Architecture("sm_80", 108, AMPERE, (64, 64, 4, 3), 2),
-    Architecture("sm_89", 142, ADA, (64, 64, 4, 2), 1),
-    Architecture("sm_90", 132, HOPPER, (64, 64, 4, 2), 2),
-    Architecture("sm_100", 148, HOPPER, (64, 64, 4, 2), 2),
-    Architecture("sm_120", 170, ADA, (64, 64, 4, 2), 1),
+    Architecture("sm_80", 108, AMPERE, (64, 64, 4, 3), 128, 2),
+    Architecture("sm_89", 142, ADA, (64, 64, 4, 2), 256, 1),
+    Architecture("sm_90", 132, HOPPER, (64, 64, 4, 2), 256, 2),
+    Architecture("sm_100", 148, HOPPER, (64, 64, 4, 2), 128, 2),
+    Architecture("sm_120", 170, ADA, (64, 64, 4, 2), 256, 1),
 )
 
 WIDTHS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -90,13 +92,13 @@ PIXELS = (588, 768)
 """Of a patch of 14 by 14 and 16 by 16, three channels."""
 
 
-def gemm(arch: Architecture, rows: int, columns: int, products: int = 1) -> Config:
+def gemm(arch: Architecture, rows: int, columns: int, products: int = 1, widest: int = 256) -> Config:
     """The tile that finishes first; ``products`` of this shape are computed side by side."""
 
     def time(tile: Tile) -> float:
         return relative_time(rows, columns, tile.rows, tile.columns, arch.multiprocessors, products)
 
-    fitting = [tile for tile in arch.tiles if tile.rows <= power_of_two(rows, 16)]
+    fitting = [tile for tile in arch.tiles if tile.rows <= power_of_two(rows, 16) and tile.columns <= widest]
     tile = min(fitting, key=time)
     return Config(tile.rows, tile.columns, tile.depth, 8, tile.warps, tile.stages)
 
@@ -105,7 +107,7 @@ def layernorm_linear(arch: Architecture) -> Iterable[Entry]:
     for width in WIDTHS:
         for columns in (width, 3 * width, 4 * width, CLASSES):
             for rows in ROWS:
-                yield Entry((rows, columns, width), gemm(arch, rows, columns))
+                yield Entry((rows, columns, width), gemm(arch, rows, columns, widest=arch.activated))
 
 
 def linear_residual(arch: Architecture) -> Iterable[Entry]:
@@ -146,10 +148,9 @@ def add_layernorm(arch: Architecture) -> Iterable[Entry]:
 
 def layernorm_attention(arch: Architecture) -> Iterable[Entry]:
     """Fused only where rows are so narrow that every head reading them all costs little."""
-    queries, _, warps, stages = arch.attention
     for width, heads in WIDTHS.items():
         for tokens in (50, 197):
-            config = Config(queries, 64, 32, 1, warps, stages)
+            config = Config(128, 64, 32, 1, 8, 2) if tokens > 64 else Config(64, 64, 32, 1, 4, 2)
             yield Entry((64 * heads, tokens, width), config, "fused" if width <= 192 else "pair")
 
 

@@ -1,0 +1,71 @@
+"""Compiles candidates ahead of a tuner in processes of their own; Triton's cache brings it the binaries."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from types import TracebackType
+
+import torch
+
+from vitdeploy_kernels.config import Config
+from vitdeploy_kernels.launch import Launch
+from vitdeploy_kernels.problems import build
+from vitdeploy_kernels.specs import Spec
+
+META = torch.device("meta")
+
+
+class Warmer:
+    """Compiles what it is told in the background, each distinct binary once.
+
+    What does not compile is no error here: whoever launches it finds out.
+    """
+
+    def __init__(self, dtype: torch.dtype, processes: int) -> None:
+        self._dtype = dtype
+        # Spawned: a forked process could not use the GPU.
+        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+        self._known: dict[object, Future[None]] = {}
+        self._needed: dict[Spec, list[Future[None]]] = {}
+
+    def submit(self, wanted: Mapping[Spec, Sequence[Config]]) -> None:
+        """Compile these in this order."""
+        for spec, configs in wanted.items():
+            problem = build(spec, self._dtype, META)
+            self._needed[spec] = []
+            for config in configs:
+                key = binary(problem.launch(config))
+                if key not in self._known:
+                    self._known[key] = self._pool.submit(compile_one, spec, self._dtype, config)
+                self._needed[spec].append(self._known[key])
+
+    def ready(self, spec: Spec, seconds: float) -> None:
+        """Wait for what a spec needs, not longer than this."""
+        wait(self._needed.get(spec, ()), timeout=max(seconds, 0.0))
+
+    def __enter__(self) -> Warmer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def binary(launch: Launch) -> object:
+    """What tells the binaries of launches apart; Triton compiles integers of 1 and multiples of 16 apart."""
+    integers = tuple(
+        (name, value == 1, value % 16 == 0)
+        for name, value in launch.arguments.items()
+        if isinstance(value, int)
+    )
+    return launch.name, tuple(launch.constants.items()), integers, launch.warps, launch.stages
+
+
+def compile_one(spec: Spec, dtype: torch.dtype, config: Config) -> None:
+    """Compile one candidate for the GPU of this machine, without running it."""
+    launch = build(spec, dtype, META).launch(config)
+    warmup: Callable[..., object] = launch.kernel.warmup
+    warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options)
