@@ -74,8 +74,11 @@ def row_statistics(
 
 @triton.jit
 def tile_statistics(values, column_mask, count):
-    """Mean of a tile's rows and their squared distances from it; ``values`` float32, ``count`` columns."""
-    mean = tl.sum(tl.where(column_mask[None, :], values, 0.0), axis=1) / count
+    """Mean of a tile's rows and their squared distances from it.
+
+    ``values`` are float32, those of ``count`` columns, and zero outside of the mask.
+    """
+    mean = tl.sum(values, axis=1) / count
     away = tl.where(column_mask[None, :], values - mean[:, None], 0.0)
     return mean, tl.sum(away * away, axis=1)
 

@@ -59,7 +59,7 @@ def layernorm_linear_kernel(
     mean, rstd = row_statistics(stats_ptr, row, row_mask, eps, WIDTH, STATS_STRIDE, TILES, TILES_BLOCK, TILE)
     # (x - mean) rstd @ w = rstd (x @ w - mean colsum(w)): exact, but it cancels where the mean dwarfs the
     # deviation, so that tiles with such rows take the direct way.
-    direct = False if CENTRED else tl.max(tl.where(row_mask, tl.abs(mean) * rstd, 0.0), axis=0) > LIMIT
+    direct = False if CENTRED else tl.max(tl.abs(mean) * rstd, axis=0) > LIMIT
     if direct:
         acc = product(
             x_ptr, row * X_STRIDE, row_mask, weight_ptr, column, column_mask, mean, rstd,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import run_inside
 from kernel_tensors import TOLERANCE, Guarded, guard, guard_rows, relative, statistics_error
 from torch import Tensor
 
@@ -93,10 +94,20 @@ def test_any_shape_stays_inside(
     total, normed = (Guarded((rows, width), dtype, device) for _ in range(2))
     stats = Guarded((rows, 1, 2), torch.float32, device)
     written = case.x if in_place else total.tensor
-    launch(
-        case.x, case.branch, case.bias, case.gain, case.shift, written, normed.tensor, stats.tensor,
-        eps=EPS, config=Config(block_m),
-    ).run()  # fmt: skip
+    run_inside(
+        launch(
+            case.x,
+            case.branch,
+            case.bias,
+            case.gain,
+            case.shift,
+            written,
+            normed.tensor,
+            stats.tensor,
+            eps=EPS,
+            config=Config(block_m),
+        )
+    )
     assert relative(written, expected) < TOLERANCE[dtype]
     assert statistics_error(stats.tensor, written, width) < EXACT
     assert relative(normed.tensor, case.normed(written)) < TOLERANCE[dtype]
@@ -107,6 +118,21 @@ def test_any_shape_stays_inside(
         assert (
             torch.as_strided(case.x, (rows, 3), (width + 3, 1), case.x.storage_offset() + width).isnan().all()
         )
+
+
+def test_ragged_rows_stay_inside(device: torch.device) -> None:
+    torch.manual_seed(8)
+    case = Case(9, 100, device)
+    total, normed = (Guarded((9, 100), HALF, device) for _ in range(2))
+    stats = Guarded((9, 1, 2), torch.float32, device)
+    inputs = case.x, case.branch, case.bias, case.gain, case.shift
+    run_inside(launch(*inputs, total.tensor, normed.tensor, stats.tensor, eps=EPS, config=SMALL))
+    assert relative(total.tensor, case.total()) < TOLERANCE[HALF]
+    assert relative(normed.tensor, case.normed(total.tensor)) < TOLERANCE[HALF]
+    assert statistics_error(stats.tensor, total.tensor, 100) < EXACT
+    assert total.intact()
+    assert normed.intact()
+    assert stats.intact()
 
 
 @pytest.mark.parametrize("wanted", ["total", "normed", "stats"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import run_inside
 from kernel_tensors import TOLERANCE, Guarded, guard, guard_rows, relative
 from torch import Tensor
 
@@ -180,8 +181,20 @@ def test_any_shape_stays_inside(
     f = folded(width, columns, dtype, device)
     out = Guarded((rows, columns), out_dtype, device)
     config = Config(*blocks, group=group, warps=4, stages=2)
-    launch(x, stats, *f, out.tensor, eps=EPS, config=config).run()
+    run_inside(launch(x, stats, *f, out.tensor, eps=EPS, config=config))
     assert error(x, f, out.tensor) < max(TOLERANCE.get(out_dtype, 0.0), TOLERANCE[dtype])
+    assert out.intact()
+
+
+@pytest.mark.parametrize("width, tile", [(33, 16), (96, 32)])
+def test_ragged_tiles_stay_inside(width: int, tile: int, device: torch.device) -> None:
+    torch.manual_seed(11)
+    x = guard_rows((torch.randn(20, width) + torch.arange(width) / 8).half(), device, gap=3)
+    stats = guard(reference.statistics(x.cpu(), tile).float(), device)
+    f = folded(width, 70, torch.float16, device)
+    out = Guarded((20, 70), torch.float16, device)
+    run_inside(launch(x, stats, *f, out.tensor, eps=EPS, config=SMALL))
+    assert error(x, f, out.tensor) < TOLERANCE[torch.float16]
     assert out.intact()
 
 

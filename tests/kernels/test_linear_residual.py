@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import run_inside
 from kernel_tensors import TOLERANCE, Guarded, guard, guard_rows, relative, statistics_error
 from torch import Tensor
 
@@ -98,25 +99,38 @@ def test_any_shape_stays_inside(
     stats = Guarded((rows, tiles(columns, config.block_n), 2), torch.float32, device)
     if in_place:
         out.tensor.copy_(case.residual)
-    launch(
-        case.x, case.weight, case.bias, out.tensor if in_place else case.residual, out.tensor, stats.tensor,
-        layer_scale=case.layer_scale, config=config,
-    ).run()  # fmt: skip
+    run_inside(
+        launch(
+            case.x,
+            case.weight,
+            case.bias,
+            out.tensor if in_place else case.residual,
+            out.tensor,
+            stats.tensor,
+            layer_scale=case.layer_scale,
+            config=config,
+        )
+    )
     assert relative(out.tensor, expected) < TOLERANCE[dtype]
     assert statistics_error(stats.tensor, out.tensor, config.block_n) < EXACT
     assert out.intact()
     assert stats.intact()
 
 
-def test_without_statistics(device: torch.device) -> None:
+@pytest.mark.parametrize("depth", [40, 64])
+def test_ragged_tiles_stay_inside(depth: int, device: torch.device) -> None:
     torch.manual_seed(1)
-    case = Case(20, 40, 70, device)
-    out = torch.empty(20, 70, dtype=HALF, device=device)
-    made = launch(case.x, case.weight, case.bias, case.residual, out, None, config=SMALL)
-    assert made.constants["stats_ptr"] is None
-    made.run()
-    case.layer_scale = None
-    assert relative(out, case.expected()) < TOLERANCE[HALF]
+    case = Case(20, depth, 70, device)
+    inputs = case.x, case.weight, case.bias, case.residual
+    out, stats = Guarded((20, 70), HALF, device), Guarded((20, 2, 2), torch.float32, device)
+    run_inside(launch(*inputs, out.tensor, stats.tensor, layer_scale=case.layer_scale, config=SMALL))
+    assert relative(out.tensor, case.expected()) < TOLERANCE[HALF]
+    assert statistics_error(stats.tensor, out.tensor, 64) < EXACT
+    assert out.intact()
+    assert stats.intact()
+    again = torch.empty(20, 70, dtype=HALF, device=device)
+    launch(*inputs, again, None, layer_scale=case.layer_scale, config=SMALL).run()
+    assert torch.equal(again, out.tensor)
 
 
 def test_misaligned_and_transposed_inputs(device: torch.device) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import run_inside
 from kernel_tensors import TOLERANCE, Guarded, guard, relative, statistics_error
 from torch import Tensor
 
@@ -138,28 +139,46 @@ def test_any_shape_stays_inside(
     config, rows = Config(*blocks, group=2, warps=4, stages=2), count * len(case.tokens)
     out = Guarded((rows, columns), dtype, device)
     stats = Guarded((rows, tiles(columns, config.block_n), 2), torch.float32, device)
-    launch(
-        case.image, case.weight, case.tokens, out.tensor, stats.tensor,
-        patch=patch, prefix=prefix, scale=case.scale, config=config,
-    ).run()  # fmt: skip
+    run_inside(
+        launch(
+            case.image,
+            case.weight,
+            case.tokens,
+            out.tensor,
+            stats.tensor,
+            patch=patch,
+            prefix=prefix,
+            scale=case.scale,
+            config=config,
+        )
+    )
     assert matches(case, out.tensor.view(count, -1, columns), stats.tensor, config.block_n)
     assert out.intact()
     assert stats.intact()
 
 
 @pytest.mark.parametrize("image_dtype", [BYTES, SINGLE])
-def test_wide_tiles_without_statistics(image_dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("patch", [5, 8])
+def test_ragged_tiles_stay_inside(patch: int, image_dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(1)
-    case = make(device, image_dtype, columns=200)
-    for block_n in (128, 256):
-        config = Config(16, block_n, 64)
-        assert matches(case, *case.run(config), block_n)
-    out = torch.empty(14, 200, dtype=HALF, device=device)
-    launch(
-        case.image, case.weight, case.tokens, out, None,
-        patch=8, prefix=1, scale=case.scale, config=config,
-    ).run()  # fmt: skip
-    assert relative(out, case.expected().flatten(0, 1)) < TOLERANCE[HALF]
+    case = make(device, image_dtype, patch=patch, columns=70)
+    inputs = case.image, case.weight, case.tokens
+    out, stats = Guarded((14, 70), HALF, device), Guarded((14, 3, 2), SINGLE, device)
+    options = {"patch": patch, "prefix": 1, "scale": case.scale, "config": SMALL}
+    run_inside(launch(*inputs, out.tensor, stats.tensor, **options))
+    assert matches(case, out.tensor.view(2, 7, 70), stats.tensor, 32)
+    assert out.intact()
+    assert stats.intact()
+    again = torch.empty(14, 70, dtype=HALF, device=device)
+    launch(*inputs, again, None, **options).run()
+    assert torch.equal(again, out.tensor)
+
+
+@pytest.mark.parametrize("block_n", [128, 256])
+def test_wide_tiles(block_n: int, device: torch.device) -> None:
+    torch.manual_seed(7)
+    case = make(device, columns=200)
+    assert matches(case, *case.run(Config(16, block_n, 64)), block_n)
 
 
 def test_misaligned_and_transposed_inputs(device: torch.device) -> None:
