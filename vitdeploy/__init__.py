@@ -40,6 +40,7 @@ def export(
     checkpoint: Path | None = None,
     precision: str | Sequence[str] = "fp32",
     format: str | Sequence[str] = "auto",
+    arch: str | Sequence[str] = (),
     image_size: int | Size | None = None,
     batch: int | tuple[int, int, int] | BatchRange = (1, 8, 32),
     opset: int = 20,
@@ -61,7 +62,9 @@ def export(
         output_dir: the bundle's folder; named after the model, in the working directory, when omitted.
         checkpoint: a file or folder with the weights of a named variant.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, or several of them: one artifact each.
-        format: ``"onnx"``, or ``"auto"`` for everything this machine can build.
+        format: ``"onnx"``; ``"triton-aot"``, the fused kernels compiled for ``arch``; or ``"auto"`` for
+            everything that this machine can build without being told more.
+        arch: GPUs to compile kernels for: ``"sm_80"``, ``"sm_89"``, ``"sm_90"``, ``"sm_100"``, ``"sm_120"``.
         image_size: (height, width), or one number for both; the checkpoint's own when omitted.
         batch: (min, opt, max) batch sizes that the artifacts serve; one number for a fixed batch.
         opset: the ONNX operator set, 17 to 23.
@@ -95,6 +98,7 @@ def export(
         checkpoint=None if checkpoint is None else pathlib.Path(checkpoint),
         precisions=(precision,) if isinstance(precision, str) else tuple(precision),
         formats=(format,) if isinstance(format, str) else tuple(format),
+        architectures=(arch,) if isinstance(arch, str) else tuple(arch),
         image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
         batch=sizes if isinstance(sizes, BatchRange) else BatchRange(*sizes),
         opset=opset,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdeploy import lowered, model
-from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig
+from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
 from vitdeploy.lowering import (
     BLOCK_REWRITES,
@@ -32,6 +32,7 @@ from vitdeploy.precision import PrecisionPlan, assign_dtypes
 from vitdeploy_kernels import vit as fused
 from vitdeploy_kernels.layernorm_linear import Folded, fold_layernorm
 from vitdeploy_kernels.planner import Readout
+from vitdeploy_kernels.runner import buckets
 
 PIXEL_SHIFT = 128
 """What the patch projection takes away from a uint8 pixel before it multiplies."""
@@ -144,6 +145,11 @@ def shape_of(config: ViTConfig, output: Output, input_kind: InputKind) -> fused.
         classes=config.classes if plain else 0,
         uint8=input_kind == "uint8",
     )
+
+
+def buckets_of(batch: BatchRange) -> tuple[int, ...]:
+    """The batch sizes that get a plan of their own."""
+    return tuple(size for size in buckets(batch.max) if size >= batch.min)
 
 
 def rewrite(block: model.Block) -> model.Block:

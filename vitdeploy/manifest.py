@@ -67,6 +67,24 @@ class TensorSpec(_Record):
     shape: tuple[int | str, ...]
 
 
+def input_spec(config: ViTConfig, kind: InputKind) -> TensorSpec:
+    """What a ViT takes: pixel values (N, C, H, W) float32, or images (N, H, W, C) uint8."""
+    height, width = config.image_size
+    if kind == "uint8":
+        return TensorSpec(name="pixel_values", dtype="uint8", shape=("N", height, width, config.channels))
+    return TensorSpec(name="pixel_values", dtype="float32", shape=("N", config.channels, height, width))
+
+
+def output_spec(config: ViTConfig, output: Output) -> TensorSpec:
+    """What it gives, float32."""
+    shapes: dict[Output, tuple[int | str, ...]] = {
+        "logits": ("N", config.classes),
+        "features": ("N", config.features),
+        "tokens": ("N", config.tokens, config.width),
+    }
+    return TensorSpec(name=output, dtype="float32", shape=shapes[output])
+
+
 class OpPrecision(_Record):
     """The dtype one operation of an emitted graph computes in."""
 

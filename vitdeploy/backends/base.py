@@ -131,7 +131,7 @@ class Backend(Protocol):
     summary: str
     """One line for `doctor`."""
     formats: tuple[str, ...]
-    """Formats of artifacts whose files it reads; of others it only takes the precision and the batch sizes."""
+    """Formats of artifacts whose files it reads; of others it takes the precision and batch sizes only."""
 
     def availability(self) -> Availability:
         """Whether this machine can run it; imports as little as possible."""

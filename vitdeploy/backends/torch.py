@@ -22,9 +22,8 @@ from vitdeploy.backends.base import (
     split_device,
 )
 from vitdeploy.bundle import WEIGHTS, Bundle
-from vitdeploy.config import Output
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
-from vitdeploy.manifest import Artifact, Manifest, Precision, TensorSpec
+from vitdeploy.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +67,7 @@ class Torch:
         bundle.verify_hashes([WEIGHTS])
         precision: Precision = artifact.precision if artifact else "fp32"
         manifest = bundle.manifest
+        vit = load_vit(bundle, getattr(torch, _DTYPES[precision]), device)
         facts = SessionFacts(
             backend=self.name,
             artifact=artifact.name if artifact else WEIGHTS,
@@ -76,11 +76,10 @@ class Torch:
             device=device,
             provider=device.partition(":")[0],
             batch=artifact.batch if artifact else None,
-            inputs=artifact.inputs if artifact else (input_spec(manifest),),
-            outputs=artifact.outputs if artifact else (output_spec(manifest),),
+            inputs=artifact.inputs if artifact else (input_spec(vit.config, manifest.input),),
+            outputs=artifact.outputs if artifact else (output_spec(vit.config, manifest.output),),
             versions={"torch": str(torch.__version__)},
         )
-        vit = load_vit(bundle, getattr(torch, _DTYPES[precision]), device)
         return TorchSession(facts, self._forward(vit, manifest), options.threads)
 
     def _forward(self, vit: nn.Module, manifest: Manifest) -> Forward:
@@ -180,28 +179,6 @@ def forward_of(vit: nn.Module, manifest: Manifest) -> Forward:
         return forward(pixels.permute(0, 3, 1, 2))
 
     return forward_uint8
-
-
-def input_spec(manifest: Manifest) -> TensorSpec:
-    """What a session that reads no artifact takes."""
-    assert manifest.model is not None
-    height, width = manifest.model.image_size
-    channels = manifest.model.channels
-    if manifest.input == "uint8":
-        return TensorSpec(name="pixel_values", dtype="uint8", shape=("N", height, width, channels))
-    return TensorSpec(name="pixel_values", dtype="float32", shape=("N", channels, height, width))
-
-
-def output_spec(manifest: Manifest) -> TensorSpec:
-    """What it gives."""
-    config = manifest.model
-    assert config is not None
-    shapes: dict[Output, tuple[int | str, ...]] = {
-        "logits": ("N", config.classes),
-        "features": ("N", config.features),
-        "tokens": ("N", config.tokens, config.width),
-    }
-    return TensorSpec(name=manifest.output, dtype="float32", shape=shapes[manifest.output])
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from vitdeploy.backends.base import (
     Array,
@@ -22,16 +22,21 @@ from vitdeploy.backends.base import (
     refuse,
     require_support,
 )
-from vitdeploy.backends.torch import cuda_device, input_spec, library, load_vit, output_spec
+from vitdeploy.backends.torch import cuda_device, library, load_vit
 from vitdeploy.bundle import WEIGHTS, Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
-from vitdeploy.manifest import Artifact, Manifest, Precision
+from vitdeploy.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 
 if TYPE_CHECKING:
+    from vitdeploy_kernels.config import Table
+    from vitdeploy_kernels.launch import Launch
+    from vitdeploy_kernels.package import Package
     from vitdeploy_kernels.runner import VitRunner
 
 _DTYPES: Mapping[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}
+AOT = "triton-aot"
+"""The format of artifacts that hold the kernels themselves."""
 _OLDEST = (8, 0)
 """Compute capability; ``vitdeploy_kernels.support.OLDEST`` is the same, and importing it needs torch."""
 
@@ -44,7 +49,7 @@ class Triton:
 
     name = "triton"
     summary = "fused Triton kernels with CUDA graphs, from the weights"
-    formats: tuple[str, ...] = ("triton-aot",)
+    formats: tuple[str, ...] = (AOT,)
 
     def availability(self) -> Availability:
         for module in ("torch", "triton"):
@@ -82,8 +87,10 @@ class Triton:
         bundle.verify_hashes([WEIGHTS])
         precision: Precision = artifact.precision if artifact else "fp16"
         batch = artifact.batch if artifact else BatchRange()
-        runner = _runner(torch, bundle, precision, batch, device)
+        kernels = _Kernels.of(bundle, artifact, device)
+        runner = _runner(torch, bundle, precision, batch, device, kernels)
         manifest = bundle.manifest
+        assert manifest.model is not None
         facts = SessionFacts(
             backend=self.name,
             artifact=artifact.name if artifact else WEIGHTS,
@@ -92,10 +99,10 @@ class Triton:
             device=device,
             provider="interpreter" if device == "cpu" else "cuda",
             batch=batch,
-            inputs=artifact.inputs if artifact else (input_spec(manifest),),
-            outputs=artifact.outputs if artifact else (output_spec(manifest),),
+            inputs=artifact.inputs if artifact else (input_spec(manifest.model, manifest.input),),
+            outputs=artifact.outputs if artifact else (output_spec(manifest.model, manifest.output),),
             versions={name: str(importlib.import_module(name).__version__) for name in ("torch", "triton")},
-            fusion=runner.report,
+            fusion=(*runner.report, kernels.report),
         )
         return TritonSession(facts, runner)
 
@@ -160,10 +167,60 @@ def cuda_capabilities(driver: str = "libcuda.so.1") -> list[tuple[int, int]]:
     return found
 
 
-def _runner(torch: Any, bundle: Bundle, precision: Precision, batch: BatchRange, device: str) -> VitRunner:
+class _Kernels:
+    """Where the binaries come from: the bundle, if it has some for this GPU, or Triton's compiler."""
+
+    def __init__(self, package: Package | None, table: Table | None, origin: str) -> None:
+        self.package, self.table, self._origin = package, table, origin
+        self._compiled: set[str] = set()
+
+    @classmethod
+    def of(cls, bundle: Bundle, artifact: Artifact | None, device: str) -> Self:
+        """The kernels of an artifact that holds some, on a GPU; else those that are compiled.
+
+        Raises:
+            BundleError: its files are damaged.
+        """
+        import torch
+
+        if device == "cpu":
+            return cls(None, None, "run by the interpreter")
+        if artifact is None or artifact.format != AOT:
+            return cls(None, None, "compiled at the start")
+        from vitdeploy_kernels.config import load_table
+        from vitdeploy_kernels.package import load_package
+        from vitdeploy_kernels.support import Unsupported
+
+        bundle.verify_hashes(artifact.files)
+        folder = bundle.path(artifact.path).parent.parent
+        try:
+            package = load_package(folder, torch.cuda.get_device_capability(device))
+            if isinstance(package, Unsupported):
+                return cls(None, None, f"compiled at the start: {package.reason}")
+            table = load_table(folder / package.arch / "table.json")
+        except (ValueError, OSError) as error:
+            raise BundleError(f"{artifact.path}: {one_line(error)}") from error
+        return cls(package, table, f"compiled ahead of time for {package.arch}")
+
+    def execute(self, launch: Launch) -> None:
+        """Queue a launch."""
+        if self.package is None or not self.package.run(launch):
+            self._compiled.add(launch.name)
+            launch.run()
+
+    @property
+    def report(self) -> str:
+        """One line for the fusion report."""
+        missing = f", but not {', '.join(sorted(self._compiled))}" if self.package and self._compiled else ""
+        return f"kernels: {self._origin}{missing}"
+
+
+def _runner(
+    torch: Any, bundle: Bundle, precision: Precision, batch: BatchRange, device: str, kernels: _Kernels
+) -> VitRunner:
     """The folded model and its plans."""
-    from vitdeploy.fusing import fuse
-    from vitdeploy_kernels.runner import VitRunner, buckets
+    from vitdeploy.fusing import buckets_of, fuse
+    from vitdeploy_kernels.runner import VitRunner
 
     manifest = bundle.manifest
     model = fuse(
@@ -174,5 +231,11 @@ def _runner(torch: Any, bundle: Bundle, precision: Precision, batch: BatchRange,
         preprocess=manifest.preprocess,
         device=device,
     )
-    sizes = [size for size in buckets(batch.max) if size >= batch.min]
-    return VitRunner(model.shape, model.weights, batches=sizes, readout=model.readout)
+    return VitRunner(
+        model.shape,
+        model.weights,
+        batches=buckets_of(batch),
+        table=kernels.table,
+        readout=model.readout,
+        execute=kernels.execute,
+    )

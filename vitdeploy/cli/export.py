@@ -21,6 +21,7 @@ EXAMPLES = (
     "vitdeploy export -m ./my-finetuned-vit -o vit.bundle --fp32 --fp16",
     "vitdeploy export -m B/16 --checkpoint weights.safetensors --image-size 384",
     "vitdeploy export -m digits --batch 8 --input uint8",
+    "vitdeploy export -m B/16 --fp16 --format onnx,triton-aot --arch sm_89,sm_90",
     "vitdeploy export -m my_models:build --image-size 224x320 --dry-run",
 )
 
@@ -43,7 +44,14 @@ OutputDir = Annotated[
     typer.Option("-o", "--output-dir", metavar="DIR", help="The bundle.  [default: ./MODEL.bundle]"),
 ]
 Format = Annotated[
-    str, typer.Option(metavar="F,...", help="onnx, or auto for all that this machine can build.")
+    str,
+    typer.Option(
+        metavar="F,...",
+        help="onnx; triton-aot: the fused kernels, compiled for --arch; auto: all that needs no choice.",
+    ),
+]
+Arch = Annotated[
+    str | None, typer.Option(metavar="A,...", help="GPUs to compile triton-aot for: sm_80, sm_89, sm_90, ...")
 ]
 Fp32 = Annotated[bool, typer.Option("--fp32", help="Add an fp32 artifact; the default.")]
 Fp16 = Annotated[bool, typer.Option("--fp16", help="Add an fp16 artifact.")]
@@ -88,6 +96,7 @@ def command(
     checkpoint: Checkpoint = None,
     output_dir: OutputDir = None,
     format: Format = "auto",
+    arch: Arch = None,
     fp32: Fp32 = False,
     fp16: Fp16 = False,
     bf16: Bf16 = False,
@@ -123,6 +132,7 @@ def command(
         checkpoint=checkpoint,
         precisions=tuple(dict.fromkeys(precisions)),
         formats=formats,
+        architectures=tuple(dict.fromkeys(parse.names(arch) or ())),
         image_size=pixels,
         batch=sizes,
         opset=opset,

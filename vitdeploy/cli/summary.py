@@ -12,7 +12,19 @@ if TYPE_CHECKING:
     from vitdeploy.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
 
 _SHORT = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_PLURAL = {"GEMM": "GEMMs", "normalisation": "normalisations", "softmax": "softmaxes", "mean": "means"}
+_KINDS = {
+    "Softmax": "softmax",
+    "patch_embed": "fused GEMM",
+    "layernorm_linear": "fused GEMM",
+    "linear_residual": "fused GEMM",
+    "head_linear": "fused GEMM",
+    "attention": "fused attention",
+    "layernorm_attention": "fused attention",
+    "absorbed_attention": "fused attention",
+    "add_layernorm": "normalisation",
+}
+"""Operations by what they are; the fused kernels have names of their own."""
+_PLURAL = {"softmax": "softmaxes", "fused attention": "fused attentions"}
 
 
 def worst_relative(manifest: Manifest, artifact: Artifact) -> float | None:
@@ -109,11 +121,12 @@ def count_ops(ops: Sequence[OpPrecision]) -> list[dict[str, Any]]:
 
 def proof_line(ops: Sequence[OpPrecision]) -> str:
     """``97 GEMMs fp16, 25 normalisations fp32 (declared)``."""
-    parts = [
-        f"{row['count']} {row['kind'] if row['count'] == 1 else _PLURAL[row['kind']]} {row['dtype']}"
-        + (" (declared)" if row["declared_island"] else "")
-        for row in count_ops(ops)
-    ]
+    parts = []
+    for row in count_ops(ops):
+        kind = row["kind"]
+        name = kind if row["count"] == 1 else _PLURAL.get(kind, f"{kind}s")
+        declared = " (declared)" if row["declared_island"] else ""
+        parts.append(f"{row['count']} {name} {row['dtype']}{declared}")
     return ", ".join(parts) or "no operation whose precision matters"
 
 
@@ -122,4 +135,4 @@ def _kind(op: OpPrecision) -> str:
 
     if op.op in GEMMS:
         return "GEMM"
-    return "normalisation" if op.op in NORMALISATIONS else {"Softmax": "softmax"}.get(op.op, "mean")
+    return "normalisation" if op.op in NORMALISATIONS else _KINDS.get(op.op, "mean")

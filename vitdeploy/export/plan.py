@@ -81,6 +81,6 @@ def _files(request: ExportRequest, subject: Subject) -> dict[str, int]:
         WEIGHTS: sum(tensor.nbytes for tensor in subject.state.values()),
         GOLDEN: sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels),
     }
-    for precision in request.precisions:
+    for precision in request.precisions if request.wants_onnx else ():
         files[FILES[precision]] = _BYTES[precision] * subject.parameters
     return files

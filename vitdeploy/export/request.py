@@ -9,13 +9,14 @@ from pathlib import Path
 from torch import nn
 
 from vitdeploy.checkpoint import DEFAULT_MODEL, Checkpoint, UserModule, open_model
-from vitdeploy.config import BatchRange, Size
+from vitdeploy.config import BatchRange, Precision, Size
 from vitdeploy.errors import UsageError, did_you_mean
+from vitdeploy.export import triton_aot
 from vitdeploy.export.onnx import OnnxOptions
 from vitdeploy.export.subject import Subject, subject_of
 from vitdeploy.precision import DTYPES
 
-FORMATS = ("auto", "onnx")
+FORMATS = ("auto", "onnx", triton_aot.FORMAT)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class ExportRequest:
     input: str = "float"
     output: str | None = None
     atol: float | None = None
+    architectures: tuple[str, ...] = ()
+    """GPUs to compile the fused kernels for: sm_80, sm_90, ..."""
     fallback: bool = True
     seed: int = 0
     command: str = ""
@@ -53,7 +56,31 @@ class ExportRequest:
                     )
         if self.atol is not None and not self.atol > 0:
             raise UsageError(f"atol must be positive, not {self.atol}")
+        self._check_kernels()
         OnnxOptions(self.batch, self.opset)
+
+    def _check_kernels(self) -> None:
+        if triton_aot.FORMAT not in self.formats:
+            if self.architectures:
+                hint = f"--format onnx,{triton_aot.FORMAT}"
+                raise UsageError(
+                    "--arch names GPUs to compile kernels for, and no format needs it", hint=hint
+                )
+            return
+        triton_aot.check_architectures(self.architectures)
+        if not self.kernel_precisions:
+            given = ", ".join(self.precisions)
+            raise UsageError(f"the kernels compute in fp16 or bf16, not in {given}", hint="add --fp16")
+
+    @property
+    def wants_onnx(self) -> bool:
+        return not {"auto", "onnx"}.isdisjoint(self.formats)
+
+    @property
+    def kernel_precisions(self) -> tuple[Precision, ...]:
+        """In which the fused kernels are to be compiled."""
+        wanted = self.precisions if triton_aot.FORMAT in self.formats else ()
+        return tuple(precision for precision in triton_aot.PRECISIONS if precision in wanted)
 
     @property
     def onnx(self) -> OnnxOptions:

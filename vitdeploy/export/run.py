@@ -21,7 +21,8 @@ from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle import GOLDEN, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.checkpoint import Checkpoint, UserModule
 from vitdeploy.config import Precision
-from vitdeploy.errors import MissingDependency, ParityError
+from vitdeploy.errors import MissingDependency, ParityError, UsageError
+from vitdeploy.export import triton_aot
 from vitdeploy.export.fallback import Proposal, smallest_islands
 from vitdeploy.export.onnx import INPUT, write_onnx
 from vitdeploy.export.request import ExportRequest, default_folder
@@ -34,6 +35,8 @@ from vitdeploy.progress import Progress
 
 _MODE = 0o644
 """safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
+EMULATION = "emulation"
+"""The name of the rehearsal among the backends of parity records."""
 Golden = dict[str, np.ndarray[Any, Any]]
 
 
@@ -124,11 +127,13 @@ class _Job:
     parity: list[ParityRecord] = field(default_factory=list)
 
     def build(self) -> None:
-        for precision in dict.fromkeys(self.request.precisions):
+        for precision in dict.fromkeys(self.request.precisions if self.request.wants_onnx else ()):
             requested: Precision = precision  # type: ignore[assignment]
             if any(artifact.name == f"onnx-{precision}" for artifact in self.artifacts):
                 continue  # another precision fell back to this one
             self._build_one(requested)
+        for precision in self.request.kernel_precisions:
+            self._build_kernels(precision)
         self.writer.seal(self._manifest())
 
     def _build_one(self, precision: Precision) -> None:
@@ -148,6 +153,32 @@ class _Job:
             )
         self.progress.note(failure)
         return self._fall_back(plan, precision, trouble)
+
+    def _build_kernels(self, precision: Precision) -> None:
+        """The fused kernels; what they compute is rehearsed here, and proven where the GPU is."""
+        config, name = self.subject.config, f"{triton_aot.FORMAT}-{precision}"
+        if config is None:
+            raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
+        onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]
+        rehearsed = onnx or self._rehearse(PrecisionPlan.of(precision))
+        records = [record.model_copy(update={"artifact": name}) for record in rehearsed]
+        if trouble := _first_failure(records):
+            failure = f"{precision} does not compute what the checkpoint computes: {trouble}"
+            if not self.request.fallback or not self.artifacts:
+                raise ParityError(failure, hint="--bf16 has more range")
+            return self.progress.note(f"no {name}, kernels have no fp32 islands: {failure}")
+        artifact = triton_aot.write_kernels(
+            config,
+            precision,
+            self.writer,
+            batch=self.request.batch,
+            architectures=self.request.architectures,
+            output=self.subject.output,
+            input_kind=self.subject.input,
+            progress=self.progress,
+        )
+        self.progress.note(f"{name}: no cubin has run yet; on such a GPU: vitdeploy verify --backend triton")
+        return self._accept(artifact, records)
 
     def _fall_back(self, plan: PrecisionPlan, precision: Precision, trouble: str) -> None:
         """The smallest set of islands that passes; where there is none, bf16."""
@@ -188,7 +219,7 @@ class _Job:
             failures = parity.failures(metrics, tolerance)
             record = ParityRecord(
                 artifact=f"onnx-{precision}",
-                backend="emulation",
+                backend=EMULATION,
                 batch=len(output),
                 provider="PyTorch, every result rounded",
                 metrics=metrics,
