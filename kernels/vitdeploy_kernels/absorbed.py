@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitdeploy_kernels.config import Config, choose
-from vitdeploy_kernels.gemm import dot, product, row_statistics, tile_of
+from vitdeploy_kernels.gemm import dot, narrow, product, row_statistics, tile_of
 from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
 from vitdeploy_kernels.support import (
     Support,
@@ -57,7 +57,7 @@ def head_linear_kernel(
         column, column_mask, none, none, DEPTH, COLUMNS, False, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     out = out_ptr + ((row * HEADS + head) * COLUMNS)[:, None] + column[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+    tl.store(out, narrow(acc, out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def normalised(x_ptr, token, token_mask, column, column_mask, mean, rstd, X_STRI
     """A tile of LayerNorm(x), rounded to x's dtype."""
     at = x_ptr + (token * X_STRIDE)[:, None] + column[None, :]
     x = tl.load(at, mask=token_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
-    return ((x - mean[:, None]) * rstd[:, None]).to(x_ptr.dtype.element_ty)
+    return narrow((x - mean[:, None]) * rstd[:, None], x_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -120,19 +120,16 @@ def absorbed_attention_kernel(
         new = tl.maximum(most, tl.max(scores, axis=1))
         decay = tl.exp2(most - new)
         # The sum is of the weights as rounded, so that they sum to one as they are used.
-        p = tl.exp2(scores - new[:, None]).to(x_left.dtype)
+        p = narrow(tl.exp2(scores - new[:, None]), x_left.dtype)
         total = total * decay + tl.sum(p.to(tl.float32), axis=1)
         acc_left = dot(p, x_left, acc_left * decay[:, None])
         acc_right = dot(p, x_right, acc_right * decay[:, None])
         most = new
     dtype = out_ptr.dtype.element_ty
     share = (1.0 / total)[:, None]
-    tl.store(
-        out_ptr + at + left[None, :], (acc_left * share).to(dtype), row_mask[:, None] & left_mask[None, :]
-    )
-    tl.store(
-        out_ptr + at + right[None, :], (acc_right * share).to(dtype), row_mask[:, None] & right_mask[None, :]
-    )
+    acc_left, acc_right = narrow(acc_left * share, dtype), narrow(acc_right * share, dtype)
+    tl.store(out_ptr + at + left[None, :], acc_left, row_mask[:, None] & left_mask[None, :])
+    tl.store(out_ptr + at + right[None, :], acc_right, row_mask[:, None] & right_mask[None, :])
 
 
 def supports_head_linear(x: Tensor, weight: Tensor) -> Support:
