@@ -28,7 +28,10 @@ WIDTH = 512
 """The widest rows: every head's program reads all columns of its image."""
 
 TOKENS = 256
-"""The longest sequence: queries, keys and values of a head stay in one program."""
+"""The longest sequence."""
+
+ON_CHIP = TOKENS * 64
+"""The most tokens times columns of a head: its keys and values stay in the registers of one program."""
 
 MASK_DTYPES = (torch.float32, *DTYPES)
 
@@ -46,9 +49,8 @@ def load_columns(
     """Columns from ``start`` on of ROWS x COLUMNS elements, as float32, and which of them are inside."""
     row, column = tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_K)
     inside = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    return tl.load(ptr + row[:, None] * STRIDE + column[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    ), inside
+    x = tl.load(ptr + row[:, None] * STRIDE + column[None, :], mask=inside, other=0.0)
+    return x.to(tl.float32), inside
 
 
 @triton.jit
@@ -70,47 +72,43 @@ def row_moments(
 
 
 @triton.jit
-def load_weight(ptr, start, WIDTH: tl.constexpr, STRIDE: tl.constexpr, HEAD: tl.constexpr,
-                BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """BLOCK_K rows from ``start`` on of a head's weights, zeros outside."""
-    row, column = start + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    inside = (row < WIDTH)[:, None] & (column < HEAD)[None, :]
-    return tl.load(ptr + row[:, None] * STRIDE + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
 def project(
     x_ptr,
     weight_ptr,
     bias_ptr,
     eps,
     WIDTH: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
+    PART: tl.constexpr,
     HEAD: tl.constexpr,
     ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Queries, keys and values of one head for ROWS normalised rows."""
-    STRIDE: tl.constexpr = 3 * OUT_STRIDE
+    """The parts FIRST to LAST - 1 of a head's queries, keys, values for ROWS rows, PART columns apart."""
     mean, rstd = row_moments(x_ptr, eps, WIDTH, ROWS, BLOCK_M, BLOCK_K)
-    column = tl.arange(0, BLOCK_D)
-    q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    k, v = q, q
+    depth, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    at = weight_ptr + FIRST * PART + depth[:, None] * (3 * PART) + column[None, :]
+    sums = ()
+    for _part in tl.static_range(FIRST, LAST):
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)  # noqa: RUF005
     for start in range(0, WIDTH, BLOCK_K):
-        x, _ = load_columns(x_ptr, start, WIDTH, ROWS, WIDTH, BLOCK_M, BLOCK_K)
-        at = weight_ptr
-        wq = load_weight(at, start, WIDTH, STRIDE, HEAD, BLOCK_K, BLOCK_D)
-        wk = load_weight(at + OUT_STRIDE, start, WIDTH, STRIDE, HEAD, BLOCK_K, BLOCK_D)
-        wv = load_weight(at + 2 * OUT_STRIDE, start, WIDTH, STRIDE, HEAD, BLOCK_K, BLOCK_D)
-        x = ((x - mean[:, None]) * rstd[:, None]).to(wq.dtype)
-        q, k, v = dot(x, wq, q), dot(x, wk, k), dot(x, wv, v)
-    dtype = weight_ptr.dtype.element_ty
-    q += tl.load(bias_ptr + column, mask=column < HEAD, other=0.0)[None, :]
-    k += tl.load(bias_ptr + OUT_STRIDE + column, mask=column < HEAD, other=0.0)[None, :]
-    v += tl.load(bias_ptr + 2 * OUT_STRIDE + column, mask=column < HEAD, other=0.0)[None, :]
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+        x, inside = load_columns(x_ptr, start, WIDTH, ROWS, WIDTH, BLOCK_M, BLOCK_K)
+        # What lies outside must be zero here too: normalised, it could overflow, and Inf times zero is NaN.
+        x = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0).to(weight_ptr.dtype.element_ty)
+        inside = (depth < WIDTH - start)[:, None] & (column < HEAD)[None, :]
+        previous, sums = sums, ()
+        for i in tl.static_range(LAST - FIRST):
+            w = tl.load(at + i * PART, mask=inside, other=0.0)
+            sums = sums + (dot(x, w, previous[i]),)  # noqa: RUF005
+        at += BLOCK_K * 3 * PART
+    parts = ()
+    for i in tl.static_range(LAST - FIRST):
+        bias = tl.load(bias_ptr + (FIRST + i) * PART + column, mask=column < HEAD, other=0.0)
+        parts = parts + ((sums[i] + bias[None, :]).to(weight_ptr.dtype.element_ty),)  # noqa: RUF005
+    return parts
 
 
 @triton.jit
@@ -119,15 +117,18 @@ def attend_tile(
     keys,
     values,
     mask_ptr,
+    out_ptr,
     scale,
     MASK_ROW: tl.constexpr,
     TOKENS: tl.constexpr,
     QUERIES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a tile of queries makes of all keys and values, tiles of BLOCK tokens and a smaller last one."""
+    """Attend with a tile of queries to all keys: tiles of BLOCK tokens, and a smaller last one."""
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -138,7 +139,7 @@ def attend_tile(
             MASK_ROW, QUERIES, min(TOKENS - j * BLOCK, BLOCK), BLOCK_M, keys[j].shape[0],
         )  # fmt: skip
         acc = dot(weights.to(q.dtype), values[j], acc * rescale[:, None])
-    return acc * (1.0 / total)[:, None]
+    store_tile(out_ptr, acc * (1.0 / total)[:, None], STRIDE, QUERIES, HEAD, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
@@ -174,23 +175,44 @@ def layernorm_attention_kernel(
     if mask_ptr is not None:
         mask_ptr += image % MASKS * MASK_IMAGE + head * MASK_HEAD
     FULL: tl.constexpr = TOKENS // BLOCK
-    queries, keys, values = (), (), ()
-    for i in tl.static_range(FULL + (TAIL > 0)):
-        ROWS = min(TOKENS - i * BLOCK, BLOCK)
+    LEFT: tl.constexpr = TOKENS - FULL * BLOCK
+    if FULL + (TAIL > 0) == 1:
         q, k, v = project(
-            x_ptr + i * BLOCK * WIDTH, weight_ptr, bias_ptr, eps,
-            WIDTH, STRIDE, HEAD, ROWS, BLOCK if i < FULL else TAIL, BLOCK_D, BLOCK_K,
+            x_ptr, weight_ptr, bias_ptr, eps,
+            WIDTH, STRIDE, HEAD, TOKENS, 0, 3, TAIL if TAIL > 0 else BLOCK, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-        queries, keys, values = queries + (q,), keys + (k,), values + (v,)  # noqa: RUF005
-    for i in tl.static_range(FULL + (TAIL > 0)):
-        ROWS = min(TOKENS - i * BLOCK, BLOCK)
-        at = None if mask_ptr is None else mask_ptr + i * BLOCK * MASK_ROW
-        acc = attend_tile(
-            queries[i], keys, values, at, scale,
-            MASK_ROW, TOKENS, ROWS, BLOCK if i < FULL else TAIL, BLOCK_D, BLOCK,
+        attend_tile(
+            q, (k,), (v,), mask_ptr, out_ptr, scale,
+            MASK_ROW, TOKENS, TOKENS, STRIDE, HEAD, TAIL if TAIL > 0 else BLOCK, BLOCK_D, BLOCK,
         )  # fmt: skip
-        out = out_ptr + i * BLOCK * STRIDE
-        store_tile(out, acc, STRIDE, ROWS, HEAD, BLOCK if i < FULL else TAIL, BLOCK_D)
+    else:
+        keys, values = (), ()
+        for i in tl.static_range(FULL + (TAIL > 0)):
+            k, v = project(
+                x_ptr + i * BLOCK * WIDTH, weight_ptr, bias_ptr, eps, WIDTH, STRIDE, HEAD,
+                BLOCK if i < FULL else LEFT, 1, 3, BLOCK if i < FULL else TAIL, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
+            keys, values = keys + (k,), values + (v,)  # noqa: RUF005
+        for i in range(FULL):
+            (q,) = project(
+                x_ptr + i * BLOCK * WIDTH, weight_ptr, bias_ptr, eps,
+                WIDTH, STRIDE, HEAD, BLOCK, 0, 1, BLOCK, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
+            attend_tile(
+                q, keys, values, None if mask_ptr is None else mask_ptr + i * BLOCK * MASK_ROW,
+                out_ptr + i * BLOCK * STRIDE, scale,
+                MASK_ROW, TOKENS, BLOCK, STRIDE, HEAD, BLOCK, BLOCK_D, BLOCK,
+            )  # fmt: skip
+        if TAIL > 0:
+            (q,) = project(
+                x_ptr + FULL * BLOCK * WIDTH, weight_ptr, bias_ptr, eps,
+                WIDTH, STRIDE, HEAD, LEFT, 0, 1, TAIL, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
+            attend_tile(
+                q, keys, values, None if mask_ptr is None else mask_ptr + FULL * BLOCK * MASK_ROW,
+                out_ptr + FULL * BLOCK * STRIDE, scale,
+                MASK_ROW, TOKENS, LEFT, STRIDE, HEAD, TAIL, BLOCK_D, BLOCK,
+            )  # fmt: skip
 
 
 def supports(
@@ -217,6 +239,9 @@ def supports(
             None if 1 <= length <= TOKENS else f"sequences have 1 to {TOKENS} tokens, not {length}",
             None if 1 <= width <= WIDTH else f"rows are 1 to {WIDTH} wide, not {width}",
             None if narrowest <= head <= widest else f"heads are {narrowest} to {widest} wide, not {head}",
+            None
+            if length * head <= ON_CHIP
+            else f"{length} tokens of heads {head} wide do not fit one program",
             None if 0 < scale < math.inf else f"scale must be positive and finite, not {scale}",
             None if mask is None else check_tensor("mask", mask, (None, heads, length, length), MASK_DTYPES),
             None if mask is None or len(mask) else "mask is empty",

@@ -118,9 +118,10 @@ def large_values() -> Tensor:
 def large_products() -> Tensor:
     """Products that leave float16 and cancel in the score."""
     qkv = random(1, 70, 1, 32)
-    qkv[..., 1:32] = 0
-    qkv[..., 0:2], qkv[..., 32], qkv[..., 33] = 300, 300, -300
-    qkv[..., 2] = 1
+    qkv[..., 3:32] = 0
+    qkv[..., :3] = torch.tensor([300.0, 300.0, 1.0])
+    qkv[..., 32], qkv[..., 33] = 300, -300
+    qkv[..., 34] = (4 * qkv[..., 34]).round() / 4
     return qkv
 
 
