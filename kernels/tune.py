@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from vitdeploy_kernels.config import shipped_table  # noqa: E402
 from vitdeploy_kernels.support import UnsupportedError  # noqa: E402
 from vitdeploy_kernels.tuner import (  # noqa: E402
+    MODELS,
     contestants_of,
     random_problems,
     specs_of,
@@ -30,16 +31,8 @@ from vitdeploy_kernels.tuner import (  # noqa: E402
     tune,
     write_table,
 )
-from vitdeploy_kernels.vit import VitShape  # noqa: E402
 from vitdeploy_kernels.warming import Warmer  # noqa: E402
 
-MODELS = {
-    "Ti/16": VitShape(width=192, heads=3, mlp_width=768),
-    "S/16": VitShape(width=384, heads=6, mlp_width=1536),
-    "B/16": VitShape(),
-    "L/16": VitShape(width=1024, depth=24, heads=16, mlp_width=4096),
-    "H/14": VitShape(patch=14, width=1280, depth=32, heads=16, mlp_width=5120),
-}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -99,7 +99,7 @@ def _add_layernorm(spec: Spec, capability: tuple[int, int], multiprocessors: int
 
 
 def _layernorm_attention(spec: Spec, capability: tuple[int, int], multiprocessors: int) -> Iterable[Config]:
-    for (queries, warps), depth, stages in product(((128, 8), (64, 4), (64, 8)), (32, 64), (1, 2)):
+    for (queries, warps), depth, stages in product(((128, 8), (32, 8), (64, 8)), (32, 64), (1, 2)):
         yield Config(queries, 64, depth, 1, warps, stages)
 
 

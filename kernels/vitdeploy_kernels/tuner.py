@@ -6,6 +6,7 @@ what compiles ahead are arguments, so that the whole search runs without a GPU, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,16 @@ UNFUSED: Mapping[str, Route] = {
     "layernorm_attention": "pair",
 }
 """The other route of the kernels that have one."""
+
+
+MODELS: Mapping[str, VitShape] = {
+    "Ti/16": VitShape(width=192, heads=3, mlp_width=768),
+    "S/16": VitShape(width=384, heads=6, mlp_width=1536),
+    "B/16": VitShape(),
+    "L/16": VitShape(width=1024, depth=24, heads=16, mlp_width=4096),
+    "H/14": VitShape(patch=14, width=1280, depth=32, heads=16, mlp_width=5120),
+}
+"""Models by name whose shapes can be tuned for."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +208,8 @@ def _check(problem: Problem, run: Callable[[], None], expected: Tensor) -> str |
     """What is wrong with what a run writes; None if nothing is."""
     problem.output.fill_(float("nan"))
     try:
-        run()
+        with contextlib.redirect_stdout(None):  # Triton prints a failing kernel's whole assembly
+            run()
         if problem.output.is_cuda:
             torch.cuda.synchronize(problem.output.device)
     except Exception as error:  # a candidate that does not compile or fit is a result, not a failure

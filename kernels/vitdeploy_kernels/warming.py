@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -9,10 +10,12 @@ from types import TracebackType
 
 import torch
 
-from vitdeploy_kernels.config import Config
+from vitdeploy_kernels.config import Config, Table
 from vitdeploy_kernels.launch import Launch
+from vitdeploy_kernels.planner import launches
 from vitdeploy_kernels.problems import build
 from vitdeploy_kernels.specs import Spec
+from vitdeploy_kernels.vit import VitShape
 
 META = torch.device("meta")
 
@@ -41,6 +44,18 @@ class Warmer:
                     self._known[key] = self._pool.submit(compile_one, spec, self._dtype, config)
                 self._needed[spec].append(self._known[key])
 
+    def submit_plan(self, shape: VitShape, batch: int, table: Table) -> None:
+        """Compile what a model's plan launches; :meth:`finish` waits for it."""
+        for place, (_, launch) in enumerate(launches(shape, self._dtype, batch, table)):
+            key = binary(launch)
+            if key not in self._known:
+                job = self._pool.submit(compile_plan, shape, self._dtype, batch, table, place)
+                self._known[key] = job
+
+    def finish(self, seconds: float) -> None:
+        """Wait for everything, not longer than this."""
+        wait(self._known.values(), timeout=max(seconds, 0.0))
+
     def ready(self, spec: Spec, seconds: float) -> None:
         """Wait for what a spec needs, not longer than this."""
         wait(self._needed.get(spec, ()), timeout=max(seconds, 0.0))
@@ -66,6 +81,16 @@ def binary(launch: Launch) -> object:
 
 def compile_one(spec: Spec, dtype: torch.dtype, config: Config) -> None:
     """Compile one candidate for the GPU of this machine, without running it."""
-    launch = build(spec, dtype, META).launch(config)
+    warm(build(spec, dtype, META).launch(config))
+
+
+def compile_plan(shape: VitShape, dtype: torch.dtype, batch: int, table: Table, place: int) -> None:
+    """Compile one launch of a model's plan, as :func:`compile_one` does."""
+    warm(launches(shape, dtype, batch, table)[place][1])
+
+
+def warm(launch: Launch) -> None:
+    """Compile a launch, whose tensors may be meta tensors."""
     warmup: Callable[..., object] = launch.kernel.warmup
-    warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options)
+    with contextlib.redirect_stdout(None):  # Triton prints a failing kernel's whole assembly
+        warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options)
