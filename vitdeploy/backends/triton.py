@@ -34,9 +34,14 @@ if TYPE_CHECKING:
     from vitdeploy_kernels.package import Package
     from vitdeploy_kernels.runner import VitRunner
 
-_DTYPES: Mapping[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}
+DTYPES: Mapping[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}
+"""Precisions that the kernels compute in, by PyTorch's names."""
 AOT = "triton-aot"
 """The format of artifacts that hold the kernels themselves."""
+TABLE = "table.json"
+"""Beside the kernels of each architecture: the configurations they were compiled with."""
+TUNED = "kernels/tuned"
+"""Where a bundle keeps the configurations that `vitdeploy tune` has found, a table for each GPU."""
 _OLDEST = (8, 0)
 """Compute capability; ``vitdeploy_kernels.support.OLDEST`` is the same, and importing it needs torch."""
 
@@ -73,7 +78,7 @@ class Triton:
             return f"the bundle has no {WEIGHTS}"
         if artifact is not None and artifact.precision == "mixed":
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
-        if artifact is not None and artifact.precision not in _DTYPES:
+        if artifact is not None and artifact.precision not in DTYPES:
             return f"it computes in fp16 or bf16, and {artifact.name} is {artifact.precision}"
         return None
 
@@ -181,25 +186,41 @@ class _Kernels:
         Raises:
             BundleError: its files are damaged.
         """
-        import torch
-
         if device == "cpu":
             return cls(None, None, "run by the interpreter")
-        if artifact is None or artifact.format != AOT:
+        try:
+            if artifact is not None and artifact.format == AOT:
+                return cls._packaged(bundle, artifact, device)
+            return cls._tuned(bundle, device)
+        except (ValueError, OSError) as error:
+            raise BundleError(f"{bundle.root}: {one_line(error)}") from error
+
+    @classmethod
+    def _tuned(cls, bundle: Bundle, device: str) -> Self:
+        import torch
+
+        from vitdeploy_kernels.config import load_table, table_name
+
+        name = f"{TUNED}/{table_name(torch.cuda.get_device_name(device))}"
+        if name not in bundle.manifest.files:
             return cls(None, None, "compiled at the start")
+        bundle.verify_hashes([name])
+        return cls(None, load_table(bundle.path(name)), "compiled at the start, as tuned for this GPU")
+
+    @classmethod
+    def _packaged(cls, bundle: Bundle, artifact: Artifact, device: str) -> Self:
+        import torch
+
         from vitdeploy_kernels.config import load_table
         from vitdeploy_kernels.package import load_package
         from vitdeploy_kernels.support import Unsupported
 
         bundle.verify_hashes(artifact.files)
         folder = bundle.path(artifact.path).parent.parent
-        try:
-            package = load_package(folder, torch.cuda.get_device_capability(device))
-            if isinstance(package, Unsupported):
-                return cls(None, None, f"compiled at the start: {package.reason}")
-            table = load_table(folder / package.arch / "table.json")
-        except (ValueError, OSError) as error:
-            raise BundleError(f"{artifact.path}: {one_line(error)}") from error
+        package = load_package(folder, torch.cuda.get_device_capability(device))
+        if isinstance(package, Unsupported):
+            return cls(None, None, f"compiled at the start: {package.reason}")
+        table = load_table(folder / package.arch / TABLE)
         return cls(package, table, f"compiled ahead of time for {package.arch}")
 
     def execute(self, launch: Launch) -> None:
@@ -225,7 +246,7 @@ def _runner(
     manifest = bundle.manifest
     model = fuse(
         load_vit(bundle),
-        getattr(torch, _DTYPES[precision]),
+        getattr(torch, DTYPES[precision]),
         output=manifest.output,
         input_kind=manifest.input,
         preprocess=manifest.preprocess,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from vitdeploy._version import __version__
-from vitdeploy.cli import bench, doctor, export, inspect, output, predict, verify
+from vitdeploy.cli import bench, doctor, export, inspect, output, predict, tune, verify
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 
 # ClickException, of the click that typer depends on or carries inside, as its version will have it.
@@ -36,7 +36,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_root)
-    for verb in (export, verify, bench, inspect, predict, doctor):
+    for verb in (export, verify, bench, inspect, predict, tune, doctor):
         name = verb.__name__.rpartition(".")[2]
         app.command(name, short_help=verb.SUMMARY, epilog=_examples(verb.EXAMPLES))(verb.command)
     return app

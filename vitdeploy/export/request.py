@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from vitdeploy.backends.triton import AOT
 from vitdeploy.checkpoint import DEFAULT_MODEL, Checkpoint, UserModule, open_model
 from vitdeploy.config import BatchRange, Precision, Size
 from vitdeploy.errors import UsageError, did_you_mean
@@ -16,7 +17,7 @@ from vitdeploy.export.onnx import OnnxOptions
 from vitdeploy.export.subject import Subject, subject_of
 from vitdeploy.precision import DTYPES
 
-FORMATS = ("auto", "onnx", triton_aot.FORMAT)
+FORMATS = ("auto", "onnx", AOT)
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class ExportRequest:
         OnnxOptions(self.batch, self.opset)
 
     def _check_kernels(self) -> None:
-        if triton_aot.FORMAT not in self.formats:
+        if AOT not in self.formats:
             if self.architectures:
-                hint = f"--format onnx,{triton_aot.FORMAT}"
+                hint = f"--format onnx,{AOT}"
                 raise UsageError(
                     "--arch names GPUs to compile kernels for, and no format needs it", hint=hint
                 )
@@ -79,8 +80,8 @@ class ExportRequest:
     @property
     def kernel_precisions(self) -> tuple[Precision, ...]:
         """In which the fused kernels are to be compiled."""
-        wanted = self.precisions if triton_aot.FORMAT in self.formats else ()
-        return tuple(precision for precision in triton_aot.PRECISIONS if precision in wanted)
+        wanted = self.precisions if AOT in self.formats else ()
+        return tuple(precision for precision in ("fp16", "bf16") if precision in wanted)
 
     @property
     def onnx(self) -> OnnxOptions:

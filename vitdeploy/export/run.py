@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from vitdeploy import golden, parity
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import Options, get_backend
+from vitdeploy.backends.triton import AOT
 from vitdeploy.bundle import GOLDEN, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.checkpoint import Checkpoint, UserModule
 from vitdeploy.config import Precision
@@ -156,7 +157,7 @@ class _Job:
 
     def _build_kernels(self, precision: Precision) -> None:
         """The fused kernels; what they compute is rehearsed here, and proven where the GPU is."""
-        config, name = self.subject.config, f"{triton_aot.FORMAT}-{precision}"
+        config, name = self.subject.config, f"{AOT}-{precision}"
         if config is None:
             raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
         onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitdeploy.backends.triton import AOT, TABLE
 from vitdeploy.bundle import BundleWriter
 from vitdeploy.config import BatchRange, InputKind, Output, Precision, ViTConfig
 from vitdeploy.errors import ExportError, MissingDependency, UsageError, did_you_mean
@@ -21,12 +22,8 @@ from vitdeploy.progress import Progress
 if TYPE_CHECKING:
     from vitdeploy_kernels.launch import Launch
 
-FORMAT = "triton-aot"
 FOLDER = "kernels"
-TABLE = "table.json"
 _OPERANDS = ("weight_ptr", "qkv_ptr", "queries_ptr", "x_ptr")
-PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
-"""What the kernels compute in."""
 
 
 def check_architectures(names: Sequence[str]) -> None:
@@ -43,7 +40,7 @@ def check_architectures(names: Sequence[str]) -> None:
             raise UsageError(message, hint=f"known: {', '.join(known)}")
     if not names:
         hint = f"--arch with some of {','.join(known)}"
-        raise UsageError(f"--format {FORMAT} compiles for the GPUs that you name", hint=hint)
+        raise UsageError(f"--format {AOT} compiles for the GPUs that you name", hint=hint)
 
 
 def write_kernels(
@@ -71,11 +68,11 @@ def write_kernels(
         plan = _launches(config, precision, batch, output, input_kind, table)
         needed[arch] = [launch for _, launch in plan]
     root = writer.file(f"{FOLDER}/{precision}/{TABLE}").parent
-    with progress.stage(f"{FORMAT} {precision}") as stage:
+    with progress.stage(f"{AOT} {precision}") as stage:
         try:
             files = package.write_package(root, needed)
         except aot.AotError as error:
-            raise ExportError(f"{FORMAT} {precision}: {error}") from error
+            raise ExportError(f"{AOT} {precision}: {error}") from error
         for arch, table in chosen.items():
             path = root / arch / TABLE
             path.write_text(tables.format_table(table), encoding="utf-8")
@@ -85,8 +82,8 @@ def write_kernels(
         stage.detail = f"{cubins} kernels for {', '.join(architectures)}"
     proof = _proof(plan, precision)
     return Artifact(
-        name=f"{FORMAT}-{precision}",
-        format=FORMAT,
+        name=f"{AOT}-{precision}",
+        format=AOT,
         precision=precision,
         requested=precision,
         path=_name(root / architectures[0] / package.INDEX, writer),
@@ -140,4 +137,4 @@ def _library(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
-        raise MissingDependency("triton", extra="kernels", purpose=f"--format {FORMAT}") from error
+        raise MissingDependency("triton", extra="kernels", purpose=f"--format {AOT}") from error
