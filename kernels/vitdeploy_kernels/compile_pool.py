@@ -7,15 +7,16 @@ kernel by its name. Kernels must therefore be defined in modules that can be imp
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,13 +24,16 @@ from torch import Tensor
 from vitdeploy_kernels.aot import AotError, Compiled, capability_of, compile_launch, launch_key
 from vitdeploy_kernels.launch import Launch
 
-Progress = Callable[[int, int, str], None]
+Key: TypeAlias = tuple[str, str]
+"""Architecture and :func:`vitdeploy_kernels.aot.launch_key`."""
+
+Progress: TypeAlias = Callable[[int, int, str], None]
 """Told how many are done, how many there are, and what was done last."""
 
 
 def compile_all(
     jobs: Iterable[tuple[str, Launch]], *, processes: int = 2, progress: Progress | None = None
-) -> dict[tuple[str, str], Compiled]:
+) -> dict[Key, Compiled]:
     """Compile launches for architectures, each distinct kernel once.
 
     Args:
@@ -43,35 +47,48 @@ def compile_all(
     Raises:
         AotError: the first failure; nothing more is compiled then.
     """
+    done: dict[Key, Compiled] = {}
+    with contextlib.closing(compile_each(jobs, processes=processes, progress=progress)) as results:
+        for key, result in results:
+            if isinstance(result, AotError):
+                raise result
+            done[key] = result
+    return done
+
+
+def compile_each(
+    jobs: Iterable[tuple[str, Launch]], *, processes: int = 2, progress: Progress | None = None
+) -> Generator[tuple[Key, Compiled | AotError], None, None]:
+    """Like :func:`compile_all`, but yields each as it is done; what cannot be compiled as its error."""
     distinct = {(arch, launch_key(launch)): launch for arch, launch in jobs}
     for arch, _ in distinct:
         capability_of(arch)
-    done: dict[tuple[str, str], Compiled] = {}
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     workers = [_Worker() for _ in range(min(processes, len(distinct)))]
     for worker in workers:
         idle.put(worker)
 
-    def work(arch: str, launch: Launch) -> Compiled:
+    def work(arch: str, launch: Launch) -> Compiled | AotError:
         worker = idle.get()
         try:
             return worker.compile(launch, arch)
+        except AotError as error:
+            return error
         finally:
             idle.put(worker)
 
     pool = ThreadPoolExecutor(max(len(workers), 1))
     try:
         futures = {pool.submit(work, key[0], launch): key for key, launch in distinct.items()}
-        for future in as_completed(futures):
+        for count, future in enumerate(as_completed(futures), start=1):
             key = futures[future]
-            done[key] = future.result()
             if progress is not None:
-                progress(len(done), len(distinct), f"{distinct[key].name} for {key[0]}")
+                progress(count, len(distinct), f"{distinct[key].name} for {key[0]}")
+            yield key, future.result()
     finally:
         for worker in workers:
             worker.stop()
         pool.shutdown(cancel_futures=True)
-    return done
 
 
 class _Worker:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from kernel_launches import LAUNCHES, layernorm_linear_launch
 
+import vitdeploy_kernels
 from vitdeploy_kernels import aot, sass
 from vitdeploy_kernels.aot import AotError, Compiled, launch_key, signature
 from vitdeploy_kernels.compile_pool import compile_all
@@ -23,9 +24,9 @@ PTX = {"fp32": "f32", "i32": "u32"}
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[str, str], Compiled]:
-    """Every kernel for the oldest, the first with wgmma, and the first with tensor memory."""
-    launches = [make() for make in LAUNCHES.values()]
-    return compile_all([(arch, launch) for arch in ("sm_80", "sm_90", "sm_100") for launch in launches])
+    """Every kernel for one architecture, and one kernel for every architecture."""
+    jobs = [("sm_90", make()) for make in LAUNCHES.values()]
+    return compile_all(jobs + [(arch, layernorm_linear_launch()) for arch in aot.ARCHITECTURES])
 
 
 def test_signature_names_every_parameter_in_the_kernels_order() -> None:
@@ -76,6 +77,14 @@ def test_key_is_of_the_binary_not_of_the_run() -> None:
         layernorm_linear_launch(dtype=torch.bfloat16),
     ]
     assert len({key, *map(launch_key, other)}) == 1 + len(other)
+
+
+def test_every_kernel_is_compiled_here() -> None:
+    here = Path(vitdeploy_kernels.__file__).parent.glob("*.py")
+    defined = {
+        name for path in here for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    assert {make().name for make in LAUNCHES.values()} == defined
 
 
 def test_keys_of_all_kernels_differ() -> None:
@@ -132,8 +141,8 @@ def test_resources(compiled: dict[tuple[str, str], Compiled]) -> None:
         assert used.stack == used.spill_loads == used.spill_stores == 0
         assert used.total > sum(used.instructions.values()) > 0
         assert used.programs > 0
-        if "add_layernorm" not in result.name:
-            tensor = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA"}[arch]
+        if result.name not in ("add_layernorm_kernel", "absorbed_attention_kernel"):
+            tensor = {"sm_90": "HGMMA", "sm_100": "UTCMMA"}.get(arch, "HMMA")
             assert used.instructions[tensor] > 0, (result.name, arch)
 
 
