@@ -112,7 +112,7 @@ def _with_route(table: Table, route: Route) -> Table:
 
 def _estimate(spec: Spec) -> float:
     """Seconds on some large GPU; only for the order."""
-    return predict(Work(flops(spec), 0, 10**6), H200)
+    return predict(Work(flops(spec), 0, 10**6, 1), H200)
 
 
 def tune(
