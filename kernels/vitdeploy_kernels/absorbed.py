@@ -65,7 +65,9 @@ def normalised(x_ptr, token, token_mask, column, column_mask, mean, rstd, X_STRI
     """A tile of LayerNorm(x), rounded to x's dtype."""
     at = x_ptr + (token * X_STRIDE)[:, None] + column[None, :]
     x = tl.load(at, mask=token_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
-    return narrow((x - mean[:, None]) * rstd[:, None], x_ptr.dtype.element_ty)
+    # Beyond the columns, too: what is normalised there could overflow, and Inf times zero is NaN.
+    x = tl.where(column_mask[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
+    return narrow(x, x_ptr.dtype.element_ty)
 
 
 @triton.jit

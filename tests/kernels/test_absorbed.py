@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import run_inside
 from kernel_tensors import TOLERANCE, Guarded, guard, guard_rows, relative
 from torch import Tensor
 
@@ -51,7 +52,7 @@ def test_head_linear(
     x = guard(torch.randn(rows, heads, depth).to(dtype), device)
     weight = guard((torch.randn(heads, depth, columns) / depth**0.5).to(dtype), device)
     out = Guarded((rows, heads, columns), dtype, device)
-    launch_head_linear(x, weight, out.tensor, config=PRODUCT).run()
+    run_inside(launch_head_linear(x, weight, out.tensor, config=PRODUCT))
     assert out.intact()
     assert relative(out.tensor, reference.head_linear(x.cpu(), weight.cpu())) < TOLERANCE[dtype]
 
@@ -108,9 +109,8 @@ def test_absorbed_attention(
     x = guard(torch.randn(images, tokens, width).to(dtype), device)
     queries = guard(queries_like(x.cpu(), rows), device)
     out = Guarded(queries.shape, dtype, device)
-    launch_absorbed_attention(
-        queries, x, statistics(x, tile, device), out.tensor, scale=0.75, eps=EPS, config=TOKENS
-    ).run()
+    stats = statistics(x, tile, device)
+    run_inside(launch_absorbed_attention(queries, x, stats, out.tensor, scale=0.75, eps=EPS, config=TOKENS))
     assert out.intact()
     expected = reference.absorbed_attention(queries.cpu(), x.cpu(), 0.75, EPS)
     assert relative(out.tensor, expected) < tolerance(dtype)
@@ -154,9 +154,10 @@ def test_extreme_tokens(name: str, values: object, device: torch.device) -> None
     assert relative(out, expected) < tolerance(torch.float16), name
 
 
+@pytest.mark.parametrize("width", [96, 100])
 @pytest.mark.parametrize("value", [3.0, 6e4, 0.0])
-def test_tokens_without_deviation_are_zero(value: float, device: torch.device) -> None:
-    x = torch.full((1, 20, 96), value, device=device).half()
+def test_tokens_without_deviation_are_zero(value: float, width: int, device: torch.device) -> None:
+    x = torch.full((1, 20, width), value, device=device).half()
     out = absorbed_attention(
         queries_like(x.cpu(), 12).to(device), x, statistics(x, 32, device), config=TOKENS
     )
