@@ -7,6 +7,7 @@ prints. Measured numbers may differ; words, columns, labels and counts may not.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -20,12 +21,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RUN = ("README.md", "docs/quickstart.md", "docs/precision.md")
+RUN = ("README.md", "docs/quickstart.md", "docs/precision.md", "docs/gpu.md")
 DOCUMENTS = (*RUN, *(f"docs/{name}.md" for name in ("architecture", "bundle", "checkpoints", "cli")))
 IMAGES = "vitdeploy/data/digits/images"
 
 _BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {"console", "python", "text", "json", "sh", "mermaid", ""}
+
+_ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 _MEASURED = (
     (re.compile(r"\d{4}-\d\d-\d\dT[\d:]+Z by (\S+ \S+) on .*"), r"<time> by \1 on <platform>"),
@@ -49,12 +52,18 @@ class Step:
     shown: str
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What stands before the command: ``NAME=value vitdeploy ...``."""
+        words = itertools.takewhile(_ASSIGNMENT.fullmatch, shlex.split(self.command or ""))
+        return dict(word.split("=", 1) for word in words)
+
+    @property
     def arguments(self) -> list[str]:
         # -P: the folder it runs in has a vitdeploy/ of its own, with nothing but images.
         python = [sys.executable, "-P"]
         if self.command is None:
             return [*python, "-c", self.program]
-        name, *arguments = shlex.split(self.command)
+        name, *arguments = itertools.dropwhile(_ASSIGNMENT.fullmatch, shlex.split(self.command))
         assert name == "vitdeploy", f"{self.place}: {self.command}: the test runs vitdeploy only"
         return [*python, "-m", "vitdeploy", *arguments]
 
@@ -107,7 +116,7 @@ def test_commands_and_programs_do_what_the_document_shows(document: str, tmp_pat
         done = subprocess.run(
             step.arguments,
             cwd=tmp_path,
-            env=environment,
+            env=environment | step.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if step.command else subprocess.PIPE,
             encoding="utf-8",

@@ -76,6 +76,8 @@ class Triton:
             return "it builds a ViT from its configuration, and this bundle holds a module of the user's own"
         if WEIGHTS not in manifest.files:
             return f"the bundle has no {WEIGHTS}"
+        if artifact is not None and artifact.format == AOT and _interpreted():
+            return "its kernels are a GPU's, and the interpreter runs none of them"
         if artifact is not None and artifact.precision == "mixed":
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
         if artifact is not None and artifact.precision not in DTYPES:
@@ -187,7 +189,7 @@ class _Kernels:
             BundleError: its files are damaged.
         """
         if device == "cpu":
-            return cls(None, None, "run by the interpreter")
+            return cls(None, None, "run by Triton's interpreter on the CPU")
         try:
             if artifact is not None and artifact.format == AOT:
                 return cls._packaged(bundle, artifact, device)
