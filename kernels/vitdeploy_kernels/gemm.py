@@ -217,7 +217,11 @@ def product(
             a = tl.load(a_at, mask=row_mask[:, None] & inside[None, :], other=0.0)
             w = tl.load(w_at, mask=column_mask[None, :] & inside[:, None], other=0.0)
         if NORMALISE:
-            a = narrow((a.to(tl.float32) - mean[:, None]) * rstd[:, None], w.dtype)
+            away = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            if DEPTH % BLOCK_K != 0:
+                # What lies outside was zero, but normalised it could overflow, and Inf times zero is NaN.
+                away = tl.where(inside[None, :], away, 0.0)
+            a = narrow(away, w.dtype)
         acc = dot(a, w, acc)
         a_at += BLOCK_K
         w_at += BLOCK_K * W_STRIDE

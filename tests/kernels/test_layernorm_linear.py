@@ -53,6 +53,7 @@ def test_is_layernorm_linear_activation(dtype: torch.dtype, activation: str, dev
         ("mean 1000, deviation 1", lambda: torch.randn(40, 96) + 1000),
         ("all equal", lambda: torch.full((40, 96), 3.0)),
         ("all equal and large", lambda: torch.full((40, 96), 6e4)),
+        ("all equal, large and ragged", lambda: torch.full((40, 100), 6e4)),
         ("+-6e4", lambda: torch.randn(40, 96).sign() * 6e4),
         ("one massive channel", lambda: torch.cat([torch.full((40, 1), 3e4), torch.randn(40, 95)], dim=1)),
         ("subnormal", lambda: torch.randn(40, 96) * 1e-6),
@@ -62,7 +63,7 @@ def test_extreme_rows(name: str, values: object, device: torch.device) -> None:
     torch.manual_seed(1)
     x = guard(values().half(), device)  # type: ignore[operator]
     stats = guard(reference.statistics(x.cpu(), 32).float(), device)
-    f = folded(96, 64, torch.float16, device)
+    f = folded(x.shape[1], 64, torch.float16, device)
     out = layernorm_linear(x, stats, *f, eps=EPS, config=SMALL)
     assert error(x, f, out) < TOLERANCE[torch.float16], name
 
@@ -182,7 +183,12 @@ def test_any_shape_stays_inside(
     out = Guarded((rows, columns), out_dtype, device)
     config = Config(*blocks, group=group, warps=4, stages=2)
     run_inside(launch(x, stats, *f, out.tensor, eps=EPS, config=config))
-    assert error(x, f, out.tensor) < max(TOLERANCE.get(out_dtype, 0.0), TOLERANCE[dtype])
+    # One column may cancel to next to nothing: it is held against the terms of its sum.
+    expected = reference.layernorm_linear(x.cpu(), f.weight.cpu(), f.bias.cpu(), EPS)
+    terms = (reference.normalise(x.cpu(), EPS) ** 2 @ f.weight.cpu().double() ** 2).sqrt()
+    size = expected.norm(dim=1).maximum(terms.norm(dim=1))
+    worst = ((out.tensor.cpu().double() - expected).norm(dim=1) / size.clamp(min=1e-30)).max()
+    assert worst < max(TOLERANCE.get(out_dtype, 0.0), TOLERANCE[dtype])
     assert out.intact()
 
 
