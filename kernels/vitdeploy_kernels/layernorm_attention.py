@@ -37,6 +37,12 @@ MASK_DTYPES = (torch.float32, *DTYPES)
 
 
 @triton.jit
+def append(values, value):
+    """A tuple with one more value."""
+    return values + (value,)  # noqa: RUF005
+
+
+@triton.jit
 def load_columns(
     ptr,
     start,
@@ -93,7 +99,7 @@ def project(
     at = weight_ptr + FIRST * PART + depth[:, None] * (3 * PART) + column[None, :]
     sums = ()
     for _part in tl.static_range(FIRST, LAST):
-        sums = sums + (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)  # noqa: RUF005
+        sums = append(sums, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
     for start in range(0, WIDTH, BLOCK_K):
         x, inside = load_columns(x_ptr, start, WIDTH, ROWS, WIDTH, BLOCK_M, BLOCK_K)
         # What lies outside must be zero here too: normalised, it could overflow, and Inf times zero is NaN.
@@ -102,12 +108,12 @@ def project(
         previous, sums = sums, ()
         for i in tl.static_range(LAST - FIRST):
             w = tl.load(at + i * PART, mask=inside, other=0.0)
-            sums = sums + (dot(x, w, previous[i]),)  # noqa: RUF005
+            sums = append(sums, dot(x, w, previous[i]))
         at += BLOCK_K * 3 * PART
     parts = ()
     for i in tl.static_range(LAST - FIRST):
         bias = tl.load(bias_ptr + (FIRST + i) * PART + column, mask=column < HEAD, other=0.0)
-        parts = parts + ((sums[i] + bias[None, :]).to(weight_ptr.dtype.element_ty),)  # noqa: RUF005
+        parts = append(parts, (sums[i] + bias[None, :]).to(weight_ptr.dtype.element_ty))
     return parts
 
 
@@ -192,7 +198,7 @@ def layernorm_attention_kernel(
                 x_ptr + i * BLOCK * WIDTH, weight_ptr, bias_ptr, eps, WIDTH, STRIDE, HEAD,
                 BLOCK if i < FULL else LEFT, 1, 3, BLOCK if i < FULL else TAIL, BLOCK_D, BLOCK_K,
             )  # fmt: skip
-            keys, values = keys + (k,), values + (v,)  # noqa: RUF005
+            keys, values = append(keys, k), append(values, v)
         for i in range(FULL):
             (q,) = project(
                 x_ptr + i * BLOCK * WIDTH, weight_ptr, bias_ptr, eps,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreter import run_inside
 from kernel_tensors import Guarded, guard, relative
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def check(
     scale = (columns // (3 * heads)) ** -0.5 if scale is None else scale
     out = Guarded((count, length, columns // 3), qkv.dtype, device)
     biases = None if bias is None else guard(bias, device)
-    launch(guard(qkv, device), out.tensor, heads=heads, scale=scale, bias=biases, config=config).run()
+    run_inside(launch(guard(qkv, device), out.tensor, heads=heads, scale=scale, bias=biases, config=config))
     assert out.intact()
     expected = reference.attention(qkv, heads, scale, bias)
     assert relative(out.tensor, expected) < TOLERANCE[qkv.dtype]
@@ -132,6 +134,14 @@ def test_extreme_values(make: Callable[[], Tensor], device: torch.device) -> Non
     torch.manual_seed(4)
     check(make(), 1, device, scale=1.0)
     check(make(), 1, device, scale=1.0, bias=torch.zeros(1, 1, 70, 70))
+
+
+def test_weights_are_summed_in_float32(device: torch.device) -> None:
+    """One weight of 1 and 69 of 2^-11, which float16 would round off their sum."""
+    qkv = torch.zeros(1, 70, 96, dtype=HALF)
+    qkv[..., 0], qkv[0, 1:, 32], qkv[..., 64:] = 1, -11, 0.75
+    out = attention(guard(qkv, device), 1, scale=math.log(2), config=SMALL)
+    assert relative(out, qkv[..., 64:]) < 1e-4
 
 
 def test_all_equal_rows(device: torch.device) -> None:
