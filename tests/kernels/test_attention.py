@@ -186,6 +186,16 @@ def test_what_is_not_finite_spreads_as_in_torch(value: float, column: int, devic
         torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3, equal_nan=True)
 
 
+def test_what_is_not_finite_stays_in_its_head(device: torch.device) -> None:
+    """24 columns are 16 and 8, and the 8 are filled up to 16."""
+    torch.manual_seed(12)
+    qkv = random(1, 20, 2, 24)
+    qkv.view(1, 20, 3, 2, 24)[..., 1, :] = float("nan")
+    out = attention(guard(qkv, device), 2, config=SMALL)
+    assert out[..., 24:].isnan().all()
+    assert relative(out[..., :24], reference.attention(qkv, 2, 24**-0.5)[..., :24]) < TOLERANCE[HALF]
+
+
 def test_images_take_the_biases_in_turn(device: torch.device) -> None:
     """Windows, heads and rows of the bias may be apart, or the same memory."""
     torch.manual_seed(9)

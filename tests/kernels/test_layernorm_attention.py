@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreter import run_inside
 from kernel_tensors import Guarded, guard, relative
 from torch import Tensor
 
@@ -48,10 +49,11 @@ def check(
     columns = projection.weight.shape[1] // 3
     scale = (columns // heads) ** -0.5
     out = Guarded((*x.shape[:2], columns), x.dtype, device)
-    launch(
-        guard(x, device), *(guard(t, device) for t in projection), out.tensor,
-        heads=heads, scale=scale, eps=EPS, mask=None if mask is None else guard(mask, device), config=config,
-    ).run()  # fmt: skip
+    inputs, masks = (
+        [guard(t, device) for t in (x, *projection)],
+        None if mask is None else guard(mask, device),
+    )
+    run_inside(launch(*inputs, out.tensor, heads=heads, scale=scale, eps=EPS, mask=masks, config=config))
     assert out.intact()
     expected = reference.layernorm_attention(x, *projection, heads, scale, EPS, mask)
     assert relative(out.tensor, expected) < TOLERANCE[x.dtype]
@@ -147,6 +149,18 @@ def test_what_is_not_finite_stays_in_its_image(value: float, device: torch.devic
         assert out[1].isnan().all()
         assert expected[1].isnan().all()
         assert relative(out[[0, 2]], expected[[0, 2]]) < TOLERANCE[HALF]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_not_finite_stays_in_its_head(which: int, device: torch.device) -> None:
+    """NaN in one head's weights or bias; 24 columns are filled up to 32."""
+    torch.manual_seed(12)
+    x, projection = torch.randn(1, 20, 32).half(), layer(32, 2, 24)
+    projection[which].view(-1, 3, 2, 24)[:, :, 1] = float("nan")
+    out = layernorm_attention(guard(x, device), *(guard(t, device) for t in projection), 2, config=SMALL)
+    expected = reference.layernorm_attention(x, *projection, 2, 24**-0.5, EPS)
+    assert out[..., 24:].isnan().all()
+    assert relative(out[..., :24], expected[..., :24]) < TOLERANCE[HALF]
 
 
 def test_rows_without_keys_are_nan(device: torch.device) -> None:
