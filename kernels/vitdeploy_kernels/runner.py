@@ -12,7 +12,7 @@ from torch import Tensor
 from vitdeploy_kernels.config import Table, table_for
 from vitdeploy_kernels.launch import Launch
 from vitdeploy_kernels.planner import Plan, Planner, Readout, Step, Workspace
-from vitdeploy_kernels.support import UnsupportedError
+from vitdeploy_kernels.support import UnsupportedError, check_device, first_reason, require
 from vitdeploy_kernels.vit import VitShape, VitWeights
 
 Execute: TypeAlias = Callable[[Launch], None]
@@ -56,6 +56,7 @@ class VitRunner:
         self.shape = shape
         self._execute = execute
         device = weights.embedding.weight.device
+        require(first_reason([check_device(weights.embedding.weight)]), "the runner")
         chosen = table or table_for(device)
         workspace = Workspace(device)
         self.plans: dict[int, Plan] = {}

@@ -241,9 +241,15 @@ class _Kernels:
 def _runner(
     torch: Any, bundle: Bundle, precision: Precision, batch: BatchRange, device: str, kernels: _Kernels
 ) -> VitRunner:
-    """The folded model and its plans."""
+    """The folded model and its plans.
+
+    Raises:
+        DeviceUnavailable: this GPU among several is too old.
+        BundleError: the kernels fail, or the memory does not suffice.
+    """
     from vitdeploy.fusing import buckets_of, fuse
     from vitdeploy_kernels.runner import VitRunner
+    from vitdeploy_kernels.support import UnsupportedError
 
     manifest = bundle.manifest
     model = fuse(
@@ -254,11 +260,16 @@ def _runner(
         preprocess=manifest.preprocess,
         device=device,
     )
-    return VitRunner(
-        model.shape,
-        model.weights,
-        batches=buckets_of(batch),
-        table=kernels.table,
-        readout=model.readout,
-        execute=kernels.execute,
-    )
+    try:
+        return VitRunner(
+            model.shape,
+            model.weights,
+            batches=buckets_of(batch),
+            table=kernels.table,
+            readout=model.readout,
+            execute=kernels.execute,
+        )
+    except UnsupportedError as error:
+        raise DeviceUnavailable(f"the triton backend does not run on {device}: {error}") from error
+    except RuntimeError as error:
+        raise BundleError(f"{bundle.root}: the kernels failed: {one_line(error)}") from error

@@ -1,0 +1,126 @@
+"""The runner: plans, buckets, routes and the fusion report, against a plain model in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitdeploy_kernels import reference
+from vitdeploy_kernels.config import Entry, Route, Table, table_for
+from vitdeploy_kernels.launch import Launch
+from vitdeploy_kernels.planner import launches
+from vitdeploy_kernels.runner import VitRunner, buckets
+from vitdeploy_kernels.support import UnsupportedError
+from vitdeploy_kernels.vit import VitShape, VitWeights, random_weights
+
+SHAPE = VitShape(image_size=(16, 24), patch=8, width=32, depth=2, heads=2, mlp_width=48, classes=10)
+
+
+def plain(shape: VitShape, weights: VitWeights, images: Tensor) -> Tensor:
+    """Logits in float64, block by block, from the folded weights."""
+    embedding, last, head = weights.embedding, weights.last, weights.head
+    assert last is not None
+    assert head is not None
+    x = reference.patch_embed(
+        images, embedding.weight, embedding.tokens, shape.patch, shape.prefix, embedding.scale
+    )
+    for block in weights.blocks:
+        qkv = reference.layernorm_linear(x, block.qkv.weight, block.qkv.bias, shape.eps)
+        mixed = reference.attention(qkv, shape.heads, shape.scale)
+        x = reference.linear_residual(mixed, block.proj.weight, block.proj.bias, x)
+        hidden = reference.layernorm_linear(x, block.fc1.weight, block.fc1.bias, shape.eps, shape.activation)
+        x = reference.linear_residual(hidden, block.fc2.weight, block.fc2.bias, x)
+    q = reference.layernorm_linear(x[:, 0], last.q.weight, last.q.bias, shape.eps)
+    u = reference.head_linear(q.unflatten(1, (shape.heads, -1)), last.key)
+    pooled = reference.absorbed_attention(u, x, shape.scale, shape.eps)
+    mixed = reference.head_linear(pooled, last.value).flatten(1)
+    row = reference.linear_residual(mixed, last.proj.weight, last.proj.bias, x[:, 0])
+    hidden = reference.layernorm_linear(row, last.fc1.weight, last.fc1.bias, shape.eps, shape.activation)
+    row = reference.linear_residual(hidden, last.fc2.weight, last.fc2.bias, row)
+    return reference.layernorm_linear(row, head.weight, head.bias, shape.eps)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    return float(difference.max())
+
+
+def with_route(table: Table, route: Route) -> Table:
+    def changed(kernel: str, entry: Entry) -> Entry:
+        fits = {"cublas": ("layernorm_linear", "linear_residual"), "fused": ("layernorm_attention",)}
+        return replace(entry, route=route) if kernel in fits[route] else entry
+
+    kernels = {name: tuple(changed(name, e) for e in entries) for name, entries in table.kernels.items()}
+    return replace(table, kernels=kernels)
+
+
+def test_buckets() -> None:
+    assert buckets(1) == (1,)
+    assert buckets(8) == (1, 2, 4, 8)
+    assert buckets(12) == (1, 2, 4, 8, 12)
+
+
+@pytest.mark.parametrize("route", [None, "cublas", "fused"])
+def test_every_route_computes_the_model(device: torch.device, route: Route | None) -> None:
+    weights = random_weights(SHAPE, torch.float16, device)
+    table = table_for(device) if route is None else with_route(table_for(device), route)
+    runner = VitRunner(SHAPE, weights, batches=[2, 3], table=table)
+    images = torch.randn(SHAPE.image_shape(3), device=device)
+    expected = plain(SHAPE, weights, images.half())
+    for count in (3, 1):
+        assert error(runner(images[:count]), expected[:count].to(device)) < 5e-3
+    lines = "\n".join(runner.report)
+    if route == "cublas":
+        assert "0/2 blocks fused" in lines
+        assert "fc1 of 2 blocks: cublas in torch: cuBLASLt and a separate LayerNorm" in lines
+    else:
+        assert "attention: 2/2 blocks fused" in lines
+        assert ("layernorm_attention" in lines) == (route == "fused")
+    assert "head: fused in layernorm_linear, 10 columns" in lines
+
+
+def test_what_no_kernel_takes_is_left_to_torch_and_named(device: torch.device) -> None:
+    shape = replace(SHAPE, heads=4)  # heads of 8 columns
+    weights = random_weights(shape, torch.float16, device)
+    runner = VitRunner(shape, weights, batches=[2])
+    images = torch.randn(shape.image_shape(2), device=device)
+    assert error(runner(images), plain(shape, weights, images.half()).to(device)) < 5e-3
+    assert any("scaled_dot_product_attention in torch" in line for line in runner.report), runner.report
+
+
+def test_an_executor_gets_every_launch(device: torch.device) -> None:
+    seen: list[str] = []
+
+    def execute(launch: Launch) -> None:
+        seen.append(launch.name)
+        launch.run()
+
+    runner = VitRunner(SHAPE, random_weights(SHAPE, torch.float16, device), batches=[1], execute=execute)
+    runner(torch.randn(SHAPE.image_shape(1), device=device))
+    planned = [launch.name for _, launch in launches(SHAPE, torch.float16, 1, table_for(device))]
+    assert seen[: len(planned)] == planned
+
+
+def test_bad_images(device: torch.device) -> None:
+    runner = VitRunner(SHAPE, random_weights(SHAPE, torch.float16, device), batches=[2])
+    with pytest.raises(UnsupportedError, match="a batch of 3, and the runner was prepared for 1 to 2"):
+        runner(torch.zeros(SHAPE.image_shape(3)))
+    with pytest.raises(UnsupportedError, match="a batch of 0"):
+        runner(torch.zeros(SHAPE.image_shape(0)))
+    with pytest.raises(UnsupportedError, match=r"images must be \(3, 16, 24\) torch.float32"):
+        runner(torch.zeros(SHAPE.image_shape(1), dtype=torch.float16))
+
+
+def test_launches_need_no_memory() -> None:
+    shape = VitShape(width=1280, depth=32, heads=16, mlp_width=5120, patch=14)
+    planned = launches(shape, torch.bfloat16, 256, table_for(torch.device("cpu")))
+    assert len(planned) == 1 + 31 * 5 + 8
+    assert all(
+        value.device.type == "meta"
+        for _, launch in planned
+        for value in launch.arguments.values()
+        if isinstance(value, Tensor)
+    )
