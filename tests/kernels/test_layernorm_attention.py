@@ -94,7 +94,7 @@ def test_swin_windows_take_the_masks_in_turn(device: torch.device) -> None:
     check(x, projection, 2, device, mask=mask, config=Config(block_m=64, block_k=32, warps=4, stages=2))
     out = layernorm_attention(
         guard(x, device), *(guard(t, device) for t in projection), 2,
-        mask=guard(wide, device)[..., :49], config=Config(block_m=64, block_k=64),
+        mask=guard(wide, device)[..., :49], config=Config(block_m=16, block_k=64),
     )  # fmt: skip
     expected = reference.layernorm_attention(x, *projection, 2, 32**-0.5, EPS, mask)
     assert relative(out, expected) < TOLERANCE[HALF]
@@ -124,6 +124,18 @@ def test_large_scores_and_values(device: torch.device) -> None:
     projection.bias[:64] = 100.0
     projection.bias[64:] += 1500
     check(torch.randn(1, 70, 64).half(), projection, 1, device)
+
+
+def test_projection_is_summed_in_float32(device: torch.device) -> None:
+    """The first 32 columns add about 640 and the last 32 take it away; float16 would round between them."""
+    torch.manual_seed(13)
+    projection = layer(64, 1, 32)
+    projection.weight[:, 64:] += 20
+    x = torch.ones(1, 40, 64).half()
+    x[..., 32:] = -1
+    x[0, torch.arange(40), torch.randint(32, (40,))] = -1
+    x[0, torch.arange(40), torch.randint(32, 64, (40,))] = 1
+    check(x, projection, 1, device)
 
 
 def test_is_layer_norm_linear_and_scaled_dot_product_attention(device: torch.device) -> None:
