@@ -73,7 +73,7 @@ def test_is_sum_and_its_layernorm(dtype: torch.dtype, branch: bool, bias: bool, 
 @settings(max_examples=15, deadline=None)
 @given(
     rows=st.integers(1, 40),
-    width=st.one_of(st.integers(1, 300), st.sampled_from([1023, 1025, 8191, 8192])),
+    width=st.one_of(st.integers(2, 300), st.sampled_from([1023, 1025, 8191, 8192])),
     block_m=st.sampled_from([1, 2, 8]),
     dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
     in_place=st.booleans(),
@@ -171,6 +171,14 @@ def test_extreme_rows(name: str, device: torch.device) -> None:
     assert torch.equal(total, case.x)
     assert relative(normed, case.normed(total)) < TOLERANCE[HALF]
     assert statistics_error(row_statistics(case.x, config=SMALL), case.x, 96) < EXACT
+
+
+def test_one_column(device: torch.device) -> None:
+    torch.manual_seed(9)
+    case = Case(5, 1, device)
+    total, normed = case.run()
+    assert relative(total, case.total()) < TOLERANCE[HALF]
+    assert torch.equal(normed, case.shift.half().expand(5, 1))
 
 
 def test_eps_counts(device: torch.device) -> None:

@@ -73,7 +73,7 @@ def test_is_residual_plus_linear(
 @given(
     rows=st.integers(1, 50),
     depth=st.integers(1, 90),
-    columns=st.integers(1, 280),
+    columns=st.integers(2, 280),
     blocks=st.tuples(
         st.sampled_from([16, 32, 64]), st.sampled_from([16, 64, 128, 256]), st.sampled_from([16, 32, 64])
     ),
@@ -131,6 +131,14 @@ def test_ragged_tiles_stay_inside(depth: int, device: torch.device) -> None:
     again = torch.empty(20, 70, dtype=HALF, device=device)
     launch(*inputs, again, None, layer_scale=case.layer_scale, config=SMALL).run()
     assert torch.equal(again, out.tensor)
+
+
+def test_one_column(device: torch.device) -> None:
+    torch.manual_seed(8)
+    case = Case(5, 1, 1, device)
+    out, stats = case.run()
+    assert relative(out, case.expected()) < TOLERANCE[HALF]
+    assert statistics_error(stats, out, 64) < EXACT
 
 
 def test_misaligned_and_transposed_inputs(device: torch.device) -> None:

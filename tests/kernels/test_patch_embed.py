@@ -118,7 +118,7 @@ def test_rows_before_the_patches(image_dtype: torch.dtype, prefix: int, device: 
     channels=st.integers(1, 4),
     prefix=st.integers(0, 3),
     count=st.integers(1, 3),
-    columns=st.integers(1, 270),
+    columns=st.integers(2, 270),
     blocks=st.tuples(st.sampled_from([16, 32]), st.sampled_from([32, 64, 256]), st.sampled_from([16, 64])),
     dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
 )
@@ -192,6 +192,12 @@ def test_misaligned_and_transposed_inputs(device: torch.device) -> None:
         case.image = guard(case.image.permute(0, 2, 3, 1), device).permute(0, 3, 1, 2)
         case.weight, case.tokens = guard(case.weight.mT, device).mT, guard(case.tokens.mT, device).mT
         assert relative(case.run()[0], expected) < TOLERANCE[HALF]
+
+
+def test_one_column(device: torch.device) -> None:
+    torch.manual_seed(8)
+    case = make(device, columns=1)
+    assert matches(case, *case.run(), 32)
 
 
 def test_every_byte_is_exact(device: torch.device) -> None:
