@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitdeploy_kernels.config import Config, choose
-from vitdeploy_kernels.gemm import dot
+from vitdeploy_kernels.gemm import dot, narrow
 from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
 from vitdeploy_kernels.support import (
     DTYPES,
@@ -67,7 +67,7 @@ def store_tile(
     row, column = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
     at = ptr + row[:, None] * STRIDE + column[None, :]
     inside = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    tl.store(at, values.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(at, narrow(values, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -129,10 +129,10 @@ def attend_keys(
         scores, bias_ptr, top, total, scale, BIAS_ROW, QUERIES, KEYS, BLOCK_M, BLOCK_N
     )
     v = load_tile(k_ptr + VALUES, STRIDE, KEYS, MAIN, BLOCK_N, MAIN)
-    acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])
+    acc = dot(narrow(weights, v.dtype), v, acc * rescale[:, None])
     if REST > 0:
         v_rest = load_tile(k_ptr + VALUES + MAIN, STRIDE, KEYS, REST, BLOCK_N, REST_BLOCK)
-        acc_rest = dot(weights.to(v.dtype), v_rest, acc_rest * rescale[:, None])
+        acc_rest = dot(narrow(weights, v.dtype), v_rest, acc_rest * rescale[:, None])
     return top, total, acc, acc_rest
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitdeploy_kernels.attention import LOG2_E, WIDTHS, softmax_step, store_tile
 from vitdeploy_kernels.config import Config, choose
-from vitdeploy_kernels.gemm import dot
+from vitdeploy_kernels.gemm import dot, narrow
 from vitdeploy_kernels.launch import Constant, Launch, power_of_two
 from vitdeploy_kernels.support import (
     DTYPES,
@@ -103,7 +103,7 @@ def project(
     for start in range(0, WIDTH, BLOCK_K):
         x, inside = load_columns(x_ptr, start, WIDTH, ROWS, WIDTH, BLOCK_M, BLOCK_K)
         # What lies outside must be zero here too: normalised, it could overflow, and Inf times zero is NaN.
-        x = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0).to(weight_ptr.dtype.element_ty)
+        x = narrow(tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0), weight_ptr.dtype.element_ty)
         inside = (depth < WIDTH - start)[:, None] & (column < HEAD)[None, :]
         previous, sums = sums, ()
         for i in tl.static_range(LAST - FIRST):
@@ -113,7 +113,7 @@ def project(
     parts = ()
     for i in tl.static_range(LAST - FIRST):
         bias = tl.load(bias_ptr + (FIRST + i) * PART + column, mask=column < HEAD, other=0.0)
-        parts = append(parts, (sums[i] + bias[None, :]).to(weight_ptr.dtype.element_ty))
+        parts = append(parts, narrow(sums[i] + bias[None, :], weight_ptr.dtype.element_ty))
     return parts
 
 
@@ -144,7 +144,7 @@ def attend_tile(
             scores, None if mask_ptr is None else mask_ptr + j * BLOCK, top, total, scale,
             MASK_ROW, QUERIES, min(TOKENS - j * BLOCK, BLOCK), BLOCK_M, keys[j].shape[0],
         )  # fmt: skip
-        acc = dot(weights.to(q.dtype), values[j], acc * rescale[:, None])
+        acc = dot(narrow(weights, q.dtype), values[j], acc * rescale[:, None])
     store_tile(out_ptr, acc * (1.0 / total)[:, None], STRIDE, QUERIES, HEAD, BLOCK_M, BLOCK_D)
 
 

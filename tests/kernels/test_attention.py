@@ -21,8 +21,8 @@ from vitdeploy_kernels.support import Unsupported, UnsupportedError
 HALF = torch.float16
 SMALL = Config(block_m=32, block_n=32, warps=4, stages=2)
 INF = float("inf")
-TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
-"""Two roundings follow each other, and the interpreter cuts bfloat16 off instead of rounding it."""
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Two roundings follow each other."""
 
 
 def random(count: int, length: int, heads: int, width: int, dtype: torch.dtype = HALF) -> Tensor:
