@@ -13,8 +13,8 @@ MARGIN = 512
 """Elements before and after; a multiple of what keeps a tensor aligned to 16 bytes."""
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Worst relative error of a row against float64 on the same inputs: one rounding, and the interpreter cuts
-bfloat16 off instead of rounding it."""
+"""Worst relative error of a row against float64 on the same inputs: twice what the rounding of an output, or
+of an operand, can make of it."""
 
 
 class Guarded:
