@@ -48,8 +48,8 @@ class Architecture:
     """Columns of the widest tile that layernorm_linear finishes without spilling, activation included."""
     queries: int
     """Rows of a tile of layernorm_attention that spills little or nothing."""
-    absorbed_stages: int
-    """For rows of more than 1024 columns; fewer where shared memory is small."""
+    small_memory: bool
+    """100 KB of shared memory."""
 
 
 SMALL = (Tile(16, 64, 128, 4, 3), Tile(16, 32, 128, 4, 3), Tile(16, 16, 128, 4, 3))
@@ -76,11 +76,11 @@ AMPERE = (
 ADA = AMPERE[1:]
 
 ARCHITECTURES = (
-    Architecture("sm_80", 108, AMPERE, (64, 64, 4, 3), 128, 32, 2),
-    Architecture("sm_89", 142, ADA, (64, 64, 4, 2), 256, 32, 1),
-    Architecture("sm_90", 132, HOPPER, (64, 64, 4, 2), 256, 128, 2),
-    Architecture("sm_100", 148, HOPPER, (64, 64, 4, 2), 128, 128, 2),
-    Architecture("sm_120", 170, ADA, (64, 64, 4, 2), 256, 32, 1),
+    Architecture("sm_80", 108, AMPERE, (64, 64, 4, 3), 128, 32, False),
+    Architecture("sm_89", 142, ADA, (64, 64, 4, 2), 256, 32, True),
+    Architecture("sm_90", 132, HOPPER, (64, 64, 4, 2), 256, 128, False),
+    Architecture("sm_100", 148, HOPPER, (64, 64, 4, 2), 128, 128, False),
+    Architecture("sm_120", 170, ADA, (64, 64, 4, 2), 256, 32, True),
 )
 
 WIDTHS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -157,9 +157,9 @@ def layernorm_attention(arch: Architecture) -> Iterable[Entry]:
 
 def absorbed_attention(arch: Architecture) -> Iterable[Entry]:
     for width in WIDTHS:
-        stages = 2 if width <= 1024 else arch.absorbed_stages
+        stages = 1 if arch.small_memory and width >= 1024 else 2
         for batch in BATCHES:
-            yield Entry((batch, 197, width), Config(16, 16, 16, 1, 8, stages))
+            yield Entry((batch, 197, width), Config(16, 16, 16, 8, 8, stages))
 
 
 CHOICES: dict[str, Callable[[Architecture], Iterable[Entry]]] = {

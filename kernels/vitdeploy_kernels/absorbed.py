@@ -16,6 +16,7 @@ from torch import Tensor
 from vitdeploy_kernels.config import Config, choose
 from vitdeploy_kernels.gemm import dot, narrow, product, row_statistics, tile_of
 from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
+from vitdeploy_kernels.layernorm_attention import append
 from vitdeploy_kernels.support import (
     Support,
     check_device,
@@ -61,12 +62,13 @@ def head_linear_kernel(
 
 
 @triton.jit
-def normalised(x_ptr, token, token_mask, column, column_mask, mean, rstd, X_STRIDE: tl.constexpr):
-    """A tile of LayerNorm(x), rounded to x's dtype."""
-    at = x_ptr + (token * X_STRIDE)[:, None] + column[None, :]
-    x = tl.load(at, mask=token_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
+def normalised(x_ptr, token, token_mask, column, mean, rstd, X_STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile of LayerNorm(x), rounded to x's dtype: (parts, tokens, columns of a part)."""
+    at = x_ptr + (token * X_STRIDE)[None, :, None] + column[:, None, :]
+    column_mask = (column < WIDTH)[:, None, :]
+    x = tl.load(at, mask=token_mask[None, :, None] & column_mask, other=0.0).to(tl.float32)
     # Beyond the columns, too: what is normalised there could overflow, and Inf times zero is NaN.
-    x = tl.where(column_mask[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
+    x = tl.where(column_mask, (x - mean[None, :, None]) * rstd[None, :, None], 0.0)
     return narrow(x, x_ptr.dtype.element_ty)
 
 
@@ -87,26 +89,28 @@ def absorbed_attention_kernel(
     TILES: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Columns in two blocks of powers of two, 512 + 256 for 768: little or nothing of them is padding.
-    left, right = tl.arange(0, LEFT), LEFT + tl.arange(0, RIGHT)
-    left_mask, right_mask = left < WIDTH, right < WIDTH
+    # Blocks of COLUMNS columns, three of 256 for 768: little or nothing of them is padding. Each warp has a
+    # part of every block, for all products: otherwise every warp would hold all queries.
+    BLOCKS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    SIZE: tl.constexpr = COLUMNS // PARTS
+    column = (tl.arange(0, PARTS) * SIZE)[:, None] + tl.arange(0, SIZE)[None, :]
     groups: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     image = (tl.program_id(0) // groups).to(tl.int64)
     row = tl.program_id(0) % groups * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = row < ROWS
-    at = ((image * ROWS + row) * WIDTH)[:, None]
-    q_left = tl.load(queries_ptr + at + left[None, :], mask=row_mask[:, None] & left_mask[None, :], other=0.0)
-    q_right = tl.load(
-        queries_ptr + at + right[None, :], mask=row_mask[:, None] & right_mask[None, :], other=0.0
-    )
+    row_mask = (row < ROWS)[None, :, None]
+    at = ((image * ROWS + row) * WIDTH)[None, :, None] + column[:, None, :]
+    q, acc = (), ()
+    for i in tl.static_range(BLOCKS):
+        inside = row_mask & (column < WIDTH - i * COLUMNS)[:, None, :]
+        q = append(q, tl.load(queries_ptr + i * COLUMNS + at, mask=inside, other=0.0))
+        acc = append(acc, tl.zeros((PARTS, BLOCK_M, SIZE), tl.float32))
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc_left, acc_right = tl.zeros((BLOCK_M, LEFT), tl.float32), tl.zeros((BLOCK_M, RIGHT), tl.float32)
     x_ptr += image * X_IMAGE_STRIDE
     for start in range(0, TOKENS, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
@@ -114,24 +118,28 @@ def absorbed_attention_kernel(
         mean, rstd = row_statistics(
             stats_ptr, image * TOKENS + token, token_mask, eps, WIDTH, STATS_STRIDE, TILES, TILES_BLOCK, TILE
         )
-        x_left = normalised(x_ptr, token, token_mask, left, left_mask, mean, rstd, X_STRIDE)
-        x_right = normalised(x_ptr, token, token_mask, right, right_mask, mean, rstd, X_STRIDE)
-        scores = dot(q_left, tl.trans(x_left), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        scores = dot(q_right, tl.trans(x_right), scores) * (scale * 1.4426950408889634)
+        x = ()
+        sums = tl.zeros((PARTS, BLOCK_M, BLOCK_N), tl.float32)
+        for i in tl.static_range(BLOCKS):
+            tile = normalised(x_ptr, token, token_mask, column + i * COLUMNS, mean, rstd, X_STRIDE, WIDTH)
+            sums = dot(q[i], tl.permute(tile, (0, 2, 1)), sums)
+            x = append(x, tile)
+        scores = tl.sum(sums, axis=0) * (scale * 1.4426950408889634)
         scores = tl.where(token_mask[None, :], scores, float("-inf"))
         new = tl.maximum(most, tl.max(scores, axis=1))
         decay = tl.exp2(most - new)
         # The sum is of the weights as rounded, so that they sum to one as they are used.
-        p = narrow(tl.exp2(scores - new[:, None]), x_left.dtype)
+        p = narrow(tl.exp2(scores - new[:, None]), x_ptr.dtype.element_ty)
         total = total * decay + tl.sum(p.to(tl.float32), axis=1)
-        acc_left = dot(p, x_left, acc_left * decay[:, None])
-        acc_right = dot(p, x_right, acc_right * decay[:, None])
+        weights = tl.broadcast_to(p[None, :, :], (PARTS, BLOCK_M, BLOCK_N))
+        before, acc = acc, ()
+        for i in tl.static_range(BLOCKS):
+            acc = append(acc, dot(weights, x[i], before[i] * decay[None, :, None]))
         most = new
-    dtype = out_ptr.dtype.element_ty
-    share = (1.0 / total)[:, None]
-    acc_left, acc_right = narrow(acc_left * share, dtype), narrow(acc_right * share, dtype)
-    tl.store(out_ptr + at + left[None, :], acc_left, row_mask[:, None] & left_mask[None, :])
-    tl.store(out_ptr + at + right[None, :], acc_right, row_mask[:, None] & right_mask[None, :])
+    for i in tl.static_range(BLOCKS):
+        inside = row_mask & (column < WIDTH - i * COLUMNS)[:, None, :]
+        pooled = narrow(acc[i] * (1.0 / total)[None, :, None], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + i * COLUMNS + at, pooled, mask=inside)
 
 
 def supports_head_linear(x: Tensor, weight: Tensor) -> Support:
@@ -185,12 +193,18 @@ def launch_head_linear(x: Tensor, weight: Tensor, out: Tensor, *, config: Config
     return Launch(head_linear_kernel, grid, arguments, constants, config.warps, config.stages)
 
 
+def column_block(width: int) -> int:
+    """The block of columns that pads least, the widest of these; at most ten of them."""
+    blocks = [block for block in (256, 128, 64, 32, 16) if tiles(width, block) <= 10]
+    return min(blocks, key=lambda block: tiles(width, block) * block)
+
+
 def launch_absorbed_attention(
     queries: Tensor, x: Tensor, stats: Tensor, out: Tensor, *, scale: float, eps: float, config: Config
 ) -> Launch:
     """The launch that writes ``out`` (N, R, D), contiguous like the queries; nothing is checked here."""
     (images, length, width), rows, parts = x.shape, queries.shape[1], stats.shape[1]
-    left = max(power_of_two(width) // 2, 16)
+    columns = column_block(width)
     arguments: dict[str, Tensor | int | float] = {
         "queries_ptr": queries,
         "x_ptr": x,
@@ -209,8 +223,8 @@ def launch_absorbed_attention(
         "TILES": parts,
         "TILES_BLOCK": power_of_two(parts),
         "TILE": power_of_two(tiles(width, parts)),
-        "LEFT": left,
-        "RIGHT": power_of_two(width - left, 16),
+        "COLUMNS": columns,
+        "PARTS": min(power_of_two(config.group), columns // 16),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
@@ -297,7 +311,8 @@ def absorbed_attention(
         stats: (N*T, tiles, 2) float32, the row statistics of x.
         scale: of the scores; 1 where it is part of the queries.
         eps: LayerNorm's.
-        config: the tables' choice for (N, T, D) when omitted.
+        config: the tables' choice for (N, T, D) when omitted: block_m rows and block_n tokens; blocks of
+            columns are dealt to warps in ``group`` parts, best as many as there are warps.
 
     Returns:
         (N, R, D) in x's dtype, contiguous.

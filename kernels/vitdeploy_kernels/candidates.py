@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 
+from vitdeploy_kernels.absorbed import column_block
 from vitdeploy_kernels.config import Config
 from vitdeploy_kernels.cost import relative_time
-from vitdeploy_kernels.launch import power_of_two
+from vitdeploy_kernels.launch import power_of_two, tiles
 from vitdeploy_kernels.occupancy import LIMITS
 from vitdeploy_kernels.specs import Spec
 
@@ -49,9 +50,10 @@ def shared_memory(spec: Spec, config: Config) -> int:
         step = config.block_k * (config.block_m + width)
         return 2 * (2 * tokens * width + config.stages * step)
     if spec.kernel == "absorbed_attention":
-        left = max(power_of_two(spec.shape[2]) // 2, 16)
-        width = left + power_of_two(spec.shape[2] - left, 16)
-        return 2 * width * (config.block_m + config.stages * config.block_n) + 2048
+        block = column_block(spec.shape[2])
+        width = tiles(spec.shape[2], block) * block
+        waiting = config.block_n * config.stages if config.stages > 1 else 0
+        return 2 * width * max(config.block_m, waiting) + 2 * config.block_n * (width + block) + 2048
     pixel = 4 if spec.kernel == "patch_embed" and not spec.number("nhwc") else 2
     step = config.block_k * (pixel * config.block_m + 2 * config.block_n)
     return config.stages * step
@@ -63,13 +65,13 @@ def _gemm(spec: Spec, capability: tuple[int, int], multiprocessors: int) -> Iter
     products = spec.number("heads") if spec.kernel == "head_linear" else 1
     heights = [m for m in (16, 32, 64, 128, 256) if m <= power_of_two(rows, 16)]
     widths = [n for n in (16, 32, 64, 128, 256) if n <= power_of_two(columns, 16)]
-    tiles = [(m, n) for m, n in product(heights, widths) if m * n <= REGISTERS * 32 * 8]
+    fitting = [(m, n) for m, n in product(heights, widths) if m * n <= REGISTERS * 32 * 8]
 
     def time(tile: tuple[int, int]) -> float:
         return relative_time(rows, columns, *tile, multiprocessors, products)
 
     large_memory = LIMITS[max(each for each in LIMITS if each <= capability)].shared > 128 * 1024
-    best = sorted(tiles, key=time)[:6]
+    best = sorted(fitting, key=time)[:6]
     for variant in (0, 1):
         for m, n in best:
             few = m * n < 64 * 64
@@ -82,9 +84,9 @@ def _gemm(spec: Spec, capability: tuple[int, int], multiprocessors: int) -> Iter
 
 
 def _attention(spec: Spec, capability: tuple[int, int], multiprocessors: int) -> Iterable[Config]:
-    tiles = ((64, 64, 4), (128, 64, 8), (128, 64, 4), (64, 32, 4), (128, 128, 8), (64, 128, 4), (32, 64, 2))
+    shapes = ((64, 64, 4), (128, 64, 8), (128, 64, 4), (64, 32, 4), (128, 128, 8), (64, 128, 4), (32, 64, 2))
     for stages in (2, 3):
-        for queries, keys, warps in tiles:
+        for queries, keys, warps in shapes:
             yield Config(queries, keys, 16, 1, warps, stages)
 
 
@@ -106,7 +108,7 @@ def _layernorm_attention(spec: Spec, capability: tuple[int, int], multiprocessor
 def _absorbed_attention(spec: Spec, capability: tuple[int, int], multiprocessors: int) -> Iterable[Config]:
     rows = 16 if spec.number("rows") <= 16 else 32
     for tokens, warps, stages in product((16, 32, 64), (8, 4), (2, 3, 1)):
-        yield Config(rows, tokens, 16, 1, warps, stages)
+        yield Config(rows, tokens, 16, warps, warps, stages)
 
 
 SPACES: Mapping[str, Callable[[Spec, tuple[int, int], int], Iterable[Config]]] = {
