@@ -35,7 +35,9 @@ def interpreted() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [name if name == "dinov2" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
 def test_every_family_gives_the_reference(weights_bundle: Make, name: str) -> None:
     config = CONFIGS[name]
     with Triton().load(weights_bundle(config), None, Options()) as session:
@@ -57,6 +59,7 @@ def test_other_outputs(weights_bundle: Make, output: str) -> None:
         assert any("head: LayerNorm, pooling and head in torch" in line for line in session.facts.fusion)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_the_artifacts_precision_and_batches(weights_bundle: Make, precision: Precision) -> None:
@@ -71,6 +74,7 @@ def test_the_artifacts_precision_and_batches(weights_bundle: Make, precision: Pr
     assert records[0].metrics.relative > {"fp16": 1e-5, "bf16": 1e-4}[precision]  # it did round
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_uint8_images(weights_bundle: Make) -> None:
     images = np.random.default_rng(0).integers(0, 256, size=(3, *CONFIG.image_size, 3), dtype=np.uint8)
