@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitdeploy_kernels import warming
 from vitdeploy_kernels.candidates import SPACES, candidates, shared_memory
 from vitdeploy_kernels.config import Config, load_table, shipped_table, table_name
 from vitdeploy_kernels.launch import Launch
 from vitdeploy_kernels.occupancy import LIMITS
+from vitdeploy_kernels.planner import launches
 from vitdeploy_kernels.problems import BUILDERS, Problem, build
 from vitdeploy_kernels.specs import Spec
 from vitdeploy_kernels.timing import Run, graph_timer, input_sets, median, spread
@@ -229,6 +232,34 @@ def test_binaries_are_told_apart_as_triton_does() -> None:
     assert key(17) == key(33)
     assert key(16) == key(48)
     assert len({key(1), key(16), key(17)}) == 3
+
+
+def test_each_binary_is_compiled_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[tuple[object, ...]] = []
+
+    class Pool:
+        def __init__(self, *_: object) -> None: ...
+
+        def submit(self, *job: object) -> Future[None]:
+            jobs.append(job)
+            done: Future[None] = Future()
+            done.set_exception(RuntimeError("does not compile")) if len(jobs) == 1 else done.set_result(None)
+            return done
+
+        def shutdown(self, **_: object) -> None: ...
+
+    monkeypatch.setattr(warming, "ProcessPoolExecutor", Pool)
+    small, large = (Spec("linear_residual", (rows, 32, 48)) for rows in (17, 33))
+    configs = [Config(16, 16, 16, 1, 4, 2), Config(16, 32, 16, 1, 4, 2)]
+    with warming.Warmer(torch.float16, 2) as warmer:
+        warmer.submit({small: configs, large: configs})
+        assert [job[1:] for job in jobs] == [(small, torch.float16, config) for config in configs]
+        warmer.ready(small, 60.0)
+        warmer.ready(large, -1.0)
+        warmer.submit_plan(TINY, 1, TABLE)
+        distinct = {binary(launch) for _, launch in launches(TINY, torch.float16, 1, TABLE)}
+        assert len(jobs) == 2 + len(distinct)
+        warmer.finish(60.0)
 
 
 def test_inputs_are_larger_than_the_cache() -> None:
