@@ -30,7 +30,7 @@ def dot(a, b, acc):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """float32 rounded to nearest even, as a GPU does; the interpreter would cut bfloat16 off."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, up, bits).to(tl.float32, bitcast=True)
