@@ -122,7 +122,7 @@ class VitRunner:
 
 
 def fusion_report(steps: Sequence[Step], shape: VitShape) -> tuple[str, ...]:
-    """What is fused and what is not, with the reason: "11/11 attention blocks fused: qkv in layernorm_linear, ..."."""
+    """What is fused, and what is not and why: "attention: 12/12 blocks fused (layernorm_linear, ...)"."""
     lines = []
     for title, pattern in (
         ("patch projection", r"embedding"),

@@ -131,7 +131,7 @@ class VitWeights:
 def random_weights(
     shape: VitShape, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> VitWeights:
-    """Seeded random weights of this shape, of trained models' magnitude; on the meta device, their shapes only."""
+    """Seeded random weights, of trained models' magnitude; on the meta device, their shapes only."""
     generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:

@@ -9,7 +9,6 @@ import interpreter
 import pytest
 import torch
 
-
 QUICK = ("test_config.py", "test_cost.py", "test_runner.py")
 """What `make check` runs of them; the runner's tests launch every kernel of a forward pass."""
 
