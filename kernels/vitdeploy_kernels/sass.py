@@ -13,10 +13,8 @@ from pathlib import Path
 from vitdeploy_kernels.aot import ARCHITECTURES, AotError, Compiled
 from vitdeploy_kernels.occupancy import programs_per_multiprocessor
 
-TENSOR = ("HGMMA", "UTCMMA", "HMMA")
-"""Instructions of the tensor cores: of sm_90, of sm_100, and of all others (UTCMMA stands for UTC*MMA)."""
-
-COUNTED = (*TENSOR, "LDGSTS", "LDG", "STG", "MUFU")
+COUNTED = ("HGMMA", "UTCMMA", "HMMA", "LDGSTS", "LDG", "STG", "MUFU")
+"""Products on the tensor cores (of sm_90, of sm_100: UTC*MMA, of all), copies, loads, stores, functions."""
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
