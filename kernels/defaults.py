@@ -1,8 +1,9 @@
 """Write the default tables ``vitdeploy_kernels/configs/sm_*.json``: choices by static evidence, not measured.
 
 A GEMM takes the tile that needs the least time if every program ran at its tile's share of the best rate:
-few rows are spread over all multiprocessors by small tiles, many rows take the largest. Every tile listed
-here compiles without spilling registers for its architecture.
+few rows are spread over all multiprocessors by small tiles, many rows take the largest. What is listed here
+compiles without spilling registers for its architecture, or spills a few where the compiler stops at 128 so
+that two programs fit on a multiprocessor.
 
     python kernels/defaults.py            # writes the tables
     python kernels/defaults.py --check    # exits 1 if they are not what this script writes
