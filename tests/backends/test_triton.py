@@ -17,6 +17,7 @@ from vitdeploy.backends import triton as module
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.backends.triton import Triton, cuda_capabilities
 from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.cli import main
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
 from vitdeploy.manifest import Precision
 from vitdeploy.model import forward_float64
@@ -25,32 +26,35 @@ from vitdeploy.parity import check_session
 Make = Callable[..., Bundle]
 
 
-@pytest.fixture
-def interpreted() -> Iterator[None]:
-    """The CPU in a GPU's place."""
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def provider(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU in a GPU's place, or a GPU with ``pytest -m gpu``."""
+    name = str(request.param)
+    if name == "cuda":
+        yield name
+        return
     if interpreter.ON_GPU:
-        pytest.skip("a GPU is here: the kernels were compiled for it")
+        pytest.skip("a GPU is here: `pytest -m gpu` runs this test on it")
     with interpreter.environment():
-        yield
+        yield name
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     "name", [name if name == "dinov2" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )
-def test_every_family_gives_the_reference(weights_bundle: Make, name: str) -> None:
+def test_every_family_gives_the_reference(weights_bundle: Make, name: str, provider: str) -> None:
     config = CONFIGS[name]
     with Triton().load(weights_bundle(config), None, Options()) as session:
         (record,) = check_session(session, golden(config), batches=[3])
         assert record.failures == ()
-        assert (session.facts.precision, session.facts.provider) == ("fp16", "interpreter")
+        assert (session.facts.precision, session.facts.provider) == ("fp16", provider)
         assert any("attention: 3/3 blocks fused" in line for line in session.facts.fusion) == (
             name != "distilled"
         ), session.facts.fusion
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("provider")
 @pytest.mark.parametrize("output", ["features", "tokens"])
 def test_other_outputs(weights_bundle: Make, output: str) -> None:
     with Triton().load(weights_bundle(output=output), None, Options()) as session:
@@ -60,7 +64,7 @@ def test_other_outputs(weights_bundle: Make, output: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("provider")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_the_artifacts_precision_and_batches(weights_bundle: Make, precision: Precision) -> None:
     with Triton().load(weights_bundle(), artifact(precision), Options()) as session:
@@ -75,7 +79,7 @@ def test_the_artifacts_precision_and_batches(weights_bundle: Make, precision: Pr
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("provider")
 def test_uint8_images(weights_bundle: Make) -> None:
     images = np.random.default_rng(0).integers(0, 256, size=(3, *CONFIG.image_size, 3), dtype=np.uint8)
     exact = (images / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)
@@ -85,7 +89,7 @@ def test_uint8_images(weights_bundle: Make) -> None:
         assert all(record.passed for record in check_session(session, arrays, batches=[3]))
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("provider")
 def test_a_batch_between_buckets_is_padded_and_nan_stays_in_its_image(weights_bundle: Make) -> None:
     images = pixels(CONFIG, 3).numpy()
     poisoned = images.copy()
@@ -115,13 +119,18 @@ def test_reasons_why_not(weights_bundle: Make, make_bundle: Any) -> None:
 
 
 @pytest.mark.skipif(interpreter.ON_GPU, reason="a GPU is here")
-def test_without_a_gpu_it_says_what_is_missing(weights_bundle: Make) -> None:
+def test_without_a_gpu_it_says_what_is_missing(
+    weights_bundle: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = get_backend("triton").availability()
     assert not state.ok
     assert state.reason == "no NVIDIA GPU answers"
     assert "TRITON_INTERPRET=1" in str(state.hint)
+    bundle = weights_bundle()
     with pytest.raises(DeviceUnavailable, match="no NVIDIA GPU"):
-        Triton().load(weights_bundle(), None, Options())
+        Triton().load(bundle, None, Options())
+    assert main(["verify", str(bundle.root), "--backend", "triton"]) == 3
+    assert "the triton backend does not run here: no NVIDIA GPU answers" in capsys.readouterr().err
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
