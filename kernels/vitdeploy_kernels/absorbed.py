@@ -30,7 +30,7 @@ WIDEST = 2048
 """The most columns of the residual stream: a program holds 16 rows of that many sums."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def head_linear_kernel(
     x_ptr,
     weight_ptr,

@@ -18,7 +18,7 @@ WIDEST = 8192
 """A row is held in registers, and no vision transformer is wider."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_layernorm_kernel(
     x_ptr,
     branch_ptr,

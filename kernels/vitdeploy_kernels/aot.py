@@ -1,8 +1,7 @@
 """Ahead-of-time compilation: a launch becomes a cubin for an architecture, on a machine without a GPU.
 
-What is compiled is what :meth:`Launch.run` would compile on a GPU, with two differences: pointers are
-assumed to be aligned to 16 bytes (whoever runs the cubin checks that), and run-time integers are not
-specialised, so that one cubin serves every batch size.
+What is compiled is what :meth:`Launch.run` would compile on a GPU, but that pointers are assumed to be
+aligned to 16 bytes; whoever runs the cubin checks that. One cubin serves every batch size.
 """
 
 from __future__ import annotations

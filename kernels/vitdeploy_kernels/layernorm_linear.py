@@ -27,7 +27,7 @@ ILL_CONDITIONED = 64.0
 """Rows whose mean is this many deviations from zero are normalised before the product, not after it."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def layernorm_linear_kernel(
     x_ptr,
     stats_ptr,

@@ -15,7 +15,7 @@ from vitdeploy_kernels.launch import Constant, Launch, tiles
 from vitdeploy_kernels.support import Support, check_device, check_tensor, first_reason, require, rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_residual_kernel(
     x_ptr,
     weight_ptr,

@@ -38,7 +38,7 @@ def patch_offset(
     return k // (PATCH * PATCH) * (HEIGHT * WIDTH) + k // PATCH % PATCH * WIDTH + k % PATCH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def patch_embed_kernel(
     image_ptr,
     weight_ptr,

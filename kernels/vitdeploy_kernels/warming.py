@@ -70,13 +70,8 @@ class Warmer:
 
 
 def binary(launch: Launch) -> object:
-    """What tells the binaries of launches apart; Triton compiles integers of 1 and multiples of 16 apart."""
-    integers = tuple(
-        (name, value == 1, value % 16 == 0)
-        for name, value in launch.arguments.items()
-        if isinstance(value, int)
-    )
-    return launch.name, tuple(launch.constants.items()), integers, launch.warps, launch.stages
+    """What tells the binaries of launches apart; row counts do not, one binary serves every batch."""
+    return launch.name, tuple(launch.constants.items()), launch.warps, launch.stages
 
 
 def compile_one(spec: Spec, dtype: torch.dtype, config: Config) -> None:

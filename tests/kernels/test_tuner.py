@@ -223,15 +223,34 @@ def test_every_kernel_has_candidates_everywhere(spec: Spec, capability: tuple[in
     assert len(candidates(spec, capability, 100)) > 1
 
 
-def test_binaries_are_told_apart_as_triton_does() -> None:
-    def key(rows: int) -> object:
+def test_one_binary_serves_every_row_count() -> None:
+    def key(rows: int, warps: int = 4) -> object:
         spec = Spec("linear_residual", (rows, 32, 48))
         made = build(spec, torch.float16, torch.device("meta"))
-        return binary(made.launch(Config(16, 16, 16, 1, 4, 2)))
+        return binary(made.launch(Config(16, 16, 16, 1, warps, 2)))
 
-    assert key(17) == key(33)
-    assert key(16) == key(48)
-    assert len({key(1), key(16), key(17)}) == 3
+    assert len({key(1), key(16), key(17), key(48)}) == 1
+    assert key(16) != key(16, warps=8)
+
+
+def test_triton_compiles_nothing_apart_for_a_row_count() -> None:
+    program = """
+import importlib, pkgutil, vitdeploy_kernels
+from triton.runtime.jit import JITFunction
+names = [m.name for m in pkgutil.iter_modules(vitdeploy_kernels.__path__, "vitdeploy_kernels.")]
+kernels = {
+    value
+    for name in names
+    for key, value in vars(importlib.import_module(name)).items()
+    if isinstance(value, JITFunction) and key.endswith("_kernel")
+}
+rows = [p for kernel in kernels for p in kernel.params if p.name == "rows"]
+print(len(kernels), len(rows), sum(p.do_not_specialize for p in rows))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["8", "5", "5"]
 
 
 def test_each_binary_is_compiled_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
