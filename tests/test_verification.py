@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from bundles import LABELS, WEIGHT, answer_images, golden_arrays, random_image, 
 import vitdeploy
 from vitdeploy.backends import base
 from vitdeploy.backends.onnxruntime import OnnxRuntime
+from vitdeploy.bundle import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, ImageError, ParityError, UsageError
 from vitdeploy.manifest import Artifact, Manifest, ParityMetrics, ParityRecord
@@ -133,6 +135,39 @@ def test_an_artifact_is_proven_only_by_who_reads_it(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("vitdeploy.verification.get_backend", lambda _: Weights())
     named = vitdeploy.verify(made, backends=["weights"])
     assert (named.passed, named.unproven, len(named.parity)) == (True, ("onnx-fp32",), 3)
+
+
+class Substitute(OnnxRuntime):
+    """Opens an artifact, and runs something else in its place."""
+
+    def load(self, bundle: Bundle, artifact: Artifact | None, options: base.Options) -> base.Session:
+        session = super().load(bundle, artifact, options)
+        session.facts = dataclasses.replace(session.facts, uses_files=False)
+        return session
+
+
+def test_what_runs_in_an_artifacts_place_does_not_prove_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = write_bundle(tmp_path / "b")
+    monkeypatch.setattr("vitdeploy.verification.all_backends", lambda: (Substitute(),))
+    report = vitdeploy.verify(made)
+    assert len(report.parity) == 3
+    assert report.unproven == ("onnx-fp32",)
+    why = "onnxruntime: its files are not for this machine; what was compared was compiled here"
+    assert report.failures == (f"onnx-fp32: no backend here runs it ({why})",)
+
+
+def test_another_backends_proof_stands_beside_a_substitute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere(Substitute):
+        name, formats = "elsewhere", ("other",)
+
+    made = write_bundle(tmp_path / "b")
+    monkeypatch.setattr("vitdeploy.verification.all_backends", lambda: (OnnxRuntime(), Elsewhere()))
+    report = vitdeploy.verify(made)
+    assert (report.passed, report.unproven, len(report.parity)) == (True, (), 6)
 
 
 def test_what_named_backends_cannot_run_is_listed(tmp_path: Path) -> None:

@@ -204,10 +204,15 @@ class _Verification:
             if pair.reason is not None:
                 self.skipped.append(Skipped(pair.name, pair.backend.name, pair.reason))
                 continue
-            if pair.artifact is not None and pair.artifact.format in pair.backend.formats:
+            reads = pair.artifact is not None and pair.artifact.format in pair.backend.formats
+            if reads:
                 self.run_here.add(pair.name)
             try:
                 with self._load(pair) as session:
+                    if reads and not session.facts.uses_files:
+                        self.run_here.remove(pair.name)
+                        why = "its files are not for this machine; what was compared was compiled here"
+                        self.skipped.append(Skipped(pair.name, pair.backend.name, why))
                     self._prove(pair, session, golden)
                     if images is not None and pair.name not in answers:
                         answers[pair.name] = pair.backend.name, self._answers(session, images)

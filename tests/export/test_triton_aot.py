@@ -48,6 +48,15 @@ def test_the_bundle_holds_the_kernels_of_every_site(exported: Bundle) -> None:
     ]
 
 
+class Unpackaged:
+    """A launch that no cubin was made for."""
+
+    name = "strange_kernel"
+
+    def run(self) -> None:
+        """Compiled at run time."""
+
+
 @pytest.mark.slow
 def test_the_running_gpus_kernels_are_taken(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = exported.artifact("triton-aot-fp16")
@@ -60,7 +69,12 @@ def test_the_running_gpus_kernels_are_taken(exported: Bundle, monkeypatch: pytes
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (12, 0))
     other = backend._Kernels.of(exported, artifact, "cuda:0")
     assert "compiled at the start: no cubins for compute capability 12.0" in other.report
-    assert (other.package, other.table) == (None, None)
+    assert (other.package, other.table, other.packaged) == (None, None, False)
+    assert kernels.packaged
+    monkeypatch.setattr(kernels.package, "run", lambda _: False)
+    kernels.execute(Unpackaged())
+    assert not kernels.packaged
+    assert kernels.report == "kernels: compiled ahead of time for sm_80, but not strange_kernel"
 
 
 @pytest.mark.slow

@@ -74,6 +74,9 @@ class SessionFacts:
     outputs: tuple[TensorSpec, ...]
     versions: Mapping[str, str]
     """Of the libraries that compute."""
+    uses_files: bool = True
+    """Whether it runs the artifact's own files, where the backend reads its format; what it makes itself in
+    their place proves nothing about them."""
     fusion: tuple[str, ...] = ()
     """Which parts of the model run fused, and which do not and why; from backends that know."""
 

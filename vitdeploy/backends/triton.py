@@ -109,6 +109,7 @@ class Triton:
             inputs=artifact.inputs if artifact else (input_spec(manifest.model, manifest.input),),
             outputs=artifact.outputs if artifact else (output_spec(manifest.model, manifest.output),),
             versions={name: str(importlib.import_module(name).__version__) for name in ("torch", "triton")},
+            uses_files=kernels.packaged,
             fusion=(*runner.report, kernels.report),
         )
         return TritonSession(facts, runner)
@@ -230,6 +231,11 @@ class _Kernels:
         if self.package is None or not self.package.run(launch):
             self._compiled.add(launch.name)
             launch.run()
+
+    @property
+    def packaged(self) -> bool:
+        """Whether every launch so far was of a kernel that lies in the bundle."""
+        return self.package is not None and not self._compiled
 
     @property
     def report(self) -> str:
