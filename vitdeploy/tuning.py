@@ -59,15 +59,15 @@ def tune_bundle(
 
     Raises:
         UsageError: no such precision, or the kernels do not run this bundle.
-        BundleError: the folder cannot be written.
+        BundleError: the bundle cannot be written.
         DeviceUnavailable: there is no GPU that they run on.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
     kind = next((name for name in DTYPES if name == precision), None)
     if kind is None:
         raise UsageError(f"the kernels compute in {' or '.join(DTYPES)}, not in {precision!r}")
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder")
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UsageError(f"{folder} is not a folder that can be written")  # before the search, not after it
     backend = get_backend("triton")
     require_support(backend, opened, None)
     state = backend.availability()
