@@ -12,33 +12,50 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from spread import quartiles
 
+from vitdeploy.bundle import Bundle
+from vitdeploy.engines.child import build_engines
+from vitdeploy.engines.records import BuildJob, BuildResult
+from vitdeploy.manifest import Artifact
+
 _MB = 1e6
 
 
-# The peak that wait4 reports starts at the parent's own size; the kernel's high-water mark starts at zero.
 _CHILD = """
-import re, sys
+import sys
 from vitdeploy.cli import main
+from vitdeploy.memory import peak_memory
 code = main(sys.argv[1:])
-status = open("/proc/self/status").read()
-print(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
+print(peak_memory())
 sys.exit(code)
 """
 
 
 def export(model: str | Path, folder: Path) -> float:
     """Export in a process of its own and return its peak memory in MB."""
-    command = [sys.executable, "-c", _CHILD, "export", "-m", str(model), "--fp32", "--fp16"]
+    command = [
+        sys.executable,
+        "-c",
+        _CHILD,
+        "export",
+        "-m",
+        str(model),
+        "--fp32",
+        "--fp16",
+        "--format",
+        "onnx",
+    ]
     done = subprocess.run(
         [*command, "-o", str(folder), "--force"], stdout=subprocess.PIPE, text=True, check=True
     )
-    return int(done.stdout.split()[-1]) * 1024 / _MB
+    return int(done.stdout.split()[-1]) / _MB
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +81,63 @@ def test_export_vit_b16_fp32_and_fp16(
             f"{r['artifact']} {r['backend']} {r['batch']}": r["metrics"]["relative"]
             for r in manifest["parity"]
         },
+    }
+
+
+RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+
+
+@pytest.fixture(scope="module")
+def onnx_b16(vit_b16: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """ViT-B/16 as fp16 ONNX, unproven: what is measured is the builder of engines."""
+    folder = tmp_path_factory.mktemp("onnx") / "b16.bundle"
+    command = ["export", "-m", str(vit_b16), "--fp16", "--format", "onnx", "--batch", "1,2,4"]
+    subprocess.run([sys.executable, "-m", "vitdeploy", *command, "-o", str(folder)], check=True)
+    (artifact,) = Bundle.open(folder).manifest.artifacts
+    return artifact.model_copy(update={"path": str(folder / artifact.path)})
+
+
+def build_rtx(source: Artifact, folder: Path, targets: tuple[str, ...]) -> BuildResult:
+    """One engine for each target, in a process of its own, as the export builds them."""
+    job = BuildJob(
+        flavour="tensorrt-rtx",
+        onnx=source.path,
+        input=source.inputs[0],
+        precision="fp16",
+        islands=source.islands,
+        profiles=(source.batch,),
+        targets=tuple((target,) for target in targets),
+        outputs=tuple(str(folder / f"{target}.plan") for target in targets),
+    )
+    return build_engines(job, lambda phase, fraction: None)
+
+
+def test_rtx_engine_vit_b16_fp16(benchmark: BenchmarkFixture, onnx_b16: Artifact, tmp_path: Path) -> None:
+    """One target, and in the same rounds all six from one parse."""
+    one: list[BuildResult] = []
+    six_seconds: list[float] = []
+
+    def pair() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        begin = time.perf_counter()
+        build_rtx(onnx_b16, tmp_path, RTX_TARGETS)
+        six_seconds.append(time.perf_counter() - begin)
+        return (), {}
+
+    benchmark.pedantic(
+        lambda: one.append(build_rtx(onnx_b16, tmp_path, ("sm_89",))), setup=pair, rounds=5, iterations=1
+    )
+    weights = Path(onnx_b16.path).stat().st_size
+    assert all(result.proof.ok for result in one)
+    benchmark.extra_info |= {
+        "processors": os.cpu_count(),
+        "tensorrt_rtx": one[0].version,
+        "engine_seconds": quartiles([result.engines[0].seconds for result in one]),
+        "parse_seconds": quartiles([result.parse_seconds for result in one]),
+        "peak_beyond_framework_mb": quartiles([(r.peak_bytes - r.framework_bytes) / _MB for r in one]),
+        "engine_over_onnx_bytes": one[0].engines[0].size / weights,
+        "six_targets_over_one_seconds": quartiles(
+            [six / single for six, single in zip(six_seconds, benchmark.stats.stats.data, strict=True)]
+        ),
     }
 
 

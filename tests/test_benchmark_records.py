@@ -35,6 +35,21 @@ def test_speed_against_the_plain_export() -> None:
         )
 
 
+def test_cost_of_an_engine() -> None:
+    record = records("engines_cpu")["test_rtx_engine_vit_b16_fp16"]
+    extra, table = record["extra_info"], rows()
+    memory, six = extra["peak_beyond_framework_mb"], extra["six_targets_over_one_seconds"]
+    first = "a TensorRT for RTX engine of the fp16 ViT-B/16, for one architecture"
+    assert table[first] == [f"{record['stats']['median']:.1f} s", f"{record['stats']['rounds']} runs"]
+    assert table["its peak memory beyond the library's own"] == [
+        f"{memory['median']:.0f} MB", f"{memory['q1']:.0f} to {memory['q3']:.0f}",
+    ]  # fmt: skip
+    assert table["its size over the ONNX file's"][0] == f"{extra['engine_over_onnx_bytes']:.2f} ×"
+    assert table["engines for six architectures from one parse, over the time for one"] == [
+        f"{six['median']:.1f} ×", f"{six['q1']:.1f} to {six['q3']:.1f}",
+    ]  # fmt: skip
+
+
 def test_cost_of_an_export() -> None:
     record = records("export_cpu")["test_export_vit_b16_fp32_and_fp16"]
     memory = record["extra_info"]["peak_beyond_framework_over_weights"]

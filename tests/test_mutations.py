@@ -184,12 +184,12 @@ def test_a_fault_of_deployment_is_caught_by_export_and_by_verify(
     plant, request = DEPLOYMENT[fault]
     plant(monkeypatch)
     verdicts: list[str | None] = []
-    real = run._first_failure
+    real = run.first_failure
 
     def hold_open(records: Any) -> None:
         verdicts.append(real(records))
 
-    monkeypatch.setattr(run, "_first_failure", hold_open)
+    monkeypatch.setattr(run, "first_failure", hold_open)
     bundle = export(tmp_path, **request)
     assert any(verdicts), "the export's own gate"
     bundle.verify()  # every hash is in order

@@ -15,7 +15,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("vitdeploy", "vitdeploy_kernels")
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "transformers", "timm", "sklearn")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "transformers",
+    "timm",
+    "sklearn",
+    "tensorrt_rtx",
+    "cuda",
+)
 FILE_LINES = 400
 FUNCTION_LINES = 80
 
@@ -122,7 +133,9 @@ def test_constraints_pin_every_dependency_that_is_tested() -> None:
     pinned = {normal(pin.partition("==")[0]) for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    tested = [*project["dependencies"], *extras["dev"], *extras["export"], *extras["openvino"]]
+    tested = [*project["dependencies"]]
+    for name in ("dev", "export", "kernels", "openvino", "tensorrt-rtx"):
+        tested += extras[name]
     assert {normal(re.split(r"[<>=\[]", line)[0]) for line in tested} <= pinned
 
 

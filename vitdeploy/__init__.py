@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from vitdeploy._version import __version__
 
@@ -50,6 +50,7 @@ def export(
     fallback: bool = True,
     seed: int = 0,
     force: bool = False,
+    engine: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a model into a new bundle and prove every artifact against its float64 reference.
@@ -62,9 +63,9 @@ def export(
         output_dir: the bundle's folder; named after the model, in the working directory, when omitted.
         checkpoint: a file or folder with the weights of a named variant.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, or several of them: one artifact each.
-        format: ``"onnx"``; ``"triton-aot"``, the fused kernels compiled for ``arch``; or ``"auto"`` for
-            everything that this machine can build without being told more.
-        arch: GPUs to compile kernels for: ``"sm_80"``, ``"sm_89"``, ``"sm_90"``, ``"sm_100"``, ``"sm_120"``.
+        format: ``"onnx"``; ``"tensorrt"``, engines for the GPU that is here; ``"tensorrt-rtx"``, engines for
+            ``arch``; ``"triton-aot"``, fused kernels for ``arch``; ``"auto"``: ONNX and what engines it can.
+        arch: GPUs to build for, ``"sm_89"``; ``"sm_80+sm_89"`` is one engine for both.
         image_size: (height, width), or one number for both; the checkpoint's own when omitted.
         batch: (min, opt, max) batch sizes that the artifacts serve; one number for a fixed batch.
         opset: the ONNX operator set, 17 to 23.
@@ -73,26 +74,26 @@ def export(
         output: ``"logits"`` (N, classes), ``"features"`` (N, D) or ``"tokens"`` (N, T, D), float32; the
             logits where the model has a head when omitted.
         atol: an absolute tolerance on top of the table in ``vitdeploy.parity``.
-        fallback: when a reduced precision fails parity, keep the fewest operations in fp32 that make it
-            pass, or else take bf16; False raises instead.
+        fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16; else raise.
         seed: of random weights.
         force: replace an existing bundle.
+        engine: of engines: ``profiles``, a list of (min, opt, max) batch sizes; ``plugins``, True for our
+            attention kernel in TensorRT; and the fields of ``vitdeploy.engines.records.BuildSettings``.
         progress: receives the stages as they begin and finish.
 
     Raises:
         UsageError, CheckpointError, BundleError: bad input, or a folder that cannot be written.
-        MissingDependency: PyTorch, or a library that this model needs, is not installed.
+        MissingDependency: PyTorch, or a library that this model or format needs, is not installed.
+        DeviceUnavailable: a format that needs a GPU, and there is none.
         ExportError: an artifact could not be built.
         ParityError: an artifact does not compute what the checkpoint computes, and no fallback helps.
     """
-    from vitdeploy.config import BatchRange
     from vitdeploy.export import exporting
 
     with exporting():
         from vitdeploy.export.request import ExportRequest
         from vitdeploy.export.run import run_export
 
-    sizes = (batch, batch, batch) if isinstance(batch, int) else batch
     request = ExportRequest(
         model=pathlib.Path(model) if isinstance(model, os.PathLike) else model,
         checkpoint=None if checkpoint is None else pathlib.Path(checkpoint),
@@ -100,17 +101,36 @@ def export(
         formats=(format,) if isinstance(format, str) else tuple(format),
         architectures=(arch,) if isinstance(arch, str) else tuple(arch),
         image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
-        batch=sizes if isinstance(sizes, BatchRange) else BatchRange(*sizes),
+        batch=_batch_range(batch),
         opset=opset,
         input=input,
         output=output,
         atol=atol,
         fallback=fallback,
         seed=seed,
+        **_engine_fields(engine or {}),
         command="vitdeploy.export",
     )
     folder = None if output_dir is None else pathlib.Path(output_dir)
     return run_export(request, folder, force=force, progress=progress)
+
+
+def _batch_range(batch: int | tuple[int, int, int] | BatchRange) -> BatchRange:
+    from vitdeploy.config import BatchRange
+
+    if isinstance(batch, BatchRange):
+        return batch
+    return BatchRange(*((batch, batch, batch) if isinstance(batch, int) else batch))
+
+
+def _engine_fields(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller says of engines, as the fields of an ExportRequest."""
+    from vitdeploy.engines.records import BuildSettings
+
+    settings = dict(engine)
+    profiles = tuple(map(_batch_range, settings.pop("profiles", ())))
+    plugins = bool(settings.pop("plugins", False))
+    return {"profiles": profiles, "plugins": plugins, "settings": BuildSettings.of(**settings)}
 
 
 def load(

@@ -29,6 +29,7 @@ LIBRARIES: dict[str, str] = {
     "onnxscript": "export",
     "openvino": "openvino",
     "tensorrt": "tensorrt",
+    "cuda-core": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx",
     "triton": "kernels",
     "transformers": "hub",

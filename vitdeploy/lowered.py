@@ -206,6 +206,8 @@ class Embedding(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         (rows, columns), patch, channels = self.config.grid, self.config.patch_size, self.config.channels
         if self.channels_last:
+            # Cast first (0 to 255 are exact in every dtype): TensorRT has no other operation on uint8.
+            pixel_values = pixel_values.to(self.patch_embed.weight.dtype)
             x = pixel_values.reshape(-1, rows, patch, columns, patch, channels).transpose(2, 3)
         else:
             x = pixel_values.reshape(-1, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)

@@ -11,7 +11,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
 from vitdeploy.errors import BundleError, VitdeployError
@@ -25,7 +34,7 @@ REBUILD = "copy or export the bundle again"
 
 Precision = Literal["fp32", "fp16", "bf16", "mixed"]
 DType = Literal["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int32", "int64"]
-OpDType = DType | Literal["undefined"]
+OpDType = DType | Literal["float8e4m3fn", "undefined"]
 Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 Count = Annotated[int, Field(ge=0)]
 
@@ -119,12 +128,22 @@ class Artifact(_Record):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     islands: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    """GPU architectures an engine was built for, ``sm_89``; ``sm_80+`` is that one and all later ones."""
     fallback: str | None = None
     proof: PrecisionProof | None = None
     build_seconds: float = Field(default=0.0, ge=0)
     nodes: int | None = None
     size: Count = 0
     """Bytes of all its files together; filled in when the manifest is sealed."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``targets`` where there are none: bundles from before it keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        if not self.targets:
+            fields.pop("targets", None)
+        return fields
 
     @model_validator(mode="after")
     def _has_its_path(self) -> Self:
@@ -234,6 +253,11 @@ class Manifest(_Record):
     files: dict[SafePath, FileRecord] = Field(default_factory=dict)
     digest: str = ""
     """sha256 of this manifest's canonical form with ``digest`` empty."""
+
+    @property
+    def max_abs(self) -> float | None:
+        """The absolute bound on errors that the user gave; it holds for every artifact."""
+        return next((record.tolerance.max_abs for record in self.parity), None)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from vitdeploy.backends.base import Array, Backend, Options, Session, get_backend
+from vitdeploy.backends.base import Array, Backend, Options, Session, get_backend, runs_nothing
 from vitdeploy.bundle import Bundle
 from vitdeploy.errors import BundleError, ImageError, UsageError
 from vitdeploy.images import ImageSource, load_image
@@ -191,17 +191,16 @@ def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:
     """The most exact artifact that ``backend`` runs on this machine; None is the reference weights.
 
     Raises:
-        UsageError: it runs none; says why for each.
+        UsageError, DeviceUnavailable: it runs none; says why for each.
     """
-    ranked = sorted(bundle.manifest.artifacts, key=lambda artifact: EXACTNESS.index(artifact.precision))
-    reasons = {artifact.name: backend.supports(bundle.manifest, artifact) for artifact in ranked}
-    for artifact in ranked:
-        if reasons[artifact.name] is None:
+    for artifact in sorted(
+        bundle.manifest.artifacts, key=lambda artifact: EXACTNESS.index(artifact.precision)
+    ):
+        if backend.supports(bundle.manifest, artifact) is None:
             return artifact
     if backend.supports(bundle.manifest, None) is None:
         return None
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no artifacts"
-    raise UsageError(f"the {backend.name} backend can run nothing of {bundle.root}: {why}")
+    raise runs_nothing(backend, bundle)
 
 
 def softmax(logits: Array) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -20,7 +20,8 @@ class Stage:
 
 
 class Progress:
-    """Receives the stages of a job: override :meth:`started`, :meth:`finished` and :meth:`note`."""
+    """Receives the stages of a job: override :meth:`started`, :meth:`updated`, :meth:`finished`
+    and :meth:`note`."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -33,6 +34,9 @@ class Progress:
 
     def started(self, stage: Stage) -> None:
         """A stage begins."""
+
+    def updated(self, stage: Stage) -> None:
+        """A stage has something to tell on its way; its detail is not final."""
 
     def finished(self, stage: Stage) -> None:
         """A stage ended well; one that fails raises instead."""

@@ -7,11 +7,12 @@ precision decides the answer, and holds it against the islands that the plan dec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from vitdeploy.config import Precision
 from vitdeploy.errors import UsageError
 from vitdeploy.manifest import OpDType, OpPrecision, PrecisionProof
 
@@ -30,6 +31,8 @@ NORMALISATIONS = frozenset(
 )
 WATCHED = GEMMS | NORMALISATIONS | {"Softmax", "ReduceMean"}
 _WIDE = ("float32", "float64")
+NAMES: Mapping[Precision, OpDType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Precisions as dtypes."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def _types(model: onnx.ModelProto) -> dict[str, OpDType]:
     return types | {tensor.name: _dtype_name(tensor.data_type) for tensor in graph.initializer}
 
 
-def prove_precision(model: onnx.ModelProto, precision: str, islands: Collection[str]) -> PrecisionProof:
+def prove_precision(model: onnx.ModelProto, precision: Precision, islands: Collection[str]) -> PrecisionProof:
     """List every GEMM, normalisation, softmax and mean with its dtype; an undeclared wide GEMM fails.
 
     Args:
@@ -94,28 +97,28 @@ def prove_precision(model: onnx.ModelProto, precision: str, islands: Collection[
         import onnx.shape_inference
 
         types |= _types(onnx.shape_inference.infer_shapes(model))
-    wanted = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    wanted = NAMES[precision]
     rows = []
     for node in model.graph.node:
         if node.op_type not in WATCHED:
             continue
         dtype = types.get(node.input[0]) or types.get(node.output[0]) or "undefined"
-        declared = dtype in _WIDE and dtype != wanted and _declared(node.name, islands)
-        rows.append(OpPrecision(name=node.name, op=node.op_type, dtype=dtype, island=declared))
-    ok = bool(rows) and all(row.dtype == wanted or row.island for row in rows if row.op in GEMMS)
+        island = dtype in _WIDE and dtype != wanted and declared(node.name, islands)
+        rows.append(OpPrecision(name=node.name, op=node.op_type, dtype=dtype, island=island))
+    ok = bool(rows) and not undeclared(rows, precision)
     return PrecisionProof(ops=tuple(rows), ok=ok)
 
 
-def _declared(node: str, islands: Collection[str]) -> bool:
+def declared(node: str, islands: Collection[str]) -> bool:
     """Whether a node lies on an island; inside an attention, the scores follow what produced the queries."""
     site = node.rsplit("/", 1)[0]
     return site in islands or any(f"{site}.{part}" in islands for part in ("qkv", "key"))
 
 
-def undeclared(proof: PrecisionProof, precision: str) -> tuple[OpPrecision, ...]:
+def undeclared(ops: Iterable[OpPrecision], precision: Precision) -> tuple[OpPrecision, ...]:
     """The GEMMs that make a proof fail."""
-    wanted = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
-    return tuple(row for row in proof.ops if row.op in GEMMS and row.dtype != wanted and not row.island)
+    wanted = NAMES[precision]
+    return tuple(row for row in ops if row.op in GEMMS and row.dtype != wanted and not row.island)
 
 
 def summarise(model: onnx.ModelProto) -> GraphSummary:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vitdeploy.accuracy import Accuracy, LabelledImages, Labels, find_labelled, first_places, score
-from vitdeploy.backends.base import Backend, Options, Session, all_backends, get_backend
+from vitdeploy.backends.base import Backend, Options, Session, all_backends, get_backend, runs_nothing
 from vitdeploy.bundle import WEIGHTS, Bundle
-from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError, UsageError
+from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError
 from vitdeploy.manifest import Artifact, ParityRecord
 from vitdeploy.parity import PreprocessCheck, check_preprocess, check_session
 from vitdeploy.predictor import EXACTNESS, Predictor
@@ -150,7 +150,7 @@ def runnable(bundle: Bundle, backends: Sequence[str] | None, *, models: bool = F
 
     Raises:
         UsageError: an unknown backend, or one asked for by name that can run nothing of this bundle.
-        DeviceUnavailable: a backend asked for by name does not work here.
+        DeviceUnavailable: a backend asked for by name does not work here, or its engines are for other GPUs.
     """
     pairs = []
     for backend in all_backends() if backends is None else map(get_backend, dict.fromkeys(backends)):
@@ -159,11 +159,11 @@ def runnable(bundle: Bundle, backends: Sequence[str] | None, *, models: bool = F
         else:
             state = backend.availability()
             missing = None if state.ok else state.reason
-            always = models or backend.supports(bundle.manifest, None) is not None
+            weights = backend.supports(bundle.manifest, None) is None
             for artifact in bundle.manifest.artifacts:
-                if always or artifact.format in backend.formats:
-                    reason = missing or backend.supports(bundle.manifest, artifact)
-                    pairs.append(Pair(backend, artifact, reason))
+                reason = backend.supports(bundle.manifest, artifact)
+                if artifact.format in backend.formats or (models if weights else reason is None):
+                    pairs.append(Pair(backend, artifact, missing or reason))
     order = [WEIGHTS, *(artifact.name for artifact in bundle.manifest.artifacts)]
     return sorted(pairs, key=lambda pair: order.index(pair.name))
 
@@ -178,8 +178,7 @@ def _asked_for(bundle: Bundle, backend: Backend) -> list[Pair]:
         return pairs
     if backend.supports(manifest, None) is None:
         return [Pair(backend, None)]
-    why = "; ".join(f"{pair.name}: {pair.reason}" for pair in pairs) or "it has no artifacts"
-    raise UsageError(f"the {backend.name} backend can run nothing of {bundle.root}: {why}")
+    raise runs_nothing(backend, bundle)
 
 
 @dataclass
@@ -226,9 +225,7 @@ class _Verification:
 
     def _prove(self, pair: Pair, session: Session, golden: Mapping[str, Any]) -> None:
         with self.progress.stage(f"{pair.name}") as stage:
-            bound = next(
-                (r.tolerance.max_abs for r in self.bundle.manifest.parity if r.artifact == pair.name), None
-            )
+            bound = self.bundle.manifest.max_abs
             records = check_session(session, golden, batches=self.batches, max_abs=bound)
             worst = [r.metrics.relative for r in records if r.metrics.relative is not None]
             stage.detail = f"{pair.backend.name}, relative error {max(worst, default=float('nan')):.1e}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from weights_bundles import write_weights
 
+from vitdeploy.backends import onnxruntime_providers
 from vitdeploy.bundle import Bundle, BundleWriter
 from vitdeploy.config import BatchRange
+from vitdeploy.devices import Gpu
 from vitdeploy.manifest import Artifact, Manifest, Provenance, TensorSpec
 
 WEIGHT = np.random.default_rng(0).normal(size=(48, 5)).astype(np.float32)
@@ -102,3 +105,26 @@ def expected(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def weights_bundle(tmp_path: Path) -> MakeBundle:
     """Write a bundle with weights and without any artifact."""
     return functools.partial(write_weights, tmp_path / "bundle")
+
+
+@pytest.fixture
+def nvidia_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU and TensorRT's library, as far as ONNX Runtime's providers ask, and an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # Restored to its absence afterwards, whatever sets it.
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    monkeypatch.setattr(onnxruntime_providers, "find_gpus", lambda: [Gpu("NVIDIA L4", (8, 9))])
+    monkeypatch.setattr(onnxruntime_providers, "_load_nvinfer", lambda library: "10.14.1")
+
+
+@pytest.fixture
+def rtx_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """NVIDIA's plugin package of ONNX Runtime, as far as it is called: the path of its library."""
+    folder = tmp_path / "site" / onnxruntime_providers.PLUGIN
+    folder.mkdir(parents=True)
+    library = folder / "libonnxruntime_providers_nv_tensorrt_rtx.so"
+    (folder / "__init__.py").write_text(f"def get_library_path():\n    return {str(library)!r}\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    yield library
+    sys.modules.pop(onnxruntime_providers.PLUGIN, None)

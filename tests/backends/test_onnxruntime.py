@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vitdeploy.backends import onnxruntime as module
+from vitdeploy.backends import onnxruntime_providers as module
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.backends.onnxruntime import OnnxRuntime
 from vitdeploy.bundle import Bundle
@@ -87,14 +87,14 @@ class FallenBack:
     def get_available_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
-    def InferenceSession(self, path: Any, settings: Any, providers: Any) -> Any:
+    def InferenceSession(self, path: Any, settings: Any, providers: Any, enable_fallback: int) -> Any:
         return self._real.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused(
     make_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_library", FallenBack)
+    monkeypatch.setattr(module, "open_library", FallenBack)
     with pytest.raises(DeviceUnavailable, match=r"asked for CUDAExecutionProvider, but .* fell back to CPU"):
         load(make_bundle(), Options(provider="cuda"))
 
@@ -103,7 +103,7 @@ def test_a_provider_that_leaves_the_work_to_the_cpu_is_refused(
     make_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Azure provider has no kernels, and ONNX Runtime still lists it first for the session."""
-    monkeypatch.setitem(module._PROVIDERS, "cuda", "AzureExecutionProvider")
+    monkeypatch.setitem(module.PROVIDERS, "cuda", "AzureExecutionProvider")
     bundle = make_bundle(model=ViTConfig(image_size=(4, 4), patch_size=4))
     with pytest.raises(DeviceUnavailable, match="the cuda provider leaves parts of the model to the CPU"):
         load(bundle, Options(provider="cuda"))

@@ -160,6 +160,7 @@ def test_compiled(weights_bundle: Make, precision: Precision) -> None:
     assert all(record.passed for record in records), records
 
 
+@pytest.mark.slow
 def test_sessions_do_not_use_up_each_others_compilations(
     weights_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,10 @@ from weights_bundles import CONFIG, SPEC, artifact, golden
 
 from vitdeploy.backends import triton as module
 from vitdeploy.backends.base import Options, get_backend
-from vitdeploy.backends.triton import Triton, cuda_capabilities
+from vitdeploy.backends.triton import Triton
 from vitdeploy.bundle import WEIGHTS, Bundle
 from vitdeploy.cli import main
+from vitdeploy.devices import Gpu
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
 from vitdeploy.manifest import Precision
 from vitdeploy.model import forward_float64
@@ -134,14 +135,10 @@ def test_without_a_gpu_it_says_what_is_missing(
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "cuda_capabilities", lambda: [(7, 5)])
+    monkeypatch.setattr(module, "find_gpus", lambda: [Gpu("old", (7, 5))])
     assert "need compute capability 8.0, this GPU has 7.5" in Triton().availability().reason
-    monkeypatch.setattr(module, "cuda_capabilities", lambda: [(7, 5), (9, 0)])
+    monkeypatch.setattr(module, "find_gpus", lambda: [Gpu("old", (7, 5)), Gpu("new", (9, 0))])
     assert Triton().availability().ok
-
-
-def test_no_driver_is_no_gpu() -> None:
-    assert cuda_capabilities("libthere-is-no-such-driver.so") == []
 
 
 @pytest.mark.parametrize("missing", ["torch", "triton"])

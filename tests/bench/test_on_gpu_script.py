@@ -46,3 +46,33 @@ def test_without_a_gpu_there_is_one_clear_line(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert done.stderr == "on_gpu: needs an NVIDIA GPU, and PyTorch sees none (--smoke runs without)\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_script_of_the_engines_records_what_each_command_said(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [str(SCRIPT.with_name("on_gpu_tensorrt.sh")), "--smoke", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "smoke-tensorrt.json").read_text())
+    codes = {step["name"]: step["exit_code"] for step in record["steps"]}
+    assert codes == {
+        "doctor": 0,
+        "does TensorRT for RTX run here": 4,
+        "digits: ONNX": 0,
+        "digits, tensorrt-rtx, as it comes: build": 0,
+        "digits, tensorrt-rtx, as it comes: verify": 3,
+        "digits, tensorrt-rtx, two profiles: build": 0,
+        "digits, tensorrt-rtx, two profiles: verify": 3,
+        "digits, tensorrt-rtx, hardware compatible: build": 2,
+    }
+    steps = {step["name"]: step for step in record["steps"]}
+    assert steps["does TensorRT for RTX run here"]["document"]["built"] is False
+    built = steps["digits, tensorrt-rtx, as it comes: build"]["document"]
+    assert built["artifacts"][1]["name"] == "tensorrt-rtx-fp16-sm_89"
+    assert (
+        "no hardware compatibility level"
+        in steps["digits, tensorrt-rtx, hardware compatible: build"]["said"][0]
+    )
+    refused = subprocess.run(command[:1], capture_output=True, text=True, check=False, env=environment)
+    assert (refused.returncode, "needs an NVIDIA GPU" in refused.stderr) == (3, True)

@@ -137,7 +137,9 @@ def renamed():
     except KeyboardInterrupt as error:  # what an extension module does while it is imported
         raise ImportError("initialization failed") from error
 
+# Under nohup or in the background of a script they are ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 before = signal.getsignal({number})
 doctor.diagnose = {how}
 code = main({arguments})

@@ -62,7 +62,7 @@ def test_a_file_that_is_not_from_here(run: Run, tmp_path: Path) -> None:
     "name, content, message",
     [
         ("none.onnx", None, "does not exist"),
-        ("text.txt", b"text", "neither a bundle nor an .onnx file"),
+        ("text.txt", b"text", "neither a bundle nor an .onnx or .plan file"),
         ("junk.onnx", b"\xff\xff\xff", "ONNX file"),
         ("empty.onnx", b"", "ONNX file"),
     ],

@@ -153,7 +153,7 @@ def test_the_proof_finds_a_gemm_that_silently_stayed_in_fp32(tmp_path: Path) -> 
     undeclared_plan = PrecisionPlan.of("fp16")
     proof = prove_precision(proto, "fp16", island_names(deployed, undeclared_plan))
     assert not proof.ok
-    assert [row.name for row in undeclared(proof, "fp16")] == ["blocks.1.mlp.fc1/MatMul"]
+    assert [row.name for row in undeclared(proof.ops, "fp16")] == ["blocks.1.mlp.fc1/MatMul"]
 
 
 def test_the_proof_of_nothing_fails() -> None:

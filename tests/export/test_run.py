@@ -22,6 +22,7 @@ from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle import Bundle
 from vitdeploy.checkpoint import Checkpoint, save_folder
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig
+from vitdeploy.engines.records import BuildSettings
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.export.request import ExportRequest
 from vitdeploy.export.run import run_export
@@ -83,6 +84,7 @@ def test_a_bundle_holds_everything_it_promises(tmp_path: Path) -> None:
     assert "model.safetensors" in manifest.provenance.source_files
 
 
+@pytest.mark.slow
 def test_golden_outputs_are_the_float64_references(tmp_path: Path) -> None:
     bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2))
     golden = bundle.golden()
@@ -92,6 +94,7 @@ def test_golden_outputs_are_the_float64_references(tmp_path: Path) -> None:
     np.testing.assert_allclose(golden["reference"], expected.numpy(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "uint8"])
 def test_input_kinds_agree_on_the_same_images(tmp_path: Path, kind: str) -> None:
     bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2), input=kind)
@@ -111,6 +114,7 @@ def test_input_kinds_agree_on_the_same_images(tmp_path: Path, kind: str) -> None
     np.testing.assert_allclose(golden["reference"], expected.numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["features", "tokens"])
 def test_other_outputs(tmp_path: Path, output: str) -> None:
     bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2), output=output)
@@ -131,6 +135,7 @@ def massive(config: ViTConfig) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_massive_activations_are_caught_and_exported_with_the_fewest_islands(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     bundle = export(tmp_path, config, massive(config), precisions=("fp16",))
@@ -156,6 +161,7 @@ def test_without_fallback_the_same_model_fails_and_leaves_nothing(tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.slow
 def test_where_no_islands_help_bf16_takes_over(tmp_path: Path) -> None:
     """Every block's MLP overflows on its way and none at its end: more sites than islands are worth."""
     config = dataclasses.replace(CONFIGS["vit"], depth=10, width=24, mlp_width=24)
@@ -172,6 +178,7 @@ def test_where_no_islands_help_bf16_takes_over(tmp_path: Path) -> None:
     assert "no few fp32 islands help" in (artifact.fallback or "")
 
 
+@pytest.mark.slow
 def test_weights_beyond_fp16_are_an_error_that_names_them(tmp_path: Path) -> None:
     state = random_state(SHALLOW, spread=0.2)
     state["head.weight"][0, 0] = 1e5
@@ -195,6 +202,7 @@ class Conv(nn.Module):
         return {"logits": self.head(self.norm(x))}
 
 
+@pytest.mark.slow
 def test_any_module_takes_the_generic_path(tmp_path: Path) -> None:
     torch.manual_seed(0)
     request = ExportRequest(model=Conv(), image_size=(32, 32), batch=RANGE, precisions=("fp32", "fp16"))
@@ -221,6 +229,7 @@ class Overflowing(Conv):
         return {"logits": self.head(self.norm(x))}
 
 
+@pytest.mark.slow
 def test_an_overflow_that_cpu_runtimes_hide_is_caught_in_any_module(tmp_path: Path) -> None:
     torch.manual_seed(0)
     request = ExportRequest(model=Overflowing(), image_size=(32, 32), batch=RANGE, precisions=("fp16",))
@@ -244,6 +253,8 @@ def test_a_module_that_does_not_run_says_what_it_was_given(tmp_path: Path) -> No
     "wrong, says",
     [
         ({"precisions": ("fp61",)}, "unknown precision 'fp61'; did you mean 'fp16'"),
+        ({"formats": ("onnx",), "profiles": (BatchRange(1, 1, 1),)}, "no format makes any"),
+        ({"formats": ("onnx",), "settings": BuildSettings(level=3)}, "no format makes any"),
         ({"formats": ("onx",)}, "unknown format 'onx'; did you mean 'onnx'"),
         ({"opset": 16}, "opset 16 is not supported"),
         ({"atol": -1.0}, "atol must be positive"),
@@ -257,6 +268,7 @@ def test_wrong_requests_fail_before_any_work(tmp_path: Path, wrong: dict[str, An
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_absolute_bound_gates_too(tmp_path: Path) -> None:
     with pytest.raises(ParityError):
         export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2), atol=1e-12)
@@ -268,6 +280,7 @@ def test_an_absolute_bound_gates_the_rehearsal_before_anything_is_built(tmp_path
         export(tmp_path, SHALLOW, state, precisions=("fp16",), atol=1e-12, fallback=False)
 
 
+@pytest.mark.slow
 def test_stages_are_told_in_order(tmp_path: Path) -> None:
     recorder = Recorder()
     source = folder(tmp_path / "checkpoint", SHALLOW, random_state(SHALLOW, spread=0.2))

@@ -112,7 +112,7 @@ def test_a_bundle_with_kernels_alone(tmp_path: Path) -> None:
             "unknown architecture 'sm_9'; did you mean 'sm_90'",
         ),
         ({"formats": ("triton-aot",), "architectures": ("sm_90",)}, "fp16 or bf16, not in fp32"),
-        ({"architectures": ("sm_90",)}, "no format needs it"),
+        ({"formats": ("onnx",), "architectures": ("sm_90",)}, "no format needs it"),
         ({"formats": ("triton-aut",)}, "unknown format 'triton-aut'; did you mean 'triton-aot'"),
     ],
 )

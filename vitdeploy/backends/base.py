@@ -16,7 +16,7 @@ import numpy as np
 
 from vitdeploy.bundle import WEIGHTS, Bundle
 from vitdeploy.config import BatchRange
-from vitdeploy.errors import BundleError, UsageError, did_you_mean
+from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError, did_you_mean
 from vitdeploy.manifest import Artifact, DType, Manifest, Precision, TensorSpec
 
 Array = np.ndarray[Any, Any]
@@ -26,6 +26,8 @@ _BACKENDS = {
     "openvino": "vitdeploy.backends.openvino:OpenVino",
     "torch": "vitdeploy.backends.torch:Torch",
     "torch-compile": "vitdeploy.backends.torch_compile:TorchCompile",
+    "tensorrt": "vitdeploy.backends.tensorrt:TensorRT",
+    "tensorrt-rtx": "vitdeploy.backends.tensorrt:TensorRTForRTX",
     "triton": "vitdeploy.backends.triton:Triton",
 }
 
@@ -37,7 +39,7 @@ class Options:
     threads: int | None = None
     """CPU threads; the runtime's own choice when omitted."""
     provider: str | None = None
-    """ONNX Runtime's execution provider: cpu, cuda, tensorrt or openvino."""
+    """ONNX Runtime's execution provider: cpu, cuda, tensorrt or tensorrt-rtx."""
     device: str | None = None
     """cpu, cuda, or cuda:1; the backend's own default when omitted."""
 
@@ -79,6 +81,8 @@ class SessionFacts:
     their place proves nothing about them."""
     fusion: tuple[str, ...] = ()
     """Which parts of the model run fused, and which do not and why; from backends that know."""
+    rebuild: str = "export with --batch MIN,OPT,MAX"
+    """How to get an artifact for other batch sizes."""
 
 
 class Session(ABC):
@@ -181,6 +185,16 @@ def require_support(backend: Backend, bundle: Bundle, artifact: Artifact | None)
         raise UsageError(f"the {backend.name} backend cannot run {name} of {bundle.root}: {reason}")
 
 
+def runs_nothing(backend: Backend, bundle: Bundle) -> VitdeployError:
+    """Why a backend runs nothing of a bundle; of its engines, that the GPU they are for is missing."""
+    manifest = bundle.manifest
+    reasons = [f"{artifact.name}: {backend.supports(manifest, artifact)}" for artifact in manifest.artifacts]
+    engines = any(a.targets and a.format in backend.formats for a in manifest.artifacts)
+    kind = DeviceUnavailable if engines else UsageError
+    why = "; ".join(reasons) or "it has no artifacts"
+    return kind(f"the {backend.name} backend can run nothing of {bundle.root}: {why}")
+
+
 def split_device(device: str) -> tuple[str, int]:
     """``"cuda:1"`` as ``("cuda", 1)``; without a number it is 0.
 
@@ -220,7 +234,7 @@ def check_inputs(facts: SessionFacts, inputs: Mapping[str, Array]) -> None:
     batch = inputs[facts.inputs[0].name].shape[0]
     if not facts.batch.min <= batch <= facts.batch.max:
         served = f"{facts.batch.min}" if facts.batch.fixed else f"{facts.batch.min} to {facts.batch.max}"
-        raise UsageError(f"batch size {batch}, but {facts.artifact} serves {served}")
+        raise UsageError(f"batch size {batch}, but {facts.artifact} serves {served}", hint=facts.rebuild)
 
 
 def _check_tensor(spec: TensorSpec, array: Array, sizes: dict[str, int], artifact: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from vitdeploy.backends.base import (
     split_device,
 )
 from vitdeploy.bundle import Bundle
+from vitdeploy.engines.plugin_graph import with_plugins
 from vitdeploy.errors import BundleError, MissingDependency, UsageError
 from vitdeploy.manifest import Artifact, Manifest, Precision, TensorSpec
 
@@ -109,13 +112,30 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
     try:
         # Asked by name: guessing the format would offer a broken file to every parser it has.
         reader = FrontEndManager().load_by_framework("onnx")
-        compiled = core.compile_model(reader.convert(reader.load(str(path))), "CPU", settings)
+        with _without_functions(path) as plain:
+            model = reader.convert(reader.load(str(plain)))
+        compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # its errors have no base class of their own
         raise BundleError(f"{path}: OpenVINO cannot load it: {one_line(error)}") from error
     check_signature(
         artifact, _dtypes(compiled.inputs, artifact.inputs), _dtypes(compiled.outputs, artifact.outputs)
     )
     return compiled
+
+
+@contextlib.contextmanager
+def _without_functions(path: Path) -> Iterator[Path]:
+    """The file; or, as OpenVINO knows no functions of a model's own, a copy that has them inlined."""
+    if not with_plugins(path.name):
+        yield path
+        return
+    import onnx
+    import onnx.inliner
+
+    with tempfile.TemporaryDirectory() as folder:
+        inlined = Path(folder, path.name)
+        onnx.save(onnx.inliner.inline_local_functions(onnx.load(path)), inlined)
+        yield inlined
 
 
 def _dtypes(values: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str]:

@@ -6,7 +6,6 @@ No exported graph is read; an artifact only says which precision and which batch
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from vitdeploy.backends.base import (
 from vitdeploy.backends.torch import cuda_device, library, load_vit
 from vitdeploy.bundle import WEIGHTS, Bundle
 from vitdeploy.config import BatchRange
+from vitdeploy.devices import find_gpus
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 from vitdeploy.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 
@@ -45,9 +45,6 @@ TUNED = "kernels/tuned"
 _OLDEST = (8, 0)
 """Compute capability; ``vitdeploy_kernels.support.OLDEST`` is the same, and importing it needs torch."""
 
-_MAJOR, _MINOR = 75, 76
-"""The driver's numbers for CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
-
 
 class Triton:
     """The backend. A session serves one thread at a time."""
@@ -62,7 +59,7 @@ class Triton:
                 return Availability(False, f"{module} is not installed", 'pip install "vitdeploy[kernels]"')
         if _interpreted():
             return Availability(True)
-        found = cuda_capabilities()
+        found = [gpu.capability for gpu in find_gpus()]
         if not found:
             hint = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to check small models"
             return Availability(False, "no NVIDIA GPU answers", hint)
@@ -153,26 +150,6 @@ class TritonSession(Session):
 def _interpreted() -> bool:
     """What Triton itself looks at; importing it to ask costs a second."""
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "yes", "on", "y")
-
-
-def cuda_capabilities(driver: str = "libcuda.so.1") -> list[tuple[int, int]]:
-    """Compute capabilities of the GPUs that the CUDA driver finds; none without a driver."""
-    try:
-        cuda = ctypes.CDLL(driver)
-    except OSError:
-        return []
-    count, value = ctypes.c_int(), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    found = []
-    for device in range(count.value):
-        pair = []
-        for attribute in (_MAJOR, _MINOR):
-            if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-                return []
-            pair.append(value.value)
-        found.append((pair[0], pair[1]))
-    return found
 
 
 class _Kernels:

@@ -30,7 +30,7 @@ def command(
     batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,8,32",
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.")] = None,
     provider: Annotated[
-        str | None, typer.Option(metavar="P", help="ONNX Runtime's provider: cpu, cuda or tensorrt.")
+        str | None, typer.Option(metavar="P", help="ONNX Runtime's: cpu, cuda, tensorrt, tensorrt-rtx.")
     ] = None,
     budget: Annotated[str, typer.Option(metavar="TIME", help="For the whole measurement: 90s, 5m.")] = "60s",
     results: Annotated[

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitdeploy.cli import output, parse, summary
+from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from vitdeploy.bundle import Bundle
+    from vitdeploy.export.engine_request import EngineRequest
     from vitdeploy.export.plan import ExportPlan
     from vitdeploy.export.request import ExportRequest
 
@@ -22,6 +24,8 @@ EXAMPLES = (
     "vitdeploy export -m B/16 --checkpoint weights.safetensors --image-size 384",
     "vitdeploy export -m digits --batch 8 --input uint8",
     "vitdeploy export -m B/16 --fp16 --format onnx,triton-aot --arch sm_89,sm_90",
+    "vitdeploy export -m B/16 --fp16 --format tensorrt-rtx --arch sm_89,sm_120",
+    "vitdeploy export -m vit.bundle --format tensorrt --precision fp16 --profile 1,1,1 --profile 2,8,64",
     "vitdeploy export -m my_models:build --image-size 224x320 --dry-run",
 )
 
@@ -33,7 +37,7 @@ Model = Annotated[
         "--model",
         metavar="MODEL",
         help="A named variant (vit_base_patch16_224, B/16, digits), a transformers folder or hub id, "
-        "timm:NAME, or module:function.  [default: vit_base_patch16_224]",
+        "timm:NAME, or module:function; or a bundle, to add engines to it.  [default: vit_base_patch16_224]",
     ),
 ]
 Checkpoint = Annotated[
@@ -47,11 +51,50 @@ Format = Annotated[
     str,
     typer.Option(
         metavar="F,...",
-        help="onnx; triton-aot: the fused kernels, compiled for --arch; auto: all that needs no choice.",
+        help="onnx; tensorrt, tensorrt-rtx: engines; triton-aot: the fused kernels; auto: ONNX and the "
+        "engines that can be built here.",
     ),
 ]
 Arch = Annotated[
-    str | None, typer.Option(metavar="A,...", help="GPUs to compile triton-aot for: sm_80, sm_89, sm_90, ...")
+    str | None,
+    typer.Option(
+        metavar="A,...", help="GPUs for tensorrt-rtx and triton-aot: sm_89,sm_120; sm_80+sm_89: one engine."
+    ),
+]
+Profile = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MIN,OPT,MAX", help="Engines: an optimization profile; repeat it.  [default: --batch]"
+    ),
+]
+Workspace = Annotated[
+    str | None, typer.Option(metavar="BYTES", help="Engines: GPU memory for one kernel: 512M, 4G.")
+]
+OptLevel = Annotated[
+    int | None, typer.Option(metavar="0..5", help="Engines: how long TensorRT searches for kernels.")
+]
+TimingCache = Annotated[
+    bool,
+    typer.Option("--timing-cache/--no-timing-cache", help="tensorrt: keep its timings for the next build."),
+]
+HardwareCompat = Annotated[
+    str,
+    typer.Option(
+        metavar="none|ampere_plus|same_compute_capability", help="tensorrt: other GPUs to run on, too."
+    ),
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="tensorrt: later versions may load the engine.")
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="full|refit|stripped",
+        help="Engines: refit: weights can be replaced; stripped: taken from the ONNX file at load.",
+    ),
+]
+Plugins = Annotated[
+    bool, typer.Option("--plugins", help="tensorrt: engines also with our Triton kernels as plugins.")
 ]
 Fp32 = Annotated[bool, typer.Option("--fp32", help="Add an fp32 artifact; the default.")]
 Fp16 = Annotated[bool, typer.Option("--fp16", help="Add an fp16 artifact.")]
@@ -61,7 +104,10 @@ ImageSize = Annotated[
     str | None, typer.Option(metavar="N|HxW", help="Pixels; the checkpoint's own when omitted.")
 ]
 Batch = Annotated[
-    str, typer.Option(metavar="MIN,OPT,MAX|N", help="Batch sizes to serve; one number fixes it.")
+    str | None,
+    typer.Option(
+        metavar="MIN,OPT,MAX|N", help="Batch sizes to serve; one number fixes it.  [default: 1,8,32]"
+    ),
 ]
 Opset = Annotated[int, typer.Option(metavar="N", help="ONNX operator set, 17 to 23.")]
 Input = Annotated[
@@ -97,12 +143,20 @@ def command(
     output_dir: OutputDir = None,
     format: Format = "auto",
     arch: Arch = None,
+    profile: Profile = None,
+    workspace: Workspace = None,
+    opt_level: OptLevel = None,
+    timing_cache: TimingCache = True,
+    hardware_compat: HardwareCompat = "none",
+    version_compatible: VersionCompatible = False,
+    weights: Weights = "full",
+    plugins: Plugins = False,
     fp32: Fp32 = False,
     fp16: Fp16 = False,
     bf16: Bf16 = False,
     precision: Precisions = None,
     image_size: ImageSize = None,
-    batch: Batch = "1,8,32",
+    batch: Batch = None,
     opset: Opset = 20,
     input: Input = "float",
     output_kind: Output = None,
@@ -116,12 +170,28 @@ def command(
     """Export a model into a bundle and prove every artifact against its float64 reference.
 
     Without a checkpoint a named variant has seeded random weights. Precisions add up: --fp32 --fp16
-    builds both. Anything that fails, or is interrupted, leaves nothing behind.
+    builds both. Anything that fails, or is interrupted, leaves nothing behind. With -m BUNDLE, engines
+    are built from the ONNX artifacts it has, and added to it; that needs no PyTorch.
     """
     flags = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
-    precisions = (*flags, *(parse.names(precision) or ())) or ("fp32",)
-    sizes, pixels = parse.batch_range(batch), parse.image_size(image_size)
-    formats = parse.names(format) or ()
+    precisions = tuple(dict.fromkeys((*flags, *(parse.names(precision) or ()))))
+    pixels = parse.image_size(image_size)
+    engines = _engine_request(
+        (format, arch),
+        profile,
+        plugins,
+        workspace=parse.byte_count(workspace, "--workspace"),
+        level=opt_level,
+        timing_cache=timing_cache,
+        hardware=hardware_compat,
+        version_compatible=version_compatible,
+        weights=weights,
+    )
+    if model is not None and _is_bundle(model):
+        fixed = {"--checkpoint": checkpoint, "-o": output_dir, "--image-size": image_size, "--batch": batch}
+        given = tuple(flag for flag, value in fixed.items() if value is not None)
+        return _add_engines(Path(model), engines, precisions, given, force, as_json)
+    sizes = parse.batch_range("1,8,32" if batch is None else batch)
     from vitdeploy.export import exporting
 
     with exporting():
@@ -130,9 +200,12 @@ def command(
     request = ExportRequest(
         model=model,
         checkpoint=checkpoint,
-        precisions=tuple(dict.fromkeys(precisions)),
-        formats=formats,
-        architectures=tuple(dict.fromkeys(parse.names(arch) or ())),
+        precisions=precisions or ("fp32",),
+        formats=engines.formats,
+        architectures=engines.architectures,
+        profiles=engines.profiles,
+        settings=engines.settings,
+        plugins=plugins,
         image_size=pixels,
         batch=sizes,
         opset=opset,
@@ -143,10 +216,46 @@ def command(
         seed=seed,
         command=_command_line(),
     )
-    if dry_run:
-        _dry_run(request, output_dir, force, as_json)
-    else:
-        _export(request, output_dir, force, as_json)
+    return (_dry_run if dry_run else _export)(request, output_dir, force, as_json)
+
+
+def _is_bundle(model: str) -> bool:
+    """Whether ``--model`` names a bundle rather than a model."""
+    from vitdeploy.manifest import MANIFEST
+
+    return Path(model, MANIFEST).is_file()
+
+
+def _engine_request(
+    where: tuple[str, str | None], profile: list[str] | None, plugins: bool, **settings: Any
+) -> EngineRequest:
+    """What the flags say of engines; ``where`` is ``--format`` and ``--arch``."""
+    from vitdeploy.engines.records import BuildSettings
+    from vitdeploy.export.engine_request import EngineRequest
+
+    formats, architectures = (parse.names(text) or () for text in where)
+    profiles = parse.profiles(profile)
+    return EngineRequest(formats, architectures, profiles, BuildSettings.of(**settings), plugins)
+
+
+def _add_engines(
+    folder: Path,
+    request: EngineRequest,
+    precisions: tuple[str, ...],
+    given: tuple[str, ...],
+    force: bool,
+    as_json: bool,
+) -> None:
+    from vitdeploy.bundle import Bundle
+    from vitdeploy.export.tensorrt import add_engines
+
+    if given:
+        message = f"{folder} is a bundle: engines are added to it, and {', '.join(given)} cannot change it"
+        raise UsageError(message, hint="--profile sets an engine's batch sizes")
+    with output.Stages() as stages, output.stdout_is_ours():
+        opened = Bundle.open(folder)
+        bundle = add_engines(opened, request, precisions=precisions, force=force, progress=stages)
+    _show(bundle, folder, stages, as_json)
 
 
 def _command_line() -> str:
@@ -158,22 +267,24 @@ def _export(request: ExportRequest, folder: Path | None, force: bool, as_json: b
 
     with output.Stages() as stages, output.stdout_is_ours():
         bundle = run_export(request, folder, force=force, progress=stages)
-    where = folder or Path(bundle.root.name)
-    if as_json:
-        manifest = bundle.manifest
-        output.json_document(
-            {
-                "ok": True,
-                "bundle": str(where),
-                "artifacts": [summary.artifact_dict(manifest, artifact) for artifact in manifest.artifacts],
-                "rewrites": [rewrite.model_dump(mode="json") for rewrite in manifest.rewrites],
-                "parity": [record.model_dump(mode="json") for record in manifest.parity],
-                "stages": stages.as_list(),
-                "notes": stages.notes,
-            }
-        )
-    else:
-        _print_bundle(bundle, where)
+    _show(bundle, folder or Path(bundle.root.name), stages, as_json)
+
+
+def _show(bundle: Bundle, where: Path, stages: output.Stages, as_json: bool) -> None:
+    if not as_json:
+        return _print_bundle(bundle, where)
+    manifest = bundle.manifest
+    return output.json_document(
+        {
+            "ok": True,
+            "bundle": str(where),
+            "artifacts": [summary.artifact_dict(manifest, artifact) for artifact in manifest.artifacts],
+            "rewrites": [rewrite.model_dump(mode="json") for rewrite in manifest.rewrites],
+            "parity": [record.model_dump(mode="json") for record in manifest.parity],
+            "stages": stages.as_list(),
+            "notes": stages.notes,
+        }
+    )
 
 
 def _print_bundle(bundle: Bundle, where: Path) -> None:

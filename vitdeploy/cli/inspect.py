@@ -1,4 +1,4 @@
-"""``vitdeploy inspect``: what is in a bundle, or in any ONNX file."""
+"""``vitdeploy inspect``: what is in a bundle, in any ONNX file, or in any engine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from vitdeploy.manifest import Manifest
     from vitdeploy.proof import GraphSummary
 
-SUMMARY = "Show what a bundle or an ONNX file contains."
+SUMMARY = "Show what a bundle, an ONNX file or an engine contains."
 EXAMPLES = (
     "vitdeploy inspect vit.bundle",
     "vitdeploy inspect vit.bundle/model.fp16.onnx",
+    "vitdeploy inspect vit.bundle/engines/sm_89-rtx/model.fp16.plan",
     "vitdeploy inspect vit.bundle --json | jq .manifest.parity",
 )
 
@@ -26,19 +27,28 @@ EXAMPLES = (
 def command(
     path: Annotated[
         Path,
-        typer.Argument(metavar="BUNDLE|FILE.onnx", help="A bundle, or an ONNX file.", show_default=False),
+        typer.Argument(
+            metavar="BUNDLE|FILE.onnx|FILE.plan",
+            help="A bundle, an ONNX file, an engine.",
+            show_default=False,
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Show what a bundle or an ONNX file contains: model, artifacts, precision, parity, operators."""
+    """Show what a bundle, an ONNX file or an engine contains: artifacts, precision, parity, operators.
+
+    Of an engine, its header is read and the record beside it; that needs neither TensorRT nor a GPU.
+    """
     from vitdeploy.bundle import Bundle
 
     if path.is_dir():
         _bundle(Bundle.open(path), as_json)
     elif path.suffix == ".onnx" and path.is_file():
         _onnx(path, as_json)
+    elif path.suffix in (".plan", ".engine") and path.is_file():
+        _engine(path, as_json)
     elif path.exists():
-        raise UsageError(f"{path}: neither a bundle nor an .onnx file")
+        raise UsageError(f"{path}: neither a bundle nor an .onnx or .plan file")
     else:
         raise UsageError(f"{path}: does not exist")
 
@@ -122,6 +132,50 @@ def _onnx(path: Path, as_json: bool) -> None:
     ]
     output.facts(rows)
     _operators("operators", graph)
+
+
+def _engine(path: Path, as_json: bool) -> None:
+    from vitdeploy.engines.compatibility import check_files, read_record
+    from vitdeploy.engines.header import HEADER_BYTES, check_size, read_header
+
+    with path.open("rb") as file:
+        header = read_header(file.read(HEADER_BYTES), str(path))
+    size = path.stat().st_size
+    check_size(header, size, str(path))
+    beside = path.with_suffix(".json")
+    record = read_record(beside) if beside.is_file() else None
+    if record is not None:
+        check_files(path, record)
+    facts: dict[str, Any] = {
+        "file": str(path),
+        "size": size,
+        "flavour": header.flavour.name,
+        "version": header.version_text,
+        "targets": list(header.targets or (record.targets if record else ())),
+    }
+    if as_json:
+        beside_it = record.model_dump(mode="json") if record else None
+        output.json_document({"ok": True, **facts, "record": beside_it})
+        return
+    output.facts(
+        [
+            ("file", f"{path} ({output.size(size)})"),
+            ("built by", f"{header.flavour.title} {header.version_text}"),
+            ("runs on", ", ".join(facts["targets"]) or "the kind of GPU it was built on"),
+        ]
+    )
+    if record is None:
+        output.line(f"no record beside it: {beside.name}")
+        return
+    output.facts(
+        [
+            ("profiles", "; ".join(f"batch {b.min} to {b.max}, best at {b.opt}" for b in record.profiles)),
+            ("from", f"{record.source}, in {record.build_seconds:.1f} s on {record.gpu or 'a CPU'}"),
+            ("weights", record.settings.weights),
+            ("precision", summary.proof_line(record.proof.ops)),
+            *(("fusion", line) for line in record.fusion.lines()),
+        ]
+    )
 
 
 def _value(name: str, spec: tuple[str, tuple[int | str, ...]]) -> str:

@@ -99,6 +99,10 @@ class Stages(Progress):
             self._status = _console(stderr=True).status(stage.name)
             self._status.start()
 
+    def updated(self, stage: Stage) -> None:
+        if self._status is not None:
+            self._status.update(printable(f"{stage.name}  {stage.detail}"))
+
     def finished(self, stage: Stage) -> None:
         self._stop()
         self.done.append(stage)

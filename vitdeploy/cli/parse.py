@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from vitdeploy.config import BatchRange, Size
 from vitdeploy.errors import UsageError
@@ -52,6 +53,35 @@ def batch_range(text: str) -> BatchRange:
             hint="--batch 1,8,32, or --batch 8",
         )
     return BatchRange(*(sizes * 3 if len(sizes) == 1 else sizes))
+
+
+def profiles(texts: Sequence[str] | None) -> tuple[BatchRange, ...]:
+    """``["1,1,1", "2,8,64"]`` as batch ranges.
+
+    Raises:
+        UsageError: one that is not three numbers that rise.
+    """
+    found = []
+    for text in texts or ():
+        sizes = integers(text, "--profile")
+        if len(sizes) != 3:
+            raise UsageError(f"--profile {text}: {len(sizes)} numbers", hint="--profile MIN,OPT,MAX")
+        found.append(BatchRange(*sizes))
+    return tuple(found)
+
+
+def byte_count(text: str | None, flag: str) -> int | None:
+    """``"512M"`` or ``"4G"`` in bytes, K being 1024.
+
+    Raises:
+        UsageError: neither; names the flag.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,12})([KMG])?(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise UsageError(f"{flag} {text}: not a size", hint=f"{flag} 512M, or 4G")
+    return int(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[(match[2] or "").upper()]
 
 
 def image_size(text: str | None) -> Size | None:

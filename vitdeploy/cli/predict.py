@@ -39,7 +39,7 @@ def command(
     top_k: Annotated[int, typer.Option(metavar="K", help="Classes per image.")] = 5,
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.")] = None,
     provider: Annotated[
-        str | None, typer.Option(metavar="P", help="ONNX Runtime's provider: cpu, cuda or tensorrt.")
+        str | None, typer.Option(metavar="P", help="ONNX Runtime's: cpu, cuda, tensorrt, tensorrt-rtx.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line per image and class.")] = False,

@@ -36,7 +36,7 @@ def command(
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.")] = None,
     provider: Annotated[
-        str | None, typer.Option(metavar="P", help="ONNX Runtime's provider: cpu, cuda or tensorrt.")
+        str | None, typer.Option(metavar="P", help="ONNX Runtime's: cpu, cuda, tensorrt, tensorrt-rtx.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> int:

@@ -89,7 +89,8 @@ def write_onnx(
     release()
     if not proof.ok:
         names = (
-            ", ".join(f"{row.name} ({row.dtype})" for row in undeclared(proof, default)) or "no GEMM found"
+            ", ".join(f"{row.name} ({row.dtype})" for row in undeclared(proof.ops, default))
+            or "no GEMM found"
         )
         raise PrecisionError(f"{path.name} is not {default} everywhere: {names}")
     return Artifact(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitdeploy.bundle import GOLDEN, WEIGHTS, BundleWriter
 from vitdeploy.config import Size
+from vitdeploy.engines.plugin_graph import FILE_SUFFIX
+from vitdeploy.export.engine_request import PLUGINS, Order, engines_of, orders_of
 from vitdeploy.export.onnx import FILES, INPUT
 from vitdeploy.export.request import ExportRequest, default_folder
 from vitdeploy.export.subject import Subject
@@ -46,10 +49,11 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
     """Open the model and say what exporting it would write; nothing stays on the disk.
 
     Raises:
-        UsageError, CheckpointError, MissingDependency: as the export itself.
+        UsageError, CheckpointError, MissingDependency, DeviceUnavailable: as the export itself.
         BundleError: the export could not write there.
     """
     target = folder or default_folder(request)
+    orders, impossible = orders_of(request.engines)
     with BundleWriter(target, force=force):  # the same objections as the export's, and nothing committed
         opened, subject = request.open()
     size = _image_size(subject)
@@ -64,9 +68,22 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
         output=f"{subject.output} float32",
         rewrites=subject.rewrites,
         folder=target,
-        files=_files(request, subject),
-        notes=opened.notes,
+        files=_files(request, subject) | _engine_files(request, orders, subject),
+        notes=(*opened.notes, *impossible),
     )
+
+
+def _engine_files(request: ExportRequest, orders: Sequence[Order], subject: Subject) -> dict[str, int]:
+    """An engine has about the size of its weights."""
+    files = {}
+    for precision in request.precisions:
+        size = _BYTES[precision] * subject.parameters
+        twin = request.plugins and precision != "fp32"
+        if twin:
+            files[FILES[precision].removesuffix(".onnx") + FILE_SUFFIX] = size
+        for kind in (precision, f"{precision}{PLUGINS}") if twin else (precision,):
+            files |= {engine.path: size for order in orders for engine in engines_of(order, kind)}
+    return files
 
 
 def _image_size(subject: Subject) -> Size:

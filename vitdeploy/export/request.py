@@ -11,13 +11,16 @@ from torch import nn
 from vitdeploy.backends.triton import AOT
 from vitdeploy.checkpoint import DEFAULT_MODEL, Checkpoint, UserModule, open_model
 from vitdeploy.config import BatchRange, Precision, Size
+from vitdeploy.engines.flavours import FLAVOURS
+from vitdeploy.engines.records import BuildSettings
 from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.export import triton_aot
+from vitdeploy.export.engine_request import AUTO, EngineRequest
 from vitdeploy.export.onnx import OnnxOptions
 from vitdeploy.export.subject import Subject, subject_of
 from vitdeploy.precision import DTYPES
 
-FORMATS = ("auto", "onnx", AOT)
+FORMATS: tuple[str, ...] = (AUTO, "onnx", *FLAVOURS, AOT)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,13 @@ class ExportRequest:
     output: str | None = None
     atol: float | None = None
     architectures: tuple[str, ...] = ()
-    """GPUs to compile the fused kernels for: sm_80, sm_90, ..."""
+    """GPUs to build engines and compile kernels for; ``sm_80+sm_89`` is one engine for both."""
+    profiles: tuple[BatchRange, ...] = ()
+    """Optimization profiles of engines; the batch range when empty."""
+    settings: BuildSettings = field(default_factory=BuildSettings)
+    """Of engines."""
+    plugins: bool = False
+    """Whether to make half-precision artifacts also with our kernels as operators, for TensorRT."""
     fallback: bool = True
     seed: int = 0
     command: str = ""
@@ -57,25 +66,52 @@ class ExportRequest:
                     )
         if self.atol is not None and not self.atol > 0:
             raise UsageError(f"atol must be positive, not {self.atol}")
-        self._check_kernels()
         OnnxOptions(self.batch, self.opset)
-
-    def _check_kernels(self) -> None:
-        if AOT not in self.formats:
-            if self.architectures:
-                hint = f"--format onnx,{AOT}"
-                raise UsageError(
-                    "--arch names GPUs to compile kernels for, and no format needs it", hint=hint
-                )
-            return
-        triton_aot.check_architectures(self.architectures)
-        if not self.kernel_precisions:
-            given = ", ".join(self.precisions)
-            raise UsageError(f"the kernels compute in fp16 or bf16, not in {given}", hint="add --fp16")
+        if self.plugins and set(self.precisions) == {"fp32"}:
+            raise UsageError("the plugins' kernels compute in fp16 or bf16, not in fp32", hint="add --fp16")
+        if not self.engines.formats and (self.profiles or self.settings != BuildSettings()):
+            hint = "--format onnx,tensorrt-rtx, or tensorrt"
+            raise UsageError(
+                "profiles and builder settings are for engines, and no format makes any", hint=hint
+            )
+        if AOT in self.formats:
+            triton_aot.check_architectures(self.kernel_architectures)
+            if not self.kernel_precisions:
+                listed = ", ".join(self.precisions)
+                raise UsageError(f"the kernels compute in fp16 or bf16, not in {listed}", hint="add --fp16")
+        elif self.architectures and not self.engines.formats:
+            raise UsageError(
+                "--arch names GPUs to build for, and no format needs it",
+                hint=f"--format onnx,tensorrt-rtx, or onnx,{AOT}",
+            )
 
     @property
     def wants_onnx(self) -> bool:
-        return not {"auto", "onnx"}.isdisjoint(self.formats)
+        """Engines are built from it, and proven by it where they do not run."""
+        return {AOT} != set(self.formats)
+
+    @property
+    def engines(self) -> EngineRequest:
+        """What is asked of engines."""
+        formats = tuple(name for name in self.formats if name == AUTO or name in FLAVOURS)
+        architectures = self._architectures(kernels=False)
+        return EngineRequest(formats, architectures, self.profiles, self.settings, self.plugins)
+
+    @property
+    def kernel_architectures(self) -> tuple[str, ...]:
+        """GPUs to compile the fused kernels for."""
+        parts = (part for text in self._architectures(kernels=True) for part in text.split("+"))
+        return tuple(dict.fromkeys(parts))
+
+    def _architectures(self, *, kernels: bool) -> tuple[str, ...]:
+        """Of the architectures, those for the kernels or those for engines, where both are asked for."""
+        if AOT not in self.formats or set(self.formats).isdisjoint((AUTO, *FLAVOURS)):
+            return self.architectures
+        known = {True: set(triton_aot.known_architectures()), False: set(FLAVOURS["tensorrt-rtx"].targets)}
+        mine, theirs = known[kernels], known[not kernels]
+        parts = {text: set(text.split("+")) for text in self.architectures}
+        # What neither knows is left to both, to be refused.
+        return tuple(text for text in parts if parts[text] <= mine or not parts[text] <= theirs)
 
     @property
     def kernel_precisions(self) -> tuple[Precision, ...]:

@@ -17,17 +17,20 @@ from safetensors.torch import save_file
 
 from vitdeploy import golden, parity
 from vitdeploy._version import __version__
-from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.backends.triton import AOT
 from vitdeploy.bundle import GOLDEN, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.checkpoint import Checkpoint, UserModule
 from vitdeploy.config import Precision
-from vitdeploy.errors import MissingDependency, ParityError, UsageError
+from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.export import triton_aot
+from vitdeploy.export.engine_request import Order, orders_of
 from vitdeploy.export.fallback import Proposal, smallest_islands
 from vitdeploy.export.onnx import INPUT, write_onnx
+from vitdeploy.export.plugins import add_twins, require_known
+from vitdeploy.export.proving import first_failure, prove_engines, prove_onnx, worst
 from vitdeploy.export.request import ExportRequest, default_folder
 from vitdeploy.export.subject import Subject, VitSubject
+from vitdeploy.export.tensorrt import write_engines
 from vitdeploy.manifest import Artifact, Manifest, ParityRecord, Provenance, Tolerance
 from vitdeploy.memory import release
 from vitdeploy.precision import PrecisionPlan
@@ -58,10 +61,13 @@ def run_export(
     """
     progress = progress or Progress()
     target = folder or default_folder(request)
+    orders, impossible = orders_of(request.engines)
     with BundleWriter(target, force=force) as writer:
         with progress.stage("load") as stage:
             opened, subject = request.open()
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
+        if request.plugins:
+            require_known(subject.config)
         for note in (*opened.notes, *subject.notes):
             progress.note(note)
         provenance = _provenance(request, opened)
@@ -73,7 +79,7 @@ def run_export(
             stage.size = _write_tensors(writer, subject, arrays)
         subject.reload(writer.directory / WEIGHTS)
         release()
-        job = _Job(request, provenance, subject, arrays, writer, progress)
+        job = _Job(request, provenance, subject, arrays, writer, progress, orders, impossible)
         job.build()
         return writer.commit()
 
@@ -124,6 +130,10 @@ class _Job:
     golden: Golden
     writer: BundleWriter
     progress: Progress
+    orders: tuple[Order, ...] = ()
+    """Engines to build of each ONNX artifact."""
+    impossible: tuple[str, ...] = ()
+    """What cannot be built here, and why."""
     artifacts: list[Artifact] = field(default_factory=list)
     parity: list[ParityRecord] = field(default_factory=list)
 
@@ -133,19 +143,39 @@ class _Job:
             if any(artifact.name == f"onnx-{precision}" for artifact in self.artifacts):
                 continue  # another precision fell back to this one
             self._build_one(requested)
+        if self.request.plugins:
+            twins = add_twins(self.artifacts, self._manifest(), self.writer, self.golden, self.progress)
+            self._accept(*twins)
+        self._build_engines()
         for precision in self.request.kernel_precisions:
             self._build_kernels(precision)
         self.writer.seal(self._manifest())
 
+    def _build_engines(self) -> None:
+        """Engines of every ONNX artifact; proven here where they run here."""
+        onnx = [artifact for artifact in self.artifacts if artifact.format == "onnx"]
+        built = [
+            engine
+            for order in self.orders
+            for source in onnx
+            for engine in write_engines(order, source, self.writer, self.progress)
+        ]
+        for note in self.impossible:
+            self.progress.note(note)
+        if built:
+            bundle = self.writer.seal(self._manifest([*self.artifacts, *built]))
+            records = prove_engines(bundle, built, self.golden, self.request.atol, self.progress)
+            self._accept(built, records)
+
     def _build_one(self, precision: Precision) -> None:
         plan = PrecisionPlan.of(precision)
         rehearsed = self._rehearse(plan)
-        trouble = _first_failure(rehearsed)
+        trouble = first_failure(rehearsed)
         if trouble is None:
             artifact, records = self._attempt(plan, precision)
-            trouble = _first_failure(records)
+            trouble = first_failure(records)
             if trouble is None:
-                return self._accept(artifact, [*rehearsed, *records])
+                return self._accept([artifact], [*rehearsed, *records])
             self._drop(artifact)
         failure = f"{precision} does not compute what the checkpoint computes: {trouble}"
         if precision == "fp32" or not self.request.fallback:
@@ -163,7 +193,7 @@ class _Job:
         onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]
         rehearsed = onnx or self._rehearse(PrecisionPlan.of(precision))
         records = [record.model_copy(update={"artifact": name}) for record in rehearsed]
-        if trouble := _first_failure(records):
+        if trouble := first_failure(records):
             failure = f"{precision} does not compute what the checkpoint computes: {trouble}"
             if not self.request.fallback or not self.artifacts:
                 raise ParityError(failure, hint="--bf16 has more range")
@@ -173,13 +203,13 @@ class _Job:
             precision,
             self.writer,
             batch=self.request.batch,
-            architectures=self.request.architectures,
+            architectures=self.request.kernel_architectures,
             output=self.subject.output,
             input_kind=self.subject.input,
             progress=self.progress,
         )
         self.progress.note(f"{name}: no cubin has run yet; on such a GPU: vitdeploy verify --backend triton")
-        return self._accept(artifact, records)
+        return self._accept([artifact], records)
 
     def _fall_back(self, plan: PrecisionPlan, precision: Precision, trouble: str) -> None:
         """The smallest set of islands that passes; where there is none, bf16."""
@@ -195,9 +225,9 @@ class _Job:
                 continue
             rehearsed = self._rehearse(wider)
             artifact, records = self._attempt(wider, precision, reason)
-            if _first_failure([*rehearsed, *records]) is None:
+            if first_failure([*rehearsed, *records]) is None:
                 self.progress.note(f"{artifact.path} instead: {reason}")
-                return self._accept(artifact, [*rehearsed, *records])
+                return self._accept([artifact], [*rehearsed, *records])
             self._drop(artifact)
         raise ParityError(
             f"{precision} does not compute what the checkpoint computes: {trouble}", hint="--fp32"
@@ -228,7 +258,7 @@ class _Job:
                 passed=not failures,
                 failures=failures,
             )
-            stage.detail = _worst([record])
+            stage.detail = worst([record])
         return [record]
 
     def _tolerance(self, plan: PrecisionPlan) -> Tolerance:
@@ -271,23 +301,13 @@ class _Job:
             bundle = self.writer.seal(draft)
             self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what lowering has read
             release()
-            records = self._prove(bundle, bundle.artifact(artifact.name))
+            records = prove_onnx(bundle, bundle.artifact(artifact.name), self.golden, self.request.atol)
             release()
-            stage.detail = _worst(records)
+            stage.detail = worst(records)
         return artifact, records
 
-    def _prove(self, bundle: Bundle, artifact: Artifact) -> list[ParityRecord]:
-        for name in ("onnxruntime", "openvino"):
-            backend = get_backend(name)
-            if backend.supports(bundle.manifest, artifact) is None and backend.availability().ok:
-                with backend.load(bundle, artifact, Options()) as session:
-                    return parity.check_session(session, self.golden, max_abs=self.request.atol)
-        raise MissingDependency(
-            "openvino", extra="openvino", purpose=f"proving {artifact.path} on this machine"
-        )
-
-    def _accept(self, artifact: Artifact, records: Sequence[ParityRecord]) -> None:
-        self.artifacts.append(artifact)
+    def _accept(self, artifacts: Sequence[Artifact], records: Sequence[ParityRecord]) -> None:
+        self.artifacts.extend(artifacts)
         self.parity.extend(records)
 
     def _drop(self, artifact: Artifact) -> None:
@@ -327,20 +347,3 @@ def _provenance(request: ExportRequest, opened: Checkpoint | UserModule) -> Prov
         command=request.command,
         notes=opened.notes,
     )
-
-
-def _worst(records: Sequence[ParityRecord]) -> str:
-    relative = [r.metrics.relative for r in records if r.metrics.relative is not None]
-    bad = sum(r.metrics.nonfinite for r in records)
-    shown = f"relative error {max(relative):.2g}" if relative else "no finite output"
-    where = f" on {records[0].backend}, batch {', '.join(str(r.batch) for r in records)}" if records else ""
-    return shown + (f", {bad} NaN or Inf" if bad else "") + where
-
-
-def _first_failure(records: Sequence[ParityRecord]) -> str | None:
-    """What the first failed record says, with where; None if all passed."""
-    for record in records:
-        if not record.passed:
-            reasons = "; ".join(record.failures) or "failed"
-            return f"{record.artifact} on {record.backend}, batch {record.batch}: {reasons}"
-    return None

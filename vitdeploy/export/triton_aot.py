@@ -33,7 +33,7 @@ def check_architectures(names: Sequence[str]) -> None:
         UsageError: none, or one that the kernels are not compiled for.
         MissingDependency: Triton is not installed.
     """
-    known = _library("aot").ARCHITECTURES
+    known = known_architectures()
     for name in names:
         if name not in known:
             message = f"unknown architecture {name!r}{did_you_mean(name, known)}"
@@ -41,6 +41,15 @@ def check_architectures(names: Sequence[str]) -> None:
     if not names:
         hint = f"--arch with some of {','.join(known)}"
         raise UsageError(f"--format {AOT} compiles for the GPUs that you name", hint=hint)
+
+
+def known_architectures() -> tuple[str, ...]:
+    """GPUs that the kernels can be compiled for.
+
+    Raises:
+        MissingDependency: Triton is not installed.
+    """
+    return tuple(_library("aot").ARCHITECTURES)
 
 
 def write_kernels(
