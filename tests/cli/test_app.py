@@ -166,6 +166,44 @@ def test_an_interruption_that_a_library_renames() -> None:
     assert result == (130, "", "error: interrupted by SIGINT\n")
 
 
+_IMPORTED = """
+import signal, sys, time
+from pathlib import Path
+from vitdeploy import doctor
+from vitdeploy.cli import interruption, main
+
+Path("fragile.py").write_text(
+    "import signal, sys, time\\n"
+    "signal.raise_signal(signal.SIGINT)\\n"
+    "time.sleep(0.1)\\n"
+    "print('imported', file=sys.stderr)\\n"
+    "time.sleep({inside})\\n"
+)
+
+def work():
+    import fragile
+    time.sleep(30)
+
+sys.path.insert(0, ".")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+interruption._PATIENCE = {patience}
+doctor.diagnose = work
+sys.exit(main(["doctor"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "inside, patience, said", [(0, 10, "imported\n"), (30, 0.3, "imported\n"), (0, 0, "")]
+)
+def test_an_interruption_waits_for_an_import(tmp_path: Path, inside: int, patience: float, said: str) -> None:
+    """An extension module that is interrupted while it is imported may abort the process."""
+    script = _IMPORTED.format(inside=inside, patience=patience)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=25
+    )
+    assert (done.returncode, done.stderr) == (130, f"{said}error: interrupted by SIGINT\n")
+
+
 def test_an_ignored_signal_stays_ignored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     diagnose = doctor.diagnose
 

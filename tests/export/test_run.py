@@ -298,10 +298,9 @@ def test_killed_at_any_moment_there_is_no_bundle_or_a_whole_one(tmp_path: Path, 
     source = folder(tmp_path / "checkpoint", SHALLOW, random_state(SHALLOW, spread=0.2))
     target = tmp_path / "out.bundle"
     script = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from pathlib import Path; from vitdeploy.export.request import ExportRequest; "
-        "from vitdeploy.export.run import run_export\n"
-        f"print('begin', flush=True); run_export(ExportRequest(model={str(source)!r}), Path({str(target)!r}))"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"from vitdeploy.cli import main; print('begin', flush=True); "
+        f"sys.exit(main(['export', '-m', {str(source)!r}, '-o', {str(target)!r}]))"
     )
     for delay in (0.2, 1.0, 2.0, 3.5, 5.0):
         process = subprocess.Popen(
@@ -311,11 +310,12 @@ def test_killed_at_any_moment_there_is_no_bundle_or_a_whole_one(tmp_path: Path, 
         process.stdout.readline()
         time.sleep(delay)
         process.send_signal(how)
-        process.wait(timeout=60)
+        code = process.wait(timeout=60)
         if target.exists():
             Bundle.open(target).verify()
             break
         if how == signal.SIGINT:
+            assert code in (130, -signal.SIGINT), "before the command line listens, Python itself ends"
             assert _names(tmp_path) == ["checkpoint"]
     run_export(ExportRequest(model=source, batch=RANGE), target, force=True).verify()
     assert _names(tmp_path) == ["checkpoint", "out.bundle"], "the next export cleans up"

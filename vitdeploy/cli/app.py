@@ -6,15 +6,14 @@ import contextlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import Annotated, Any, TextIO
 
 import typer
 
 from vitdeploy._version import __version__
 from vitdeploy.cli import bench, doctor, export, inspect, output, predict, tune, verify
+from vitdeploy.cli.interruption import Interrupted, interruptible
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 
 # ClickException, of the click that typer depends on or carries inside, as its version will have it.
@@ -48,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a label or path in an alphabet that the terminal lacks
             stream.reconfigure(errors="backslashreplace")
-    with _interruptible() as caught:
+    with interruptible() as caught:
         try:
             code = _run(arguments)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has seen enough: `| head`
             _discard(sys.stdout)
             return 128 + signal.SIGPIPE
-        except _Interrupted:
+        except Interrupted:
             return _interrupted(caught[0])
         except VitdeployError as error:
             # A library may have turned an interruption into an error of its own.
@@ -128,34 +127,6 @@ def _usage_error(error: Any) -> UsageError:
 
 def _examples(lines: Sequence[str]) -> str:
     return "\b\n" + "\n".join(["Examples:", *(f"  {line}" for line in lines)])
-
-
-class _Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a request to end: whatever is being written is cleaned up on the way out."""
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Raise ``_Interrupted`` on the signals that end a process, where nobody ignores them already.
-
-    Yields the signals that arrived.
-    """
-    caught: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        raise _Interrupted
-
-    before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, stop)
-    try:
-        yield caught
-    finally:
-        for known, handler in before.items():
-            signal.signal(known, handler)
 
 
 def _discard(stream: TextIO) -> None:
