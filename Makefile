@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-EXTRAS := dev,export,kernels,openvino,tensorrt-rtx
+EXTRAS := dev,export,kernels,openvino,report,tensorrt-rtx
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -80,6 +80,12 @@ def test_wheel_holds_the_digits_model(wheel: Path) -> None:
             assert archive.read(path.relative_to(ROOT).as_posix()) == path.read_bytes()
 
 
+def test_wheel_holds_the_report_s_template(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {"vitdeploy/bench/report.html", "vitdeploy/bench/report.css"} <= names
+
+
 def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path, with_pip=False)
     python = tmp_path / "bin" / "python"
@@ -134,7 +140,7 @@ def test_constraints_pin_every_dependency_that_is_tested() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     tested = [*project["dependencies"]]
-    for name in ("dev", "export", "kernels", "openvino", "tensorrt-rtx"):
+    for name in ("dev", "export", "kernels", "openvino", "report", "tensorrt-rtx"):
         tested += extras[name]
     assert {normal(re.split(r"[<>=\[]", line)[0]) for line in tested} <= pinned
 

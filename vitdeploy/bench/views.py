@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,14 @@ _PAIRS: Final = {"image_size": ("height", "width"), "top1_interval": ("low", "hi
 _PARTS: Final[dict[str, type[BaseModel]]] = {"parity": Parity, "accuracy": Accuracy, "startup": Startup}
 _SAMPLES: Final = ("samples_ms", "device_samples_ms")
 _FORMULA: Final = re.compile(r"\s*[=+\-@＝＋－＠\t\r\n]")
-_MARKDOWN: Final = re.compile(r"([\\`*\[\]<>|~#$&]|\b_\b|(?<![^\W_])_|_(?![^\W_]))")
+_MARKDOWN: Final = re.compile(r"([\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_]))")
 
 
 def csv_text(results: Results) -> str:
     """One row per cell and one column per value, after RFC 4180, for ``results.json`` without its samples.
 
     Columns are named after the schema's fields, those of a cell's records with the record before them
-    (``parity_relative``). Null is empty. Text that a spreadsheet would run as a formula gets a ``'`` before it.
+    (``parity_relative``). Null is empty. Text that a spreadsheet would run gets a ``'`` before it.
     """
     models = {subject.name: subject.model for subject in results.subjects}
     out = io.StringIO(newline="")
@@ -90,7 +91,7 @@ def markdown_text(results: Results) -> str:
 
 def _md(text: str) -> str:
     """One line of text that Markdown shows as it is."""
-    return _MARKDOWN.sub(r"\\\1", wording.plain(text))
+    return _MARKDOWN.sub(r"\\\1", html.escape(wording.plain(text), quote=False))
 
 
 def _title(results: Results, group: Group) -> str:

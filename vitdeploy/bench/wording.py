@@ -31,7 +31,7 @@ def error(value: float | None) -> str:
 
 def share(value: float | None, *, signed: bool = False) -> str:
     """A share between 0 and 1 in percent."""
-    return NONE if value is None else f"{100 * value:{'+' if signed else ''}.2f} %"
+    return NONE if value is None else f"{100 * value:{'+' if signed else ''}.2f} %".replace("-", "−")
 
 
 def size(count: int | None) -> str:
