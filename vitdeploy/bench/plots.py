@@ -202,7 +202,7 @@ class _Chart:
 
     def throughput(self, axes: Axes, cells: Sequence[Cell]) -> None:
         self._by_batch(axes, [(c, c.images_per_s or 0.0) for c in cells])
-        _scale(axes, "y", [c.images_per_s or 0.0 for c in cells], log_from=50.0)
+        _scale(axes, "y", [c.images_per_s or 0.0 for c in cells], log_from=12.0)
         _unit(axes, "images per second")
 
     def _by_batch(self, axes: Axes, points: Sequence[tuple[Cell, float]]) -> None:
