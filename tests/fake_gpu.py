@@ -47,6 +47,8 @@ class FakeGpu:
         self.allocations = self.captures = self.launches = self.waits = 0
         self.queued: list[str] = []
         """What was queued and not waited for."""
+        self.clock = 0.0
+        """Seconds; everything queued takes one."""
         self._capturing: Graph | None = None
         if library is not None:
             _intercept(library, self)
@@ -77,6 +79,7 @@ class FakeGpu:
             self._capturing.append(work)
         else:
             self.queued.append(what)
+            self.clock += 1
             work()
 
     @property
@@ -97,7 +100,17 @@ class FakeGpu:
         self.launches += 1
         self.queued.append("graph")
         for work in graph:
+            self.clock += 1
             work()
+
+    def record(self) -> float:
+        assert self._capturing is None, "an event with its time recorded while a graph is captured"
+        self.queued.append("event")
+        return self.clock
+
+    def seconds_between(self, start: float, end: float) -> float:
+        assert "event" not in self.queued, "an event read before it was waited for"
+        return end - start
 
     def synchronize(self) -> None:
         assert self._capturing is None, "waited while a graph is captured"
@@ -138,6 +151,7 @@ def _intercept(library: ModuleType, gpu: FakeGpu) -> None:
             gpu.queue("engine", replay)
             return True
         gpu.queued.append("engine")
+        gpu.clock += 1
         return bool(original(self, stream_handle))
 
     original = library.IExecutionContext.execute_async_v3

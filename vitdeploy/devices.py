@@ -1,9 +1,10 @@
-"""The NVIDIA GPUs of this machine, asked of the CUDA driver itself: no library has to be installed."""
+"""The processor and the NVIDIA GPUs of this machine, as the system and the CUDA driver describe them."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from pathlib import Path
 
 _MAJOR, _MINOR = 75, 76
 """The driver's numbers for CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
@@ -47,3 +48,13 @@ def _describe(cuda: ctypes.CDLL, device: int) -> Gpu | None:
     if cuda.cuDeviceGetName(text, _NAME_BYTES, device):
         return None
     return Gpu(text.value.decode(errors="replace"), (pair[0], pair[1]))
+
+
+def cpu_info(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """What Linux says of the first processor: ``model name``, ``flags`` and so on; nothing elsewhere."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -16,6 +16,7 @@ from typing import Any
 
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import all_backends
+from vitdeploy.devices import cpu_info
 
 LIBRARIES: dict[str, str] = {
     "numpy": "",
@@ -110,7 +111,7 @@ def diagnose() -> Diagnosis:
 
 def find_cpu(root: Path = Path("/")) -> Cpu:
     """Describe the processor; ``root`` is where /proc and /sys are."""
-    info = _cpuinfo(root / "proc/cpuinfo")
+    info = cpu_info(root / "proc/cpuinfo")
     known = set((info.get("flags") or info.get("Features") or "").split())
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Cpu(
@@ -119,16 +120,6 @@ def find_cpu(root: Path = Path("/")) -> Cpu:
         threads=threads,
         memory=_memory(root),
     )
-
-
-def _cpuinfo(path: Path) -> dict[str, str]:
-    """The first processor's entries."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:  # not Linux
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _memory(root: Path) -> int | None:

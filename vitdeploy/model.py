@@ -87,7 +87,7 @@ class Embedding(nn.Module):
         positions = self.positions()
         if positions is not None:
             x = x + positions
-        prefix = self.prefix().expand(len(x), -1, -1)  # (N, prefix, D)
+        prefix = self.prefix().expand(x.shape[0], -1, -1)  # (N, prefix, D)
         return torch.cat([prefix, x], dim=1)  # (N, T, D)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from fake_torch_events import CudaClock
 from onnx import TensorProto, helper, numpy_helper
 from weights_bundles import write_weights
 
@@ -105,6 +106,11 @@ def expected(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def weights_bundle(tmp_path: Path) -> MakeBundle:
     """Write a bundle with weights and without any artifact."""
     return functools.partial(write_weights, tmp_path / "bundle")
+
+
+@pytest.fixture
+def cuda_clock(monkeypatch: pytest.MonkeyPatch) -> CudaClock:
+    return CudaClock(monkeypatch)
 
 
 @pytest.fixture

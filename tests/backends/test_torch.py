@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_torch_events import CudaClock
 from models import CONFIGS, pixels, random_state, random_vit
 from weights_bundles import CONFIG, SPEC, artifact, golden
 
+from vitdeploy.backends.aotinductor import AotInductor
 from vitdeploy.backends.base import Options, get_backend
-from vitdeploy.backends.torch import Torch, _no_tf32
+from vitdeploy.backends.torch import DeviceTimer, Torch, _no_tf32
 from vitdeploy.backends.torch_compile import TorchCompile
 from vitdeploy.bundle import WEIGHTS, Bundle
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency, UsageError
@@ -59,7 +62,7 @@ def test_the_artifacts_precision(weights_bundle: Make, precision: Precision) -> 
     assert relative > least
 
 
-@pytest.mark.parametrize("backend", [Torch, TorchCompile])
+@pytest.mark.parametrize("backend", [Torch, TorchCompile, AotInductor])
 def test_reasons_why_not(weights_bundle: Make, make_bundle: Any, backend: type[Torch]) -> None:
     own = make_bundle()
     assert "a module of the user's own" in str(backend().supports(own.manifest, None))
@@ -173,3 +176,41 @@ def test_sessions_do_not_use_up_each_others_compilations(
         with TorchCompile().load(weights_bundle(config), None, Options()) as session:
             (record,) = check_session(session, golden(config), batches=[1])
             assert record.passed
+
+
+@pytest.mark.parametrize("timed, seconds", [(True, 2.5), (False, None)])
+def test_time_on_the_gpu(
+    weights_bundle: Make, cuda_clock: CudaClock, monkeypatch: pytest.MonkeyPatch, timed: bool, seconds: float
+) -> None:
+    """The session of a GPU, with the model on the CPU in its place."""
+    with Torch().load(weights_bundle(), None, Options()) as session:
+        session.facts = dataclasses.replace(session.facts, device="cuda:0")
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
+        forward = session._forward
+
+        def slow(pixels: torch.Tensor) -> torch.Tensor:
+            cuda_clock.now += 2.5
+            return forward(pixels)
+
+        monkeypatch.setattr(session, "_forward", slow)
+        session.timed = timed
+        for _ in range(2):
+            session.run({"pixel_values": pixels(CONFIG, 1).numpy()})
+            assert session.device_seconds == seconds
+        session.timed = False
+        session.run({"pixel_values": pixels(CONFIG, 1).numpy()})
+        assert session.device_seconds is None
+
+
+def test_the_cpu_has_no_clock_of_its_own(weights_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", None)
+    with Torch().load(weights_bundle(), None, Options()) as session:
+        session.timed = True
+        session.run({"pixel_values": pixels(CONFIG, 1).numpy()})
+        assert session.device_seconds is None
+
+
+def test_a_failed_run_keeps_its_error(cuda_clock: CudaClock) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), DeviceTimer("cuda:0", True):
+        raise RuntimeError("out of memory")
+    assert cuda_clock.records == 1

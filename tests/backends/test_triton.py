@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import interpreter
 import numpy as np
 import pytest
 import torch
+from fake_torch_events import CudaClock
 from models import CONFIGS, pixels, random_vit
 from weights_bundles import CONFIG, SPEC, artifact, golden
 
@@ -155,3 +157,25 @@ def test_a_missing_library_names_the_extra(
     assert (state.reason, state.hint) == (f"{missing} is not installed", 'pip install "vitdeploy[kernels]"')
     with pytest.raises(MissingDependency, match=missing):
         Triton().load(bundle, None, Options())
+
+
+def test_time_on_the_gpu(
+    weights_bundle: Make, cuda_clock: CudaClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session of a GPU, with something quicker in the kernels' place."""
+
+    class Runner:
+        report: tuple[str, ...] = ()
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            cuda_clock.now += 0.25
+            return torch.zeros(len(images), CONFIG.classes)
+
+    monkeypatch.setattr(module, "_runner", lambda *_: Runner())
+    with interpreter.environment(), Triton().load(weights_bundle(), None, Options()) as session:
+        session.timed = True
+        session.run({"pixel_values": pixels(CONFIG, 1).numpy()})
+        assert session.device_seconds is None  # the interpreter runs on the CPU
+        session.facts = dataclasses.replace(session.facts, device="cuda:0")
+        session.run({"pixel_values": pixels(CONFIG, 1).numpy()})
+        assert session.device_seconds == 0.25

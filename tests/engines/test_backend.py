@@ -65,6 +65,18 @@ def test_a_session_says_what_is_fused(machine: MakeMachine, target: Path) -> Non
     assert {fusion.artifact for fusion in report.fusion} <= {"tensorrt-fp32-sm_89", "tensorrt-fp16-sm_89"}
 
 
+def test_a_session_tells_the_time_on_the_gpu_when_asked(machine: MakeMachine, target: Path) -> None:
+    machine(NEW)
+    engines(target)
+    with vitdeploy.load(target, backend="tensorrt") as predictor:
+        session = predictor.session
+        session.run({"pixel_values": images(2)})
+        assert session.device_seconds is None
+        session.timed = True
+        session.run({"pixel_values": images(2)})
+        assert session.device_seconds == 3  # of the double's clock: upload, engine, download
+
+
 @pytest.mark.parametrize("gpu, arch", [(L4, "sm_89"), (H100, "sm_90")])
 def test_of_many_engines_the_gpus_own_is_taken(
     gpu: Gpu, arch: str, machine: MakeMachine, target: Path

@@ -27,6 +27,7 @@ from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
         ("cuda.core", "Buffer.copy_from", 2, ("stream",)),
         ("cuda.core", "Buffer.copy_to", 2, ("stream",)),
         ("cuda.core", "Stream.sync", 1, ()),
+        ("cuda.core", "Stream.record", 1, ("options",)),
         ("cuda.core", "Stream.create_graph_builder", 1, ()),
         ("cuda.core.graph", "GraphBuilder.begin_building", 2, ()),
         ("cuda.core.graph", "GraphBuilder.end_building", 1, ()),
@@ -46,13 +47,15 @@ def test_every_call_is_one_that_cuda_core_takes(
 
 
 def test_every_attribute_is_there() -> None:
-    from cuda.core import Buffer, LegacyPinnedMemoryResource, Stream
+    from cuda.core import Buffer, Event, EventOptions, LegacyPinnedMemoryResource, Stream
     from cuda.core.graph import GraphBuilder
     from cuda.core.utils import StridedMemoryView
 
     assert LegacyPinnedMemoryResource().is_host_accessible
     assert hasattr(Buffer, "handle")
     assert hasattr(Stream, "handle")
+    assert hasattr(Event, "__sub__")
+    assert EventOptions(timing_enabled=True).timing_enabled
     assert "thread_local" in GraphBuilder.begin_building.__doc__
     for name in ("ptr", "shape", "strides", "dtype", "is_device_accessible", "__dlpack__"):
         assert hasattr(StridedMemoryView, name)
@@ -120,6 +123,19 @@ def test_where_a_tensor_lies(tensor: Any, contiguous: bool) -> None:
 def test_what_is_no_tensor(thing: object) -> None:
     with pytest.raises(UsageError, match="is no tensor that DLPack can share"):
         view(thing)
+
+
+def test_time_is_noted_on_the_stream_and_read_in_seconds() -> None:
+    class Stream:
+        def record(self, *, options: Any) -> str:
+            assert options.timing_enabled
+            return "event"
+
+    device = cast(cuda.CudaDevice, SimpleNamespace(_stream=Stream()))
+    assert cuda.CudaDevice.record(device) == "event"
+    assert (
+        cuda.CudaDevice.seconds_between(device, cast(Any, 3.5), cast(Any, 5.0)) == 0.0015
+    )  # of milliseconds
 
 
 def test_pinned_memory_is_written_through() -> None:

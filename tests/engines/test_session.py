@@ -142,6 +142,17 @@ def test_at_most_sixteen_batch_sizes_have_graphs() -> None:
     assert loaded.gpu.launches == 2 * 16
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_time_on_the_gpu_is_that_of_one_run_and_its_copies(graphs: bool) -> None:
+    loaded = Loaded(graphs=graphs)
+    for run in range(5):  # the second captures a graph, which is no part of the time
+        loaded.engine.run({"pixel_values": pixels(4, run)}, timed=True)
+        assert loaded.engine.device_seconds == 3  # upload, engine, download
+        assert not loaded.gpu.queued
+    loaded.check(4)
+    assert loaded.engine.device_seconds is None
+
+
 def test_without_graphs_nothing_is_captured() -> None:
     loaded = Loaded(RTX, graphs=False)
     for run in range(4):

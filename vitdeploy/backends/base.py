@@ -26,6 +26,7 @@ _BACKENDS = {
     "openvino": "vitdeploy.backends.openvino:OpenVino",
     "torch": "vitdeploy.backends.torch:Torch",
     "torch-compile": "vitdeploy.backends.torch_compile:TorchCompile",
+    "aotinductor": "vitdeploy.backends.aotinductor:AotInductor",
     "tensorrt": "vitdeploy.backends.tensorrt:TensorRT",
     "tensorrt-rtx": "vitdeploy.backends.tensorrt:TensorRTForRTX",
     "triton": "vitdeploy.backends.triton:Triton",
@@ -88,8 +89,17 @@ class SessionFacts:
 class Session(ABC):
     """A loaded model. Not to be shared between threads unless its backend says so."""
 
+    timed: bool
+    """Set it to have runs timed on the device, too; off at first."""
+    device_seconds: float | None
+    """Of the last run, between two events on the device's own clock: from the first copy of an input to the
+    last result (of an engine: to its copy on the host, too). None on the CPU, where the runtime does not
+    tell, and where the run was not to be timed."""
+
     def __init__(self, facts: SessionFacts) -> None:
         self.facts = facts
+        self.timed = False
+        self.device_seconds = None
         self._closed = False
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -106,6 +116,7 @@ class Session(ABC):
         if self._closed:
             raise UsageError(f"the session of {self.facts.artifact} is closed")
         check_inputs(self.facts, inputs)
+        self.device_seconds = None
         return self._run({name: np.ascontiguousarray(array) for name, array in inputs.items()})
 
     @abstractmethod

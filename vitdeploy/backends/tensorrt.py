@@ -174,7 +174,9 @@ class EngineSession(Session):
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         with self._explained():
-            return self._engine.run(inputs)
+            outputs = self._engine.run(inputs, timed=self.timed)
+        self.device_seconds = self._engine.device_seconds
+        return outputs
 
     def run_tensors(self, inputs: Mapping[str, object]) -> dict[str, object]:
         """Compute on tensors that lie on the GPU; see ``vitdeploy.engines.session.Engine``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from vitdeploy.backends.base import (
     Array,
@@ -22,6 +22,7 @@ from vitdeploy.backends.base import (
     split_device,
 )
 from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 from vitdeploy.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 
@@ -67,7 +68,8 @@ class Torch:
         bundle.verify_hashes([WEIGHTS])
         precision: Precision = artifact.precision if artifact else "fp32"
         manifest = bundle.manifest
-        vit = load_vit(bundle, getattr(torch, _DTYPES[precision]), device)
+        assert manifest.model is not None
+        batch = artifact.batch if artifact else None
         facts = SessionFacts(
             backend=self.name,
             artifact=artifact.name if artifact else WEIGHTS,
@@ -75,16 +77,45 @@ class Torch:
             executes=precision,
             device=device,
             provider=device.partition(":")[0],
-            batch=artifact.batch if artifact else None,
-            inputs=artifact.inputs if artifact else (input_spec(vit.config, manifest.input),),
-            outputs=artifact.outputs if artifact else (output_spec(vit.config, manifest.output),),
+            batch=batch,
+            inputs=artifact.inputs if artifact else (input_spec(manifest.model, manifest.input),),
+            outputs=artifact.outputs if artifact else (output_spec(manifest.model, manifest.output),),
             versions={"torch": str(torch.__version__)},
         )
-        return TorchSession(facts, self._forward(vit, manifest), options.threads)
+        return TorchSession(facts, self._forward(bundle, precision, batch, device), options.threads)
 
-    def _forward(self, vit: nn.Module, manifest: Manifest) -> Forward:
+    def _forward(
+        self, bundle: Bundle, precision: Precision, batch: BatchRange | None, device: str
+    ) -> Forward:
         """The function of a session: the network's input to float32 output."""
-        return forward_of(vit, manifest)
+        return forward_of(load_vit(bundle, dtype_of(precision), device), bundle.manifest)
+
+
+def reference_session(bundle: Bundle) -> Session:
+    """The reference model in float64 on the CPU: what every artifact is held against.
+
+    Raises:
+        MissingDependency: PyTorch is not installed.
+        UsageError: the bundle has no weights of a model that is known here.
+        BundleError: they are damaged.
+    """
+    torch = library(Torch.name)
+    require_support(Torch(), bundle, None)
+    bundle.verify_hashes([WEIGHTS])
+    vit, manifest = load_vit(bundle, torch.float64), bundle.manifest
+    facts = SessionFacts(
+        backend=Torch.name,
+        artifact=WEIGHTS,
+        precision="fp32",
+        executes="fp64",
+        device="cpu",
+        provider="cpu",
+        batch=None,
+        inputs=(input_spec(vit.config, manifest.input),),
+        outputs=(output_spec(vit.config, manifest.output),),
+        versions={"torch": str(torch.__version__)},
+    )
+    return TorchSession(facts, forward_of(vit, manifest), None)
 
 
 class TorchSession(Session):
@@ -99,16 +130,54 @@ class TorchSession(Session):
         import torch
 
         assert self._forward is not None
-        pixels = torch.from_numpy(inputs[self.facts.inputs[0].name]).to(self.facts.device)
+        device, pixels = self.facts.device, torch.from_numpy(inputs[self.facts.inputs[0].name])
+        timer = DeviceTimer(device, self.timed)
         try:
-            with torch.no_grad(), _threads(self._threads), _no_tf32(self.facts.device):
-                outputs = self._forward(pixels)
+            with torch.no_grad(), _threads(self._threads), _no_tf32(device), timer:
+                outputs = self._forward(pixels.to(device))
+            results = outputs.cpu().numpy()
+            self.device_seconds = timer.seconds()
         except RuntimeError as error:
             raise BundleError(f"{self.facts.artifact}: PyTorch failed: {one_line(error)}") from error
-        return {self.facts.outputs[0].name: outputs.cpu().numpy()}
+        return {self.facts.outputs[0].name: results}
 
     def _close(self) -> None:
         self._forward = None
+
+
+class DeviceTimer:
+    """Context manager: seconds of what is queued inside, between two events on the GPU's current stream.
+
+    Measures nothing on the CPU, or where ``wanted`` is false.
+    """
+
+    def __init__(self, device: str, wanted: bool) -> None:
+        self._device = device if wanted and device != "cpu" else None
+        self._events: list[torch.cuda.Event] = []
+
+    def __enter__(self) -> Self:
+        self._record()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._record()
+
+    def _record(self) -> None:
+        import torch
+
+        if self._device is not None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._events.append(event)
+
+    def seconds(self) -> float | None:
+        """Between the events, once the GPU has reached the second."""
+        if not self._events:
+            return None
+        start, end = self._events
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
 
 
 def library(backend: str, extra: str = "export") -> Any:
@@ -137,6 +206,14 @@ def cuda_device(torch: Any, wanted: str) -> str:
     if index >= count:
         raise DeviceUnavailable(f"PyTorch {torch.__version__} finds {count} CUDA devices, not {wanted}")
     return f"cuda:{index}"
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """What the model computes in throughout."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _DTYPES[precision])
+    return dtype
 
 
 def load_vit(bundle: Bundle, dtype: torch.dtype | None = None, device: str = "cpu") -> ViT:

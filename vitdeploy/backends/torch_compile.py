@@ -8,11 +8,13 @@ from types import FunctionType
 from typing import TYPE_CHECKING
 
 from vitdeploy.backends.base import Availability
-from vitdeploy.backends.torch import Forward, Torch, forward_of
-from vitdeploy.manifest import Manifest
+from vitdeploy.backends.torch import Forward, Torch
+from vitdeploy.bundle import Bundle
+from vitdeploy.config import BatchRange
+from vitdeploy.manifest import Precision
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class TorchCompile(Torch):
@@ -22,24 +24,21 @@ class TorchCompile(Torch):
     summary = "PyTorch with torch.compile, dynamic batch"
 
     def availability(self) -> Availability:
-        found = super().availability()
-        compilers = (os.environ.get("CXX"), "g++", "clang++")
-        if found.ok and not any(name and shutil.which(name) for name in compilers):
-            return Availability(False, "torch.compile needs a C++ compiler", "install g++")
-        return found
+        return with_compiler(super().availability(), "torch.compile")
 
-    def _forward(self, vit: nn.Module, manifest: Manifest) -> Forward:
+    def _forward(
+        self, bundle: Bundle, precision: Precision, batch: BatchRange | None, device: str
+    ) -> Forward:
         import torch
         import torch._dynamo
 
-        forward = forward_of(vit, manifest)
+        forward = super()._forward(bundle, precision, batch, device)
         assert isinstance(forward, FunctionType)
         # The compiler limits its versions of one code object: each session brings its own.
         code, scope = forward.__code__.replace(), forward.__globals__
         own = FunctionType(code, scope, closure=forward.__closure__)
         # Freezing packs the weights for the CPU's GEMMs; fullgraph turns a silent fallback into an error.
-        frozen = next(vit.parameters()).device.type == "cpu"
-        compiled = torch.compile(own, fullgraph=True, options={"freezing": True} if frozen else None)
+        compiled = torch.compile(own, fullgraph=True, options={"freezing": True} if device == "cpu" else None)
 
         def run(pixels: Tensor) -> Tensor:
             if len(pixels) > 1:  # one is always compiled by itself
@@ -48,3 +47,11 @@ class TorchCompile(Torch):
             return outputs
 
         return run
+
+
+def with_compiler(found: Availability, what: str) -> Availability:
+    """What PyTorch is found to be, unless ``what`` of it misses the C++ compiler that it calls."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if found.ok and not any(name and shutil.which(name) for name in compilers):
+        return Availability(False, f"{what} needs a C++ compiler", "install g++")
+    return found

@@ -21,7 +21,7 @@ from vitdeploy.backends.base import (
     refuse,
     require_support,
 )
-from vitdeploy.backends.torch import cuda_device, library, load_vit
+from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_vit
 from vitdeploy.bundle import WEIGHTS, Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.devices import find_gpus
@@ -138,10 +138,13 @@ class TritonSession(Session):
 
         assert self._runner is not None
         try:
-            outputs = self._runner(torch.from_numpy(inputs[self.facts.inputs[0].name]))
+            with DeviceTimer(self.facts.device, self.timed) as timer:
+                outputs = self._runner(torch.from_numpy(inputs[self.facts.inputs[0].name]))
+            results = outputs.cpu().numpy()
+            self.device_seconds = timer.seconds()
         except RuntimeError as error:
             raise BundleError(f"{self.facts.artifact}: the kernels failed: {one_line(error)}") from error
-        return {self.facts.outputs[0].name: outputs.cpu().numpy()}
+        return {self.facts.outputs[0].name: results}
 
     def _close(self) -> None:
         self._runner = None

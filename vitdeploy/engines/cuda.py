@@ -13,7 +13,7 @@ import numpy as np
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
 
 if TYPE_CHECKING:
-    from cuda.core import Buffer
+    from cuda.core import Buffer, Event
     from cuda.core.graph import Graph
 
 Array = np.ndarray[Any, Any]
@@ -103,6 +103,16 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Wait until everything queued is done."""
         self._stream.sync()
+
+    def record(self) -> Event:
+        """Queue a note of the time; the GPU writes it down when it comes to it."""
+        from cuda.core import EventOptions
+
+        return self._stream.record(options=EventOptions(timing_enabled=True))
+
+    def seconds_between(self, start: Event, end: Event) -> float:
+        """Between two notes, both written: ``synchronize`` first."""
+        return float(end - start) / 1000
 
     def view(self, tensor: object) -> DeviceView:
         """Look at another library's tensor without copying it.

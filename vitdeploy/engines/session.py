@@ -40,6 +40,8 @@ class Device(Protocol):
     def capture(self, work: Any) -> Any: ...
     def launch(self, graph: Any) -> None: ...
     def synchronize(self) -> None: ...
+    def record(self) -> Any: ...
+    def seconds_between(self, start: Any, end: Any) -> float: ...
     def view(self, tensor: object) -> DeviceView: ...
     def share(self, buffer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> object: ...
 
@@ -90,23 +92,35 @@ class Engine:
         self._runtime_cache: IRuntimeCache | None = None
         self._slots: dict[int, Slot] = {}
         self._scratch: Any = None
+        self.device_seconds: float | None = None
+        """Of the last run, from its first copy to its last on the GPU's clock, if it was to be timed."""
         largest = max(profile.max for profile in profiles)
         self._staging = {spec.name: device.stage(size_of(spec, largest)) for spec in (*inputs, *outputs)}
         self._check_profiles()
 
-    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Compute all outputs of arrays on the host; checked already, C-contiguous."""
+    def run(self, arrays: Mapping[str, Array], *, timed: bool = False) -> dict[str, Array]:
+        """Compute all outputs of arrays on the host; checked already, C-contiguous.
+
+        Args:
+            timed: whether ``device_seconds`` is to say how long the GPU was at it, its copies included.
+        """
         self._device.activate()
         batch = next(iter(arrays.values())).shape[0]
         slot = self._slot(batch)
         for name, array in arrays.items():
             self._staging[name].host[: array.nbytes] = array.reshape(-1).view(np.uint8)
-        if self._graphs and batch in slot.graphs:
-            self._device.launch(slot.graphs[batch][0])
+        events = [self._device.record()] if timed else []
+        graph = slot.graphs.get(batch)
+        if graph is not None:
+            self._device.launch(graph[0])
         else:
             self._queue(slot.context, batch)
+        if timed:
+            events.append(self._device.record())
+        if graph is None:
             self._remember(slot, batch)
         self._device.synchronize()
+        self.device_seconds = self._device.seconds_between(*events) if timed else None
         return {spec.name: self._result(spec, batch) for spec in self._outputs}
 
     def run_tensors(self, tensors: Mapping[str, object]) -> dict[str, object]:
