@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitdeploy.accuracy import Accuracy, LabelledImages, Labels, find_labelled, first_places, score
+from vitdeploy.accuracy import Accuracy, LabelledImages, Places, find_labelled, measure, score
 from vitdeploy.backends.base import Backend, Options, Session, all_backends, get_backend, runs_nothing
 from vitdeploy.bundle import WEIGHTS, Bundle
 from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError
@@ -198,7 +198,7 @@ class _Verification:
 
     def run(self, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
         golden = self.bundle.golden()
-        answers: dict[str, tuple[str, Labels]] = {}
+        answers: dict[str, tuple[str, Places]] = {}
         for pair in pairs:
             if pair.reason is not None:
                 self.skipped.append(Skipped(pair.name, pair.backend.name, pair.reason))
@@ -245,24 +245,24 @@ class _Verification:
         if not self.records and not self.failures:
             self.failures.append("nothing was compared: the bundle has no artifacts")
 
-    def _answers(self, session: Session, images: LabelledImages) -> Labels:
+    def _answers(self, session: Session, images: LabelledImages) -> Places:
         with self.progress.stage("accuracy") as stage:
-            found = first_places(Predictor(self.bundle, session), images)
-            stage.detail = f"{session.facts.artifact}, {len(images.paths)} images"
+            found = measure(Predictor(self.bundle, session), images)
+            stage.detail = f"{session.facts.artifact}, {len(images.labels)} images"
         return found
 
-    def _score(self, answers: dict[str, tuple[str, Labels]], images: LabelledImages) -> None:
+    def _score(self, answers: dict[str, tuple[str, Places]], images: LabelledImages) -> None:
         reference = self._reference(answers, images)
         for name, (backend, found) in answers.items():
-            self.accuracy.append(score(name, backend, found, reference, images))
+            self.accuracy.append(score(name, backend, found, reference, images.labels))
 
-    def _reference(self, answers: dict[str, tuple[str, Labels]], images: LabelledImages) -> Labels:
+    def _reference(self, answers: dict[str, tuple[str, Places]], images: LabelledImages) -> Places:
         """What the reference model says; without torch, what the most exact artifact says."""
         backend = get_backend("torch")
         if backend.availability().ok and backend.supports(self.bundle.manifest, None) is None:
             with backend.load(self.bundle, None, Options(threads=self.options.threads)) as session:
                 found = self._answers(session, images)
-            self.accuracy.append(score("reference", backend.name, found, found, images))
+            self.accuracy.append(score("reference", backend.name, found, found, images.labels))
             return found
         exact = min(
             (a for a in self.bundle.manifest.artifacts if a.name in answers),
