@@ -34,9 +34,10 @@ KIND = "aotinductor"
 
 
 class AotInductor(Torch):
-    """The backend. A session serves one thread at a time; sessions in several threads run at once.
+    """The backend. A session serves one thread at a time.
 
-    ``load`` compiles where the cache has nothing for this model on this machine.
+    PyTorch keeps Python's interpreter lock while the library runs, so that sessions in several threads of
+    one process take turns. ``load`` compiles where the cache has nothing for this model on this machine.
     """
 
     name = "aotinductor"
