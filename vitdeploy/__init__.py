@@ -17,7 +17,7 @@ from vitdeploy._version import __version__
 if TYPE_CHECKING:
     from torch import nn
 
-    from vitdeploy.bench.measure import BenchReport
+    from vitdeploy.bench.results import Results
     from vitdeploy.bundle import Bundle
     from vitdeploy.config import BatchRange, Size
     from vitdeploy.predictor import Predictor
@@ -136,7 +136,7 @@ def _engine_fields(engine: Mapping[str, Any]) -> dict[str, Any]:
 def load(
     bundle: Path | Bundle,
     *,
-    backend: str = "onnxruntime",
+    backend: str | None = None,
     artifact: str | None = None,
     threads: int | None = None,
     provider: str | None = None,
@@ -146,7 +146,9 @@ def load(
 
     Args:
         bundle: its folder, or an opened one.
-        backend: the runtime; ``vitdeploy doctor`` lists them.
+        backend: the runtime; ``vitdeploy doctor`` lists them. When nothing but ``threads`` is said of how to
+            run: what ``vitdeploy bench --pick`` chose for this machine; else ONNX Runtime. The predictor's
+            ``note`` says which choice was taken.
         artifact: its name or precision (``"onnx-fp16"``, ``"fp16"``). When omitted: the most precise that
             the backend runs on this machine (fp32, mixed, fp16, bf16).
         threads: CPU threads; the runtime's own choice when omitted.
@@ -207,35 +209,53 @@ def verify(
 
 
 def bench(
-    bundle: Path | Bundle,
+    bundle: Path | Bundle | Sequence[Path | Bundle],
     *,
     backends: Sequence[str] | None = None,
-    batches: Sequence[int] = (1, 8, 32),
-    threads: int | None = None,
+    artifacts: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    threads: int | Sequence[int | None] | None = None,
+    concurrency: int | Sequence[int] = 1,
     provider: str | None = None,
+    device: str | None = None,
+    data: Path | None = None,
     budget: float = 60.0,
+    seed: int = 0,
     progress: Progress | None = None,
-) -> BenchReport:
-    """Measure host-to-host latency of every artifact, backend and batch size, in interleaved rounds.
+) -> Results:
+    """Measure latency, throughput and parity of every backend, artifact and batch size, interleaved.
+
+    Each runs in a process of its own. Ctrl-C ends the measurement early; what was measured is returned.
 
     Args:
-        bundle: its folder, or an opened one.
+        bundle: its folder, or an opened one; several are measured in the same rounds.
         backends: names; every one here that can run this bundle when omitted, torch's included.
-        batches: batch sizes; an artifact is measured at those it serves.
-        threads: CPU threads; the runtime's own choice when omitted.
+        artifacts: names or precisions; all when omitted.
+        batches: batch sizes; 1, 8 and 32, as far as they are served, when omitted.
+        threads: CPU threads, one number or several to compare; the runtime's own choice when omitted.
+        concurrency: callers at the same time, each with a session of its own; one number or several.
         provider: ONNX Runtime's execution provider; goes with ``backends=["onnxruntime"]``.
-        budget: seconds for the whole measurement, warm-up included.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, for backends that have the choice.
+        data: a folder of labelled images, for the accuracy; the digits' own when omitted, for their bundle.
+        budget: seconds of warming up and measuring; loading and proving come on top.
+        seed: of the order of cells within rounds.
         progress: receives the stages as they begin and finish.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
-        UsageError: an unknown backend, or nothing to measure.
+        UsageError: an unknown backend, artifact or class, or nothing to measure.
         MissingDependency, DeviceUnavailable: a backend asked for by name does not work here.
     """
-    from vitdeploy.backends.base import Options
-    from vitdeploy.bench.measure import run_bench
+    from vitdeploy.bench.lanes import Choices
+    from vitdeploy.bench.run import run_bench
 
-    options = Options(threads=threads, provider=provider)
-    return run_bench(
-        bundle, backends=backends, batches=batches, options=options, budget=budget, progress=progress
+    choices = Choices(
+        backends=None if backends is None else tuple(backends),
+        artifacts=None if artifacts is None else tuple(artifacts),
+        batches=None if batches is None else tuple(batches),
+        threads=tuple(threads) if isinstance(threads, Sequence) else (threads,),
+        concurrency=(concurrency,) if isinstance(concurrency, int) else tuple(concurrency),
+        provider=provider,
+        device=device,
     )
+    return run_bench(bundle, choices, data=data, budget=budget, seed=seed, progress=progress)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -120,6 +120,17 @@ def find_cpu(root: Path = Path("/")) -> Cpu:
         threads=threads,
         memory=_memory(root),
     )
+
+
+def machine_name(cpu: str, threads: int, gpus: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """What two machines must have in common for the speed of one to say anything about the other."""
+    return (cpu, f"{threads} threads", *(gpu.get("name", "") for gpu in gpus))
+
+
+def this_machine() -> tuple[str, ...]:
+    """The name of the machine that this runs on."""
+    cpu = find_cpu()
+    return machine_name(cpu.name, cpu.threads, find_gpus()[0])
 
 
 def _memory(root: Path) -> int | None:

@@ -212,6 +212,26 @@ class ParityRecord(_Record):
     failures: tuple[str, ...] = ()
 
 
+class Choice(_Record):
+    """What ``vitdeploy bench --pick`` found best on a machine."""
+
+    machine: tuple[str, ...]
+    """As ``vitdeploy.doctor.machine_name`` says."""
+    goal: Literal["latency", "throughput"]
+    max_latency_ms: float | None = Field(default=None, gt=0)
+    backend: str
+    provider: str | None
+    """ONNX Runtime's; null for other backends."""
+    artifact: str | None
+    """Null is the reference weights."""
+    threads: int | None = Field(default=None, ge=1)
+    batch: int = Field(ge=1)
+    concurrency: int = Field(default=1, ge=1)
+    p50_ms: float
+    images_per_s: float
+    created: str
+
+
 class Provenance(_Record):
     """Where the weights come from and what built the bundle."""
 
@@ -249,6 +269,8 @@ class Manifest(_Record):
     rewrites: tuple[Rewrite, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     parity: tuple[ParityRecord, ...] = ()
+    choices: tuple[Choice, ...] = ()
+    """At most one per machine."""
     provenance: Provenance
     files: dict[SafePath, FileRecord] = Field(default_factory=dict)
     digest: str = ""
@@ -258,6 +280,14 @@ class Manifest(_Record):
     def max_abs(self) -> float | None:
         """The absolute bound on errors that the user gave; it holds for every artifact."""
         return next((record.tolerance.max_abs for record in self.parity), None)
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``choices`` where there are none: bundles from before it keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        if not self.choices:
+            fields.pop("choices", None)
+        return fields
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

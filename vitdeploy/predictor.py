@@ -15,9 +15,10 @@ from PIL import Image
 
 from vitdeploy.backends.base import Array, Backend, Options, Session, get_backend, runs_nothing
 from vitdeploy.bundle import Bundle
+from vitdeploy.doctor import this_machine
 from vitdeploy.errors import BundleError, ImageError, UsageError
 from vitdeploy.images import ImageSource, load_image
-from vitdeploy.manifest import Artifact
+from vitdeploy.manifest import Artifact, Choice
 from vitdeploy.preprocess import apply, apply_uint8
 
 AnyImage = ImageSource | np.ndarray[Any, Any]
@@ -26,6 +27,7 @@ AnyImage = ImageSource | np.ndarray[Any, Any]
 EXACTNESS = ("fp32", "mixed", "fp16", "bf16")
 """Precisions, the most exact first: the order in which an artifact is chosen."""
 
+DEFAULT_BACKEND = "onnxruntime"
 _DEFAULT_CHUNK = 8
 """Images at a time where the session takes any batch size."""
 
@@ -47,24 +49,38 @@ class Predictor:
     As safe to share between threads as its backend's sessions are.
     """
 
-    def __init__(self, bundle: Bundle, session: Session) -> None:
+    def __init__(self, bundle: Bundle, session: Session, note: str = "", batch: int | None = None) -> None:
         self.bundle = bundle
         self.session = session
+        self.note = note
+        """Why it runs as it does, where the bundle says how: one line, for the user."""
+        self._batch = batch
 
     @classmethod
     def open(
         cls,
         bundle: str | os.PathLike[str] | Bundle,
         *,
-        backend: str = "onnxruntime",
+        backend: str | None = None,
         artifact: str | None = None,
         options: Options | None = None,
     ) -> Predictor:
         """Open a bundle; ``vitdeploy.load`` documents the arguments and the errors."""
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-        runtime = get_backend(backend)
+        options = options or Options()
+        if backend is None and artifact is None and options == Options(threads=options.threads):
+            choice, note = choice_here(opened)
+            if choice is not None:
+                threads = options.threads or choice.threads
+                options = Options(threads=threads, provider=choice.provider)
+                chosen = None if choice.artifact is None else opened.artifact(choice.artifact)
+                session = get_backend(choice.backend).load(opened, chosen, options)
+                return cls(opened, session, note, choice.batch)
+        else:
+            note = ""
+        runtime = get_backend(backend or DEFAULT_BACKEND)
         chosen = opened.artifact(artifact) if artifact is not None else choose_artifact(opened, runtime)
-        return cls(opened, runtime.load(opened, chosen, options or Options()))
+        return cls(opened, runtime.load(opened, chosen, options), note)
 
     def predict(self, images: AnyImage | Iterable[AnyImage], top_k: int = 5) -> list[list[Prediction]]:
         """Classify one or many images.
@@ -136,7 +152,7 @@ class Predictor:
     def chunk(self) -> int:
         """How many images are computed together."""
         batch = self.session.facts.batch
-        return batch.opt if batch else _DEFAULT_CHUNK
+        return self._batch or (batch.opt if batch else _DEFAULT_CHUNK)
 
     def close(self) -> None:
         """Free what the runtime holds."""
@@ -201,6 +217,26 @@ def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:
     if backend.supports(bundle.manifest, None) is None:
         return None
     raise runs_nothing(backend, bundle)
+
+
+def choice_here(bundle: Bundle) -> tuple[Choice | None, str]:
+    """What ``vitdeploy bench --pick`` chose for this machine, and one line that says so.
+
+    None where the bundle has no choice for this machine, or one that does not run here any more; then
+    the line says why, if there is anything to say.
+    """
+    if not bundle.manifest.choices:
+        return None, ""
+    here = this_machine()
+    choice = next((choice for choice in bundle.manifest.choices if choice.machine == here), None)
+    if choice is None:
+        return None, ""
+    state = get_backend(choice.backend).availability()
+    what = " ".join(filter(None, (choice.backend, choice.artifact)))
+    if not state.ok:
+        return None, f"{what} was picked for this machine, but does not run here now: {state.reason}"
+    threads = f", {choice.threads} thread{'s' * (choice.threads > 1)}" if choice.threads else ""
+    return choice, f"{what}{threads}: picked for {choice.goal} on this machine on {choice.created[:10]}"
 
 
 def softmax(logits: Array) -> np.ndarray[Any, np.dtype[np.float64]]:

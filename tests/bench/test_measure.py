@@ -1,86 +1,153 @@
-"""Every cell is measured in every round, in turn, with its error beside it."""
+"""The referee, with a clock and cells of the test's own making."""
 
 from __future__ import annotations
 
-import gc
-import json
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from bundles import WEIGHT, write_bundle
 
-import vitdeploy
-from vitdeploy.backends.onnxruntime import OnnxRuntimeSession
-from vitdeploy.bench.measure import LEAST_ROUNDS
-from vitdeploy.config import BatchRange
-from vitdeploy.errors import ParityError, UsageError
-
-ORT = ["onnxruntime"]
-
-
-def test_cells(tmp_path: Path) -> None:
-    made = write_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
-    report = vitdeploy.bench(made.root, backends=ORT, batches=(1, 8, 9), budget=0.2)
-    cells = report.cells
-    assert [(c.artifact, c.batch) for c in cells] == [
-        (name, batch) for name in ("onnx-fp32", "onnx-fp16") for batch in (1, 8)
-    ]
-    for cell in cells:
-        assert len(cell.samples_ms) == report.rounds >= LEAST_ROUNDS
-        assert min(cell.samples_ms) <= cell.p50_ms <= cell.p90_ms <= cell.p99_ms <= max(cell.samples_ms)
-        assert cell.mean_ms == pytest.approx(np.mean(cell.samples_ms), abs=1e-3)
-        assert cell.images_per_s == pytest.approx(1000 * cell.batch / cell.p50_ms, rel=0.02)
-        assert cell.image_size == (8, 8)
-    assert cells[0].parity["relative"] < 1e-5 < cells[2].parity["relative"] < 1e-2
+from vitdeploy.bench.machine import NO_TIME, Moment
+from vitdeploy.bench.measure import (
+    LEAST_ROUNDS,
+    MOST_ROUNDS,
+    MOST_SAMPLES,
+    CellFailure,
+    Referee,
+    Timing,
+    Visit,
+)
 
 
-def test_document(tmp_path: Path) -> None:
-    report = vitdeploy.bench(write_bundle(tmp_path / "b"), backends=ORT, batches=(1,), threads=1, budget=0.1)
-    document = json.loads(json.dumps(report.as_dict(), allow_nan=False))
-    assert document.keys() == {"schema_version", "environment", "cells", "rounds", "skipped"}
-    assert document["environment"]["threads"] == 1
-    assert document["environment"]["cpu"]["name"]
-    names = ["backend", "artifact", "precision", "batch", "image_size", "images_per_s", "samples_ms"]
-    times = ["p50_ms", "p90_ms", "p99_ms", "mean_ms"]
-    assert {*names, *times, "parity"} <= document["cells"][0].keys()
+class World:
+    """Time that passes only where something runs, and who ran when."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.log: list[str] = []
+        self.stolen = 0.0
+
+    def counters(self) -> Moment:
+        return Moment(self.time, self.time, self.stolen, self.time, 0)
+
+    def cell(self, name: str, seconds: Callable[[int], float]) -> Timing:
+        """A cell whose ``n``-th run takes ``seconds(n)``."""
+        runs = 0
+
+        def probe(count: int, untimed: int) -> Visit:
+            nonlocal runs
+            self.log.append(name)
+            samples = []
+            for number in range(untimed + count):
+                runs += 1
+                took = seconds(runs)
+                self.time += took
+                samples += [took] if number >= untimed else []
+            return Visit(tuple(samples), sum(samples))
+
+        return Timing(probe)
+
+    def measure(self, cells: list[Timing], budget: float = 60.0, seed: int = 0) -> Referee:
+        referee = Referee(budget, seed, self.counters, 2, clock=lambda: self.time)
+        referee.measure(cells)
+        return referee
 
 
-def test_rounds_are_interleaved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[tuple[str, int]] = []
-    run = OnnxRuntimeSession._run
-
-    def watched(self: OnnxRuntimeSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        order.append((self.facts.artifact, len(inputs["pixel_values"])))
-        return run(self, inputs)
-
-    monkeypatch.setattr(OnnxRuntimeSession, "_run", watched)
-    made = write_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
-    report = vitdeploy.bench(made, backends=ORT, batches=(1, 4), budget=0.05)
-    measured = order[-4 * report.rounds :]
-    assert measured == measured[:4] * report.rounds
-    assert len(set(measured[:4])) == 4
+def test_rounds_hold_every_cell_once_in_changing_order() -> None:
+    world = World()
+    cells = [world.cell(name, lambda _: 0.1) for name in "abcd"]
+    referee = world.measure(cells)
+    turns = world.log[-4 * referee.rounds :]
+    rounds = [tuple(turns[i : i + 4]) for i in range(0, len(turns), 4)]
+    assert all(sorted(turn) == list("abcd") for turn in rounds)
+    assert len(set(rounds)) > 5
+    assert all(len(cell.take.visits) == referee.rounds for cell in cells)
+    again = World()
+    again.measure([again.cell(name, lambda _: 0.1) for name in "abcd"])
+    assert again.log == world.log, "the seed decides the order"
 
 
-def test_a_wrong_artifact_shows(tmp_path: Path) -> None:
-    made = write_bundle(tmp_path / "b", weight=WEIGHT * 1.1)
-    (cell,) = vitdeploy.bench(made, backends=ORT, batches=(2,), budget=0.05).cells
-    assert cell.parity["relative"] == pytest.approx(0.1, rel=1e-3)
+def test_the_budget_is_kept() -> None:
+    world = World()
+    world.measure([world.cell(name, lambda _: 0.5) for name in "abc"], budget=60)
+    assert 55 < world.time < 65
+    slow = World()
+    referee = slow.measure([slow.cell("a", lambda _: 50.0)], budget=60)
+    assert referee.rounds == LEAST_ROUNDS, "fewer say nothing about spread"
+    fast = World()
+    assert fast.measure([fast.cell("a", lambda _: 1e-4)], budget=600).rounds == MOST_ROUNDS
 
 
-def test_uint8_input(tmp_path: Path) -> None:
-    made = write_bundle(tmp_path / "b", kind="uint8", batch=BatchRange(4, 4, 4))
-    (cell,) = vitdeploy.bench(made, backends=ORT, batches=(1, 4), budget=0.05).cells
-    assert (cell.batch, cell.image_size) == (4, (8, 8))
+def test_warming_up_goes_on_until_the_median_stays() -> None:
+    world = World()
+    slow_start = world.cell("a", lambda run: 0.1 * (1 + 0.7**run))
+    world.measure([slow_start])
+    assert slow_start.take.visits[0].samples[0] < 0.106
+    never = World()
+    never.measure([never.cell("a", lambda run: 1.0 + run)], budget=1000)
+    assert never.log, "a cell that never settles is bounded"
 
 
-def test_nothing_to_measure(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="batch of 64"):
-        vitdeploy.bench(write_bundle(tmp_path / "a"), backends=ORT, batches=(64,))
-    with pytest.raises(ParityError, match="golden"):
-        vitdeploy.bench(write_bundle(tmp_path / "b", golden={}), backends=ORT)
+@pytest.mark.parametrize("seconds, count, untimed", [(1e-4, MOST_SAMPLES, 1), (0.01, 5, 1), (0.4, 1, 0)])
+def test_a_visit_is_long_enough(seconds: float, count: int, untimed: int) -> None:
+    world = World()
+    cell = world.cell("a", lambda _: seconds)
+    world.measure([cell], budget=10)
+    assert (cell.count, cell.untimed) == (count, untimed)
+    assert {len(visit.samples) for visit in cell.take.visits} == {count}
 
 
-def test_the_garbage_collector_is_on_again(tmp_path: Path) -> None:
-    vitdeploy.bench(write_bundle(tmp_path / "b"), backends=ORT, batches=(1,), budget=0.05)
-    assert gc.isenabled()
+def test_a_cell_that_fails_is_left_out() -> None:
+    world = World()
+
+    def dies(run: int) -> float:
+        if run > 30:
+            raise CellFailure("gone")
+        return 0.1
+
+    dead, alive = world.cell("a", dies), world.cell("b", lambda _: 0.1)
+    referee = world.measure([dead, alive])
+    assert dead.failure == "gone"
+    assert len(alive.take.visits) == referee.rounds > 100
+
+
+def test_a_disturbed_cell_is_measured_again_and_the_calmer_take_kept() -> None:
+    world = World()
+    random = np.random.default_rng(0)
+
+    def noisy(run: int) -> float:
+        """Disturbed for the first part of the measurement."""
+        return float(0.1 * (1 + (random.random() * 2 if run < 150 else 0.0)))
+
+    first, second = world.cell("a", noisy), world.cell("b", lambda _: 0.1)
+    world.measure([first, second])
+    assert (first.repeats, second.repeats) == (2, 0) or (first.repeats, second.repeats) == (1, 0)
+    assert not first.take.disturbances(2)
+    assert first.take.spread() < 0.01
+
+
+def test_a_cell_that_stays_disturbed_says_so() -> None:
+    world = World()
+    random = np.random.default_rng(0)
+    cell = world.cell("a", lambda _: float(0.1 * (1 + 2 * random.random())))
+    world.measure([cell])
+    assert cell.repeats == 2
+    assert "the rounds differ by" in cell.take.disturbances(2)[0]
+
+
+def test_steal_time_is_a_disturbance() -> None:
+    world = World()
+
+    def robbed(_: int) -> float:
+        world.stolen += 0.02
+        return 0.1
+
+    cell = world.cell("a", robbed)
+    world.measure([cell])
+    assert cell.take.disturbances(2) == ["the hypervisor took 10% of the processors"]
+    assert Timing(cell.probe).take.disturbances(2) == []
+    assert NO_TIME.disturbances(2) == []
+
+
+def test_no_cells() -> None:
+    assert World().measure([]).rounds == 0

@@ -6,9 +6,10 @@ its own, is measured by the same code: write ``load``, call ``serve(load)``.
 
     {"do": "run", "inputs": PATH, "outputs": PATH}   one run; {"seconds"}
     {"do": "prepare", "batch": N, "inputs": PATH}    keep a batch and run it once; {"seconds", "peak_memory"}
-    {"do": "sample", "batch": N, "count": K}         K timed runs per caller; {"samples", "wall", "device"}
-    {"do": "last", "outputs": PATH}                  what the first caller's last timed run gave; {}
-    {"do": "forget", "batch": N}                     {}
+    {"do": "sample", "batch": N, "count": K, "untimed": U}
+                                                     each caller: U runs, then K timed ones;
+                                                     {"samples", "wall", "device"} in seconds
+    {"do": "last", "batch": N, "outputs": PATH}      what the first caller's last timed run gave; {}
 
 The first line is the job, which only ``load`` understands; its answer is {"facts", "imports", "load"} in
 seconds. An answer {"error": {"kind", "message", "hint"}} ends nothing: the next request may still work.
@@ -122,7 +123,7 @@ class _Desk:
     def __init__(self, callers: Sequence[Caller]) -> None:
         self._callers = callers
         self._batches: dict[int, Array] = {}
-        self._last: Array | None = None
+        self._last: dict[int, Array] = {}
 
     def do_run(self, inputs: str, outputs: str) -> dict[str, Any]:
         begin = time.perf_counter()
@@ -140,11 +141,10 @@ class _Desk:
         seconds = time.perf_counter() - begin
         return {"seconds": seconds / len(self._callers), "peak_memory": peak_memory()}
 
-    def do_sample(self, batch: int, count: int) -> dict[str, Any]:
-        """Each caller runs once untimed, to have its memory at hand again, then ``count`` times."""
+    def do_sample(self, batch: int, count: int, untimed: int) -> dict[str, Any]:
         pixels = self._batches[batch]
         ready = threading.Barrier(len(self._callers))
-        visits = [_Visit(caller, pixels, count, ready) for caller in self._callers]
+        visits = [_Visit(caller, pixels, (untimed, count), ready) for caller in self._callers]
         with _no_garbage_collection():
             threads = [threading.Thread(target=visit.run) for visit in visits[1:]]
             for thread in threads:
@@ -155,29 +155,27 @@ class _Desk:
         for visit in visits:
             if visit.error is not None:
                 raise visit.error
-        self._last = visits[0].outputs
+        assert visits[0].outputs is not None
+        self._last[batch] = visits[0].outputs
         return {
             "samples": [sample for visit in visits for sample in visit.samples],
             "wall": max(visit.end for visit in visits) - min(visit.begin for visit in visits),
             "device": [seconds for visit in visits for seconds in visit.device],
         }
 
-    def do_last(self, outputs: str) -> dict[str, Any]:
-        if self._last is None:
-            raise ValueError("nothing was timed yet")
-        np.save(outputs, self._last)
-        return {}
-
-    def do_forget(self, batch: int) -> dict[str, Any]:
-        self._batches.pop(batch, None)
+    def do_last(self, batch: int, outputs: str) -> dict[str, Any]:
+        np.save(outputs, self._last[batch])
         return {}
 
 
 class _Visit:
     """One caller's part of a round."""
 
-    def __init__(self, caller: Caller, pixels: Array, count: int, ready: threading.Barrier) -> None:
-        self._caller, self._pixels, self._count, self._ready = caller, pixels, count, ready
+    def __init__(
+        self, caller: Caller, pixels: Array, counts: tuple[int, int], ready: threading.Barrier
+    ) -> None:
+        self._caller, self._pixels, self._ready = caller, pixels, ready
+        self._untimed, self._count = counts
         self.samples: list[float] = []
         self.device: list[float] = []
         self.begin = self.end = 0.0
@@ -186,7 +184,8 @@ class _Visit:
 
     def run(self) -> None:
         try:
-            self._caller(self._pixels)
+            for _ in range(self._untimed):
+                self._caller(self._pixels)
             self._ready.wait()
             self.begin = before = time.perf_counter()
             for _ in range(self._count):

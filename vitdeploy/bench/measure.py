@@ -1,199 +1,215 @@
-"""Host-to-host latency of everything a bundle can run here, measured in interleaved rounds.
+"""Timing like a referee: every cell in every round, in a new order each time, until the budget is spent.
 
-A round runs every cell (backend, artifact, batch size) once, so that whatever disturbs the machine
-disturbs all cells alike. The error against the float64 reference stands beside each speed: a fast wrong
-backend shows.
+What disturbs the machine disturbs all cells alike; a cell that it disturbed more than the others is
+measured again. Nothing here knows what a cell is: see ``run.py``.
 """
 
 from __future__ import annotations
 
-import gc
-import os
+import random
+import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from vitdeploy.backends.base import Array, Options, Session
-from vitdeploy.bundle import Bundle
-from vitdeploy.config import Output, Size
-from vitdeploy.doctor import diagnose
-from vitdeploy.errors import ParityError, UsageError
-from vitdeploy.parity import TOLERANCES, compare
-from vitdeploy.progress import Progress
-from vitdeploy.verification import runnable
+from vitdeploy.bench.machine import NO_TIME, Moment
 
-SCHEMA_VERSION = 1
 WARM_UP = 0.15
-"""Share of the budget that goes into warming up."""
+"""Share of the budget that goes into warming up, at most."""
+RESERVE = 0.2
+"""Share that is kept for measuring again what was disturbed."""
+SETTLED = 0.03
+"""Relative change of the median from one visit to the next, at which a cell is warm."""
+MOST_WARM_VISITS = 12
 MOST_ROUNDS = 200
 LEAST_ROUNDS = 3
-"""Even where the budget is spent: fewer samples say nothing about spread."""
+"""Even where the budget is spent: fewer say nothing about spread."""
+SLICE = 0.05
+"""Seconds that a visit takes at least, if ``MOST_SAMPLES`` are enough for that."""
+MOST_SAMPLES = 20
+SPREAD = 0.15
+"""Of the rounds' medians; a quiet machine stays well below."""
+REPEATS = 2
+"""How often a disturbed cell is measured again, at most."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One backend, artifact and batch size."""
+class Visit:
+    """What a cell did when its turn came."""
 
-    backend: str
-    provider: str
-    artifact: str
-    precision: str
-    batch: int
-    image_size: Size
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    mean_ms: float
-    images_per_s: float
-    """Of the median."""
-    samples_ms: tuple[float, ...]
-    parity: dict[str, float | None]
-    """The relative and the absolute error against the float64 reference, at this batch size."""
+    samples: tuple[float, ...]
+    """Seconds of each timed run, of every caller."""
+    wall: float
+    """Seconds from the first run's begin to the last one's end."""
+    device: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class BenchReport:
-    """A measurement and the machine it was made on."""
+class CellFailure(Exception):
+    """A cell cannot go on; says why."""
 
-    environment: dict[str, Any]
-    cells: tuple[Cell, ...]
-    rounds: int
-    skipped: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: ``schema_version``, ``environment``, ``rounds``, ``cells``, ``skipped``."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+class Probe(Protocol):
+    """Runs what is timed."""
+
+    def __call__(self, count: int, untimed: int) -> Visit:
+        """Run ``untimed`` times for nothing, then ``count`` times.
+
+        Raises:
+            CellFailure: it cannot.
+        """
+
+
+class Counters(Protocol):
+    """Reads the machine's counters."""
+
+    def __call__(self) -> Moment: ...
 
 
 @dataclass
-class _Running:
+class Take:
+    """One measurement of a cell."""
+
+    visits: list[Visit] = field(default_factory=list)
+    around: Moment = NO_TIME
+    """What the machine did while the cell ran."""
+
+    @property
+    def medians(self) -> list[float]:
+        """Of each round."""
+        return [statistics.median(visit.samples) for visit in self.visits]
+
+    def spread(self) -> float:
+        """Half the distance between the 10th and 90th percentile of the rounds' medians, over the median."""
+        if not self.visits:
+            return 0.0
+        low, middle, high = np.percentile(self.medians, (10, 50, 90))
+        return float((high - low) / 2 / middle)
+
+    def disturbances(self, processors: int) -> list[str]:
+        """Why the numbers are not to be trusted."""
+        found = self.around.disturbances(processors)
+        if self.spread() > SPREAD:
+            found.append(f"the rounds differ by {self.spread():.0%}")
+        return found
+
+
+@dataclass
+class Timing:
     """A cell while it is measured."""
 
-    session: Session
-    inputs: dict[str, Array]
-    batch: int
-    image_size: Size
-    parity: dict[str, float | None] = field(default_factory=dict)
-    samples: list[float] = field(default_factory=list)
-
-    def sample(self) -> float:
-        begin = time.perf_counter()
-        self.session.run(self.inputs)
-        return time.perf_counter() - begin
-
-    def result(self) -> Cell:
-        facts = self.session.facts
-        p50, p90, p99 = (float(value) for value in np.percentile(self.samples, (50, 90, 99)))
-        return Cell(
-            backend=facts.backend,
-            provider=facts.provider,
-            artifact=facts.artifact,
-            precision=facts.precision,
-            batch=self.batch,
-            image_size=self.image_size,
-            p50_ms=_ms(p50),
-            p90_ms=_ms(p90),
-            p99_ms=_ms(p99),
-            mean_ms=_ms(float(np.mean(self.samples))),
-            images_per_s=round(self.batch / p50, 2),
-            samples_ms=tuple(_ms(sample) for sample in self.samples),
-            parity=self.parity,
-        )
+    probe: Probe
+    count: int = 1
+    """Timed runs of a visit."""
+    untimed: int = 0
+    take: Take = field(default_factory=Take)
+    repeats: int = 0
+    failure: str = ""
 
 
-def run_bench(
-    bundle: str | os.PathLike[str] | Bundle,
-    *,
-    backends: Sequence[str] | None = None,
-    batches: Sequence[int] = (1, 8, 32),
-    options: Options | None = None,
-    budget: float = 60.0,
-    progress: Progress | None = None,
-) -> BenchReport:
-    """Measure a bundle; ``vitdeploy.bench`` documents the arguments and the errors."""
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-    options, progress = options or Options(), progress or Progress()
-    golden = opened.golden()
-    if "pixel_values" not in golden:
-        raise ParityError(f"{opened.root}: has no golden inputs to measure with")
-    pairs = runnable(opened, backends, models=True)
-    skipped = [f"{pair.name} on {pair.backend.name}: {pair.reason}" for pair in pairs if pair.reason]
-    with ExitStack() as stack:
-        cells: list[_Running] = []
-        for pair in pairs:
-            if pair.reason is None:
-                with progress.stage(f"load {pair.name}") as stage:
-                    session = stack.enter_context(pair.backend.load(opened, pair.artifact, options))
-                    stage.detail = pair.backend.name
-                cells += _cells(session, golden, batches, opened.manifest.output)
-        if not cells:
-            raise UsageError(
-                f"nothing to measure: no artifact serves a batch of {', '.join(map(str, batches))} here",
-                hint="; ".join(skipped) or None,
-            )
-        with progress.stage("measure") as stage:
-            rounds = _measure(cells, budget)
-            stage.detail = f"{len(cells)} cells, {rounds} rounds"
-        results = tuple(cell.result() for cell in cells)
-    return BenchReport(_environment(options), results, rounds, tuple(skipped))
+@dataclass
+class Referee:
+    """Measures cells within a budget.
 
+    Args:
+        budget: seconds for warming up, measuring and measuring again.
+        seed: of the order within rounds.
+        counters: of the machine; see ``machine.Watch``.
+        processors: how many the cells share.
+        report: hears what goes on: a phase and how much of the budget is spent (0 to 1).
+        clock: seconds.
+    """
 
-def _cells(
-    session: Session, golden: dict[str, Array], batches: Sequence[int], output: Output
-) -> Iterator[_Running]:
-    """One cell per batch size that the session serves, its outputs compared with the reference once."""
-    facts = session.facts
-    name, out = facts.inputs[0].name, facts.outputs[0].name
-    pixels, reference = golden["pixel_values"], golden["reference"]
-    height, width = pixels.shape[1:3] if pixels.shape[-1] == 3 else pixels.shape[2:]
-    for batch in dict.fromkeys(batches):
-        if facts.batch and not facts.batch.min <= batch <= facts.batch.max:
-            continue
-        order = np.arange(batch) % len(pixels)
-        cell = _Running(session, {name: np.ascontiguousarray(pixels[order])}, batch, (height, width))
-        outputs = session.run(cell.inputs)[out]
-        metrics = compare(reference[order], outputs, TOLERANCES[facts.precision], output)
-        cell.parity = {"relative": metrics.relative, "max_abs": metrics.max_abs}
-        yield cell
+    budget: float
+    seed: int
+    counters: Counters
+    processors: int
+    report: Callable[[str, float], None] = lambda phase, share: None
+    clock: Callable[[], float] = time.perf_counter
+    rounds: int = 0
+    begin: float = field(init=False, default=0.0)
 
+    def measure(self, cells: Sequence[Timing]) -> None:
+        """Fill in the cells' takes; a cell that fails is left out from then on."""
+        order = random.Random(self.seed)
+        self.begin = self.clock()
+        for number, cell in enumerate(cells, 1):
+            self._tell(f"warm up {number} of {len(cells)}")
+            self._try(self._warm_up, cell, WARM_UP * self.budget / len(cells))
+        self.rounds = self._rounds(cells, order, 1 - RESERVE)
+        for attempt in range(1, REPEATS + 1):
+            noisy = [c for c in cells if not c.failure and c.take.disturbances(self.processors)]
+            if noisy and self._spent() < 1:
+                self._again(noisy, order, attempt)
+        if not noisy:
+            self.rounds += self._rounds(cells, order, 1.0, least=0, most=MOST_ROUNDS - self.rounds)
 
-def _measure(cells: Sequence[_Running], budget: float) -> int:
-    """Warm up, then rounds until the budget is spent; returns how many."""
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < WARM_UP * budget:
-        for cell in cells:
-            cell.sample()
-    rounds = 0
-    with _no_garbage_collection():
-        while rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or time.perf_counter() - begin < budget):
-            for cell in cells:
-                cell.samples.append(cell.sample())
-            rounds += 1
-    return rounds
+    def _warm_up(self, cell: Timing, limit: float) -> None:
+        """Run until the median stays where it is; find out how many runs make a visit."""
+        until = self.clock() + limit
+        before = statistics.median(cell.probe(1, 0).samples)
+        for visit in range(MOST_WARM_VISITS):
+            cell.count = max(1, min(MOST_SAMPLES, round(SLICE / max(before, 1e-9))))
+            # After other models ran, the first run finds cold caches; a long one hardly notices.
+            cell.untimed = 1 if cell.count > 1 else 0
+            now = statistics.median(cell.probe(cell.count, 0).samples)
+            settled = abs(now - before) <= SETTLED * before
+            before = now
+            if (settled and visit) or self.clock() > until:
+                break
 
+    def _rounds(
+        self,
+        cells: Sequence[Timing],
+        order: random.Random,
+        share: float,
+        *,
+        least: int = LEAST_ROUNDS,
+        most: int = MOST_ROUNDS,
+    ) -> int:
+        """Whole rounds until this share of the budget is spent; returns how many."""
+        done = 0
+        while done < most and (done < least or self._spent() < share):
+            turn = [cell for cell in cells if not cell.failure]
+            if not turn:
+                break
+            self._tell(f"round {done + 1} of {len(turn)} cells")
+            order.shuffle(turn)
+            for cell in turn:
+                self._try(self._visit, cell)
+            done += 1
+        return done
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Python's collector would run inside whichever sample happens to trigger it."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+    def _visit(self, cell: Timing) -> None:
+        before = self.counters()
+        visit = cell.probe(cell.count, cell.untimed)
+        cell.take.around += self.counters() - before
+        cell.take.visits.append(visit)
 
+    def _again(self, noisy: Sequence[Timing], order: random.Random, attempt: int) -> None:
+        """Measure the disturbed cells anew, among themselves, and keep the calmer take of each."""
+        earlier = [cell.take for cell in noisy]
+        for cell in noisy:
+            cell.take, cell.repeats = Take(), attempt
+        share = self._spent() + (1 - self._spent()) / (REPEATS + 1 - attempt)
+        self._rounds(noisy, order, share, most=max(LEAST_ROUNDS, self.rounds))
+        for cell, before in zip(noisy, earlier, strict=True):
+            whole = not cell.failure and cell.take.visits
+            cell.take = min(cell.take, before, key=self._trouble) if whole else before
 
-def _environment(options: Options) -> dict[str, Any]:
-    found = diagnose().as_dict()
-    keep = ("vitdeploy", "python", "platform", "cpu", "gpus", "libraries")
-    return {key: found[key] for key in keep} | {"threads": options.threads}
+    def _trouble(self, take: Take) -> tuple[int, float]:
+        return len(take.disturbances(self.processors)), take.spread()
 
+    def _try(self, act: Callable[..., None], cell: Timing, *arguments: float) -> None:
+        try:
+            act(cell, *arguments)
+        except CellFailure as error:
+            cell.failure = str(error)
 
-def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 4)
+    def _spent(self) -> float:
+        return (self.clock() - self.begin) / self.budget
+
+    def _tell(self, what: str) -> None:
+        self.report(what, min(1.0, self._spent()))

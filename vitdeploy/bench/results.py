@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitdeploy.config import Size
+from vitdeploy.doctor import machine_name
 from vitdeploy.errors import UsageError
 from vitdeploy.manifest import Precision
 
@@ -62,7 +63,7 @@ class Environment(_Record):
     @property
     def machine(self) -> tuple[str, ...]:
         """What must be equal for two measurements to be comparable."""
-        return (self.cpu.name, f"{self.cpu.threads} threads", *(gpu.get("name", "") for gpu in self.gpus))
+        return machine_name(self.cpu.name, self.cpu.threads, self.gpus)
 
 
 class Settings(_Record):
@@ -314,3 +315,7 @@ def require_writable(paths: Sequence[Path]) -> None:
         finally:
             if os.path.lexists(probe):
                 probe.unlink()
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))

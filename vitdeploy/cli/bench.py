@@ -1,89 +1,335 @@
-"""``vitdeploy bench``: latency of everything a bundle can run here."""
+"""``vitdeploy bench``: speed, parity and accuracy of everything a bundle can run here."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from vitdeploy.cli import output, parse
-from vitdeploy.errors import UsageError
+from vitdeploy.cli.interruption import Interrupted
+from vitdeploy.errors import ParityError, RegressionError, UsageError, VitdeployError
 
 if TYPE_CHECKING:
-    from vitdeploy.bench.measure import BenchReport
+    from vitdeploy.bench.choice import Goal
+    from vitdeploy.bench.compare import Comparison
+    from vitdeploy.bench.lanes import Choices
+    from vitdeploy.bench.results import Cell, Results
+    from vitdeploy.manifest import Choice
 
-SUMMARY = "Measure a bundle's latency on this machine."
+SUMMARY = "Measure a bundle's speed, parity and accuracy on this machine."
 EXAMPLES = (
     "vitdeploy bench vit.bundle",
     "vitdeploy bench vit.bundle --backend onnxruntime,openvino --batch 1,8 --threads 2",
-    "vitdeploy bench vit.bundle --budget 5m -o results.json",
+    "vitdeploy bench vit.bundle --budget 5m -o results.json --html report.html",
+    "vitdeploy bench vit.bundle --pick throughput --max-latency-ms 100",
+    "vitdeploy bench vit.bundle --compare results.json --tolerance 5%",
+    "vitdeploy bench vit.bundle vit-384.bundle --concurrency 1,4 --data photos/",
 )
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Where the results go besides the terminal."""
+
+    results: Path | None
+    csv: Path | None
+    markdown: Path | None
+    html: Path | None
+
+    def require_writable(self) -> None:
+        """Find out before the measurement what would fail after it."""
+        from vitdeploy.bench.results import require_writable
+
+        require_writable(self._named)
+        if self.html is not None:
+            from vitdeploy.bench.report import require_libraries
+
+            require_libraries()
+
+    def write(self, results: Results, comparison: Comparison | None) -> None:
+        from vitdeploy.bench.compare import comparison_markdown
+        from vitdeploy.bench.results import write_whole
+        from vitdeploy.bench.views import csv_text, markdown_text
+
+        if self.results is not None:
+            write_whole(self.results, json.dumps(results.as_dict(), indent=2, allow_nan=False) + "\n")
+        if self.csv is not None:
+            write_whole(self.csv, csv_text(results))
+        if self.markdown is not None:
+            before = f"{comparison_markdown(comparison)}\n" if comparison else ""
+            write_whole(self.markdown, before + markdown_text(results))
+        if self.html is not None:
+            from vitdeploy.bench.report import html_text
+
+            write_whole(self.html, html_text(results, comparison))
+        for path in self._named:
+            output.note(f"  wrote {path}")
+
+    @property
+    def _named(self) -> list[Path]:
+        return [path for path in (self.results, self.csv, self.markdown, self.html) if path is not None]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A command line, understood."""
+
+    bundles: list[Path]
+    choices: Choices
+    budget: float
+    seed: int
+    data: Path | None
+    goal: Goal | None
+    max_latency_ms: float | None
+    old: Results | None
+    tolerance: float
+    files: _Files
+    as_json: bool
+
+
 def command(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle.", show_default=False)],
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles.", show_default=False)],
     backend: Annotated[
         str | None, typer.Option(metavar="B,...", help="Backends.  [default: all that run here]")
     ] = None,
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,8,32",
-    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.")] = None,
+    artifact: Annotated[
+        str | None, typer.Option(metavar="A,...", help="Artifacts, by name or precision.  [default: all]")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Batch sizes.  [default: 1,8,32, as far as served]")
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(metavar="N,...", help="CPU threads.  [default: each runtime's own choice]")
+    ] = None,
+    concurrency: Annotated[str, typer.Option(metavar="N,...", help="Callers at the same time.")] = "1",
     provider: Annotated[
         str | None, typer.Option(metavar="P", help="ONNX Runtime's: cpu, cuda, tensorrt, tensorrt-rtx.")
     ] = None,
-    budget: Annotated[str, typer.Option(metavar="TIME", help="For the whole measurement: 90s, 5m.")] = "60s",
-    results: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write results.json here too.")
+    device: Annotated[
+        str | None, typer.Option(metavar="D", help="cpu, cuda or cuda:N, for backends that have the choice.")
     ] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="For warming up and measuring: 90s, 5m.")
+    ] = "60s",
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Labelled images, for accuracy: DIR/<label>/*.jpg.")
+    ] = None,
+    pick: Annotated[
+        str | None,
+        typer.Option(metavar="latency|throughput", help="Choose what to run here; kept in the bundle."),
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(metavar="MS", help="With --pick: the 99th percentile at most.", min=0.0)
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OLD.json", help="Judge against earlier results; 6 if slower.")
+    ] = None,
+    tolerance: Annotated[str, typer.Option(metavar="P%", help="With --compare.")] = "5%",
+    results: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write results.json here.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a Markdown file.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report for people.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the order within rounds.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
-) -> None:
-    """Measure latency in interleaved rounds, with the error against the reference beside it."""
-    from vitdeploy.backends.base import Options
-    from vitdeploy.bench.measure import run_bench
+) -> int:
+    """Measure in interleaved rounds, with parity and accuracy beside every speed.
 
-    named = parse.backends(backend, provider)
-    sizes, seconds = parse.integers(batch, "--batch"), parse.duration(budget)
-    options = Options(threads=threads, provider=provider)
-    if results is not None and not results.parent.is_dir():
-        raise UsageError(f"-o {results}: the folder {results.parent} does not exist")
+    A cell whose outputs are not the reference's is shown struck through, takes part in no ranking, and
+    makes the exit code 5. Ctrl-C keeps what was measured.
+    """
+    from vitdeploy.bench.lanes import Choices
+    from vitdeploy.bench.results import read_results
+
+    choices = Choices(
+        backends=parse.backends(backend, provider),
+        artifacts=parse.names(artifact),
+        batches=None if batch is None else parse.integers(batch, "--batch"),
+        threads=(None,) if threads is None else parse.integers(threads, "--threads"),
+        concurrency=parse.integers(concurrency, "--concurrency"),
+        provider=provider,
+        device=device,
+    )
+    request = _Request(
+        bundles=bundles,
+        choices=choices,
+        budget=parse.duration(budget),
+        seed=seed,
+        data=data,
+        goal=_goal(pick, max_latency_ms),
+        max_latency_ms=max_latency_ms,
+        old=None if compare is None else read_results(compare),
+        tolerance=parse.percentage(tolerance, "--tolerance"),
+        files=_Files(results, csv, markdown, html),
+        as_json=as_json,
+    )
+    return _run(request)
+
+
+def _run(request: _Request) -> int:
+    """Measure, write, choose, print; what is wrong is said last, when everything is safe."""
+    from vitdeploy.bench.compare import compare
+    from vitdeploy.bench.run import run_bench
+
+    request.files.require_writable()
     with output.Stages() as stages, output.stdout_is_ours():
-        report = run_bench(
-            bundle, backends=named, batches=sizes, options=options, budget=seconds, progress=stages
+        found = run_bench(
+            request.bundles,
+            request.choices,
+            data=request.data,
+            budget=request.budget,
+            seed=request.seed,
+            command=parse.command_line(),
+            progress=stages,
         )
-    document = {"ok": True, **report.as_dict()}
-    if results is not None:
-        _write(results, document)
-    if as_json:
-        output.json_document(document)
+    comparison = None if request.old is None else compare(found, request.old, request.tolerance)
+    request.files.write(found, comparison)
+    problem, picked = _problem(found, comparison), list[tuple[Path, "Choice"]]()
+    if request.goal is not None and not found.partial:
+        try:
+            picked = _pick(found, request.bundles, request.goal, request.max_latency_ms)
+        except VitdeployError as error:
+            problem = problem or error
+    if request.as_json:
+        output.json_document(_document(found, comparison, picked, problem))
     else:
-        _print(report)
+        _print(found)
+        _print_verdicts(comparison, picked)
+    if found.partial:
+        raise Interrupted
+    if problem is None:
+        return 0
+    output.error(problem.message, problem.hint)
+    return problem.exit_code
 
 
-def _write(path: Path, document: dict[str, object]) -> None:
-    try:
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"-o {path}: cannot be written: {error.strerror}") from error
+def _goal(pick: str | None, max_latency_ms: float | None) -> Goal | None:
+    if pick not in (None, "latency", "throughput"):
+        raise UsageError(f"--pick {pick}: not a goal", hint="--pick latency, or --pick throughput")
+    if max_latency_ms is not None and pick is None:
+        raise UsageError("--max-latency-ms goes with --pick", hint="add --pick throughput")
+    return cast("Goal | None", pick)
 
 
-def _print(report: BenchReport) -> None:
-    rows = [
-        (
-            cell.backend,
-            cell.artifact,
-            str(cell.batch),
-            f"{cell.p50_ms:.2f}",
-            f"{cell.p90_ms:.2f}",
-            f"{cell.p99_ms:.2f}",
-            f"{cell.mean_ms:.2f}",
-            f"{cell.images_per_s:.1f}",
-            output.small(cell.parity["relative"]),
-        )
-        for cell in report.cells
+def _pick(
+    results: Results, bundles: list[Path], goal: Goal, limit: float | None
+) -> list[tuple[Path, Choice]]:
+    """Choose for every bundle, then write the choices."""
+    from vitdeploy.bench.choice import choice_of, pick, write_choice
+    from vitdeploy.bundle import Bundle
+
+    names = [subject.name for subject in results.subjects]
+    chosen = [
+        (path, choice_of(pick(results, name, goal, limit), results, goal, limit))
+        for path, name in zip(bundles, names, strict=True)
     ]
-    columns = ("backend", "artifact", ">batch", ">p50 ms", ">p90 ms", ">p99 ms", ">mean ms", ">images/s")
-    output.table((*columns, ">error"), rows)
-    output.line(f"{report.rounds} interleaved rounds; error: relative to the float64 reference")
-    for text in report.skipped:
-        output.line(f"not run: {text}")
+    for path, choice in chosen:
+        write_choice(Bundle.open(path), choice)
+    return chosen
+
+
+def _problem(results: Results, comparison: Comparison | None) -> VitdeployError | None:
+    """Wrong outputs come before slow ones."""
+    wrong = [cell for cell in results.cells if cell.parity is not None and not cell.parity.passed]
+    if wrong:
+        first = wrong[0]
+        why = first.parity.failures[0] if first.parity and first.parity.failures else "wrong outputs"
+        return ParityError(
+            f"{len(wrong)} of {len(results.cells)} cells failed parity: "
+            f"{first.label} at batch {first.batch}: {why}"
+        )
+    if comparison is not None and comparison.slower:
+        row = comparison.slower[0]
+        return RegressionError(
+            f"{len(comparison.slower)} cells are slower: {row.label} at batch {row.batch}: "
+            f"{row.ratio:.2f} x the old time"
+        )
+    return None
+
+
+def _document(
+    results: Results,
+    comparison: Comparison | None,
+    picked: list[tuple[Path, Choice]],
+    problem: VitdeployError | None,
+) -> dict[str, Any]:
+    document: dict[str, Any] = {"ok": problem is None and not results.partial, **results.as_dict()}
+    if comparison is not None:
+        document["comparison"] = comparison.model_dump(mode="json")
+    if problem is not None:
+        document["error"] = problem.as_dict()
+    if picked:
+        document["picked"] = [{"bundle": str(path), **c.model_dump(mode="json")} for path, c in picked]
+    return document
+
+
+def _print(results: Results) -> None:
+    columns = ["backend", "artifact", ">batch", ">p50 ms", ">p90 ms", ">p99 ms", ">images/s", ">error"]
+    scored = any(cell.accuracy for cell in results.cells)
+    columns += [">top-1"] if scored else []
+    for subject in results.subjects:
+        cells = [cell for cell in results.cells if cell.subject == subject.name]
+        if len(results.subjects) > 1:
+            output.heading(f"{subject.name}, {subject.image_size[0]} x {subject.image_size[1]}")
+        all_valid = all(cell.valid for cell in cells)
+        rows = [_row(cell, scored, all_valid) for cell in cells]
+        styles = ["" if cell.valid else "strike red" for cell in cells]
+        output.table(columns if all_valid else [*columns, ""], rows, styles)
+    output.line(f"{results.rounds} interleaved rounds; error: relative to the float64 reference")
+    for cell in results.cells:
+        if cell.disturbed:
+            output.line(f"disturbed: {cell.label}, batch {cell.batch}: {'; '.join(cell.disturbed)}")
+    for text in results.notes:
+        output.line(f"note: {text}")
+    for skipped in results.skipped:
+        output.line(f"not run: {skipped.artifact} on {skipped.backend}: {skipped.reason}")
+    if results.partial:
+        output.line("PARTIAL: interrupted before the budget was spent")
+
+
+def _row(cell: Cell, scored: bool, all_valid: bool) -> tuple[str, ...]:
+    name = cell.label.removesuffix(f" {cell.artifact}")
+    name += f", {output.count(cell.threads, 'thread')}" if cell.threads else ""
+    name += f", {cell.concurrency} callers" if cell.concurrency > 1 else ""
+    times = ["-" if ms is None else f"{ms:.2f}" for ms in (cell.p50_ms, cell.p90_ms, cell.p99_ms)]
+    rate = "-" if cell.images_per_s is None else f"{cell.images_per_s:.1f}"
+    error = output.small(cell.parity.relative if cell.parity else None)
+    top1 = [f"{cell.accuracy.top1:.1%}" if cell.accuracy else "-"] if scored else []
+    remark = () if all_valid else (_remark(cell),)
+    return (name, cell.artifact, str(cell.batch), *times, rate, error, *top1, *remark)
+
+
+def _remark(cell: Cell) -> str:
+    """What is wrong with a cell."""
+    if cell.status == "failed":
+        return f"FAILED: {cell.reason}"
+    if cell.parity is not None and not cell.parity.passed:
+        return f"WRONG: {'; '.join(cell.parity.failures)}"
+    return ""
+
+
+def _print_verdicts(comparison: Comparison | None, picked: list[tuple[Path, Choice]]) -> None:
+    if comparison is not None:
+        output.heading(f"Compared, tolerance {comparison.tolerance:.0%}: {comparison.summary}")
+        rows = [
+            (
+                row.label,
+                str(row.batch),
+                "-" if row.ratio is None else f"{row.ratio:.3f}",
+                "-" if row.low is None else f"{row.low:.3f} to {row.high:.3f}",
+                row.verdict,
+                row.reason,
+            )
+            for row in comparison.rows
+        ]
+        output.table(("cell", ">batch", ">ratio", "95 % interval", "verdict", ""), rows)
+    for path, choice in picked:
+        what = " ".join(filter(None, (choice.backend, choice.artifact)))
+        threads = f", {output.count(choice.threads, 'thread')}" if choice.threads else ""
+        speed = f"{choice.p50_ms:.2f} ms, {choice.images_per_s:.1f} images/s"
+        output.line(f"picked for {choice.goal}: {what}, batch {choice.batch}{threads}: {speed}; in {path}")

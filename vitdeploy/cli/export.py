@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -214,7 +213,7 @@ def command(
         atol=atol,
         fallback=not no_fallback,
         seed=seed,
-        command=_command_line(),
+        command=parse.command_line(),
     )
     return (_dry_run if dry_run else _export)(request, output_dir, force, as_json)
 
@@ -256,10 +255,6 @@ def _add_engines(
         opened = Bundle.open(folder)
         bundle = add_engines(opened, request, precisions=precisions, force=force, progress=stages)
     _show(bundle, folder, stages, as_json)
-
-
-def _command_line() -> str:
-    return shlex.join(["vitdeploy", *sys.argv[1:]])
 
 
 def _export(request: ExportRequest, folder: Path | None, force: bool, as_json: bool) -> None:

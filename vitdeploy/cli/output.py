@@ -57,16 +57,20 @@ def json_document(document: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; a column whose name begins with ``>`` is aligned to the right."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] | None = None) -> None:
+    """A table; a column whose name begins with ``>`` is aligned to the right.
+
+    Args:
+        styles: how each row looks on a terminal, in rich's words: ``"strike red"``; empty is plain.
+    """
     from rich import box
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="")
     for column in columns:
         made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    for row in rows:
-        made.add_row(*(printable(cell) for cell in row))
+    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+        made.add_row(*(printable(cell) for cell in row), style=style or None)
     console = _console()
     with console.capture() as drawn:
         console.print(made)
@@ -156,6 +160,11 @@ def flops(count: float) -> str:
             return f"{count:.3g} {unit}FLOPs"
         count /= 1000
     return f"{count:.3g} TFLOPs"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def small(value: float | None) -> str:

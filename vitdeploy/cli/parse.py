@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 
 from vitdeploy.config import BatchRange, Size
 from vitdeploy.errors import UsageError
+
+
+def command_line() -> str:
+    """What was typed, with the program's plain name."""
+    return shlex.join(["vitdeploy", *sys.argv[1:]])
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
@@ -111,3 +118,16 @@ def duration(text: str) -> float:
     if match is None or float(match[1]) == 0:
         raise UsageError(f"--budget {text}: not a duration", hint="--budget 90s, or 5m")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2] or "s"]
+
+
+def percentage(text: str, flag: str) -> float:
+    """``"5%"`` or ``"0.05"`` as 0.05.
+
+    Raises:
+        UsageError: neither, or not between 0 and 1; names the flag.
+    """
+    match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*(%)?", text.strip())
+    value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= value < 1:
+        raise UsageError(f"{flag} {text}: not a share", hint=f"{flag} 5%")
+    return value

@@ -31,8 +31,12 @@ def command(
         typer.Argument(metavar="IMAGE|DIR...", help="Image files; folders are walked.", show_default=False),
     ],
     backend: Annotated[
-        str, typer.Option(metavar="B", help="The runtime; `doctor` lists them.")
-    ] = "onnxruntime",
+        str | None,
+        typer.Option(
+            metavar="B",
+            help="The runtime; `doctor` lists them.  [default: what `bench --pick` chose, else onnxruntime]",
+        ),
+    ] = None,
     artifact: Annotated[
         str | None, typer.Option(metavar="A", help="Its name or precision.  [default: the most precise]")
     ] = None,
@@ -67,6 +71,8 @@ def command(
     results: list[dict[str, Any]] = []
     write = results.append if as_json else _csv_writer() if as_csv else _print
     with Predictor.open(bundle, backend=backend, artifact=artifact, options=options) as predictor:
+        if predictor.note:
+            output.note(predictor.note)
         for path, result in zip(paths, predictor.stream(paths, top_k), strict=True):
             if isinstance(result, ImageError):
                 broken += 1
