@@ -1,8 +1,13 @@
-"""How figures that vary are reported."""
+"""How often something is run, and how figures that vary are reported."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+
+Rounds = Callable[[int], int]
+"""How many of so many rounds are run: all of them, or one with --quick."""
 
 
 def quartiles(ratios: list[float]) -> dict[str, float]:

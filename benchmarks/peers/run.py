@@ -1,0 +1,200 @@
+"""vitdeploy against other tools: the same checkpoints, in the same interleaved rounds, on this machine.
+
+    python -m benchmarks.peers.run                                # everything; about an hour
+    python -m benchmarks.peers.run --models vit_tiny_patch16_224 --batches 1,8 --budget 30s --output /tmp
+
+Writes ``cpu-<model>.json`` for each model. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import vitdeploy
+from benchmarks.peers.catalogue import PEERS, lane_of
+from benchmarks.peers.environments import ROOT, EnvironmentFailure, ensure
+from benchmarks.vits import SIZES, save_vit
+from vitdeploy.bench.lanes import Choices, Lane, Target, lanes_of, open_targets
+from vitdeploy.bench.results import Results, Skipped, require_writable, write_whole
+from vitdeploy.bench.run import Plan, run_plan
+from vitdeploy.bench.worker import WorkerFailure
+from vitdeploy.cli.output import Stages
+from vitdeploy.cli.parse import duration, integers
+from vitdeploy.errors import UsageError, VitdeployError
+from vitdeploy.progress import Progress
+
+WORK = ROOT / "build" / "peers"
+RESULTS = ROOT / "benchmarks" / "results"
+THREADS = 2
+OURS = frozenset(
+    {
+        ("onnxruntime", "fp32"),
+        ("openvino", "fp32"),
+        ("openvino", "bf16"),
+        ("torch", "fp32"),
+        ("torch-compile", "fp32"),
+        ("aotinductor", "fp32"),
+    }
+)
+"""Backends of ours and the precisions they are measured in."""
+BATCHES: Mapping[str, tuple[int, ...]] = {"vit_base_patch16_224": (1, 8, 32)}
+BUDGETS: Mapping[str, float] = {"vit_tiny_patch16_224": 300, "vit_base_patch16_224": 1500}
+_FEW_BATCHES, _BUDGET = (1, 8), 900.0
+"""Of the models that are not listed."""
+_LOADING = 1800.0
+"""Seconds that a peer may take to export and load."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for; None is the default of each model."""
+
+    models: tuple[str, ...]
+    batches: tuple[int, ...] | None
+    budget: float | None
+    peers: tuple[str, ...]
+    threads: int
+    output: Path
+
+    def file(self, model: str) -> Path:
+        """Where the results of a model go."""
+        return self.output / f"cpu-{model}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        wanted = parse(words)
+        require_writable([wanted.file(model) for model in wanted.models])
+        command = shlex.join(["python", "-m", "benchmarks.peers.run", *words])
+        with Stages() as stages:
+            for model in wanted.models:
+                results = measure(model, wanted, command, stages)
+                path = write(results, wanted.file(model))
+                print(f"{path}: {len(results.cells)} cells, {results.rounds} rounds")
+                for one in results.skipped:
+                    print(f"  skipped {one.backend} {one.artifact}: {one.reason}")
+                if results.partial:
+                    return 130
+    except VitdeployError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def parse(words: Sequence[str]) -> Wanted:
+    """The command line.
+
+    Raises:
+        UsageError: a model, peer, batch or duration that is none.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.run", description=__doc__)
+    parser.add_argument("--models", default=",".join(SIZES), help="comma-separated")
+    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated")
+    parser.add_argument("--batches", help="comma-separated; 1,8, and for ViT-B 32 too, when omitted")
+    parser.add_argument("--budget", help="for each model: 90s, 5m")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
+    options = parser.parse_args(words)
+    return Wanted(
+        models=_named(options.models, SIZES, "model"),
+        batches=None if options.batches is None else tuple(integers(options.batches, "--batches")),
+        budget=None if options.budget is None else duration(options.budget),
+        peers=_named(options.peers, PEERS, "peer"),
+        threads=options.threads,
+        output=options.output,
+    )
+
+
+def _named(text: str, known: Mapping[str, object], kind: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no {kind} {name!r}, only {', '.join(known)}")
+    return names
+
+
+def measure(model: str, wanted: Wanted, command: str, progress: Progress) -> Results:
+    """Measure our backends and the peers on one model."""
+    checkpoint = WORK / model / model
+    with progress.stage(f"export {model}"):
+        target = prepare(checkpoint)
+    lanes, skipped = our_lanes(target, wanted.threads)
+    notes: list[str] = []
+    for name in wanted.peers:
+        with progress.stage(f"prepare {name}") as stage:
+            try:
+                lane, versions = peer_lane(name, target, checkpoint, wanted.threads)
+                lanes.append(lane)
+                notes.append(versions)
+            except (EnvironmentFailure, WorkerFailure) as error:
+                peer = PEERS[name]
+                stage.detail = f"SKIPPED: {error}"
+                skipped.append(
+                    Skipped(
+                        subject=target.name, backend=peer.backend, artifact=peer.artifact, reason=str(error)
+                    )
+                )
+    batches = wanted.batches or BATCHES.get(model, _FEW_BATCHES)
+    budget = wanted.budget or BUDGETS.get(model, _BUDGET)
+    results = run_plan(Plan(lanes, batches, budget, skipped=skipped, command=command), progress=progress)
+    return results.model_copy(update={"notes": (*results.notes, *notes)})
+
+
+def prepare(checkpoint: Path) -> Target:
+    """Make the checkpoint, unless it is there, and our bundle of it, always anew."""
+    if not checkpoint.is_dir():
+        beside = checkpoint.with_name("unfinished")
+        save_vit(SIZES[checkpoint.name], beside).rename(checkpoint)
+    folder = checkpoint.with_suffix(".bundle")
+    bundle = vitdeploy.export(checkpoint, folder, precision=("fp32", "bf16"), format="onnx", force=True)
+    return open_targets([bundle])[0]
+
+
+def our_lanes(target: Target, threads: int) -> tuple[list[Lane], list[Skipped]]:
+    """The lanes of ``OURS``, and why some are not there."""
+    lanes, skipped = lanes_of(target, Choices(threads=(threads,)))
+    missing = [one for one in skipped if (one.backend, one.artifact.removeprefix("onnx-")) in OURS]
+    return [lane for lane in lanes if (lane.backend, lane.precision) in OURS], missing
+
+
+def peer_lane(name: str, target: Target, checkpoint: Path, threads: int) -> tuple[Lane, str]:
+    """A peer's lane and the versions of what it is made of; its model is exported.
+
+    What is measured later loads a file, and has no exporter in memory.
+
+    Raises:
+        EnvironmentFailure: its environment cannot be made.
+        WorkerFailure: it cannot export or load the model.
+    """
+    peer = PEERS[name]
+    python = ensure(peer.environment) if peer.environment else None
+    lane = lane_of(peer, target, checkpoint, threads, python)
+    worker = lane.start(_LOADING)
+    try:
+        facts = worker.answer()["facts"]
+    finally:
+        worker.close()
+    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    return replace(lane, size_bytes=facts["size_bytes"]), f"{name}: {versions}"
+
+
+def write(results: Results, path: Path) -> Path:
+    """Write results with a line for each cell; partial ones beside the file, not in its place."""
+    document = results.as_dict()
+    cells = ",\n".join(json.dumps(cell) for cell in document.pop("cells"))
+    text = json.dumps({**document, "cells": "@"}, indent=2).replace('"@"', f"[\n{cells}\n]")
+    path = path.with_suffix(".partial.json") if results.partial else path
+    write_whole(path, text + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
