@@ -14,16 +14,17 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	if $$p -c "$(SUPPORTED)" >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help demo test check lint clean
+.PHONY: help demo test check lint bench-peers clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## export, verify, predict and measure a real model and a ViT-B/16
 	$(BIN)/python examples/demo.py
 
-test: $(READY) lint  ## everything: lint, types, import contracts, the whole test suite
+test: $(READY) lint  ## everything: lint, types, import contracts, the whole test suite, that benchmarks run
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
+	$(BIN)/pytest benchmarks --quick -q
 
 check: $(READY) lint  ## the quick loop: the same without the slow tests
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not slow" -q
@@ -34,8 +35,12 @@ lint: $(READY)  ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench-peers: $(READY)  ## measure against other tools, for README's tables (an hour, on a quiet machine)
+	$(BIN)/python -m benchmarks.peers.run
+	$(BIN)/python -m benchmarks.peers.table --write
+
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf $(VENV) $(VENV)-peers-* build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
-from spread import quartiles
 
+from benchmarks.spread import Rounds, quartiles
 from vitdeploy.bundle import Bundle
 from vitdeploy.engines.child import build_engines
 from vitdeploy.engines.records import BuildJob, BuildResult
@@ -59,16 +59,17 @@ def export(model: str | Path, folder: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def baseline_mb(tmp_path_factory: pytest.TempPathFactory) -> float:
-    return export("digits", tmp_path_factory.mktemp("digits") / "digits.bundle")
+def baseline_mb(quick: bool, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The framework's share; not measured for a smoke run."""
+    return 0.0 if quick else export("digits", tmp_path_factory.mktemp("digits") / "digits.bundle")
 
 
 def test_export_vit_b16_fp32_and_fp16(
-    benchmark: BenchmarkFixture, vit_b16: Path, tmp_path: Path, baseline_mb: float
+    benchmark: BenchmarkFixture, vit_b16: Path, tmp_path: Path, baseline_mb: float, rounds: Rounds
 ) -> None:
     peaks: list[float] = []
     bundle = tmp_path / "b16.bundle"
-    benchmark.pedantic(lambda: peaks.append(export(vit_b16, bundle)), rounds=3, iterations=1)
+    benchmark.pedantic(lambda: peaks.append(export(vit_b16, bundle)), rounds=rounds(3), iterations=1)
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     weights = manifest["files"]["weights.safetensors"]["size"] / _MB
     benchmark.extra_info |= {
@@ -112,7 +113,9 @@ def build_rtx(source: Artifact, folder: Path, targets: tuple[str, ...]) -> Build
     return build_engines(job, lambda phase, fraction: None)
 
 
-def test_rtx_engine_vit_b16_fp16(benchmark: BenchmarkFixture, onnx_b16: Artifact, tmp_path: Path) -> None:
+def test_rtx_engine_vit_b16_fp16(
+    benchmark: BenchmarkFixture, onnx_b16: Artifact, tmp_path: Path, rounds: Rounds
+) -> None:
     """One target, and in the same rounds all six from one parse."""
     one: list[BuildResult] = []
     six_seconds: list[float] = []
@@ -124,7 +127,10 @@ def test_rtx_engine_vit_b16_fp16(benchmark: BenchmarkFixture, onnx_b16: Artifact
         return (), {}
 
     benchmark.pedantic(
-        lambda: one.append(build_rtx(onnx_b16, tmp_path, ("sm_89",))), setup=pair, rounds=5, iterations=1
+        lambda: one.append(build_rtx(onnx_b16, tmp_path, ("sm_89",))),
+        setup=pair,
+        rounds=rounds(5),
+        iterations=1,
     )
     weights = Path(onnx_b16.path).stat().st_size
     assert all(result.proof.ok for result in one)
@@ -139,13 +145,3 @@ def test_rtx_engine_vit_b16_fp16(benchmark: BenchmarkFixture, onnx_b16: Artifact
             [six / single for six, single in zip(six_seconds, benchmark.stats.stats.data, strict=True)]
         ),
     }
-
-
-def test_help(benchmark: BenchmarkFixture) -> None:
-    benchmark.pedantic(
-        lambda: subprocess.run(
-            [sys.executable, "-m", "vitdeploy", "--help"], check=True, capture_output=True
-        ),
-        rounds=15,
-        iterations=1,
-    )
