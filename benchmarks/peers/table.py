@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.spread import quartiles
@@ -25,6 +26,10 @@ README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks/peers/table.py: begin -->", "<!-- benchmarks/peers/table.py: end -->"
 SECTION = "## Performance\n"
 """Where the tables go when they are not in the README yet."""
+INTRODUCTION = """\
+Against other tools on the same weights, in the same rounds ([how](benchmarks/README.md)). A peer's time is
+followed by how many times as fast vitdeploy is on the same runtime: the median over the rounds, and their
+quartiles."""
 
 FLAGSHIP = "vit_base_patch16_224"
 PLAIN = {1: 1.05, 8: 1.07}
@@ -65,9 +70,10 @@ class Ratio(NamedTuple):
     q3: float
 
 
-def rounds_of(cell: Cell) -> np.ndarray:
+def rounds_of(cell: Cell) -> NDArray[np.float64]:
     """The median of each round, in ms."""
-    return np.median(np.reshape(cell.samples_ms, (-1, cell.round_samples)), axis=1)
+    medians: NDArray[np.float64] = np.median(np.reshape(cell.samples_ms, (-1, cell.round_samples)), axis=1)
+    return medians
 
 
 def ratio(ours: Cell, theirs: Cell) -> Ratio:
@@ -117,7 +123,7 @@ def title_of(peer: Peer) -> str:
 
 def tables(results: Sequence[Results]) -> str:
     """The README's part, without its markers."""
-    return "\n\n".join(_table(one) for one in results)
+    return "\n\n".join([INTRODUCTION, *map(_table, results)])
 
 
 def _table(results: Results) -> str:
@@ -126,7 +132,7 @@ def _table(results: Results) -> str:
     rows = [
         f"**{subject.model}**, {results.environment.cpu.name}, {_threads(results)}:",
         "",
-        f"| median ms, and how many times as fast we are | {' | '.join(f'batch {b}' for b in batches)} |",
+        f"| median ms | {' | '.join(f'batch {b}' for b in batches)} |",
         f"|---{'|---' * len(batches)}|",
         *(f"| {' | '.join(row)} |" for row in _rows(results, batches)),
     ]
@@ -149,7 +155,7 @@ def _rows(results: Results, batches: Sequence[int]) -> Iterator[list[str]]:
                 pairs = zip(ours, theirs, strict=True)
                 yield [f"— {peer.title}", *(_against(mine, other) for mine, other in pairs)]
     best = [picked(results, batch) for batch in batches]
-    yield ["**our fastest against the fastest other tool**", *map(_best, best)]
+    yield ["**vitdeploy's fastest against the fastest other tool**", *map(_best, best)]
 
 
 def _ms(cell: Cell | None) -> str:
@@ -184,7 +190,7 @@ def broken_claims(results: Results) -> list[str]:
     """What of our claims these results do not bear out; one line each."""
     (subject,) = results.subjects
     batches = results.settings.batches
-    found = []
+    found: list[str] = []
     if subject.model == FLAGSHIP:
         for batch, least in PLAIN.items():
             found += _plain_exports(results, batch, least)
