@@ -58,14 +58,18 @@ def demo(out: Path) -> None:
     run("export", "-m", "B/16", "--fp32", "--fp16", "-o", str(large))
     run("verify", str(large), "--backend", "onnxruntime", "--batch", "1,8")
     run("predict", str(large), *(str(path) for path in photographs()), "--top-k", "3")
-    run("bench", str(large), "--backend", "onnxruntime,openvino", "--batch", "1,8", "--budget", "30s")
+    report = out / "report.html"
+    flags = ("--batch", "1,8", "--budget", "30s", "--html", str(report), "--pick", "latency")
+    run("bench", str(large), "--backend", "onnxruntime,openvino", *flags)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="where to leave the bundles; thrown away when omitted")
+    parser.add_argument(
+        "--out", type=Path, help="where to leave the bundles and the report; thrown away when omitted"
+    )
     arguments = parser.parse_args()
     if arguments.out is None:
         with tempfile.TemporaryDirectory(prefix="vitdeploy-demo-") as folder:

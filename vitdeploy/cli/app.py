@@ -20,7 +20,7 @@ from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 _ParserError: type[Any] = typer.BadParameter.__mro__[2]
 
 _SUMMARY = "Carry a Vision Transformer checkpoint to production, and prove each step."
-_CODES = "Exit codes: 0 ok, 2 bad input, 3 something is not installed, 4 export failed, 5 parity failed."
+_CODES = "Exit codes: 0 ok, 2 bad input, 3 something is missing, 4 export failed, 5 parity failed, 6 slower."
 
 
 def build() -> typer.Typer:
