@@ -68,7 +68,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, help="where to leave the bundles and the report; thrown away when omitted"
+        "--out", type=Path, help="for bundles and report; thrown away when omitted"
     )
     arguments = parser.parse_args()
     if arguments.out is None:
