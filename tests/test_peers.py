@@ -139,6 +139,8 @@ def test_the_command_line() -> None:
     assert (wanted.models, wanted.peers) == (("vit_tiny_patch16_224",), ("timm", "optimum"))
     assert (wanted.batches, wanted.budget, wanted.threads) == ((1, 8), None, 2)
     assert wanted.file("m") == run.RESULTS / "cpu-m.json"
+    assert run.parse([]).models == tuple(run.SIZES)
+    assert run.parse([]).peers is None
     with pytest.raises(UsageError, match="no peer 'tim'"):
         run.parse(["--peers", "tim"])
 

@@ -32,21 +32,33 @@ from vitdeploy.progress import Progress
 WORK = ROOT / "build" / "peers"
 RESULTS = ROOT / "benchmarks" / "results"
 THREADS = 2
-OURS = frozenset(
-    {
-        ("onnxruntime", "fp32"),
-        ("openvino", "fp32"),
-        ("openvino", "bf16"),
-        ("torch", "fp32"),
-        ("torch-compile", "fp32"),
-        ("aotinductor", "fp32"),
-    }
-)
-"""Backends of ours and the precisions they are measured in."""
-BATCHES: Mapping[str, tuple[int, ...]] = {"vit_base_patch16_224": (1, 8, 32)}
-BUDGETS: Mapping[str, float] = {"vit_tiny_patch16_224": 300, "vit_base_patch16_224": 1500}
-_FEW_BATCHES, _BUDGET = (1, 8), 900.0
-"""Of the models that are not listed."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is measured of a model unless the command line says otherwise."""
+
+    batches: tuple[int, ...]
+    budget: float
+    """Seconds."""
+    ours: frozenset[tuple[str, str]]
+    """Backends of ours and their precisions."""
+    peers: tuple[str, ...]
+
+
+_EXPORTED = frozenset({("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")})
+OURS = _EXPORTED | {("torch", "fp32"), ("torch-compile", "fp32"), ("aotinductor", "fp32")}
+SCOPES: Mapping[str, Scope] = {
+    "vit_tiny_patch16_224": Scope((1, 8), 300, OURS, tuple(PEERS)),
+    "vit_base_patch16_224": Scope((1, 8, 32), 1500, OURS, tuple(PEERS)),
+    # All lanes are in memory at once, with 2 to 3 GB each: these fit into 24 GB.
+    "vit_large_patch16_224": Scope(
+        (1, 8),
+        900,
+        _EXPORTED,
+        ("torch-onnx", "optimum", "openvino-convert", "openvino-convert-bf16"),
+    ),
+}
 _LOADING = 1800.0
 """Seconds that a peer may take to export and load."""
 
@@ -58,7 +70,7 @@ class Wanted:
     models: tuple[str, ...]
     batches: tuple[int, ...] | None
     budget: float | None
-    peers: tuple[str, ...]
+    peers: tuple[str, ...] | None
     threads: int
     output: Path
 
@@ -96,18 +108,18 @@ def parse(words: Sequence[str]) -> Wanted:
         UsageError: a model, peer, batch or duration that is none.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.run", description=__doc__)
-    parser.add_argument("--models", default=",".join(SIZES), help="comma-separated")
-    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated")
+    parser.add_argument("--models", default=",".join(SCOPES), help="comma-separated")
+    parser.add_argument("--peers", help=f"of {', '.join(PEERS)}; of the large model a few, when omitted")
     parser.add_argument("--batches", help="comma-separated; 1,8, and for ViT-B 32 too, when omitted")
     parser.add_argument("--budget", help="for each model: 90s, 5m")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     options = parser.parse_args(words)
     return Wanted(
-        models=_named(options.models, SIZES, "model"),
+        models=_named(options.models, SCOPES, "model"),
         batches=None if options.batches is None else tuple(integers(options.batches, "--batches")),
         budget=None if options.budget is None else duration(options.budget),
-        peers=_named(options.peers, PEERS, "peer"),
+        peers=None if options.peers is None else _named(options.peers, PEERS, "peer"),
         threads=options.threads,
         output=options.output,
     )
@@ -123,12 +135,12 @@ def _named(text: str, known: Mapping[str, object], kind: str) -> tuple[str, ...]
 
 def measure(model: str, wanted: Wanted, command: str, progress: Progress) -> Results:
     """Measure our backends and the peers on one model."""
-    checkpoint = WORK / model / model
+    checkpoint, scope = WORK / model / model, SCOPES[model]
     with progress.stage(f"export {model}"):
         target = prepare(checkpoint)
-    lanes, skipped = our_lanes(target, wanted.threads)
+    lanes, skipped = our_lanes(target, scope.ours, wanted.threads)
     notes: list[str] = []
-    for name in wanted.peers:
+    for name in scope.peers if wanted.peers is None else wanted.peers:
         with progress.stage(f"prepare {name}") as stage:
             try:
                 lane, versions = peer_lane(name, target, checkpoint, wanted.threads)
@@ -142,8 +154,7 @@ def measure(model: str, wanted: Wanted, command: str, progress: Progress) -> Res
                         subject=target.name, backend=peer.backend, artifact=peer.artifact, reason=str(error)
                     )
                 )
-    batches = wanted.batches or BATCHES.get(model, _FEW_BATCHES)
-    budget = wanted.budget or BUDGETS.get(model, _BUDGET)
+    batches, budget = wanted.batches or scope.batches, wanted.budget or scope.budget
     results = run_plan(Plan(lanes, batches, budget, skipped=skipped, command=command), progress=progress)
     return results.model_copy(update={"notes": (*results.notes, *notes)})
 
@@ -158,11 +169,13 @@ def prepare(checkpoint: Path) -> Target:
     return open_targets([bundle])[0]
 
 
-def our_lanes(target: Target, threads: int) -> tuple[list[Lane], list[Skipped]]:
-    """The lanes of ``OURS``, and why some are not there."""
+def our_lanes(
+    target: Target, ours: frozenset[tuple[str, str]], threads: int
+) -> tuple[list[Lane], list[Skipped]]:
+    """Our own lanes, and why some are not there."""
     lanes, skipped = lanes_of(target, Choices(threads=(threads,)))
-    missing = [one for one in skipped if (one.backend, one.artifact.removeprefix("onnx-")) in OURS]
-    return [lane for lane in lanes if (lane.backend, lane.precision) in OURS], missing
+    missing = [one for one in skipped if (one.backend, one.artifact.removeprefix("onnx-")) in ours]
+    return [lane for lane in lanes if (lane.backend, lane.precision) in ours], missing
 
 
 def peer_lane(name: str, target: Target, checkpoint: Path, threads: int) -> tuple[Lane, str]:
