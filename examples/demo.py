@@ -67,9 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, help="for bundles and report; thrown away when omitted"
-    )
+    parser.add_argument("--out", type=Path, help="for bundles and report; thrown away when omitted")
     arguments = parser.parse_args()
     if arguments.out is None:
         with tempfile.TemporaryDirectory(prefix="vitdeploy-demo-") as folder:

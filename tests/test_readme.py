@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RUN = ("README.md", "docs/quickstart.md", "docs/precision.md", "docs/gpu.md", "docs/tensorrt.md", "docs/benchmark.md")
+RUN = ("README.md", *(f"docs/{n}.md" for n in ("quickstart", "precision", "gpu", "tensorrt", "benchmark")))
 DOCUMENTS = (*RUN, *(f"docs/{name}.md" for name in ("architecture", "bundle", "checkpoints", "cli")))
 IMAGES = "vitdeploy/data/digits/images"
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.spread import quartiles
 from benchmarks.vits import SIZES
+from vitdeploy.bench.compare import round_medians
 from vitdeploy.bench.results import Cell, Results, read_results, write_whole
 from vitdeploy.errors import UsageError
 
@@ -70,19 +70,13 @@ class Ratio(NamedTuple):
     q3: float
 
 
-def rounds_of(cell: Cell) -> NDArray[np.float64]:
-    """The median of each round, in ms."""
-    medians: NDArray[np.float64] = np.median(np.reshape(cell.samples_ms, (-1, cell.round_samples)), axis=1)
-    return medians
-
-
 def ratio(ours: Cell, theirs: Cell) -> Ratio:
     """Their time over ours, round by round where both were measured in the same rounds.
 
     A cell that was measured again has rounds of its own; then each round of one is held against each of
     the other, which can only widen the spread.
     """
-    a, b = rounds_of(ours), rounds_of(theirs)
+    a, b = round_medians(ours), round_medians(theirs)
     together = len(a) == len(b) and not ours.repeats and not theirs.repeats
     found = quartiles((b / a if together else np.divide.outer(b, a).ravel()).tolist())
     return Ratio(found["median"], found["q1"], found["q3"])
