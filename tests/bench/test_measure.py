@@ -126,6 +126,17 @@ def test_a_disturbed_cell_is_measured_again_and_the_calmer_take_kept() -> None:
     assert first.take.spread() < 0.01
 
 
+def test_measuring_again_keeps_the_budget() -> None:
+    world = World()
+    random = np.random.default_rng(0)
+    cells = [world.cell(name, lambda _: float(1 + 5 * random.random())) for name in "abcdef"]
+    referee = world.measure(cells, budget=240)
+    assert world.time < 265
+    assert referee.rounds >= LEAST_ROUNDS
+    assert any(cell.repeats for cell in cells)
+    assert not all(cell.repeats for cell in cells), "the most disturbed come first"
+
+
 def test_a_cell_that_stays_disturbed_says_so() -> None:
     world = World()
     random = np.random.default_rng(0)

@@ -141,8 +141,8 @@ class Referee:
         self.rounds = self._rounds(cells, order, 1 - RESERVE)
         for attempt in range(1, REPEATS + 1):
             noisy = [c for c in cells if not c.failure and c.take.disturbances(self.processors)]
-            if noisy and self._spent() < 1:
-                self._again(noisy, order, attempt)
+            if chosen := self._affordable(noisy):
+                self._again(chosen, order, attempt)
         if not noisy:
             self.rounds += self._rounds(cells, order, 1.0, least=0, most=MOST_ROUNDS - self.rounds)
 
@@ -187,6 +187,15 @@ class Referee:
         visit = cell.probe(cell.count, cell.untimed)
         cell.take.around += self.counters() - before
         cell.take.visits.append(visit)
+
+    def _affordable(self, noisy: Sequence[Timing]) -> list[Timing]:
+        """As many as the rest of the budget allows a whole new take of, the most disturbed first."""
+        left, chosen = (1 - self._spent()) * self.budget, []
+        for cell in sorted(noisy, key=lambda cell: self._trouble(cell.take), reverse=True):
+            left -= LEAST_ROUNDS * statistics.median(visit.wall for visit in cell.take.visits)
+            if left >= 0:
+                chosen.append(cell)
+        return chosen
 
     def _again(self, noisy: Sequence[Timing], order: random.Random, attempt: int) -> None:
         """Measure the disturbed cells anew, among themselves, and keep the calmer take of each."""
