@@ -1,6 +1,6 @@
 """vitdeploy against other tools: the same checkpoints, in the same interleaved rounds, on this machine.
 
-    python -m benchmarks.peers.run                                # everything; about an hour
+    python -m benchmarks.peers.run                                # everything; more than half an hour
     python -m benchmarks.peers.run --models vit_tiny_patch16_224 --batches 1,8 --budget 30s --output /tmp
 
 Writes ``cpu-<model>.json`` for each model. Run it on a machine that does nothing else.
