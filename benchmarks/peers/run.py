@@ -49,12 +49,12 @@ class Scope:
 _EXPORTED = frozenset({("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")})
 OURS = _EXPORTED | {("torch", "fp32"), ("torch-compile", "fp32"), ("aotinductor", "fp32")}
 SCOPES: Mapping[str, Scope] = {
-    "vit_tiny_patch16_224": Scope((1, 8), 300, OURS, tuple(PEERS)),
-    "vit_base_patch16_224": Scope((1, 8, 32), 1500, OURS, tuple(PEERS)),
+    "vit_tiny_patch16_224": Scope((1, 8), 120, OURS, tuple(PEERS)),
+    "vit_base_patch16_224": Scope((1, 8, 32), 600, OURS, tuple(PEERS)),
     # All lanes are in memory at once, with 2 to 3 GB each: these fit into 24 GB.
     "vit_large_patch16_224": Scope(
         (1, 8),
-        900,
+        240,
         _EXPORTED,
         ("torch-onnx", "optimum", "openvino-convert", "openvino-convert-bf16"),
     ),
