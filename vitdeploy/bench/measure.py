@@ -1,7 +1,7 @@
 """Timing like a referee: every cell in every round, in a new order each time, until the budget is spent.
 
 What disturbs the machine disturbs all cells alike; a cell that it disturbed more than the others is
-measured again. Nothing here knows what a cell is: see ``run.py``.
+measured again, in the same company. Nothing here knows what a cell is: see ``run.py``.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ LEAST_ROUNDS = 3
 SLICE = 0.05
 """Seconds that a visit takes at least, if ``MOST_SAMPLES`` are enough for that."""
 MOST_SAMPLES = 20
-SPREAD = 0.15
+SPREAD = 0.2
 """Of the rounds' medians; a quiet machine stays well below."""
-REPEATS = 2
-"""How often a disturbed cell is measured again, at most."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +136,24 @@ class Referee:
         for number, cell in enumerate(cells, 1):
             self._tell(f"warm up {number} of {len(cells)}")
             self._try(self._warm_up, cell, WARM_UP * self.budget / len(cells))
-        self.rounds = self._rounds(cells, order, 1 - RESERVE)
-        for attempt in range(1, REPEATS + 1):
-            noisy = [c for c in cells if not c.failure and c.take.disturbances(self.processors)]
-            if chosen := self._affordable(noisy):
-                self._again(chosen, order, attempt)
-        if not noisy:
-            self.rounds += self._rounds(cells, order, 1.0, least=0, most=MOST_ROUNDS - self.rounds)
+        self.rounds = self._rounds(cells, order, 1 - RESERVE, least=LEAST_ROUNDS)
+        noisy = self._noisy(cells)
+        earlier = [cell.take for cell in noisy]
+        for cell in noisy:
+            cell.take, cell.repeats = Take(), 1
+        most = MOST_ROUNDS - (0 if noisy else self.rounds)
+        self.rounds += self._rounds(cells, order, 1.0, most=most)
+        for cell, before in zip(noisy, earlier, strict=True):
+            fresh = not cell.failure and len(cell.take.visits) >= LEAST_ROUNDS
+            cell.take = min(cell.take, before, key=self._trouble) if fresh else before
+
+    def _noisy(self, cells: Sequence[Timing]) -> list[Timing]:
+        """The disturbed cells, if the rest of the budget is enough to measure them anew."""
+        alive = [cell for cell in cells if cell.take.visits and not cell.failure]
+        once = sum(statistics.median(visit.wall for visit in cell.take.visits) for cell in alive)
+        if (1 - self._spent()) * self.budget < LEAST_ROUNDS * once:
+            return []
+        return [cell for cell in alive if cell.take.disturbances(self.processors)]
 
     def _warm_up(self, cell: Timing, limit: float) -> None:
         """Run until the median stays where it is; find out how many runs make a visit."""
@@ -166,7 +175,7 @@ class Referee:
         order: random.Random,
         share: float,
         *,
-        least: int = LEAST_ROUNDS,
+        least: int = 0,
         most: int = MOST_ROUNDS,
     ) -> int:
         """Whole rounds until this share of the budget is spent; returns how many."""
@@ -187,26 +196,6 @@ class Referee:
         visit = cell.probe(cell.count, cell.untimed)
         cell.take.around += self.counters() - before
         cell.take.visits.append(visit)
-
-    def _affordable(self, noisy: Sequence[Timing]) -> list[Timing]:
-        """As many as the rest of the budget allows a whole new take of, the most disturbed first."""
-        left, chosen = (1 - self._spent()) * self.budget, []
-        for cell in sorted(noisy, key=lambda cell: self._trouble(cell.take), reverse=True):
-            left -= LEAST_ROUNDS * statistics.median(visit.wall for visit in cell.take.visits)
-            if left >= 0:
-                chosen.append(cell)
-        return chosen
-
-    def _again(self, noisy: Sequence[Timing], order: random.Random, attempt: int) -> None:
-        """Measure the disturbed cells anew, among themselves, and keep the calmer take of each."""
-        earlier = [cell.take for cell in noisy]
-        for cell in noisy:
-            cell.take, cell.repeats = Take(), attempt
-        share = self._spent() + (1 - self._spent()) / (REPEATS + 1 - attempt)
-        self._rounds(noisy, order, share, most=max(LEAST_ROUNDS, self.rounds))
-        for cell, before in zip(noisy, earlier, strict=True):
-            whole = not cell.failure and cell.take.visits
-            cell.take = min(cell.take, before, key=self._trouble) if whole else before
 
     def _trouble(self, take: Take) -> tuple[int, float]:
         return len(take.disturbances(self.processors)), take.spread()
