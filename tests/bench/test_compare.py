@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vitdeploy.bench.compare import compare, comparison_markdown, ratio_of, round_medians
 from vitdeploy.bench.machine import NO_TIME
 from vitdeploy.bench.measure import Referee, Timing, Visit
-from vitdeploy.bench.results import Cell, Results
+from vitdeploy.bench.results import Beat, Cell, Results
 
 BACKENDS = ("alpha", "beta", "gamma", "delta")
 BATCHES = (1, 2, 4, 8, 16)
@@ -21,14 +21,14 @@ BASE_MS = 4.0
 
 
 @functools.cache
-def run(seed: int, slow: str = "", factor: float = 1.0, drift: float = 0.01) -> Results:
+def run(seed: int, slow: str = "", factor: float = 1.0, drift: float = 0.01, machine: float = 1.0) -> Results:
     """Twenty cells through the real referee, on a clock that a random machine drives.
 
     Every call varies by some per cent, now and then one takes twice as long, the machine's speed wanders
-    within a run, and each run has a speed of its own.
+    within a run, and each run has a speed of its own. ``machine`` is how slow it is on that day.
     """
     random, time = np.random.default_rng(seed), [0.0]
-    own, wander = 1 + drift * random.normal(), [0.0]
+    own, wander = machine * (1 + drift * random.normal()), [0.0]
 
     def cell_of(base: float) -> Timing:
         def probe(count: int, untimed: int) -> Visit:
@@ -42,14 +42,17 @@ def run(seed: int, slow: str = "", factor: float = 1.0, drift: float = 0.01) -> 
 
     names = [(backend, batch) for backend in BACKENDS for batch in BATCHES]
     timings = [cell_of(1e-3 * BASE_MS * n * (factor if b == slow else 1.0)) for b, n in names]
-    Referee(60.0, seed, lambda: NO_TIME, 2, clock=lambda: time[0]).measure(timings)
-    return sample_results(
-        cells=tuple(_cell(b, n, timing) for (b, n), timing in zip(names, timings, strict=True))
-    )
+    beat = cell_of(0.02)
+    Referee(60.0, seed, lambda: NO_TIME, 2, clock=lambda: time[0]).measure([*timings, beat])
+    cells = tuple(_cell(b, n, timing) for (b, n), timing in zip(names, timings, strict=True))
+    samples = tuple(1000 * sample for sample in beat.take.samples)
+    count = len(beat.take.visits[0].samples)
+    metronome = Beat(p50_ms=float(np.median(samples)), samples_ms=samples, round_samples=count)
+    return sample_results(cells=cells, metronome=metronome)
 
 
 def _cell(backend: str, batch: int, timing: Timing) -> Cell:
-    samples = [1000 * sample for visit in timing.take.visits for sample in visit.samples]
+    samples = [1000 * sample for sample in timing.take.samples]
     return cell(
         backend=backend,
         batch=batch,
@@ -83,6 +86,23 @@ def test_ten_per_cent_of_one_backend_are_found(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_one_per_cent_is_no_regression(seed: int) -> None:
     assert not compare(run(2 * seed, "beta", 1.01), run(2 * seed + 1)).slower
+
+
+def test_a_slower_machine_is_taken_out() -> None:
+    slow, fast = run(0, machine=1.12), run(1)
+    found = compare(slow, fast)
+    assert [row.verdict for row in found.rows].count("same") >= 19
+    assert found.drift == pytest.approx(1.12, abs=0.04)
+    assert "which is taken out" in found.summary
+    blind = compare(slow.model_copy(update={"metronome": None}), fast)
+    assert blind.drift is None
+    assert len(blind.slower) >= 19
+    assert "the machine, perhaps" in blind.summary
+
+
+def test_a_slower_backend_on_a_slower_machine_is_found() -> None:
+    found = verdicts(run(0, "beta", 1.10, machine=0.9), run(1))
+    assert {verdict for (backend, _), verdict in found.items() if backend == "beta"} == {"slower"}
 
 
 @pytest.mark.parametrize("tolerance, verdict", [(0.05, "slower"), (0.2, "same")])

@@ -97,6 +97,13 @@ def test_a_visit_is_long_enough(seconds: float, count: int, untimed: int) -> Non
     assert {len(visit.samples) for visit in cell.take.visits} == {count}
 
 
+def test_short_cells_run_more_often_beside_long_ones() -> None:
+    world = World()
+    short, long = world.cell("a", lambda _: 0.1), world.cell("b", lambda _: 6.0)
+    world.measure([short, long], budget=200)
+    assert (short.count, long.count) == (8, 1)
+
+
 def test_a_cell_that_fails_is_left_out() -> None:
     world = World()
 

@@ -12,6 +12,8 @@ from bundles import write_bundle
 from script_lanes import RIGHT, lane, target
 
 import vitdeploy
+from vitdeploy.bench import measure as timing
+from vitdeploy.bench import metronome
 from vitdeploy.bench.cells import Limits
 from vitdeploy.bench.choice import pick
 from vitdeploy.bench.machine import NO_TIME, Moment
@@ -60,6 +62,7 @@ def test_cells(tmp_path: Path) -> None:
     errors = [cell.parity.relative for cell in found.cells if cell.parity]
     assert (errors[0] or 1) < 1e-5 < (errors[2] or 0) < 1e-2
     assert found.environment.cpu.name
+    assert found.metronome is None or found.metronome.p50_ms > 0.1
     assert found.environment.cpu.threads >= 1
 
 
@@ -261,8 +264,23 @@ def test_progress(tmp_path: Path) -> None:
     plan = Plan([lane(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=0.3, limits=QUIET)
     progress = Details()
     run_plan(plan, progress=progress, counters=quiet)
-    assert "warm up 1 of 1" in progress.said[0]
-    assert any("round 2 of 1 cells" in text and "%" in text for text in progress.said)
+    assert "warm up 1 of 2" in progress.said[0]
+    assert any("round 2 of 2 cells" in text and "%" in text for text in progress.said)
+
+
+def test_the_metronome_takes_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SPREAD", 100.0)  # other tests run beside this one, and disturb it
+    found = measure([lane(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=2.0)
+    assert found.metronome is not None
+    assert found.metronome.p50_ms > 0.1
+    assert len(found.metronome.samples_ms) == found.rounds * found.metronome.round_samples
+
+
+def test_a_measurement_without_a_metronome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metronome, "_LIMIT", 1e-3)
+    found = measure([lane(target(tmp_path), tmp_path, "a", RIGHT)], (1,))
+    assert found.metronome is None
+    assert found.cells[0].valid
 
 
 def test_a_lane_names_itself(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from vitdeploy.bench.results import Cell, Results
+from vitdeploy.bench.results import Beat, Cell, Results
 
 TOLERANCE = 0.05
 """Change of the median latency that two runs on one machine may show without a cause worth a look."""
@@ -18,6 +18,8 @@ _CONFIDENCE = (2.5, 97.5)
 _COMMON = 0.03
 """A change that the cells share, from which on the machine is the likelier cause than the software."""
 _COMMON_CELLS = 4
+_DRIFT = 0.005
+"""Of the machine, that is worth a word."""
 
 Verdict = Literal["faster", "same", "slower", "not comparable"]
 Rounds = NDArray[np.float64]
@@ -32,7 +34,10 @@ class Ratio(NamedTuple):
 
 
 class Row(BaseModel):
-    """One cell, then and now; ratios are new over old, so that below one is faster."""
+    """One cell, then and now; ratios are new over old, so that below one is faster.
+
+    The machine's own drift is taken out of ``ratio``, ``low`` and ``high``, not of the times.
+    """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -56,6 +61,8 @@ class Comparison(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     tolerance: float
+    drift: float | None = None
+    """How much longer the machine took for the metronome's work than before; taken out of the ratios."""
     rows: tuple[Row, ...]
     summary: str
 
@@ -65,23 +72,36 @@ class Comparison(BaseModel):
         return tuple(row for row in self.rows if row.verdict == "slower")
 
 
-def round_medians(cell: Cell) -> Rounds:
+def round_medians(cell: Cell | Beat) -> Rounds:
     """(R,) the median of each round's samples, in ms."""
     whole = len(cell.samples_ms) // cell.round_samples * cell.round_samples
     medians: Rounds = np.median(np.reshape(cell.samples_ms[:whole], (-1, cell.round_samples)), axis=1)
     return medians
 
 
-def ratio_of(new: Rounds, old: Rounds, *, seed: int = 0) -> Ratio:
+def ratio_of(new: Rounds, old: Rounds, *, beats: tuple[Rounds, Rounds] | None = None, seed: int = 0) -> Ratio:
     """Median of ``new`` over median of ``old``, with a percentile bootstrap over whole rounds.
 
     Samples of one round share what the machine did at that time, so rounds are drawn, not samples
     (a block bootstrap; Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 8).
+
+    Args:
+        new, old: (R,) times; the numbers of rounds may differ.
+        beats: the metronome's rounds in the new and in the old measurement, whose ratio is taken out.
+        seed: of the draws.
     """
     random = np.random.default_rng(seed)
-    draws = [np.median(random.choice(rounds, (DRAWS, len(rounds))), axis=1) for rounds in (new, old)]
-    low, high = np.percentile(draws[0] / draws[1], _CONFIDENCE)
-    return Ratio(float(np.median(new) / np.median(old)), float(low), float(high))
+
+    def drawn(rounds: Rounds) -> Rounds:
+        medians: Rounds = np.median(random.choice(rounds, (DRAWS, len(rounds))), axis=1)
+        return medians
+
+    value, draws = np.median(new) / np.median(old), drawn(new) / drawn(old)
+    if beats is not None:
+        value /= np.median(beats[0]) / np.median(beats[1])
+        draws /= drawn(beats[0]) / drawn(beats[1])
+    low, high = np.percentile(draws, _CONFIDENCE)
+    return Ratio(float(value), float(low), float(high))
 
 
 def compare(new: Results, old: Results, tolerance: float = TOLERANCE) -> Comparison:
@@ -89,17 +109,21 @@ def compare(new: Results, old: Results, tolerance: float = TOLERANCE) -> Compari
 
     Slower and faster are said only where the whole interval lies beyond the tolerance.
     """
-    machine = _other_machine(new, old)
+    machine, beats = _other_machine(new, old), None
+    if new.metronome and old.metronome:
+        beats = round_medians(new.metronome), round_medians(old.metronome)
     before = {old.key(cell): cell for cell in old.cells}
     rows = []
     for cell in new.cells:
         earlier = before.pop(new.key(cell), None)
         reason = machine or (_unfit(cell, earlier) if earlier else "not in the old results")
-        rows.append(_row(cell, earlier, tolerance, reason))
+        rows.append(_row(cell, earlier, tolerance, reason, beats))
     for cell in before.values():
-        gone = _row(cell, cell, tolerance, "not in the new results")
+        gone = _row(cell, cell, tolerance, "not in the new results", beats)
         rows.append(gone.model_copy(update={"new_ms": None}))
-    return Comparison(tolerance=tolerance, rows=tuple(rows), summary=_summary(rows, machine))
+    drift = None if beats is None or machine else float(np.median(beats[0]) / np.median(beats[1]))
+    summary = _summary(rows, machine, drift)
+    return Comparison(tolerance=tolerance, drift=drift, rows=tuple(rows), summary=summary)
 
 
 def _other_machine(new: Results, old: Results) -> str:
@@ -121,8 +145,12 @@ def _unfit(new: Cell, old: Cell) -> str:
     return ""
 
 
-def _row(new: Cell, old: Cell | None, tolerance: float, reason: str) -> Row:
-    found = None if reason or old is None else ratio_of(round_medians(new), round_medians(old))
+def _row(
+    new: Cell, old: Cell | None, tolerance: float, reason: str, beats: tuple[Rounds, Rounds] | None
+) -> Row:
+    found = None
+    if old is not None and not reason:
+        found = ratio_of(round_medians(new), round_medians(old), beats=beats)
     verdict: Verdict = "not comparable"
     if found:
         verdict = "slower" if found.low > 1 + tolerance else "same"
@@ -145,21 +173,28 @@ def _row(new: Cell, old: Cell | None, tolerance: float, reason: str) -> Row:
     )
 
 
-def _summary(rows: list[Row], machine: str) -> str:
-    """One or two sentences."""
+def _summary(rows: list[Row], machine: str, drift: float | None) -> str:
+    """One sentence to three."""
     if machine:
         return f"Not comparable: {machine}."
     counts = Counter(row.verdict for row in rows)
     order: tuple[Verdict, ...] = ("slower", "faster", "same", "not comparable")
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict]) or "nothing"
+    if drift is not None and abs(drift - 1) >= _DRIFT:
+        said += f". The machine itself was {abs(drift - 1):.0%} {_way(drift)}, which is taken out"
     ratios = [row.ratio for row in rows if row.ratio is not None]
     middle = float(np.median(ratios)) if ratios else 1.0
     alike = sum((ratio > 1) == (middle > 1) for ratio in ratios)
     if len(ratios) >= _COMMON_CELLS and abs(middle - 1) > _COMMON and alike >= 0.9 * len(ratios):
-        way = "slower" if middle > 1 else "faster"
         change = f"{abs(middle - 1):.0%}"
-        return f"{said}. Nearly all cells are {way}, by {change} in the middle: the machine, perhaps?"
+        return (
+            f"{said}. Nearly all cells are {_way(middle)}, by {change} in the middle: the machine, perhaps?"
+        )
     return f"{said}."
+
+
+def _way(ratio: float) -> str:
+    return "slower" if ratio > 1 else "faster"
 
 
 def comparison_markdown(comparison: Comparison) -> str:

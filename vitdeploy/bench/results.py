@@ -201,6 +201,14 @@ class Cell(_Record):
         return f"{self.backend}{'' if plain else f'[{self.provider}]'} {self.artifact}"
 
 
+class Beat(_Record):
+    """A fixed piece of work that took its turn with the cells: how fast the machine itself was."""
+
+    p50_ms: float
+    samples_ms: tuple[float, ...]
+    round_samples: int = Field(ge=1)
+
+
 class Skipped(_Record):
     """What this machine or this bundle has no cell for."""
 
@@ -223,6 +231,8 @@ class Results(_Record):
     partial: bool = False
     """Interrupted: the cells have fewer rounds than the budget allowed, or none."""
     cells: tuple[Cell, ...]
+    metronome: Beat | None = None
+    """Null where it did not run, or was disturbed."""
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -12,10 +12,20 @@ import numpy as np
 
 from vitdeploy.accuracy import LabelledImages, bundled_images, compare, find_labelled, reference_places
 from vitdeploy.bench.cells import CellRun, LaneRun, Limits
-from vitdeploy.bench.lanes import DEFAULT_BATCHES, Choices, Lane, Target, lanes_of, open_targets, serves
-from vitdeploy.bench.machine import Watch, environment
+from vitdeploy.bench.lanes import (
+    DEFAULT_BATCHES,
+    Choices,
+    Lane,
+    Target,
+    lanes_of,
+    open_targets,
+    own_environment,
+    serves,
+)
+from vitdeploy.bench.machine import Moment, Watch, environment
 from vitdeploy.bench.measure import CellFailure, Counters, Referee, Timing
-from vitdeploy.bench.results import Accuracy, Cell, Results, Settings, Skipped
+from vitdeploy.bench.metronome import Metronome, metronome
+from vitdeploy.bench.results import Accuracy, Beat, Cell, Results, Settings, Skipped
 from vitdeploy.bundle import Bundle
 from vitdeploy.errors import UsageError
 from vitdeploy.progress import Progress, Stage
@@ -81,12 +91,19 @@ def run_plan(plan: Plan, *, progress: Progress | None = None, counters: Counters
     machine, watch = environment(Path.cwd()), Watch()
     runs = [LaneRun(lane, plan.limits) for lane in plan.lanes]
     cells = [CellRun(run, b) for run in runs for b in sorted(set(plan.batches)) if serves(run.lane, b)]
-    counters = counters or (lambda: watch.now([pid for run in runs for pid in run.pids]))
-    referee = Referee(plan.budget, plan.seed, counters, machine.cpu.threads)
+    beats: list[Metronome] = []
+
+    def now() -> Moment:
+        pids = [run.pids for run in runs] + [beat.pids for beat in beats]
+        return watch.now([pid for own in pids for pid in own])
+
+    referee = Referee(plan.budget, plan.seed, counters or now, machine.cpu.threads)
     partial, notes = False, list[str]()
     try:
         _prove(runs, cells, progress)
-        _time(referee, cells, progress)
+        with metronome(own_environment()) as beat:
+            beats.append(beat)
+            _time(referee, cells, beat, progress)
         for cell in cells:
             cell.check_last()
         notes = [note for name in plan.images for note in _score(name, runs, cells, plan, progress)]
@@ -104,6 +121,7 @@ def run_plan(plan: Plan, *, progress: Progress | None = None, counters: Counters
         rounds=referee.rounds,
         partial=partial,
         cells=tuple(_result(cell, referee.processors) for cell in cells),
+        metronome=_beat(beats, referee.processors),
         skipped=(*plan.skipped, *_unserved(plan)),
         notes=tuple(notes),
     )
@@ -125,11 +143,12 @@ def _prove(runs: Sequence[LaneRun], cells: Sequence[CellRun], progress: Progress
                 stage.detail += f", WRONG at batch {', '.join(str(cell.batch) for cell in wrong)}"
 
 
-def _time(referee: Referee, cells: Sequence[CellRun], progress: Progress) -> None:
+def _time(referee: Referee, cells: Sequence[CellRun], beat: Metronome, progress: Progress) -> None:
     with progress.stage("measure") as stage:
         referee.report = _reporter(progress, stage)
         timings = [cell.timing for cell in cells if not cell.timing.failure]
-        referee.measure(timings)
+        if timings:
+            referee.measure([*timings, *([] if beat.timing.failure else [beat.timing])])
         stage.detail = f"{len(timings)} cells, {referee.rounds} rounds"
 
 
@@ -165,6 +184,18 @@ def _reporter(progress: Progress, stage: Stage) -> Callable[[str, float], None]:
         progress.updated(stage)
 
     return report
+
+
+def _beat(beats: Sequence[Metronome], processors: int) -> Beat | None:
+    takes = [beat.timing.take for beat in beats if not beat.timing.failure and beat.timing.take.visits]
+    if not takes or takes[0].disturbances(processors):
+        return None
+    samples = takes[0].samples
+    return Beat(
+        p50_ms=_ms(float(np.median(samples))),
+        samples_ms=tuple(_ms(sample) for sample in samples),
+        round_samples=len(takes[0].visits[0].samples),
+    )
 
 
 def _settings(plan: Plan) -> Settings:
@@ -219,8 +250,7 @@ def _result(cell: CellRun, processors: int) -> Cell:
 
 
 def _numbers(timing: Timing, cell: CellRun) -> dict[str, object]:
-    visits = timing.take.visits
-    samples = [sample for visit in visits for sample in visit.samples]
+    visits, samples = timing.take.visits, timing.take.samples
     device = [sample for visit in visits for sample in visit.device]
     p50, p90, p99 = (float(value) for value in np.percentile(samples, (50, 90, 99)))
     rates = [len(visit.samples) * cell.batch / visit.wall for visit in visits]

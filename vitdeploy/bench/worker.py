@@ -101,6 +101,8 @@ class Worker:
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            raise WorkerFailure("its process was ended", fatal=True)
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
