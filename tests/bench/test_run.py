@@ -172,6 +172,13 @@ def test_a_backend_that_dies_at_one_batch_size(tmp_path: Path, how: str) -> None
     assert not found.partial
 
 
+@pytest.mark.parametrize("sizes, alive", [("(4, 8)", [1]), ("(8,)", [1, 4])])
+def test_batch_sizes_that_kill_leave_the_others_alone(tmp_path: Path, sizes: str, alive: list[int]) -> None:
+    body = f"def answer(pixels):\n    if len(pixels) in {sizes}: os._exit(9)\n    return right(pixels)\n"
+    found = measure([lane(target(tmp_path), tmp_path, "picky", body)], (1, 4, 8))
+    assert [cell.batch for cell in found.cells if cell.valid] == alive
+
+
 @pytest.mark.parametrize(
     "body, message",
     [

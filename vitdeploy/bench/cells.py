@@ -58,11 +58,12 @@ class LaneRun:
             said = self._worker.answer(self._limits.load)
             self.facts = facts_of(self.lane, said["facts"])
             self._session = RemoteSession(self.facts, self._worker, self._limits.run)
-            seconds = self._prepare(first)[0]
         except (WorkerFailure, VitdeployError) as error:
             self.close()
             self.failure = str(error)
             raise CellFailure(self.failure) from error
+        with self._failures():
+            seconds = self._prepare(first)[0]
         if self.startup is None:
             total = time.perf_counter() - self._worker.began
             load = float(said["load"])
