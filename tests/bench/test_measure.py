@@ -145,6 +145,22 @@ def test_measuring_again_keeps_the_budget(budget: float, repeats: int) -> None:
     assert world.time < budget + (3 + LEAST_ROUNDS) * 6 * 4
 
 
+def test_ctrl_c_while_measuring_again_loses_nothing() -> None:
+    world, cells = World(), list[Timing]()
+    random = np.random.default_rng(0)
+
+    def noisy(_: int) -> float:
+        if cells[0].repeats and len(cells[0].take.visits) == LEAST_ROUNDS - 1:
+            raise KeyboardInterrupt
+        return float(0.1 * (1 + 2 * random.random()))
+
+    cells.append(world.cell("a", noisy))
+    with pytest.raises(KeyboardInterrupt):
+        world.measure(cells, budget=60)
+    assert cells[0].repeats == 1
+    assert len(cells[0].take.visits) > 100, "the first take is kept"
+
+
 def test_a_cell_that_stays_disturbed_says_so() -> None:
     world = World()
     random = np.random.default_rng(0)

@@ -152,10 +152,12 @@ class Referee:
         for cell in noisy:
             cell.take, cell.repeats = Take(), 1
         most = MOST_ROUNDS - (0 if noisy else self.rounds)
-        self.rounds += self._rounds(cells, order, 1.0, most=most)
-        for cell, before in zip(noisy, earlier, strict=True):
-            fresh = not cell.failure and len(cell.take.visits) >= LEAST_ROUNDS
-            cell.take = min(cell.take, before, key=self._trouble) if fresh else before
+        try:
+            self.rounds += self._rounds(cells, order, 1.0, most=most)
+        finally:  # Ctrl-C loses no take that was whole
+            for cell, before in zip(noisy, earlier, strict=True):
+                fresh = not cell.failure and len(cell.take.visits) >= LEAST_ROUNDS
+                cell.take = min(cell.take, before, key=self._trouble) if fresh else before
 
     def _noisy(self, cells: Sequence[Timing]) -> list[Timing]:
         """The disturbed cells, if the rest of the budget is enough to measure them anew."""
