@@ -1,0 +1,116 @@
+"""What every package is: a folder made from a bundle for another server, written whole or not at all.
+
+To add a target: a module here with ``write(job) -> Outcome`` and ``SETTINGS``, and a line in the table below.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, Protocol
+
+from vitdeploy.bundle import Bundle
+from vitdeploy.errors import UsageError, did_you_mean
+from vitdeploy.manifest import Artifact
+
+TARGETS = {
+    "triton-server": "vitdeploy.package.triton_server:write",
+    "kserve": "vitdeploy.package.kserve:write",
+    "docker": "vitdeploy.package.docker:write",
+    "ray": "vitdeploy.package.ray:write",
+}
+"""Each target's function; beside it in its module, ``SETTINGS`` names the settings that it takes."""
+
+Device = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is to run there. None is the target's own choice; what it does not take is refused."""
+
+    backend: str | None = None
+    """The runtime inside of our own server."""
+    device: Device | None = None
+    threads: int | None = None
+    """CPU threads per model instance."""
+    instances: int | None = None
+    """Copies of the model in one server."""
+    max_batch: int | None = None
+    max_delay_ms: float | None = None
+    """How long a request waits for company."""
+    top_k: int | None = None
+    """Classes per image."""
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    storage_uri: str | None = None
+    """Where the cluster will find the model repository."""
+    namespace: str | None = None
+    image: str | None = None
+    """The container image to use instead of the target's own."""
+
+    def given(self) -> dict[str, object]:
+        """The settings that are not None, by name."""
+        return {
+            item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One package to write."""
+
+    bundle: Bundle
+    """Opened, every hash checked."""
+    artifact: Artifact
+    """What is to run there."""
+    folder: Path
+    """An empty folder to write into; it is moved to ``output`` when all is written."""
+    output: Path
+    """Where the package will be: for what the user is told, not for writing."""
+    name: str
+    """The model's name there: letters, digits, ``_``, ``-``, ``.``, beginning with a letter or digit."""
+    version: int = 1
+    settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a target has to say about the files it wrote."""
+
+    what: Mapping[str, str]
+    """What a file is, by its path in the folder; files without a word here are listed all the same."""
+    next: tuple[str, ...] = ()
+    """Commands to type next."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: one line each."""
+
+
+class Write(Protocol):
+    """Fills ``job.folder``.
+
+    Raises:
+        UsageError: this bundle, artifact or setting is not for this target.
+        MissingDependency: a library that writes the target's format is not installed.
+    """
+
+    def __call__(self, job: Job) -> Outcome: ...
+
+
+def target_names() -> tuple[str, ...]:
+    return tuple(TARGETS)
+
+
+def get_target(name: str) -> tuple[Write, frozenset[str]]:
+    """A target's function and the names of the settings it takes.
+
+    Raises:
+        UsageError: there is none (with a suggestion).
+    """
+    if name not in TARGETS:
+        known = ", ".join(TARGETS)
+        raise UsageError(f"unknown target {name!r}{did_you_mean(name, TARGETS)}", hint=f"known: {known}")
+    path, _, attribute = TARGETS[name].partition(":")
+    module = importlib.import_module(path)
+    return getattr(module, attribute), frozenset(module.SETTINGS)
