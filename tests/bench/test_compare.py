@@ -88,6 +88,24 @@ def test_one_per_cent_is_no_regression(seed: int) -> None:
     assert not compare(run(2 * seed, "beta", 1.01), run(2 * seed + 1)).slower
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.7])
+def test_stretches_in_which_something_is_in_the_way_change_nothing(share: float) -> None:
+    """For a part of the new run every cell takes a third longer, the metronome as long as before."""
+    old, new = run(0), run(1)
+
+    def hindered(found: Cell) -> Cell:
+        rounds = round_medians(found)
+        late = np.repeat(np.arange(len(rounds)) < share * len(rounds), found.round_samples)
+        samples = np.array(found.samples_ms) * np.where(late, 1.33, 1.0)
+        return found.model_copy(update={"samples_ms": tuple(samples)})
+
+    worse = new.model_copy(update={"cells": tuple(map(hindered, new.cells))})
+    assert [row.verdict for row in compare(worse, old).rows].count("same") >= 19
+    regressed = worse.model_copy(update={"cells": tuple(map(hindered, run(1, "beta", 1.10).cells))})
+    found = verdicts(regressed, old)
+    assert {verdict for (backend, _), verdict in found.items() if backend == "beta"} == {"slower"}
+
+
 def test_a_slower_machine_is_taken_out() -> None:
     slow, fast = run(0, machine=1.12), run(1)
     found = compare(slow, fast)

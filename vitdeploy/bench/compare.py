@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict
 from vitdeploy.bench.results import Beat, Cell, Results
 
 TOLERANCE = 0.05
-"""Change of the median latency that two runs on one machine may show without a cause worth a look."""
+"""Change of the latency that two runs on one machine may show without a cause worth a look."""
+FLOOR = 10
+"""Percentile of the rounds' medians that is compared: what a cell takes when nothing is in its way.
+
+What gets in its way only ever adds time, and on a shared machine it comes and goes in stretches: a median
+tells how long they were, a low percentile is the same with and without (Chen and Revels, Robust
+benchmarking in noisy environments, 2016)."""
 DRAWS = 2000
 _CONFIDENCE = (2.5, 97.5)
 _COMMON = 0.03
@@ -26,7 +32,7 @@ Rounds = NDArray[np.float64]
 
 
 class Ratio(NamedTuple):
-    """A ratio of median latencies with its 95 % bootstrap interval."""
+    """A ratio of latencies with its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -79,29 +85,41 @@ def round_medians(cell: Cell | Beat) -> Rounds:
     return medians
 
 
-def ratio_of(new: Rounds, old: Rounds, *, beats: tuple[Rounds, Rounds] | None = None, seed: int = 0) -> Ratio:
-    """Median of ``new`` over median of ``old``, with a percentile bootstrap over whole rounds.
+def ratio_of(
+    new: Rounds,
+    old: Rounds,
+    *,
+    percentile: float = 50,
+    beats: tuple[Rounds, Rounds] | None = None,
+    seed: int = 0,
+) -> Ratio:
+    """A percentile of ``new`` over the same of ``old``, with a percentile bootstrap over whole rounds.
 
     Samples of one round share what the machine did at that time, so rounds are drawn, not samples
     (a block bootstrap; Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 8).
 
     Args:
         new, old: (R,) times; the numbers of rounds may differ.
+        percentile: of the rounds; the median by default.
         beats: the metronome's rounds in the new and in the old measurement, whose ratio is taken out.
         seed: of the draws.
     """
     random = np.random.default_rng(seed)
 
     def drawn(rounds: Rounds) -> Rounds:
-        medians: Rounds = np.median(random.choice(rounds, (DRAWS, len(rounds))), axis=1)
-        return medians
+        found: Rounds = np.percentile(random.choice(rounds, (DRAWS, len(rounds))), percentile, axis=1)
+        return found
 
-    value, draws = np.median(new) / np.median(old), drawn(new) / drawn(old)
+    value, draws = _quotient(new, old, percentile), drawn(new) / drawn(old)
     if beats is not None:
-        value /= np.median(beats[0]) / np.median(beats[1])
+        value /= _quotient(*beats, percentile)
         draws /= drawn(beats[0]) / drawn(beats[1])
     low, high = np.percentile(draws, _CONFIDENCE)
     return Ratio(float(value), float(low), float(high))
+
+
+def _quotient(new: Rounds, old: Rounds, percentile: float) -> float:
+    return float(np.percentile(new, percentile) / np.percentile(old, percentile))
 
 
 def compare(new: Results, old: Results, tolerance: float = TOLERANCE) -> Comparison:
@@ -121,7 +139,7 @@ def compare(new: Results, old: Results, tolerance: float = TOLERANCE) -> Compari
     for cell in before.values():
         gone = _row(cell, cell, tolerance, "not in the new results", beats)
         rows.append(gone.model_copy(update={"new_ms": None}))
-    drift = None if beats is None or machine else float(np.median(beats[0]) / np.median(beats[1]))
+    drift = None if beats is None or machine else _quotient(*beats, FLOOR)
     summary = _summary(rows, machine, drift)
     return Comparison(tolerance=tolerance, drift=drift, rows=tuple(rows), summary=summary)
 
@@ -150,7 +168,7 @@ def _row(
 ) -> Row:
     found = None
     if old is not None and not reason:
-        found = ratio_of(round_medians(new), round_medians(old), beats=beats)
+        found = ratio_of(round_medians(new), round_medians(old), percentile=FLOOR, beats=beats)
     verdict: Verdict = "not comparable"
     if found:
         verdict = "slower" if found.low > 1 + tolerance else "same"

@@ -1,6 +1,6 @@
 """Timing like a referee: every cell in every round, in a new order each time, until the budget is spent.
 
-What disturbs the machine disturbs all cells alike; a cell that it disturbed more than the others is
+What disturbs the machine disturbs all cells alike; a cell beside which something else was at work is
 measured again, in the same company. Nothing here knows what a cell is: see ``run.py``.
 """
 
@@ -32,8 +32,6 @@ SLICE = 0.05
 SHARE = 0.25
 """Of the mean visit, what the visit of a shorter cell takes, if ``MOST_SAMPLES`` are enough for that."""
 MOST_SAMPLES = 20
-SPREAD = 0.2
-"""Of the rounds' medians; a quiet machine stays well below."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +93,7 @@ class Take:
 
     def disturbances(self, processors: int) -> list[str]:
         """Why the numbers are not to be trusted."""
-        found = self.around.disturbances(processors)
-        if self.spread() > SPREAD:
-            found.append(f"the rounds differ by {self.spread():.0%}")
-        return found
+        return self.around.disturbances(processors)
 
 
 @dataclass

@@ -237,7 +237,7 @@ class _Chart:
         (point,) = axes.plot(
             [x], [y], marker=shape, color=_series(look), linestyle="none", zorder=3, alpha=alpha
         )
-        if cell.disturbed:
+        if cell.warnings:
             point.set_markerfacecolor(_PAPER)
 
     def distribution(self, axes: Axes, cells: Sequence[Cell]) -> None:
@@ -254,7 +254,7 @@ class _Chart:
             )
             axes.plot([min(samples), max(samples)], [row, row], color=colour, linewidth=1.0)
             axes.plot([cell.p50_ms or 0.0] * 2, [row + 0.08, row - 0.42], color=_INK, linewidth=1.0)
-            mark = " ⚠ disturbed" if cell.disturbed else ""
+            mark = " ⚠ disturbed" if cell.warnings else ""
             self._label(axes, row - 0.54, wording.series(self.results, cell) + mark)
         axes.set_ylim(len(cells) - 0.7, -1.0)
         axes.set_yticks([])

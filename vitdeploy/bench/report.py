@@ -204,7 +204,7 @@ def _card(results: Results, answer: Answer) -> Card | None:
         f"{wording.number(cell.images_per_s)} images/s",
         f"error {wording.error(cell.parity.relative)}, {wording.error(cell.parity.tolerance)} allowed",
         next_best,
-        bool(cell.disturbed),
+        bool(cell.warnings),
     )
 
 
@@ -216,7 +216,7 @@ def _counts(cells: Sequence[Cell]) -> list[tuple[str, int]]:
         ("with wrong outputs", wrong),
         ("failed", sum(c.status == "failed" for c in cells)),
         ("not held against the reference", sum(c.status == "ok" and c.parity is None for c in cells)),
-        ("disturbed", sum(bool(c.disturbed) for c in cells)),
+        ("disturbed", sum(bool(c.warnings) for c in cells)),
     ]
     return [(name, count) for name, count in counts if count or name == "verified"]
 

@@ -20,6 +20,8 @@ from vitdeploy.errors import UsageError
 from vitdeploy.manifest import Precision
 
 SCHEMA_VERSION: Final = 2
+UNSTEADY = 0.2
+"""Spread of a cell's rounds from which on its median says little; a quiet machine stays well below."""
 MAX_BYTES = 512 * 2**20
 """No longer file is read: some hundred cells with all their samples have a few MB."""
 
@@ -177,7 +179,7 @@ class Cell(_Record):
     """Between events on the GPU's own clock; null where the backend runs on the CPU."""
     device_samples_ms: tuple[float, ...] = ()
     disturbed: tuple[str, ...] = ()
-    """Why these numbers are not to be trusted; empty for a quiet measurement."""
+    """What else was at work on the machine meanwhile; empty for a quiet measurement."""
     repeats: int = 0
     """How often the cell was measured again because of a disturbance."""
     parity: Parity | None = None
@@ -188,6 +190,13 @@ class Cell(_Record):
     peak_device_bytes: int | None = None
     size_bytes: int | None = None
     """Of the artifact's files."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why these numbers are to be taken with care: disturbances, and rounds that differ much."""
+        if self.spread is None or self.spread <= UNSTEADY:
+            return self.disturbed
+        return (*self.disturbed, f"the rounds differ by {self.spread:.0%}")
 
     @property
     def valid(self) -> bool:

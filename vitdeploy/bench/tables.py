@@ -194,8 +194,8 @@ def _remarks(cell: Cell) -> str:
         words.append("not held against the reference: not ranked")
     elif not cell.parity.passed:
         words.append("wrong outputs: not ranked")
-    if cell.disturbed:
-        words.append(f"⚠ disturbed: {'; '.join(cell.disturbed)}")
+    if cell.warnings:
+        words.append(f"⚠ disturbed: {'; '.join(cell.warnings)}")
     if cell.repeats:
         words.append(f"measured again {cell.repeats}×")
     return wording.plain("; ".join(words))

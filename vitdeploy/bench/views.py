@@ -112,7 +112,7 @@ def _answer(results: Results, answer: Answer) -> str:
         words += ", which is PyTorch eager itself"
     elif answer.factor is not None:
         words += f", **{wording.times(answer.factor)}** PyTorch eager in fp32"
-    return start + words + (" ⚠" if cell.disturbed else "")
+    return start + words + (" ⚠" if cell.warnings else "")
 
 
 def _table(results: Results, cells: Sequence[Cell], found: Sequence[Answer]) -> list[str]:
@@ -148,7 +148,7 @@ def _entries(cells: Sequence[Cell], winners: Sequence[Cell | None]) -> list[str]
                 shown = [f"~~{text}~~" for text in shown]
             elif any(cell is winner for winner in winners):
                 shown = [f"**{shown[0]}**", *shown[1:]]
-        if cell.disturbed:
+        if cell.warnings:
             shown[0] += " ⚠"
         for column, text in zip(columns, shown, strict=True):
             column.append(text)
@@ -165,7 +165,7 @@ def _remarks(results: Results) -> list[str]:
     failed = [(c, c.reason) for c in cells if c.status == "failed"]
     wrong = [(c, "; ".join(c.parity.failures)) for c in cells if c.parity and not c.parity.passed]
     unproven = [(c, "") for c in cells if c.status == "ok" and c.parity is None]
-    disturbed = [(c, "; ".join(c.disturbed)) for c in cells if c.disturbed]
+    disturbed = [(c, "; ".join(c.warnings)) for c in cells if c.warnings]
     titled = (
         ("Failed", failed),
         ("Wrong outputs, struck through and not ranked", wrong),

@@ -282,8 +282,8 @@ def _print(results: Results) -> None:
         output.table(columns if all_valid else [*columns, ""], rows, styles)
     output.line(f"{results.rounds} interleaved rounds; error: relative to the float64 reference")
     for cell in results.cells:
-        if cell.disturbed:
-            output.line(f"disturbed: {cell.label}, batch {cell.batch}: {'; '.join(cell.disturbed)}")
+        if cell.warnings:
+            output.line(f"disturbed: {cell.label}, batch {cell.batch}: {'; '.join(cell.warnings)}")
     for text in results.notes:
         output.line(f"note: {text}")
     for skipped in results.skipped:
