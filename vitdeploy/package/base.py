@@ -24,6 +24,7 @@ TARGETS = {
 """Each target's function; beside it in its module, ``SETTINGS`` names the settings that it takes."""
 
 Device = Literal["cpu", "gpu"]
+_DEVICES: Mapping[str, Device] = {"cpu": "cpu", "gpu": "gpu"}
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Settings:
     namespace: str | None = None
     image: str | None = None
     """The container image to use instead of the target's own."""
+    wheel: str | None = None
+    """A wheel of vitdeploy to install in the image, in place of the package index's."""
+    tensors_only: bool | None = None
+    """Leave out what takes image files: tensors in, tensors out."""
 
     def given(self) -> dict[str, object]:
         """The settings that are not None, by name."""
-        return {
-            item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None
-        }
+        return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,20 @@ class Write(Protocol):
     """
 
     def __call__(self, job: Job) -> Outcome: ...
+
+
+def checked_device(name: str | None) -> Device | None:
+    """A device by its name.
+
+    Raises:
+        UsageError: neither cpu nor gpu.
+    """
+    if name is None:
+        return None
+    if name not in _DEVICES:
+        suggestion = did_you_mean(name, _DEVICES)
+        raise UsageError(f"unknown device {name!r}{suggestion}", hint=f"known: {', '.join(_DEVICES)}")
+    return _DEVICES[name]
 
 
 def target_names() -> tuple[str, ...]:

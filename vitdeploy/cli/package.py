@@ -1,0 +1,132 @@
+"""``vitdeploy package``: a bundle as a folder that another server loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitdeploy.cli import output
+
+if TYPE_CHECKING:
+    from vitdeploy.package.run import Package
+
+SUMMARY = "Write a folder that another server loads."
+EXAMPLES = (
+    "vitdeploy package vit.bundle --target triton-server -o triton/",
+    "vitdeploy package vit.bundle --target triton-server -o triton/ --artifact fp16 --device gpu",
+    "vitdeploy package vit.bundle --target kserve -o kserve/ --storage-uri s3://models/vit",
+    "vitdeploy package vit.bundle --target docker -o image/ --threads 4",
+    "vitdeploy package vit.bundle --target ray -o ray/",
+)
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle.", show_default=False)],
+    target: Annotated[
+        str, typer.Option(metavar="T", help="triton-server, kserve, docker or ray.", show_default=False)
+    ],
+    folder: Annotated[
+        Path, typer.Option("-o", "--output-dir", metavar="DIR", help="The folder.", show_default=False)
+    ],
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name there.  [default: the bundle's]")
+    ] = None,
+    model_version: Annotated[int, typer.Option(metavar="N", help="The model's version there.")] = 1,
+    artifact: Annotated[
+        str | None, typer.Option(metavar="A", help="Its name or precision.  [default: the most precise]")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar="B", help="docker, ray: the runtime.  [default: onnxruntime]")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="D", help="cpu or gpu.  [default: cpu; gpu for an engine]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads per instance.")] = None,
+    instances: Annotated[
+        int | None, typer.Option(metavar="N", help="Copies of the model in a server.  [default: 1]")
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Largest batch.  [default: the artifact's MAX]")
+    ] = None,
+    max_delay_ms: Annotated[
+        float | None, typer.Option(metavar="MS", help="How long a request waits for company.  [default: 2]")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Labels per image, of image requests.  [default: 5]")
+    ] = None,
+    tensors_only: Annotated[
+        bool, typer.Option("--tensors-only", help="Leave out the models that take image files.")
+    ] = False,
+    min_replicas: Annotated[
+        int | None, typer.Option(metavar="N", help="kserve, ray: at least.  [default: 1]")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(metavar="N", help="kserve, ray: at most.  [default: 3]")
+    ] = None,
+    storage_uri: Annotated[
+        str | None, typer.Option(metavar="URI", help="kserve: where the cluster will find the models.")
+    ] = None,
+    namespace: Annotated[str | None, typer.Option(metavar="NAME", help="kserve: the namespace.")] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="The container image to use, or to build upon.")
+    ] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="docker: a wheel of vitdeploy to install.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier package.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Write a folder that another server loads, from a bundle whose every hash is checked.
+
+    triton-server: a model repository for NVIDIA's Triton Inference Server. kserve: the same, and an
+    InferenceService. docker: our own server in an image. ray: a Ray Serve application.
+    """
+    from vitdeploy.package.base import Settings, checked_device
+    from vitdeploy.package.run import write_package
+
+    settings = Settings(
+        backend=backend,
+        device=checked_device(device),
+        threads=threads,
+        instances=instances,
+        max_batch=max_batch,
+        max_delay_ms=max_delay_ms,
+        top_k=top_k,
+        min_replicas=min_replicas,
+        max_replicas=max_replicas,
+        storage_uri=storage_uri,
+        namespace=namespace,
+        image=image,
+        wheel=str(wheel) if wheel else None,
+        tensors_only=tensors_only or None,
+    )
+    with output.stdout_is_ours():
+        package = write_package(
+            bundle,
+            target,
+            folder,
+            name=name,
+            version=model_version,
+            artifact=artifact,
+            settings=settings,
+            force=force,
+        )
+    if as_json:
+        output.json_document(package.as_dict())
+    else:
+        _print(package)
+
+
+def _print(package: Package) -> None:
+    output.heading(f"{package.folder}")
+    output.table(
+        ("file", ">size", "what"),
+        [(file.path, output.size(file.size), file.what) for file in package.files],
+    )
+    for text in package.notes:
+        output.line(f"note: {text}")
+    output.heading("next")
+    for text in package.next:
+        output.line(f"  {text}")

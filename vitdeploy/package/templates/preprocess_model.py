@@ -1,0 +1,48 @@
+"""Image files in, the network's input out: the first step of the ensemble. Written by `vitdeploy package`.
+
+Runs inside of Triton's Python backend with numpy and Pillow alone. `vitdeploy_images` beside this file is
+vitdeploy's own preprocessing, so that the pixels are those on which the bundle was proven.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as server  # type: ignore[import-not-found]
+from vitdeploy_images.config import Preprocess  # type: ignore[import-not-found]
+from vitdeploy_images.errors import ImageError  # type: ignore[import-not-found]
+from vitdeploy_images.images import load_image  # type: ignore[import-not-found]
+from vitdeploy_images.preprocess import apply, apply_uint8  # type: ignore[import-not-found]
+
+
+class TritonPythonModel:
+    """What the backend calls: `initialize` once, `execute` with the requests of a batch."""
+
+    def initialize(self, args):  # type: ignore[no-untyped-def]
+        settings = json.loads(Path(__file__).with_name("preprocess.json").read_text(encoding="utf-8"))
+        fields = settings["preprocess"].items()
+        self.spec = Preprocess(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields})
+        self.convert = apply_uint8 if settings["input"] == "uint8" else apply
+        self.output = settings["output"]
+
+    def execute(self, requests):  # type: ignore[no-untyped-def]
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):  # type: ignore[no-untyped-def]
+        """One request: pixels, or an error of its own that leaves the others' answers alone."""
+        files = server.get_input_tensor_by_name(request, "image").as_numpy().reshape(-1)
+        pixels = []
+        for number, data in enumerate(files, 1):
+            which = f"image {number} of {len(files)}: " if len(files) > 1 else ""
+            try:
+                pixels.append(self.convert(load_image(bytes(data)), self.spec))
+            except ImageError as error:
+                return _refusal(f"{which}{error}")
+            except MemoryError:
+                return _refusal(f"{which}too large for this server's memory")
+        tensor = server.Tensor(self.output, np.stack(pixels))
+        return server.InferenceResponse(output_tensors=[tensor])
+
+
+def _refusal(message):  # type: ignore[no-untyped-def]
+    return server.InferenceResponse(output_tensors=[], error=server.TritonError(message))
