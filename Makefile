@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-EXTRAS := dev,export,kernels,openvino,report,tensorrt-rtx
+EXTRAS := client,dev,export,kernels,openvino,report,serve,tensorrt-rtx
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

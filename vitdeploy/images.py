@@ -69,12 +69,13 @@ def _walk(directory: Path) -> list[Path]:
     return sorted(images)
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image completely and return it as 8-bit RGB.
 
     Args:
         source: a path, the bytes of a file, a binary file object, or a Pillow image. JPEG, PNG, WebP, GIF,
             BMP, TIFF and PPM are read; of an animation, the first frame.
+        max_pixels: no larger image is decoded.
 
     Transparency is dropped, not blended, as ``convert("RGB")`` and so transformers' and timm's loaders do.
     16-bit grey is scaled to 8 bits. EXIF data stays with the image: ``apply`` turns it where its
@@ -82,12 +83,12 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Raises:
         ImageError: it does not exist, is no image, is damaged or cut short, has a pixel type whose range is
-            unknown, or has more than ``MAX_PIXELS`` pixels.
+            unknown, or has more than ``max_pixels`` pixels.
     """
     name = _describe(source)
     try:
         with _quiet(), _opened(source, name) as image:
-            _check_size(image, name)
+            _check_size(image, name, max_pixels)
             return _to_rgb(image, name)
     except ImageError:
         raise
@@ -149,11 +150,11 @@ def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
         yield stack.enter_context(Image.open(stream, formats=_FORMATS))
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_size(image: Image.Image, name: str, limit: int) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > limit:
         raise ImageError(
-            f"{name} is too large to decode: {width}x{height} pixels exceed the limit of {MAX_PIXELS} pixels",
+            f"{name} is too large to decode: {width}x{height} pixels exceed the limit of {limit} pixels",
             hint="scale it down first",
         )
     if width * height == 0:

@@ -118,7 +118,7 @@ class Predictor:
             good = [item for item in prepared if not isinstance(item, ImageError)]
             rows = iter(self._run(good)) if good else iter(())
             for item in prepared:
-                yield item if isinstance(item, ImageError) else self._best(next(rows), top_k)
+                yield item if isinstance(item, ImageError) else self.best(next(rows), top_k)
 
     def logits(self, images: AnyImage | Iterable[AnyImage]) -> Array:
         """Return what the model gives for one or many images: (N, classes) float32.
@@ -147,6 +147,25 @@ class Predictor:
         picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image)
         convert = apply_uint8 if manifest.input == "uint8" else apply
         return convert(picture, manifest.preprocess)
+
+    def best(self, logits: Array, top_k: int) -> list[Prediction]:
+        """The likeliest classes of one image's logits, (classes,), the likeliest first.
+
+        Raises:
+            BundleError: they are NaN or infinite.
+        """
+        if not np.isfinite(logits).all():
+            raise BundleError(
+                f"{self.session.facts.artifact} gives NaN or infinite logits",
+                hint=f"vitdeploy verify {self.bundle.root}",
+            )
+        scores = softmax(logits)
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        labels = self.bundle.manifest.labels
+        return [
+            Prediction(labels[index] if labels else str(index), int(index), float(scores[index]))
+            for index in order
+        ]
 
     @property
     def chunk(self) -> int:
@@ -187,20 +206,6 @@ class Predictor:
         stacked = np.stack([*tensors, *([tensors[-1]] * missing)])
         outputs = self.session.run({facts.inputs[0].name: stacked})
         return outputs[facts.outputs[0].name][: len(tensors)]
-
-    def _best(self, logits: Array, top_k: int) -> list[Prediction]:
-        if not np.isfinite(logits).all():
-            raise BundleError(
-                f"{self.session.facts.artifact} gives NaN or infinite logits",
-                hint=f"vitdeploy verify {self.bundle.root}",
-            )
-        scores = softmax(logits)
-        order = np.argsort(-scores, kind="stable")[:top_k]
-        labels = self.bundle.manifest.labels
-        return [
-            Prediction(labels[index] if labels else str(index), int(index), float(scores[index]))
-            for index in order
-        ]
 
 
 def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:

@@ -203,3 +203,9 @@ def test_the_interval_holds_the_ratio(times: list[float], factor: float) -> None
 def test_rounds_stay_together() -> None:
     made = cell(samples_ms=(1.0, 2.0, 3.0, 10.0, 20.0, 30.0, 5.0), round_samples=3)
     assert round_medians(made).tolist() == [2.0, 20.0]
+
+
+def test_an_unsteady_cell_warns() -> None:
+    assert cell(spread=0.33).warnings == ("the rounds differ by 33%",)
+    assert cell(spread=0.33, disturbed=("throttled",)).warnings == ("throttled", "the rounds differ by 33%")
+    assert cell(spread=0.05).warnings == ()

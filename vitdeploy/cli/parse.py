@@ -108,15 +108,15 @@ def image_size(text: str | None) -> Size | None:
     return height, int(match[2] or height)
 
 
-def duration(text: str) -> float:
+def duration(text: str, flag: str = "--budget") -> float:
     """``"90"``, ``"90s"`` or ``"5m"`` in seconds.
 
     Raises:
-        UsageError: none of them.
+        UsageError: none of them; names the flag.
     """
     match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(s|m|h)?", text.strip())
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"--budget {text}: not a duration", hint="--budget 90s, or 5m")
+        raise UsageError(f"{flag} {text}: not a duration", hint=f"{flag} 90s, or 5m")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2] or "s"]
 
 

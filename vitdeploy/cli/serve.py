@@ -1,0 +1,110 @@
+"""``vitdeploy serve``: bundles as a running service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitdeploy.cli import output, parse
+
+if TYPE_CHECKING:
+    from vitdeploy.serve.server import Started
+
+SUMMARY = "Serve bundles over HTTP and gRPC."
+EXAMPLES = (
+    "vitdeploy serve vit.bundle",
+    "vitdeploy serve vit.bundle --port 8000 --grpc-port 8001 --max-batch 16 --max-delay-ms 2",
+    "vitdeploy serve cats=old.bundle cats=new.bundle dogs=dogs.bundle --host 0.0.0.0",
+    "curl --data-binary @cat.jpg localhost:8000/v1/models/vit:predict",
+)
+
+
+def command(
+    bundles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME[@VERSION]=]BUNDLE...",
+            help="Bundles; without a NAME it is the folder's, without its suffix.",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[str, typer.Option(metavar="H", help="0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="P", help="Of HTTP; 0 is any free one.")
+    ] = 8000,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, metavar="P", help="Of gRPC; 0 is any free one.  [default: no gRPC]"),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar="B", help="The runtime.  [default: the one picked, or onnxruntime]")
+    ] = None,
+    artifact: Annotated[
+        str | None, typer.Option(metavar="A", help="Its name or precision.  [default: the most precise]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads of a session.")] = None,
+    provider: Annotated[
+        str | None, typer.Option(metavar="P", help="ONNX Runtime's: cpu, cuda, tensorrt, tensorrt-rtx.")
+    ] = None,
+    instances: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions per model.")] = 1,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Images that run together.  [default: the artifact's]"),
+    ] = None,
+    max_delay_ms: Annotated[
+        float, typer.Option(min=0, max=60000, metavar="MS", help="How long a free session waits for company.")
+    ] = 0.0,
+    buckets: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Fill batches up to these sizes.  [default: any size]")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=1, metavar="N", help="Images that wait; more get 429.")] = 256,
+    timeout: Annotated[str, typer.Option(metavar="T", help="In the queue, at most.")] = "30s",
+    max_body: Annotated[str, typer.Option(metavar="SIZE", help="Of a request.")] = "64MiB",
+    max_pixels: Annotated[int, typer.Option(min=1, metavar="N", help="Of an image.")] = 50_000_000,
+    max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Image files of a request.")] = 64,
+    drain: Annotated[str, typer.Option(metavar="T", help="For requests in hand, at the end.")] = "30s",
+    reload_seconds: Annotated[
+        float,
+        typer.Option(min=0, max=86400, metavar="S", help="Between looks for a changed bundle; 0 is never."),
+    ] = 2.0,
+    fixed_models: Annotated[
+        bool, typer.Option("--fixed-models", help="Clients may not load and unload models.")
+    ] = False,
+) -> int:
+    """Serve bundles over HTTP and gRPC until Ctrl-C or SIGTERM, which loses no request.
+
+    The Open Inference Protocol v2 (tritonclient works unchanged), image files at
+    /v1/models/NAME:predict, Prometheus metrics at /metrics, a page to try images at /. Each bundle is
+    proven against its golden outputs before it takes requests; one that is replaced on disk is loaded
+    anew without a gap. Requests of all clients are batched together.
+    """
+    from vitdeploy.backends.base import Options
+    from vitdeploy.serve.models import Settings
+    from vitdeploy.serve.repository import parse_places
+    from vitdeploy.serve.server import Endpoint, serve
+    from vitdeploy.serve.service import Limits
+
+    options = Options(threads=threads, provider=provider)
+    sizes = parse.integers(buckets, "--buckets") if buckets is not None else ()
+    wait, delay = parse.duration(timeout, "--timeout"), max_delay_ms / 1000
+    settings = Settings(
+        backend, artifact, options, instances, max_batch, delay, max_queue, wait, sizes, max_pixels
+    )
+    limits = Limits(parse.byte_count(max_body, "--max-body") or Limits.body_bytes, images=max_images)
+    endpoint = Endpoint(
+        host, port, grpc_port, reload_seconds, parse.duration(drain, "--drain"), not fixed_models, limits
+    )
+    with output.Stages() as stages:
+        number = serve(parse_places(bundles), settings, endpoint, started=_started, progress=stages)
+    output.note(f"stopped by signal {number}, every accepted request answered")
+    return 0
+
+
+def _started(server: Started) -> None:
+    for model in server.repository.models:
+        if model.note:
+            output.note(f"{model.name}: {model.note}")
+        path = f"{server.url}/v1/models/{model.name}:predict"
+        output.note(f"  {model.name} version {model.version}: curl --data-binary @IMAGE {path}")
+    output.note(f"serving {server.url}" + (f", gRPC {server.grpc}" if server.grpc else ""))

@@ -1,0 +1,1 @@
+"""The server: verified bundles behind the Open Inference Protocol v2, with dynamic batching."""

@@ -1,0 +1,96 @@
+"""Request bodies: read within limits of size and time, decompressed within the same limit."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, TypeVar
+
+from vitdeploy.serve.requests import Refusal
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from vitdeploy.serve.service import Limits
+
+_T = TypeVar("_T")
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The whole body, decompressed where ``Content-Encoding`` says so.
+
+    Raises:
+        Refusal: too large, too slow, or not what its headers say.
+    """
+    announced = request.headers.get("content-length")
+    if announced is not None and (len(announced) > 18 or int(announced) > limits.body_bytes):
+        raise _too_large(limits)
+    parts, size = list[bytes](), 0
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > limits.body_bytes:
+                    raise _too_large(limits)
+    except TimeoutError:
+        raise Refusal("timeout", f"the body did not arrive within {limits.body_seconds:g} s") from None
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    body = b"".join(parts)
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in _WINDOWS:
+        raise Refusal("invalid", f"Content-Encoding {encoding[:40]!r} is not supported: gzip and deflate are")
+    return _decompressed(body, encoding, limits)
+
+
+def compressed(body: bytes, accept: str) -> tuple[bytes, str]:
+    """The body as the client's ``Accept-Encoding`` asks for it, and the encoding; "" is as it is."""
+    offered = [part.partition(";") for part in accept.lower().split(",")]
+    names = [name.strip() for name, _, weight in offered if weight.replace(" ", "") not in ("q=0", "q=0.0")]
+    encoding = next((name for name in names if name in _WINDOWS), "")
+    if not encoding:
+        return body, ""
+    packer = zlib.compressobj(1, wbits=_WINDOWS[encoding])
+    return packer.compress(body) + packer.flush(), encoding
+
+
+async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
+    """Wait for ``work``, and cancel it when the client goes away. Call it once the body is read.
+
+    Raises:
+        asyncio.CancelledError: nobody is there to be answered.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise asyncio.CancelledError("the client went away")
+        return task.result()
+    finally:
+        for own in (task, gone):
+            own.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _decompressed(body: bytes, encoding: str, limits: Limits) -> bytes:
+    unpacker = zlib.decompressobj(wbits=_WINDOWS[encoding])
+    try:
+        unpacked = unpacker.decompress(body, limits.body_bytes + 1)
+    except zlib.error as error:
+        raise Refusal("invalid", f"the body is not {encoding}: {error}") from error
+    if len(unpacked) > limits.body_bytes or unpacker.unconsumed_tail:
+        raise _too_large(limits)
+    if not unpacker.eof or unpacker.unused_data:
+        raise Refusal("invalid", f"the body is not one whole {encoding} stream")
+    return unpacked
+
+
+def _too_large(limits: Limits) -> Refusal:
+    return Refusal("too large", f"the body has more than {limits.body_bytes} bytes")

@@ -1,0 +1,72 @@
+"""What a client asks and what it gets, whatever the transport: HTTP's and gRPC's codecs meet here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+Kind = Literal["invalid", "not found", "too large", "timeout", "overloaded", "unavailable", "internal"]
+"""Why a request is refused; each transport has its own codes for them."""
+
+
+class Refusal(Exception):
+    """A request that gets an error for an answer.
+
+    Args:
+        kind: whose fault it is, and whether trying again may help.
+        message: one line, for the client.
+        retry_after: seconds after which trying again makes sense; None where it does not.
+    """
+
+    def __init__(self, kind: Kind, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class WantedOutput:
+    """An output that a client names."""
+
+    name: str
+    classes: int = 0
+    """Send the likeliest this many classes as text, "score:index:label", instead of the tensor
+    (the classification extension); 0 is the tensor."""
+    binary: bool = False
+    """HTTP: as raw bytes behind the JSON, not as JSON numbers."""
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """Tensors to run."""
+
+    inputs: Mapping[str, Array]
+    """(n, ...) each, by name; not yet held against what the model takes."""
+    wanted: tuple[WantedOutput, ...] = ()
+    """Empty is every output."""
+    binary: bool = False
+    """HTTP: whether outputs go out as raw bytes where none is named."""
+    id: str = ""
+    timeout: float | None = None
+    """Seconds within which the run must begin; None leaves it to the server."""
+
+
+@dataclass(frozen=True)
+class InferResponse:
+    """Tensors that came out."""
+
+    model: str
+    version: str
+    outputs: Mapping[str, Array]
+    """By name, those asked for; classes as (n, k) object arrays of bytes."""
+    request: InferRequest = field(default_factory=lambda: InferRequest({}))
+
+    def binary(self, name: str) -> bool:
+        """HTTP: whether this output goes out as raw bytes."""
+        return next((w.binary for w in self.request.wanted if w.name == name), self.request.binary)

@@ -1,0 +1,188 @@
+"""The process: sockets, signals, startup and an end that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from vitdeploy.errors import MissingDependency, UsageError
+from vitdeploy.progress import Progress
+from vitdeploy.serve import http
+from vitdeploy.serve.models import Settings
+from vitdeploy.serve.repository import Place, Repository
+from vitdeploy.serve.service import Limits, Service
+from vitdeploy.serve.statistics import Metrics
+
+_BACKLOG = 2048
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how the server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 is any free one."""
+    grpc_port: int | None = None
+    """None is no gRPC."""
+    reload_seconds: float = 2.0
+    """How often the bundles are looked at for changes; 0 is never."""
+    drain_seconds: float = 30.0
+    """How long the end waits for requests in hand."""
+    control: bool = True
+    """Whether clients may load and unload models."""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a server that accepts requests can tell."""
+
+    url: str
+    grpc: str | None
+    repository: Repository
+
+
+def serve(
+    places: Sequence[Place],
+    settings: Settings,
+    endpoint: Endpoint,
+    *,
+    started: Callable[[Started], None],
+    progress: Progress | None = None,
+) -> int:
+    """Serve bundles until SIGINT or SIGTERM; returns that signal's number.
+
+    Args:
+        started: is called when requests are accepted.
+
+    Raises:
+        MissingDependency: the server's libraries are not installed.
+        UsageError: a port is not free.
+        VitdeployError: a bundle cannot be loaded.
+    """
+    return asyncio.run(_serve(places, settings, endpoint, started, progress or Progress()))
+
+
+async def _serve(
+    places: Sequence[Place],
+    settings: Settings,
+    endpoint: Endpoint,
+    started: Callable[[Started], None],
+    progress: Progress,
+) -> int:
+    metrics = Metrics()
+    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as workers:
+        repository = Repository(places, settings, metrics, workers, progress)
+        service = Service(repository, metrics, endpoint.limits, control=endpoint.control)
+        application = http.build(service)
+        async with contextlib.AsyncExitStack() as stack:
+            bound = stack.enter_context(contextlib.closing(_bind(endpoint.host, endpoint.port)))
+            with _signals() as told:  # before the first model is loaded: Ctrl-C ends that, too
+                loading = asyncio.create_task(repository.load_all())
+                await asyncio.wait((loading, told), return_when=asyncio.FIRST_COMPLETED)
+                if told.done():
+                    loading.cancel()
+                    return told.result()
+                await loading
+                grpc = await _start_grpc(endpoint, service, stack)
+                web = _uvicorn(application, endpoint)
+                running = asyncio.create_task(web.serve(sockets=[bound]))
+                watching = asyncio.create_task(_watch(repository, endpoint.reload_seconds))
+                host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+                started(Started(f"http://{host}:{bound.getsockname()[1]}", grpc, repository))
+                await asyncio.wait((running, told), return_when=asyncio.FIRST_COMPLETED)
+                await service.drain(endpoint.drain_seconds)
+                watching.cancel()
+                web.should_exit = True
+                await running
+                await stack.aclose()
+                await repository.close()
+                return told.result() if told.done() else 0
+
+
+async def _watch(repository: Repository, seconds: float) -> None:
+    if seconds > 0:
+        await repository.watch(seconds)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A listening socket; taken before anything is loaded, so that a port in use is said at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"cannot listen on {host} port {port}: {reason}", hint="--port 0 takes any free one"
+        ) from error
+    bound.setblocking(False)
+    return bound
+
+
+def _uvicorn(application: Any, endpoint: Endpoint) -> Any:
+    """The web server, without signal handlers of its own."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise MissingDependency("uvicorn", extra="serve", purpose="serving") from error
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    config = uvicorn.Config(
+        application,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(endpoint.drain_seconds)),
+        # Slow clients: a request's head has to arrive within the time that a body has.
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    return Server(config)
+
+
+async def _start_grpc(endpoint: Endpoint, service: Service, stack: contextlib.AsyncExitStack) -> str | None:
+    if endpoint.grpc_port is None:
+        return None
+    from vitdeploy.serve.grpc import listening
+
+    return await stack.enter_async_context(listening(endpoint.host, endpoint.grpc_port, service))
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[asyncio.Future[int]]:
+    """A future that becomes the number of the signal that asks the server to end; a second one kills."""
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[int] = loop.create_future()
+
+    def tell(number: int) -> None:
+        if told.done():
+            os._exit(128 + number)
+        told.set_result(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        loop.add_signal_handler(number, tell, number)
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
