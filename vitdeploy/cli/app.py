@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from vitdeploy._version import __version__
-from vitdeploy.cli import bench, doctor, export, inspect, output, package, predict, tune, verify
+from vitdeploy.cli import bench, doctor, export, inspect, output, package, predict, serve, tune, verify
 from vitdeploy.cli.interruption import Interrupted, interruptible
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 
@@ -35,7 +35,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_root)
-    for verb in (export, verify, bench, inspect, predict, package, tune, doctor):
+    for verb in (export, verify, bench, inspect, predict, serve, package, tune, doctor):
         name = verb.__name__.rpartition(".")[2]
         app.command(name, short_help=verb.SUMMARY, epilog=_examples(verb.EXAMPLES))(verb.command)
     return app
