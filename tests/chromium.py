@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless",
@@ -38,6 +40,17 @@ PATIENCE = 60.0
 def find_chromium() -> str | None:
     """Where a Chromium or Chrome is, if there is one."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def require_chromium() -> str:
+    """The browser's program; without one the test is skipped, where it may be."""
+    program = find_chromium()
+    if program is None:
+        missing = f"no browser to look at pages with: none of {', '.join(NAMES)} is installed"
+        if os.environ.get("CI_REQUIRES_BROWSER") == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return program
 
 
 class Chromium:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bench.sample_results import SUBJECT, cell, sample_results
-from chromium import NAMES, Chromium, find_chromium
+from chromium import Chromium, require_chromium
 
 from vitdeploy.bench.report import html_text
 
@@ -42,13 +41,7 @@ LIGHT, DARK = "rgb(255, 255, 255)", "rgb(20, 23, 27)"
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    program = find_chromium()
-    if program is None:
-        missing = f"no browser to look at the report with: none of {', '.join(NAMES)} is installed"
-        if os.environ.get("CI_REQUIRES_BROWSER") == "1":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with Chromium.start(program, tmp_path_factory.mktemp("profile")) as started:
+    with Chromium.start(require_chromium(), tmp_path_factory.mktemp("profile")) as started:
         yield started
 
 

@@ -61,13 +61,15 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
     """Wait for ``work``, and cancel it when the client goes away. Call it once the body is read.
 
     Raises:
-        asyncio.CancelledError: nobody is there to be answered.
+        ClientDisconnect: nobody is there to be answered.
     """
+    from starlette.requests import ClientDisconnect
+
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise asyncio.CancelledError("the client went away")
+            raise ClientDisconnect
         return task.result()
     finally:
         for own in (task, gone):

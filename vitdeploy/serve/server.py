@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -124,9 +125,9 @@ def _bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         bound.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(
-            f"cannot listen on {host} port {port}: {reason}", hint="--port 0 takes any free one"
-        ) from error
+        taken = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+        hint = "--port 0 takes any free one" if taken else None
+        raise UsageError(f"cannot listen on {host} port {port}: {reason}", hint=hint) from error
     bound.setblocking(False)
     return bound
 
