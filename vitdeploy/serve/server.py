@@ -117,7 +117,8 @@ async def _watch(repository: Repository, seconds: float) -> None:
 def _bind(host: str, port: int) -> socket.socket:
     """A listening socket; taken before anything is loaded, so that a port in use is said at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named, or asyncio leaves Nagle's algorithm on, and answers wait 40 ms for an ACK.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
