@@ -46,7 +46,7 @@ def template(name: str) -> str:
     return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
 
 
-def render(name: str, **values: object) -> str:
+def render(name: str, /, **values: object) -> str:
     """A template with ``${name}`` filled in; ``$$`` is a dollar sign. Every value has to have a place.
 
     Raises:

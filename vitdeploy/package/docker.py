@@ -34,7 +34,7 @@ EXTRAS = {
 """What to install for each backend besides the server's own libraries."""
 _NEEDS_GPU = ("tensorrt", "tensorrt-rtx", "triton")
 _PINNED = ("numpy", "pillow", "onnxruntime", "openvino", "torch", "triton")
-"""Libraries that decide the numbers: the image gets the versions that are here, which can prove the bundle."""
+"""Libraries that decide the numbers: the image gets the versions that are here."""
 
 _GPU = """\
     deploy:
@@ -71,7 +71,7 @@ def write(job: Job) -> Outcome:
     readme = render(
         "docker.md",
         name=job.name,
-        bundle=job.bundle.root.name,
+        bundle=job.bundle.root.resolve().name,
         artifact=f"{job.artifact.name} ({job.artifact.precision})",
         backend=backend,
         tag=tag,

@@ -184,7 +184,7 @@ def _readme(job: Job, service: str, uri: str, images: bool) -> str:
         "kserve.md",
         name=job.name,
         service=service,
-        bundle=job.bundle.root.name,
+        bundle=job.bundle.root.resolve().name,
         artifact=f"{job.artifact.name} ({job.artifact.precision})",
         models=MODELS,
         uri=uri,

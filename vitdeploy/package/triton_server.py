@@ -90,7 +90,7 @@ def _readme(job: Job, repository: Repository, images: bool) -> str:
     shape = [1 if isinstance(size, str) else size for size in spec.shape]
     values = {
         "name": job.name,
-        "bundle": job.bundle.root.name,
+        "bundle": job.bundle.root.resolve().name,
         "artifact": f"{job.artifact.name} ({job.artifact.precision})",
         "models": MODELS,
         "input": spec.name,

@@ -5,6 +5,7 @@ Runs inside of Triton's Python backend with numpy alone.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as server  # type: ignore[import-not-found]
@@ -13,15 +14,15 @@ import triton_python_backend_utils as server  # type: ignore[import-not-found]
 class TritonPythonModel:
     """What the backend calls: `initialize` once, `execute` with the requests of a batch."""
 
-    def initialize(self, args):  # type: ignore[no-untyped-def]
+    def initialize(self, args: dict[str, str]) -> None:
         settings = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
         self.labels = settings["labels"]
         self.top_k = settings["top_k"]
 
-    def execute(self, requests):  # type: ignore[no-untyped-def]
+    def execute(self, requests: list[Any]) -> list[Any]:
         return [self.answer(request) for request in requests]
 
-    def answer(self, request):  # type: ignore[no-untyped-def]
+    def answer(self, request: Any) -> Any:
         """One request: (n, classes) logits to (n, k) labels, indices and softmax scores, best first."""
         logits = server.get_input_tensor_by_name(request, "logits").as_numpy().astype(np.float64)
         if not np.isfinite(logits).all():
@@ -40,5 +41,5 @@ class TritonPythonModel:
             ]
         )
 
-    def label(self, index):  # type: ignore[no-untyped-def]
-        return self.labels[index] if self.labels else str(index)
+    def label(self, index: int) -> str:
+        return str(self.labels[index] if self.labels else index)

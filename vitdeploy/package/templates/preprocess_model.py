@@ -6,6 +6,7 @@ vitdeploy's own preprocessing, so that the pixels are those on which the bundle 
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as server  # type: ignore[import-not-found]
@@ -18,17 +19,17 @@ from vitdeploy_images.preprocess import apply, apply_uint8  # type: ignore[impor
 class TritonPythonModel:
     """What the backend calls: `initialize` once, `execute` with the requests of a batch."""
 
-    def initialize(self, args):  # type: ignore[no-untyped-def]
+    def initialize(self, args: dict[str, str]) -> None:
         settings = json.loads(Path(__file__).with_name("preprocess.json").read_text(encoding="utf-8"))
         fields = settings["preprocess"].items()
         self.spec = Preprocess(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields})
         self.convert = apply_uint8 if settings["input"] == "uint8" else apply
         self.output = settings["output"]
 
-    def execute(self, requests):  # type: ignore[no-untyped-def]
+    def execute(self, requests: list[Any]) -> list[Any]:
         return [self.answer(request) for request in requests]
 
-    def answer(self, request):  # type: ignore[no-untyped-def]
+    def answer(self, request: Any) -> Any:
         """One request: pixels, or an error of its own that leaves the others' answers alone."""
         files = server.get_input_tensor_by_name(request, "image").as_numpy().reshape(-1)
         pixels = []
@@ -44,5 +45,5 @@ class TritonPythonModel:
         return server.InferenceResponse(output_tensors=[tensor])
 
 
-def _refusal(message):  # type: ignore[no-untyped-def]
+def _refusal(message: str) -> Any:
     return server.InferenceResponse(output_tensors=[], error=server.TritonError(message))
