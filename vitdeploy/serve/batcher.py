@@ -79,6 +79,7 @@ class _Waiting:
     rows: int
     future: asyncio.Future[Answer]
     arrived: float = field(default_factory=time.perf_counter)
+    queued: bool = True
 
 
 class Batcher:
@@ -139,6 +140,14 @@ class Batcher:
         """Seconds that what waits now will take, from the pace of late; 1 where that is not known."""
         return self._rows / self._rate if self._rate else 1.0
 
+    def abandon(self) -> None:
+        """Refuse what waits; what runs goes on."""
+        for entry in self._queue:
+            if not entry.future.done():
+                entry.future.set_exception(
+                    Refusal("unavailable", "the server is shutting down", retry_after=1.0)
+                )
+
     async def close(self) -> None:
         """Refuse what is new, finish what was accepted, stop."""
         self._closing = True
@@ -152,12 +161,13 @@ class Batcher:
 
     def _leave(self, entry: _Waiting) -> None:
         """A request that was given up does not keep its place in the queue."""
-        with contextlib.suppress(ValueError):
+        if entry.queued:
+            entry.queued = False
             self._queue.remove(entry)
             self._count(-entry.rows)
 
     def _expire(self, entry: _Waiting, limit: float) -> None:
-        if entry in self._queue and not entry.future.done():
+        if entry.queued and not entry.future.done():
             entry.future.set_exception(Refusal("timeout", f"no session was free within {limit:g} s"))
 
     async def _work(self, run: Run) -> None:
@@ -192,20 +202,21 @@ class Batcher:
                 return batch
 
     async def _wait_for_company(self) -> None:
-        until = self._queue[0].arrived + self.rules.delay
         while self._queue and self._rows < self.rules.gather and not self._closing:
-            self._arrival.clear()
-            try:
-                async with asyncio.timeout(until - time.perf_counter()):
-                    await self._arrival.wait()
-            except TimeoutError:
+            left = self._queue[0].arrived + self.rules.delay - time.perf_counter()
+            if left <= 0:
                 return
+            self._arrival.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._arrival.wait()
 
     def _taken(self) -> Iterator[_Waiting]:
         """Take requests from the front while they fit; the first one always does."""
         room = self.rules.gather
         while self._queue and (room == self.rules.gather or self._queue[0].rows <= room):
             entry = self._queue.popleft()
+            entry.queued = False
             self._count(-entry.rows)
             if not entry.future.done():
                 room -= entry.rows

@@ -25,7 +25,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         Refusal: too large, too slow, or not what its headers say.
     """
     announced = request.headers.get("content-length")
-    if announced is not None and (len(announced) > 18 or int(announced) > limits.body_bytes):
+    if announced is not None and announced.isdecimal() and int(announced[:19]) > limits.body_bytes:
         raise _too_large(limits)
     parts, size = list[bytes](), 0
     try:
@@ -36,7 +36,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 if size > limits.body_bytes:
                     raise _too_large(limits)
     except TimeoutError:
-        raise Refusal("timeout", f"the body did not arrive within {limits.body_seconds:g} s") from None
+        raise Refusal("too slow", f"the body did not arrive within {limits.body_seconds:g} s") from None
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     body = b"".join(parts)
     if encoding in ("", "identity"):

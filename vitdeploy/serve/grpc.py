@@ -31,6 +31,7 @@ from vitdeploy.serve.tensors import (
 _CODES: Mapping[Kind, str] = {
     "invalid": "INVALID_ARGUMENT",
     "not found": "NOT_FOUND",
+    "too slow": "DEADLINE_EXCEEDED",
     "timeout": "DEADLINE_EXCEEDED",
     "too large": "RESOURCE_EXHAUSTED",
     "overloaded": "RESOURCE_EXHAUSTED",
@@ -248,6 +249,8 @@ def parse(request: Any) -> InferRequest:
         if "shared_memory_region" in tensor.parameters:
             raise Refusal("invalid", f"{where}: shared memory is not supported")
         dtype, shape = dtype_of(tensor.datatype, where), shape_of(list(tensor.shape), where)
+        if raw and tensor.HasField("contents"):
+            raise Refusal("invalid", f"{where}: has both contents and raw contents")
         if raw:
             inputs[tensor.name] = from_bytes(memoryview(raw[index]), dtype, shape, where)
         else:

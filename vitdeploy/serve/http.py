@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 STATUS: Mapping[Kind, int] = {
     "invalid": 400,
     "not found": 404,
+    "too slow": 408,
     "timeout": 504,
     "too large": 413,
     "overloaded": 429,
@@ -78,7 +79,10 @@ def build(service: Service) -> Starlette:
         *pages.ROUTES,
     ]
     routes = [Route(path, _guarded(handler, service), methods=[method]) for method, path, handler in table]
-    return Starlette(routes=routes, exception_handlers={404: _no_such_path, 405: _no_such_method})
+    handlers: dict[Any, Any] = {404: _no_such_path, 405: _no_such_method, Exception: _broken}
+    application = Starlette(routes=routes, exception_handlers=handlers)
+    application.router.redirect_slashes = False  # to answer in the protocol's shape
+    return application
 
 
 def json_response(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -118,6 +122,11 @@ def _guarded(handler: Handler, service: Service) -> Callable[[Request], Awaitabl
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
     return json_response({"error": f"there is nothing at {request.url.path[:200]}"}, 404)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """An error of ours; it is raised again behind this, and logged with its traceback."""
+    return refused(Refusal("internal", f"{type(error).__name__}, which is a fault of the server"))
 
 
 async def _no_such_method(request: Request, error: Exception) -> Response:

@@ -90,11 +90,19 @@ async def _parts(request: Request, body: bytes, most: int) -> list[tuple[str, by
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
 
+    class Parser(MultiPartParser):
+        ended = False
+
+        def on_end(self) -> None:
+            self.ended = True
+
     async def stream() -> AsyncIterator[bytes]:
         yield body
+        if not parser.ended:  # else its last file would be missing from the answer
+            raise MultiPartException("it has no end")
 
     try:
-        parser = MultiPartParser(request.headers, stream(), max_files=most, max_fields=most)  # type: ignore[arg-type]
+        parser = Parser(request.headers, stream(), max_files=most, max_fields=most)  # type: ignore[arg-type]
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
         reason = getattr(error, "message", "") or str(error)

@@ -182,6 +182,10 @@ class ServedModel:
         for predictor in self._predictors:
             await asyncio.to_thread(predictor.close)
 
+    def abandon(self) -> None:
+        """Refuse the requests that wait for a session."""
+        self._batcher.abandon()
+
     async def infer(self, request: InferRequest) -> InferResponse:
         """Run tensors.
 
@@ -206,6 +210,8 @@ class ServedModel:
             Refusal: the model gives no classes, or cannot run them now.
         """
         self._require_classes()
+        if self.bundle.manifest.preprocess is None:
+            raise Refusal("invalid", f"model '{self.name}' takes no images: its bundle has no preprocessing")
         if top_k < 1:
             raise Refusal("invalid", f"top_k must be at least 1, not {top_k}")
         waiting = self._preparing + self._batcher.waiting

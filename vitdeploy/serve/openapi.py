@@ -106,7 +106,7 @@ def _images(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-_ERRORS = (400, 404, 413, 429, 500, 503, 504)
+_ERRORS = (400, 404, 408, 413, 429, 500, 503, 504)
 
 
 def _schemas() -> dict[str, Any]:

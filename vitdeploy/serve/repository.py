@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitdeploy.backends.base import one_line
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 from vitdeploy.manifest import MANIFEST
 from vitdeploy.progress import Progress
@@ -141,6 +141,11 @@ class Repository:
         """Requests in hand, of all models."""
         return sum(model.busy for model in self.models)
 
+    def abandon(self) -> None:
+        """Refuse every request that waits for a session."""
+        for model in self.models:
+            model.abandon()
+
     def metadata(self, name: str, version: str = "") -> dict[str, Any]:
         """A model's metadata, with all its versions that are ready."""
         document = self.get(name, version).metadata()
@@ -192,8 +197,11 @@ class Repository:
                 now = _signature(entry.place.path)
                 if entry.reason == "unloaded" or now is None or now == entry.signature:
                     continue
-                with contextlib.suppress(VitdeployError):
+                try:
                     await self._load(entry)
+                except Exception as error:  # whatever it is, the others are looked after
+                    what = f"{entry.place.name} version {entry.place.version}"
+                    self._progress.note(f"{what} stays as it was: {_reason(error)}")
 
     async def close(self) -> None:
         """Finish what is in hand and free everything."""
@@ -206,7 +214,7 @@ class Repository:
         """The highest first."""
         own = [entry for entry in self._entries.values() if entry.place.name == name]
         if not own:
-            near = did_you_mean(name, {entry.place.name for entry in self._entries.values()})
+            near = did_you_mean(name[:200], {entry.place.name for entry in self._entries.values()})
             raise Refusal("not found", f"Request for unknown model: '{name}' is not found{near}")
         return sorted(own, key=lambda entry: int(entry.place.version), reverse=True)
 
@@ -217,11 +225,10 @@ class Repository:
             with self._progress.stage(f"load {place.name}") as stage:
                 try:
                     loaded = await asyncio.to_thread(open_bundle, place.path, self._settings)
-                except VitdeployError as error:
-                    stage.detail = f"FAILED: {error.message}"
+                except Exception as error:
                     self._count(place, "failed")
                     if entry.model is None:
-                        entry.reason = error.message
+                        entry.reason = _reason(error)
                     raise
                 statistics = Statistics(self._metrics, place.name, place.version)
                 before = entry.model
@@ -241,6 +248,10 @@ class Repository:
             task = asyncio.create_task(model.close())
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, VitdeployError) else one_line(error)
 
 
 def _signature(bundle: Path) -> _Signature:

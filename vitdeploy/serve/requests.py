@@ -10,8 +10,13 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-Kind = Literal["invalid", "not found", "too large", "timeout", "overloaded", "unavailable", "internal"]
+Kind = Literal[
+    "invalid", "not found", "too slow", "too large", "timeout", "overloaded", "unavailable", "internal"
+]
 """Why a request is refused; each transport has its own codes for them."""
+
+_LONGEST = 500
+"""Characters of a message: what a client sent may be part of it."""
 
 
 class Refusal(Exception):
@@ -24,6 +29,9 @@ class Refusal(Exception):
     """
 
     def __init__(self, kind: Kind, message: str, *, retry_after: float | None = None) -> None:
+        message = " ".join(message[: 2 * _LONGEST].split())
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST - 3]}..."
         super().__init__(message)
         self.kind = kind
         self.message = message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 
 from vitdeploy.serve.repository import Repository
@@ -60,11 +61,14 @@ class Service:
             return await model.infer(request)
 
     async def drain(self, seconds: float) -> None:
-        """Refuse what is new; wait until what was accepted is answered, this long at most."""
+        """Refuse what is new; wait until what was accepted is answered, this long at most.
+
+        What still waits for a session then is refused, too.
+        """
         self.draining = True
-        try:
-            async with asyncio.timeout(seconds):
-                while self.repository.busy:
-                    await asyncio.sleep(0.01)
-        except TimeoutError:
-            pass
+        for limit in (seconds, 1.0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit):
+                    while self.repository.busy:
+                        await asyncio.sleep(0.01)
+            self.repository.abandon()

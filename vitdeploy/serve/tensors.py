@@ -6,8 +6,8 @@ data and classification extensions, the Triton Inference Server's protocol docum
 
 from __future__ import annotations
 
-import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +32,8 @@ DATATYPES = {
 }
 """numpy's names of dtypes, and the protocol's."""
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring = 2, 10, 60
 _DTYPES = {wire: np.dtype(name) for name, wire in DATATYPES.items()}
 _MAX_DIMENSIONS = 8
 _MOST_ELEMENTS = 1 << 31
@@ -44,7 +46,7 @@ def dtype_of(datatype: Any, where: str) -> np.dtype[Any]:
         Refusal: there is none.
     """
     if not isinstance(datatype, str) or datatype not in _DTYPES:
-        raise Refusal("invalid", f"{where}: datatype {datatype!r} is not supported")
+        raise Refusal("invalid", f"{where}: datatype {_short(datatype)} is not supported")
     return _DTYPES[datatype]
 
 
@@ -57,7 +59,7 @@ def shape_of(shape: Any, where: str) -> tuple[int, ...]:
     good = (
         isinstance(shape, Sequence) and not isinstance(shape, str | bytes) and len(shape) <= _MAX_DIMENSIONS
     )
-    if not good or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
+    if not good or any(type(n) is not int or not 0 <= n <= _MOST_ELEMENTS for n in shape):
         raise Refusal("invalid", f"{where}: shape {_short(shape)} is not a list of sizes")
     if math.prod(shape) > _MOST_ELEMENTS:
         raise Refusal("invalid", f"{where}: shape {_short(shape)} has too many elements")
@@ -88,22 +90,37 @@ def from_numbers(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], where:
         raise Refusal("invalid", f"{where}: data is not an array")
     try:
         array = np.array(data)
+        if dtype.kind in "iu" and array.dtype.kind == "f":  # numpy's way with integers beyond int64
+            array = np.array(data, dtype=object)
     except (ValueError, OverflowError) as error:
         raise Refusal("invalid", f"{where}: data is not an array of numbers of one shape") from error
-    wanted = {"f": "iuf", "b": "b"}.get(dtype.kind, "iu")
-    if array.dtype.kind not in wanted and array.size:
+    wanted: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
+    if not _types(data) <= wanted.get(dtype.kind, {int}):
         raise Refusal("invalid", f"{where}: data does not fit the datatype {DATATYPES[dtype.name]}")
     if array.size != math.prod(shape) or (array.ndim > 1 and array.shape != shape):
         raise Refusal(
             "invalid",
             f"{where}: data has {_short(list(array.shape))} elements, but the shape is {list(shape)}",
         )
-    with np.errstate(over="ignore"):
-        converted = array.astype(dtype).reshape(shape)
-    exact = np.isfinite(converted).all() if dtype.kind == "f" else (converted.ravel() == array.ravel()).all()
+    try:
+        with np.errstate(over="ignore"):
+            converted = array.astype(dtype).reshape(shape)
+        floats = dtype.kind == "f"
+        exact = np.isfinite(converted).all() if floats else (converted.ravel() == array.ravel()).all()
+    except OverflowError:
+        exact = False
     if not exact:
         raise Refusal("invalid", f"{where}: data is outside the range of {DATATYPES[dtype.name]}")
     return converted
+
+
+def _types(data: list[Any]) -> set[type]:
+    """What kinds of values there are, in lists within lists too; to numpy, true is 1."""
+    found: set[type] = set(map(type, data))
+    if list in found:
+        found.remove(list)
+        found = found.union(*(_types(item) for item in data if isinstance(item, list)))
+    return found
 
 
 def parse_request(body: memoryview, header_length: int | None) -> InferRequest:
@@ -299,6 +316,5 @@ def _id(document: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A client's value in a message of bounded length."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    """A client's value in a message of bounded length, whatever its size and depth."""
+    return _SHORT.repr(value)
