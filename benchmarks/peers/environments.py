@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("optimum", "timm")
+NAMES = ("optimum", "serving", "timm")
 _LAST_WORDS = 300
 """Characters of a failed command's output that are worth showing."""
 

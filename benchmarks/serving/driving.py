@@ -1,0 +1,163 @@
+"""One visit to a server: the load's process is started, and what it kept becomes figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.environments import ROOT
+from benchmarks.serving.processes import ServerFailure
+from benchmarks.serving.subjects import Asked
+from vitdeploy.backends.base import Array
+
+PATIENCE = 60.0
+"""Seconds that an answer may take."""
+WARM_UP = 0.15
+"""Share of a visit's seconds that comes before it and is not counted."""
+_PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs, and how it is asked."""
+
+    name: str
+    port: int
+    asks: Mapping[str, Asked]
+    """By kind."""
+    versions: Mapping[str, str]
+    note: str = ""
+    """What has to be known to read its figures."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Every request of a visit, in the order in which they were due; seconds from its beginning."""
+
+    due: Array
+    sent: Array
+    done: Array
+    """NaN where there is no answer."""
+    status: Array
+    cpu: float
+    """The load's share of one processor."""
+
+    def since(self, begin: float, end: float = np.inf) -> Trace:
+        """The requests that were due in this time."""
+        chosen = (self.due >= begin) & (self.due < end)
+        return Trace(self.due[chosen], self.sent[chosen], self.done[chosen], self.status[chosen], self.cpu)
+
+    def latencies(self, *status: int) -> Array:
+        """Milliseconds from when a request was due to its answer, of those with this status."""
+        chosen = np.isin(self.status, status)
+        return 1000 * (self.done[chosen] - self.due[chosen])
+
+    @property
+    def failed(self) -> int:
+        """Requests without a right answer."""
+        return int((self.status != 200).sum())
+
+    def per_second(self) -> float:
+        """Right answers per second.
+
+        The slope of their number over time: they come in batches, and a count between two moments would
+        depend on which batches these moments cut off.
+        """
+        done = np.sort(self.done[self.status == 200])
+        if len(done) < 3 or done[-1] == done[0]:
+            return 0.0
+        return float(np.polyfit(done - done[0], np.arange(len(done)), 1)[0])
+
+    def figures(self) -> dict[str, Any]:
+        """As the record has them."""
+        right = self.latencies(200)
+        grid = np.percentile(right, _PERCENTILES) if len(right) else []
+        lag = 1000 * (self.sent - self.due)
+        return {
+            "requests": len(self.due),
+            "failed": self.failed,
+            "per_s": round(self.per_second(), 3),
+            "latency_ms": {str(p): round(float(v), 3) for p, v in zip(_PERCENTILES, grid, strict=False)},
+            "late_p99_ms": round(float(np.percentile(lag, 99)), 3) if len(lag) else None,
+            "load_cpu": self.cpu,
+        }
+
+
+class Driver:
+    """Puts load on servers. Keeps the requests' bodies in a folder, for the load's process to read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[tuple[str, str], list[str]] = {}
+
+    def closed(self, server: Served, kind: str, clients: int, seconds: float) -> Trace:
+        """So many clients ask again as soon as they are answered.
+
+        Raises:
+            ServerFailure: the load's process fails.
+        """
+        warm_up = WARM_UP * seconds
+        trace = self._drive(server, kind, {"connections": clients, "seconds": warm_up + seconds})
+        begin = warm_up if len(trace.due) > clients else 0.0
+        return trace.since(begin)
+
+    def open(
+        self,
+        server: Served,
+        kind: str,
+        phases: Sequence[tuple[float, float]],
+        arrivals: str,
+        seed: int,
+    ) -> Trace:
+        """Requests come when they are due, whatever the server does.
+
+        Raises:
+            ServerFailure: the load's process fails.
+        """
+        return self._drive(server, kind, {"phases": phases, "arrivals": arrivals, "seed": seed})
+
+    def _drive(self, server: Served, kind: str, how: Mapping[str, Any]) -> Trace:
+        asked = server.asks[kind]
+        job = {
+            **how,
+            "host": "127.0.0.1",
+            "port": server.port,
+            "path": asked.path,
+            "headers": dict(asked.headers),
+            "bodies": self._bodies(server.name, kind, asked),
+            "patience": PATIENCE,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.serving.load"],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        if done.returncode:
+            raise ServerFailure(f"the load on {server.name} failed: {' '.join(done.stderr.split())[-300:]}")
+        return read_trace(json.loads(done.stdout))
+
+    def _bodies(self, name: str, kind: str, asked: Asked) -> list[str]:
+        if (name, kind) not in self._files:
+            paths = []
+            for index, body in enumerate(asked.bodies):
+                path = self._folder / f"{name}-{kind}-{index}.body"
+                path.write_bytes(body)
+                paths.append(str(path))
+            self._files[name, kind] = paths
+        return self._files[name, kind]
+
+
+def read_trace(answer: Mapping[str, Any]) -> Trace:
+    """What the load's process printed."""
+    due, sent, done = (np.array(answer[name], np.float64) for name in ("due", "sent", "done"))
+    return Trace(due, sent, done, np.array(answer["status"], np.int64), answer["cpu"])

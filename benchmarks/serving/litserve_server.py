@@ -1,0 +1,56 @@
+"""LitServe with dynamic batching: one worker, batches as large as vitdeploy's.
+
+python litserve_server.py BUNDLE THREADS PORT BATCH
+"""
+
+import base64
+import sys
+from typing import Any
+
+import litserve
+import numpy as np
+
+import vitdeploy
+
+
+class Classifier(litserve.LitAPI):
+    """Takes {"tensor": base64 of the pixels} or {"image": base64 of a file}; it has no binary requests."""
+
+    def __init__(self, bundle: str, threads: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.bundle, self.threads = bundle, threads
+
+    def setup(self, device: str) -> None:
+        self.predictor = vitdeploy.load(self.bundle, backend="onnxruntime", threads=self.threads)
+        facts = self.predictor.session.facts
+        (self.source,), (self.result,) = facts.inputs, facts.outputs
+
+    def decode_request(self, request: dict[str, str]) -> np.ndarray:
+        if "image" in request:
+            return self.predictor.preprocess(base64.b64decode(request["image"]))
+        pixels = np.frombuffer(base64.b64decode(request["tensor"]), self.source.dtype)
+        return pixels.reshape([int(size) for size in self.source.shape[1:]])
+
+    def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
+        return np.stack(inputs)
+
+    def predict(self, pixels: np.ndarray) -> np.ndarray:
+        return self.predictor.session.run({self.source.name: pixels})[self.result.name]
+
+    def unbatch(self, output: np.ndarray) -> list[np.ndarray]:
+        return list(output)
+
+    def encode_response(self, logits: np.ndarray) -> dict[str, Any]:
+        return {self.result.name: logits.tolist()}
+
+
+if __name__ == "__main__":
+    api = Classifier(
+        sys.argv[1],
+        int(sys.argv[2]),
+        api_path="/predict",
+        max_batch_size=int(sys.argv[4]),
+        batch_timeout=0.002,
+    )
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
+    server.run(host="127.0.0.1", port=int(sys.argv[3]), log_level="warning", generate_client_file=False)

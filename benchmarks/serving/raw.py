@@ -1,0 +1,130 @@
+"""The session without a server: what serving is held against.
+
+Alone in a process it runs batch after batch of one size; or, for image files, batches that a pool decodes
+beside it, as a server's does. What a server adds is the network, the protocol, and putting batches together.
+
+    python -m benchmarks.serving.raw        # the second of the two, as a process of vitdeploy.bench.loop
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.serving.subjects import Subject
+from vitdeploy.bench.lanes import own_environment
+from vitdeploy.bench.loop import Array, Caller, Loaded, main
+from vitdeploy.bench.worker import Worker
+
+_LIMIT = 300.0
+_LEAST = 3
+"""Runs of a batch size in a visit."""
+
+
+class Raw:
+    """A session in a process of its own."""
+
+    def __init__(self, worker: Worker, subject: Subject, folder: Path) -> None:
+        self._worker, self._subject, self._folder = worker, subject, folder
+        self._each: dict[int, float] = {}
+
+    def visit(self, sizes: Sequence[int], seconds: float) -> dict[int, float]:
+        """Mean seconds of a run at each batch size, in so many seconds altogether."""
+        found = {}
+        for size in sizes:
+            self._prepare(size)
+            count = max(_LEAST, round(seconds / len(sizes) / self._each[size]))
+            samples = self._worker.ask("sample", batch=size, count=count, untimed=1)["samples"]
+            found[size] = sum(samples) / len(samples)
+        return found
+
+    def _prepare(self, size: int) -> None:
+        if size in self._each:
+            return
+        path = self._folder / f"raw-{size}.npy"
+        pixels = self._subject.pixels
+        np.save(path, np.ascontiguousarray(pixels[np.arange(size) % len(pixels)]))
+        self._worker.ask("prepare", batch=size, inputs=str(path))
+        samples = self._worker.ask("sample", batch=size, count=_LEAST, untimed=1)["samples"]
+        self._each[size] = sum(samples) / len(samples)
+
+
+@contextlib.contextmanager
+def raw_session(subject: Subject, kind: str, threads: int, folder: Path) -> Iterator[Raw]:
+    """The session alone for tensors, with a decoding pool beside it for images.
+
+    Raises:
+        WorkerFailure: its process fails.
+    """
+    (artifact,) = subject.bundle.manifest.artifacts
+    job: dict[str, Any] = {
+        "bundle": str(subject.bundle.root),
+        "backend": "onnxruntime",
+        "artifact": artifact.name,
+        "threads": threads,
+        "provider": None,
+        "device": None,
+        "concurrency": 1,
+    }
+    module = "vitdeploy.bench.lane"
+    if kind == "image":
+        module, job["images"] = "benchmarks.serving.raw", []
+        for index, data in enumerate(subject.images):
+            path = folder / f"raw-{index}.jpg"
+            path.write_bytes(data)
+            job["images"].append(str(path))
+    worker = Worker((sys.executable, "-P", "-m", module), job, own_environment(), _LIMIT)
+    try:
+        worker.answer()
+        yield Raw(worker, subject, folder)
+    finally:
+        worker.close()
+
+
+def per_second(batches: Mapping[int, int], seconds: Mapping[int, float]) -> float:
+    """Images per second of a session that runs these batches one after the other.
+
+    Args:
+        batches: how many of each size.
+        seconds: of a run at some sizes; between them it is interpolated.
+    """
+    sizes = sorted(seconds)
+    times = [seconds[size] for size in sizes]
+    total = sum(count * float(np.interp(size, sizes, times)) for size, count in batches.items())
+    return sum(size * count for size, count in batches.items()) / total
+
+
+def load(job: dict[str, Any]) -> Loaded:
+    """Open a session and keep a pool decoding for it; a batch's pixels only say how many images it has."""
+    import vitdeploy
+
+    predictor = vitdeploy.load(job["bundle"], backend=job["backend"], threads=job["threads"])
+    files = itertools.cycle([Path(path).read_bytes() for path in job["images"]])
+    pool = ThreadPoolExecutor(os.cpu_count())
+    ahead: deque[Future[Array]] = deque()
+    name, output = predictor.session.facts.inputs[0].name, predictor.session.facts.outputs[0].name
+
+    def call(pixels: Array) -> tuple[Array, float | None]:
+        count = len(pixels)
+        while len(ahead) < 2 * count:
+            ahead.append(pool.submit(predictor.preprocess, next(files)))
+        tensors = [ahead.popleft().result() for _ in range(count)]
+        # The next batch is decoded while this one runs.
+        ahead.extend(pool.submit(predictor.preprocess, next(files)) for _ in range(count))
+        return predictor.session.run({name: np.stack(tensors)})[output], None
+
+    callers: list[Caller] = [call]
+    return Loaded(callers, {})
+
+
+if __name__ == "__main__":
+    main(load)
