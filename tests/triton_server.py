@@ -71,9 +71,12 @@ def environment() -> Path:
 
 
 def _make() -> None:
-    _run(
-        sys.executable, "-m", "venv", "--clear" if (ENVIRONMENT / "bin").exists() else "--copies", ENVIRONMENT
-    )
+    for entry in ENVIRONMENT.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()
+    _run(sys.executable, "-m", "venv", ENVIRONMENT)
     _run(ENVIRONMENT / "bin/python", "-m", "pip", "install", "--quiet", *WANTED)
 
 
@@ -91,10 +94,7 @@ def _backends(folder: Path) -> Path:
     home = _packages() / "pytriton"
     python = folder / "python"
     shutil.copytree(home / "tritonserver/backends/python", python)
-    stub = "triton_python_backend_stub"
-    found = sorted(home.rglob(f"{PYTHON}/{stub}"))
-    assert found, f"nvidia-pytriton has no {stub} for Python {PYTHON}"
-    shutil.copy(found[0], python / stub)
+    shutil.copy(home / "tritonserver/python_backend_stubs" / PYTHON / "triton_python_backend_stub", python)
     for own in (ROOT / "tests/triton_backends").iterdir():
         if (own / "model.py").exists():
             shutil.copytree(own, folder / own.name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,23 +226,22 @@ def test_an_ensemble_without_labels(triton: Triton, protocol: str) -> None:
 # --- what the README says ----------------------------------------------------------------------------
 
 
-def test_the_readme_s_curl(triton: Triton, tmp_path: Path) -> None:
+def test_the_readme_s_shell(triton: Triton, tmp_path: Path) -> None:
+    readme = triton.log.parent.parent / "digits/README.md"
     path = digits_images()[0]
-    body = path.read_bytes()
-    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
-    request = urllib.request.Request(f"{triton.url}/v2/models/digits_image/infer", body, headers)
-    with urllib.request.urlopen(request, timeout=30) as response:
-        said = json.load(response)
-    outputs = {one["name"]: one["data"] for one in said["outputs"]}
-    labels = classify(triton, "http", [body]).as_numpy("labels")[0]
+    (tmp_path / "image.jpg").write_bytes(path.read_bytes())
+    (block,) = readme.read_text().split("```bash\n")[1:]
+    code = block.partition("```")[0].replace("localhost:8000", triton.http)
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outputs = {one["name"]: one["data"] for one in json.loads(done.stdout)["outputs"]}
+    labels = classify(triton, "http", [path.read_bytes()]).as_numpy("labels")[0]
     assert outputs["labels"] == [label.decode() for label in labels]
 
 
 @pytest.mark.parametrize("name", ["digits", "fixed"])
-def test_the_readme_s_python(
-    triton: Triton, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, name: str
-) -> None:
-    (readme,) = tmp_path_factory.getbasetemp().glob(f"triton*/{name}/README.md")
+def test_the_readme_s_python(triton: Triton, tmp_path: Path, name: str) -> None:
+    readme = triton.log.parent.parent / name / "README.md"
     (tmp_path / "image.jpg").write_bytes(png(Image.open(digits_images()[0])))
     blocks = readme.read_text().split("```python\n")[1:]
     assert len(blocks) == 2
@@ -272,7 +270,7 @@ def test_vitdeploy_verify_passes(triton: Triton, digits: Bundle, protocol: str) 
 
 
 def test_a_tensorrt_plan_s_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server takes the configuration; what runs the plan is a double, for the want of a GPU."""
+    """The server objects to the missing GPU only. On the CPU, with a double for TensorRT, the rest loads."""
     from engine_bundles import engines
     from fake_machines import L4, go_to
 
@@ -282,11 +280,12 @@ def test_a_tensorrt_plan_s_configuration(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
     engine = next(artifact for artifact in bundle.manifest.artifacts if artifact.format == "tensorrt")
     made = write_package(bundle, "triton-server", tmp_path / "out", artifact=engine.name)
+    lack = "instance group linear_0 of model linear has kind KIND_GPU but no GPUs are available"
+    with pytest.raises(NotReady, match=lack), running_triton(made.folder / "models", tmp_path / "a"):
+        pass
     path = made.folder / "models/linear/config.pbtxt"
-    text = path.read_text()
-    assert "KIND_GPU" in text
-    path.write_text(text.replace("KIND_GPU", "KIND_CPU"))  # all that this machine lacks
-    with running_triton(made.folder / "models", tmp_path / "scratch") as server:
+    path.write_text(path.read_text().replace("KIND_GPU", "KIND_CPU"))
+    with running_triton(made.folder / "models", tmp_path / "b") as server:
         said = client_of(server, "http").get_model_metadata("linear")
         assert said["platform"] == "tensorrt_plan"
         pixels = np.zeros((2, 3, 8, 8), np.float32)

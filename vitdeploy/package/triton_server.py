@@ -101,16 +101,19 @@ def _readme(job: Job, repository: Repository, images: bool) -> str:
     }
     text = render("triton_server.md", **values)
     if images:
-        first = "labels" if repository.labels else output.name
         names = ["labels", "indices", "scores"] if repository.labels else [output.name]
         fixed = repository.batching.fixed
+        form = json.dumps([fixed] if fixed else [1, 1])
+        model = repository.image_model
+        one = fixed in (None, 1)
         text += render(
             "triton_server_images.md",
-            image_model=repository.image_model,
+            image_model=model,
             name=job.name,
-            outputs=", ".join(f"`{one}`" for one in names),
-            first=first,
-            shape=json.dumps([fixed] if fixed else [1, 1]),
-            wrapped="[data]" if fixed == 1 else f"[data] * {fixed}" if fixed else "[[data]]",
+            outputs=", ".join(f"`{name}`" for name in names),
+            first=names[0],
+            shape=form,
+            wrapped="[[data]]" if fixed is None else f"[data] * {fixed}",
+            curl=render("triton_server_curl.md", image_model=model, shape=form) if one else "",
         )
     return text
