@@ -1,4 +1,4 @@
-"""``vitdeploy predict``: images in, labels out."""
+"""``vitdeploy predict``: images in, labels out; here, or as a job on Ray."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitdeploy.cli import output
-from vitdeploy.errors import ImageError, UsageError
+from vitdeploy.errors import ImageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from vitdeploy.cluster.job import Summary
+    from vitdeploy.cluster.planning import Request
     from vitdeploy.predictor import Prediction
 
 SUMMARY = "Classify images."
@@ -21,7 +23,9 @@ EXAMPLES = (
     "vitdeploy predict vit.bundle cat.jpg",
     "vitdeploy predict vit.bundle photos/ --top-k 1 --csv > labels.csv",
     "vitdeploy predict vit.bundle cat.jpg --artifact fp16 --json",
+    "vitdeploy predict vit.bundle photos/ --engine ray -o labels/",
 )
+ENGINES = ("local", "ray")
 
 
 def command(
@@ -47,14 +51,60 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line per image and class.")] = False,
+    engine: Annotated[
+        str, typer.Option(metavar="E", help="local, or ray: a job that writes Parquet and can be resumed.")
+    ] = "local",
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="With ray: folder for the results.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With ray: sessions.  [default: one per CPU, at most 8 per machine]"),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="With ray: images at a time.  [default: the artifact's]")
+    ] = None,
+    parquet_column: Annotated[
+        str | None,
+        typer.Option(metavar="C", help="With ray: read Parquet files; their column of images or paths."),
+    ] = None,
 ) -> int:
     """Classify images.
 
     An image that cannot be decoded is reported on stderr, the others are still classified, and the
-    exit code is 2.
+    exit code is 2. With --engine ray, images may be in Parquet files, and what an earlier start has
+    done is left out.
     """
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
+    if engine not in ENGINES:
+        known = f"known: {', '.join(ENGINES)}"
+        raise UsageError(f"unknown engine {engine!r}{did_you_mean(engine, ENGINES)}", hint=known)
+    if engine == "ray":
+        if out is None:
+            raise UsageError("--engine ray writes its results into a folder", hint="-o DIR")
+        if as_csv:
+            raise UsageError("--engine ray writes Parquet, not CSV", hint="leave --csv out")
+        from vitdeploy.cluster.planning import Request
+
+        request = Request(
+            bundle=bundle,
+            inputs=tuple(images),
+            output=out,
+            column=parquet_column,
+            backend=backend,
+            artifact=artifact,
+            provider=provider,
+            top_k=top_k,
+            threads=threads,
+            workers=workers,
+            batch=batch,
+        )
+        return _on_ray(request, as_json)
+    only_ray = {"-o": out, "--workers": workers, "--batch": batch, "--parquet-column": parquet_column}
+    for name, value in only_ray.items():
+        if value is not None:
+            raise UsageError(f"{name} {value}: only --engine ray has it", hint="add --engine ray")
     from vitdeploy.backends.base import Options
     from vitdeploy.images import find_images
     from vitdeploy.predictor import Predictor
@@ -82,6 +132,45 @@ def command(
     if as_json:
         output.json_document({"images": results})
     return ImageError.exit_code if broken else 0
+
+
+def _on_ray(request: Request, as_json: bool) -> int:
+    from vitdeploy.cluster.job import run
+
+    with output.Stages() as stages, output.stdout_is_ours():
+        summary = run(request, stages)
+    bad = summary.failed + summary.missing
+    for message in summary.errors:
+        output.error(message)
+    if bad > len(summary.errors):
+        output.note(f"and {bad - len(summary.errors)} more: see the column `error`")
+    if as_json:
+        output.json_document(_summary(request, summary))
+    else:
+        earlier = f", {output.count(summary.earlier, 'image')} done earlier" if summary.earlier else ""
+        speed = f" ({summary.images_per_s:.1f} images/s)" if summary.seconds else ""
+        output.line(
+            f"{output.count(summary.images, 'image')} classified{speed}, {summary.failed} failed{earlier}: "
+            f"{request.output}"
+        )
+    return ImageError.exit_code if bad else 0
+
+
+def _summary(request: Request, summary: Summary) -> dict[str, Any]:
+    return {
+        "ok": not (summary.failed or summary.missing),
+        "output": str(request.output),
+        "images": summary.images,
+        "earlier": summary.earlier,
+        "failed": summary.failed,
+        "missing": summary.missing,
+        "seconds": round(summary.seconds, 3),
+        "images_per_s": round(summary.images_per_s, 2),
+        "workers": summary.workers,
+        "threads": summary.threads,
+        "parts": summary.parts,
+        "errors": summary.errors,
+    }
 
 
 def _as_dict(path: Path, predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""Ray Data: a pool of actors over the pieces of a job.
+
+Beside ``serving.py``, the only file that imports ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+from vitdeploy.backends.base import one_line
+from vitdeploy.cluster.tables import Table
+from vitdeploy.cluster.work import Plan, Resources
+from vitdeploy.cluster.worker import Classifier
+from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
+
+_OBJECT_STORE = 256 * 2**20
+"""Bytes of shared memory for a Ray of our own: only lists of paths and results pass through it."""
+_RETRIES = 3
+"""How often an actor that dies is started again, and a piece of work is tried again."""
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[Resources]:
+    """Join the Ray that runs here, or that ``RAY_ADDRESS`` names; where there is none, start one meanwhile.
+
+    Raises:
+        MissingDependency: Ray is not installed.
+        DeviceUnavailable: the one that ``RAY_ADDRESS`` names cannot be reached.
+    """
+    ray = _library()
+    if ray.is_initialized():
+        yield _resources(ray, own=False)
+        return
+    own = _join(ray)
+    try:
+        yield _resources(ray, own)
+    finally:
+        ray.shutdown()
+
+
+def _library() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise MissingDependency("ray", extra="ray", purpose="--engine ray") from error
+    return ray
+
+
+def _join(ray: Any) -> bool:
+    """Whether a Ray had to be started."""
+    with _own_signals():
+        return _init(ray)
+
+
+def _init(ray: Any) -> bool:
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    named = os.environ.get("RAY_ADDRESS")
+    if named != "local":
+        try:
+            ray.init(address=named or "auto", **quiet)
+            return False
+        except ConnectionError as error:
+            if named:
+                raise DeviceUnavailable(
+                    f"no Ray cluster at RAY_ADDRESS={named}: {one_line(error)}"
+                ) from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
+    return True
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM, which Ray replaces by one that knows of no clean-up but its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _resources(ray: Any, own: bool) -> Resources:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = tuple(int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1)
+    return Resources(cpus, int(sum(node.get("GPU", 0) for node in nodes)), own)
+
+
+def _retries(map_batches: Any) -> dict[str, Any]:
+    """The argument that bounds retries; Ray Data's own choice is for ever, whatever kills the process."""
+    name = "ray_remote_args_fn"
+    bound = {"max_restarts": _RETRIES, "max_task_retries": _RETRIES}
+    return {name: lambda: bound} if name in inspect.signature(map_batches).parameters else {}
+
+
+def classify(
+    pieces: Sequence[Table], plan: Plan, *, workers: int, threads: int, gpus: float = 0
+) -> Generator[Table]:
+    """What ``Classifier`` makes of the pieces, in whatever order they are finished.
+
+    Args:
+        pieces: one task each.
+        workers: actors, one session each.
+        threads: CPUs that each actor takes.
+        gpus: GPUs that each actor takes.
+
+    Raises:
+        BundleError: an actor dies again and again.
+    """
+    ray = _library()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    bars, context.enable_progress_bars = context.enable_progress_bars, False  # there is one of our own
+    try:
+        dataset = ray.data.from_arrow(list(pieces))
+        with warnings.catch_warnings():
+            # Ray announces the end of these arguments, but has no others for retries yet.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args")
+            dataset = dataset.map_batches(
+                Classifier,
+                fn_constructor_args=(plan,),
+                batch_size=None,  # a piece at a time
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_cpus=threads,
+                num_gpus=gpus or None,
+                **_retries(dataset.map_batches),
+            )
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayError as error:
+        raise BundleError(
+            f"the job on Ray failed: {one_line(error)}", hint="what is done is kept: start it again"
+        ) from error
+    finally:
+        context.enable_progress_bars = bars

@@ -1,0 +1,91 @@
+"""What a job over many images is made of: pieces of work, rows of results. Imports no library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vitdeploy.predictor import Prediction
+
+COLUMNS = (
+    *("path", "label", "index", "score", "labels", "indices", "scores", "error"),
+    *("source", "row", "size", "modified"),
+)
+"""Of the results, in this order; docs/ray.md says what they are."""
+
+
+class Stamp(NamedTuple):
+    """Tells a file from what it was before somebody wrote it again."""
+
+    size: int
+    modified: int
+    """Nanoseconds since 1970."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One piece of work: an image file, or a row group of a Parquet file."""
+
+    source: str
+    """Absolute path of the file to read."""
+    stamp: Stamp
+    group: int = -1
+    """Number of the row group; -1 is an image file."""
+    first: int = -1
+    """Number of the group's first row in the file; -1 is an image file."""
+    rows: int = 1
+    """Images in it."""
+    done: tuple[int, ...] = ()
+    """Numbers of the rows, within the file, that need no computing any more."""
+
+    @property
+    def left(self) -> int:
+        """Images to compute."""
+        return self.rows - len(self.done)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one image."""
+
+    source: str
+    stamp: Stamp
+    row: int = -1
+    """Number of its row in a Parquet file; -1 for a file of its own."""
+    path: str | None = None
+    """The image's name: its file, or what the Parquet file says."""
+    predictions: Sequence[Prediction] = ()
+    error: str | None = None
+    """Why it has no predictions."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How each actor runs the bundle; it travels to other machines."""
+
+    bundle: str
+    """Absolute path, the same on every machine."""
+    digest: str
+    backend: str
+    artifact: str | None
+    """None is the reference weights."""
+    provider: str | None
+    threads: int
+    batch: int | None
+    """Images at a time; None is what the artifact does best."""
+    top_k: int
+    column: str | None = None
+    """Where a Parquet file has its images."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What Ray has."""
+
+    cpus: tuple[int, ...]
+    """Of each machine."""
+    gpus: int = 0
+    """Of all machines together."""
+    own: bool = True
+    """Whether this Ray was started for this job alone."""
