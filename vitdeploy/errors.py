@@ -6,6 +6,7 @@
     ├── CheckpointError       2   a checkpoint that cannot be read, or is wrong
     ├── ImageError            2   an image that cannot be decoded
     ├── BundleError           2   a bundle that is missing, damaged, unsafe or too new
+    ├── ServerError           2   a live server that cannot be reached, or does not speak the protocol
     ├── MissingDependency     3   an optional library that is not installed (names the extra)
     ├── DeviceUnavailable     3   a device or provider this machine does not have
     ├── ExportError           4   an artifact could not be built
@@ -58,6 +59,10 @@ class ImageError(VitdeployError):
 
 
 class BundleError(VitdeployError):
+    exit_code = 2
+
+
+class ServerError(VitdeployError):
     exit_code = 2
 
 
