@@ -65,20 +65,27 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
     """
     from starlette.requests import ClientDisconnect
 
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    own = asyncio.current_task()
+    assert own is not None, "called outside of a task"
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        own.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if not left:
+            raise
+        own.uncancel()
+        raise ClientDisconnect from None
     finally:
-        for own in (task, gone):
-            own.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
 
 
 def _decompressed(body: bytes, encoding: str, limits: Limits) -> bytes:

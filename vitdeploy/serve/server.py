@@ -15,7 +15,7 @@ from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.progress import Progress
-from vitdeploy.serve import http
+from vitdeploy.serve import connections, http
 from vitdeploy.serve.models import Settings
 from vitdeploy.serve.repository import Place, Repository
 from vitdeploy.serve.service import Limits, Service
@@ -147,6 +147,8 @@ def _uvicorn(application: Any, endpoint: Endpoint) -> Any:
 
     config = uvicorn.Config(
         application,
+        http=connections.protocol(),
+        proxy_headers=False,
         log_level="warning",
         access_log=False,
         lifespan="off",
