@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +21,16 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits model, really exported."""
-    folder = tmp_path_factory.mktemp("digits") / "digits.bundle"
-    result = in_a_process("export", "-m", "digits", "-o", folder, "--fp32")
-    assert result.code == 0, result.err
+    """The digits model, really exported; once for all processes of a test run. Not to be changed."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "digits.bundle"
+    with (shared / "digits.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            result = in_a_process("export", "-m", "digits", "-o", folder, "--fp32")
+            assert result.code == 0, result.err
     return folder
 
 

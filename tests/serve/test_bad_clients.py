@@ -20,6 +20,8 @@ from live_server import Live, binary_request, logits_of, serving
 INFER = "/v2/models/linear/infer"
 PIXELS = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
 PATIENCE = 1.0
+SOON = 8.0
+"""Seconds that an answer may take on a busy machine."""
 IMPATIENT = f"""
 import sys
 from vitdeploy.serve.models import Settings
@@ -47,7 +49,7 @@ def require_right(live: Live) -> None:
     request = binary_request(PIXELS)
     begin = time.perf_counter()
     reply = live.ask("POST", INFER, request.body, **request.headers)
-    assert time.perf_counter() - begin < 2
+    assert time.perf_counter() - begin < SOON
     assert np.allclose(logits_of(reply), answer(PIXELS), rtol=1e-4, atol=1e-4)
 
 
@@ -88,7 +90,7 @@ def test_a_body_that_comes_one_byte_at_a_time(impatient: Live, path: str) -> Non
             reply = http.client.HTTPResponse(slow)
             reply.begin()
             error = json.loads(reply.read())
-            assert PATIENCE * 0.5 < time.perf_counter() - begin < PATIENCE + 3
+            assert PATIENCE * 0.5 < time.perf_counter() - begin < PATIENCE + SOON
         finally:
             over.set()
             thread.join()

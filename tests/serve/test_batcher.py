@@ -58,7 +58,7 @@ def test_a_free_session_waits_for_company_only_so_long() -> None:
     async def test(batcher: Batcher, observed: Observed) -> None:
         begin = time.perf_counter()
         await batcher.submit(rows(1))
-        assert 0.2 <= time.perf_counter() - begin < 5
+        assert 0.5 <= time.perf_counter() - begin < 5
         begin = time.perf_counter()
         await asyncio.gather(*(batcher.submit(rows(value)) for value in range(4)))
         full = time.perf_counter() - begin
@@ -66,9 +66,9 @@ def test_a_free_session_waits_for_company_only_so_long() -> None:
         await asyncio.sleep(0.05)
         late = asyncio.create_task(batcher.submit(rows(2)))
         assert (await early).batch == (await late).batch == 2
-        assert full < 0.2  # a full batch waits for nobody
+        assert full < 0.4  # a full batch waits for nobody
 
-    with_batcher(test, session, rules=Rules(gather=4, max_rows=4, delay=0.2))
+    with_batcher(test, session, rules=Rules(gather=4, max_rows=4, delay=0.5))
     assert session.sizes == [1, 4, 2]
 
 
@@ -108,7 +108,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
         begin = time.perf_counter()
         with pytest.raises(Refusal, match="Exceeds maximum queue size") as caught:
             await batcher.submit(rows(6, 7))
-        assert time.perf_counter() - begin < 0.05
+        assert time.perf_counter() - begin < 1
         assert caught.value.kind == "overloaded"
         assert caught.value.retry_after is not None
         assert 0.01 < caught.value.retry_after < 10
@@ -141,7 +141,7 @@ def test_a_request_that_waits_too_long_is_given_up() -> None:
             with pytest.raises(Refusal, match=f"no session was free within {seconds:g} s") as caught:
                 await task
             assert caught.value.kind == "timeout"
-            assert seconds <= time.perf_counter() - begin < seconds + 2
+            assert seconds <= time.perf_counter() - begin < seconds + 5
         assert batcher.waiting == 0
         session.open.set()
         await first

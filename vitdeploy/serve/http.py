@@ -53,6 +53,7 @@ def build(service: Service) -> Starlette:
         raise MissingDependency("starlette", extra="serve", purpose="serving") from error
     from vitdeploy.serve import http_images, pages
 
+    http_images.register_names()
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
     table: list[tuple[str, str, Handler]] = [
@@ -212,18 +213,23 @@ def _header_length(request: Request) -> int | None:
     return int(text)
 
 
-async def _index(request: Request, service: Service) -> Response:
+async def _document(request: Request, service: Service) -> dict[str, Any]:
+    """A body that may be left out."""
     body = await read_body(request, service.limits)
-    wanted = parse_json(body) if body.strip() else {}
-    return json_response(service.repository.index(ready=wanted.get("ready") is True))
+    return parse_json(body) if body.strip() else {}
+
+
+async def _index(request: Request, service: Service) -> Response:
+    ready = (await _document(request, service)).get("ready", False)
+    if not isinstance(ready, bool):
+        raise Refusal("invalid", "ready is neither true nor false")
+    return json_response(service.repository.index(ready=ready))
 
 
 async def _load(request: Request, service: Service) -> Response:
     service.require_open()
     service.require_control()
-    body = await read_body(request, service.limits)
-    parameters = (parse_json(body) if body.strip() else {}).get("parameters")
-    if parameters:
+    if (await _document(request, service)).get("parameters"):
         raise Refusal("invalid", "load takes no parameters: a model is loaded from where the server has it")
     await service.repository.load(request.path_params["model"])
     return json_response({})
@@ -231,7 +237,7 @@ async def _load(request: Request, service: Service) -> Response:
 
 async def _unload(request: Request, service: Service) -> Response:
     service.require_control()
-    await read_body(request, service.limits)
+    await _document(request, service)
     await service.repository.unload(request.path_params["model"])
     return json_response({})
 

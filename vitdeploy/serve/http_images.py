@@ -54,11 +54,21 @@ async def model_ready(request: Request, service: Service) -> Response:
     return json_response({"name": model.name, "ready": True})
 
 
+def register_names() -> None:
+    """Tell starlette what a model's name looks like in a path: it ends where ``:predict`` begins."""
+    from starlette.convertors import StringConvertor, register_url_convertor
+
+    class Name(StringConvertor):
+        regex = "[^/:]+"
+
+    register_url_convertor("name", Name())
+
+
 ROUTES = [
     ("GET", "/v1/models", models),
-    ("GET", "/v1/models/{model}", model_ready),
-    ("POST", "/v1/models/{model}:predict", predict),
-    ("POST", "/v1/models/{model}/versions/{version}:predict", predict),
+    ("GET", "/v1/models/{model:name}", model_ready),
+    ("POST", "/v1/models/{model:name}:predict", predict),
+    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", predict),
 ]
 
 

@@ -35,13 +35,25 @@ def document(names: Sequence[str]) -> dict[str, Any]:
 
 def _service() -> dict[str, Any]:
     index = _object({"ready": {"type": "boolean"}})
+    ready = _object({"ready": {"type": "boolean"}}, "ready")
     return {
         "/v2/health/live": _get("Is the process alive?", _ANY),
-        "/v2/health/ready": _get("Do all models take requests?", _ANY, 503),
+        "/v2/health/ready": {
+            "get": {
+                "summary": "Do all models take requests?",
+                "responses": {"200": _json("Yes", ready), "503": _json("No", ready)},
+            }
+        },
         "/v2": _get("Name, version and extensions of the server", _ANY),
         "/v2/models/stats": _get("What all models have done", _ANY),
         "/v2/repository/index": _post(
-            "All models and versions with their states", {"type": "array", "items": _ANY}, index, (), 400, 413
+            "All models and versions with their states",
+            {"type": "array", "items": _ANY},
+            index,
+            (),
+            400,
+            408,
+            413,
         ),
         "/metrics": {
             "get": {
@@ -70,24 +82,26 @@ def _models(names: Sequence[str]) -> dict[str, Any]:
             ),
         }
     for verb, what in (("load", "Load it, again if it is"), ("unload", "Stop serving it")):
-        paths[f"/v2/repository/models/{{model}}/{verb}"] = _post(what, _ANY, _ANY, own, 400, 404, 413, 503)
+        paths[f"/v2/repository/models/{{model}}/{verb}"] = _post(
+            what, _ANY, _ANY, own, 400, 404, 408, 413, 503
+        )
     return paths
 
 
 def _images(names: Sequence[str]) -> dict[str, Any]:
     own = _path("model", names)
+    numbered = [*own, *_path("version", ["1"])]
     top_k = {
         "name": "top_k",
         "in": "query",
         "schema": {"type": "integer", "minimum": 1, "maximum": 999_999_999, "default": 5},
     }
     raw = {"type": "string", "format": "binary"}
-    form = _object({"image": {"type": "array", "items": raw}})
+    form = _object({"image": {"type": "array", "items": raw, "minItems": 1}}, "image")
     base64 = _object({"b64": {"type": "string", "contentEncoding": "base64"}}, "b64")
     instances = _object({"instances": {"type": "array", "items": base64, "minItems": 1}}, "instances")
     post = {
         "summary": "Classify image files",
-        "parameters": [*own, top_k],
         "requestBody": {
             "required": True,
             "content": {
@@ -102,7 +116,8 @@ def _images(names: Sequence[str]) -> dict[str, Any]:
     return {
         "/v1/models": _get("Names of all models", _ANY),
         "/v1/models/{model}": _get("Does it take requests?", _ANY, 404, 503, parameters=own),
-        "/v1/models/{model}:predict": {"post": post},
+        "/v1/models/{model}:predict": {"post": {**post, "parameters": [*own, top_k]}},
+        "/v1/models/{model}/versions/{version}:predict": {"post": {**post, "parameters": [*numbered, top_k]}},
     }
 
 
@@ -112,14 +127,15 @@ _ERRORS = (400, 404, 408, 413, 429, 500, 503, 504)
 def _schemas() -> dict[str, Any]:
     parameters = {"type": "object"}
     shape = {"type": "array", "items": _COUNT, "maxItems": 8}
+    name = {"type": "string", "minLength": 1}
     tensor = {
-        "name": _TEXT,
+        "name": name,
         "datatype": {"type": "string", "enum": [*DATATYPES.values(), "BYTES"]},
         "shape": shape,
         "parameters": parameters,
         "data": {"type": "array"},
     }
-    wanted = _object({"name": _TEXT, "parameters": parameters}, "name")
+    wanted = _object({"name": name, "parameters": parameters}, "name")
     prediction = {"label": _TEXT, "index": _COUNT, "score": {"type": "number", "minimum": 0, "maximum": 1}}
     return {
         "Error": _object({"error": _TEXT}, "error"),
