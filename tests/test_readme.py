@@ -3,6 +3,9 @@
 In a ``console`` block a line that begins with ``$ `` is a command and the lines below it are what it prints;
 ``...`` stands for any lines. A ``python`` block is a program, and a ``text`` block right after it is what it
 prints. Measured numbers may differ; words, columns, labels and counts may not.
+
+A command that ends with ``&`` stays in the background once it has printed what is shown; ``kill %1`` ends it,
+and shows what it printed since. Its ports are any free ones. Besides ``vitdeploy``, ``curl`` is run.
 """
 
 from __future__ import annotations
@@ -14,14 +17,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from processes import wait_for
+from triton_server import free_ports
 
 ROOT = Path(__file__).parent.parent
-RUN = ("README.md", *(f"docs/{n}.md" for n in ("quickstart", "precision", "gpu", "tensorrt", "benchmark")))
+RUN = (
+    "README.md",
+    *(f"docs/{n}.md" for n in ("quickstart", "precision", "gpu", "tensorrt", "benchmark", "serving")),
+)
 DOCUMENTS = (*RUN, *(f"docs/{name}.md" for name in ("architecture", "bundle", "checkpoints", "cli")))
 IMAGES = "vitdeploy/data/digits/images"
 
@@ -63,8 +71,11 @@ class Step:
         python = [sys.executable, "-P"]
         if self.command is None:
             return [*python, "-c", self.program]
-        name, *arguments = itertools.dropwhile(_ASSIGNMENT.fullmatch, shlex.split(self.command))
-        assert name == "vitdeploy", f"{self.place}: {self.command}: the test runs vitdeploy only"
+        words = shlex.split(self.command.removesuffix("&"))
+        name, *arguments = itertools.dropwhile(_ASSIGNMENT.fullmatch, words)
+        if name == "curl":
+            return [name, *arguments]
+        assert name == "vitdeploy", f"{self.place}: {self.command}: the test runs vitdeploy and curl only"
         return [*python, "-m", "vitdeploy", *arguments]
 
 
@@ -86,6 +97,57 @@ def steps(document: str) -> Iterator[Step]:
             yield Step(f"{document}:{line}", None, body, shown)
 
 
+class Background:
+    """A command that runs on while others do."""
+
+    def __init__(self, step: Step, folder: Path, environment: dict[str, str]) -> None:
+        self._log = folder.with_suffix(".background.txt")
+        self._seen = 0
+        with self._log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                step.arguments, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT
+            )
+
+    def show(self, step: Step) -> None:
+        """Wait until it has printed what the step shows, since the last one that showed something."""
+        wait_for(lambda: matches(step.shown, self._printed()) or self._process.poll() is not None, 60)
+        printed = self._printed()
+        what = f"{step.place}: {step.command}"
+        assert matches(step.shown, printed), f"{what}\nshows\n{step.shown}\nprints\n{printed}"
+        self._seen += len(printed)
+
+    def _printed(self) -> str:
+        return self._log.read_text(encoding="utf-8")[self._seen :]
+
+    def end(self) -> int:
+        self._process.terminate()
+        return self._process.wait(60)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def with_free_ports(found: Sequence[Step]) -> Sequence[Step]:
+    """The steps of a document with a server, asking it where nobody else listens."""
+    if not any((step.command or "").endswith("&") for step in found):
+        return found
+    ports = dict(zip(("8000", "8001"), map(str, free_ports(2)), strict=True))
+
+    def moved(text: str) -> str:
+        return re.sub(r"\b800[01]\b", lambda port: ports[port[0]], text)
+
+    return [
+        replace(
+            step,
+            command=step.command and moved(step.command),
+            program=moved(step.program),
+            shown=moved(step.shown),
+        )
+        for step in found
+    ]
+
+
 def skeleton(text: str) -> list[str]:
     """Lines with whatever is measured taken out, and without empty ones."""
     lines = []
@@ -101,32 +163,61 @@ def matches(shown: str, printed: str) -> bool:
     return re.fullmatch("".join(expected), "".join(f"{line}\n" for line in skeleton(printed))) is not None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("document", RUN)
-def test_commands_and_programs_do_what_the_document_shows(document: str, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / IMAGES, tmp_path / IMAGES)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    code = 0
-    for step in steps(document):
+@dataclass
+class Shell:
+    """Runs a document's steps in a folder, one after the other."""
+
+    folder: Path
+    environment: dict[str, str]
+    code: int = 0
+    """Of the last command; 0 where the document has shown it."""
+    server: Background | None = None
+
+    def run(self, step: Step) -> None:
         if step.command == "echo $?":
-            assert step.shown.strip() == str(code), f"{step.place}: the exit code is {code}"
-            code = 0
-            continue
-        assert code == 0, f"before {step.place}: exit code {code}, which the document does not show"
+            assert step.shown.strip() == str(self.code), f"{step.place}: the exit code is {self.code}"
+            self.code = 0
+            return
+        assert self.code == 0, f"before {step.place}: exit code {self.code}, which the document does not show"
+        if step.command == "kill %1":
+            assert self.server is not None, f"{step.place}: nothing runs in the background"
+            self.code = self.server.end()
+            self.server.show(step)
+        elif step.command and step.command.endswith("&"):
+            assert self.server is None, f"{step.place}: the test runs one server at a time"
+            self.server = Background(step, self.folder, self.environment | step.environment)
+            self.server.show(step)
+        else:
+            self._foreground(step)
+
+    def _foreground(self, step: Step) -> None:
         done = subprocess.run(
             step.arguments,
-            cwd=tmp_path,
-            env=environment | step.environment,
+            cwd=self.folder,
+            env=self.environment | step.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if step.command else subprocess.PIPE,
             encoding="utf-8",
             check=False,
         )
-        code = done.returncode
+        self.code = done.returncode
         what = f"{step.place}: {step.command or 'the program'}"
-        assert step.command or not code, f"{what} failed:\n{done.stderr}"
+        assert step.command or not self.code, f"{what} failed:\n{done.stderr}"
         assert matches(step.shown, done.stdout), f"{what}\nshows\n{step.shown}\nprints\n{done.stdout}"
-    assert code == 0, f"{document} ends with a command that fails with exit code {code}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", RUN)
+def test_commands_and_programs_do_what_the_document_shows(document: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / IMAGES, tmp_path / IMAGES)
+    shell = Shell(tmp_path, {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"})
+    try:
+        for step in with_free_ports([*steps(document)]):
+            shell.run(step)
+    finally:
+        if shell.server is not None:
+            shell.server.kill()
+    assert shell.code == 0, f"{document} ends with a command that fails with exit code {shell.code}"
 
 
 def test_every_vitdeploy_command_of_the_readme_is_run() -> None:
