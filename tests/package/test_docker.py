@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +17,19 @@ from typing import Any
 import pytest
 import yaml
 from bundles import write_bundle
+from commands import in_a_process
 from packaging.requirements import Requirement
+from triton_server import free_ports
 
 from vitdeploy.backends.base import backend_names
 from vitdeploy.bundle import Bundle
+from vitdeploy.data import digits_images
 from vitdeploy.errors import UsageError
 from vitdeploy.package.docker import BUNDLE, EXTRAS
 from vitdeploy.package.run import Package
 
 Make = Callable[..., Package]
+ROOT = Path(__file__).parent.parent.parent
 _KNOWN = {"FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "HEALTHCHECK", "CMD"}
 
 
@@ -45,7 +53,8 @@ def served(package: Package) -> list[str]:
 
 
 def test_the_dockerfile(package: Make, bundle: Bundle) -> None:
-    made = package(bundle, "docker", name="eyes", version=4, threads=3, max_batch=4, max_delay_ms=1.5)
+    settings = {"threads": 3, "instances": 2, "max_batch": 4, "max_delay_ms": 1.5}
+    made = package(bundle, "docker", name="eyes", version=4, **settings)
     path = made.folder / "Dockerfile"
     assert values(path, "FROM") == ["python:3.11-slim"]
     assert values(path, "USER") == ["10001"]
@@ -53,7 +62,8 @@ def test_the_dockerfile(package: Make, bundle: Bundle) -> None:
     order = [name for name, _ in instructions(path)]
     assert order.index("USER") < order.index("CMD")
     assert served(made)[:3] == ["vitdeploy", "serve", f"eyes@4={BUNDLE}"]
-    flags = dict(zip(served(made)[3::2], served(made)[4::2], strict=True))
+    command = [word for word in served(made)[3:] if word != "--fixed-models"]
+    flags = dict(zip(command[::2], command[1::2], strict=True))
     assert flags == {
         "--host": "0.0.0.0",
         "--port": "8000",
@@ -61,6 +71,7 @@ def test_the_dockerfile(package: Make, bundle: Bundle) -> None:
         "--backend": "onnxruntime",
         "--artifact": "onnx-fp32",
         "--threads": "3",
+        "--instances": "2",
         "--max-batch": "4",
         "--max-delay-ms": "1.5",
     }
@@ -103,7 +114,7 @@ def test_only_what_runs_is_installed(package: Make, bundle: Bundle) -> None:
     made = package(bundle, "docker")
     (line,) = (made.folder / "requirements.txt").read_text().splitlines()
     wanted = Requirement(line)
-    assert (wanted.name, wanted.extras) == ("vitdeploy", {"serve"})
+    assert (wanted.name, wanted.extras) == ("vitdeploy", {"serve", "grpc"})
     assert str(wanted.specifier) == f"=={version('vitdeploy')}"
     pins = [Requirement(line) for line in (made.folder / "constraints.txt").read_text().splitlines()]
     for pin in pins:
@@ -120,14 +131,14 @@ def test_a_backend_brings_its_extra(package: Make, bundle: Bundle, backend: str)
         return
     made = package(bundle, "docker", backend=backend)
     wanted = Requirement((made.folder / "requirements.txt").read_text().strip())
-    assert wanted.extras == {"serve", backend}
+    assert wanted.extras == {"serve", "grpc", backend}
     assert served(made)[served(made).index("--backend") + 1] == backend
 
 
 def test_every_backend_has_its_extra() -> None:
     import tomllib
 
-    project = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(EXTRAS) == set(backend_names())
     assert {name for names in EXTRAS.values() for name in names} <= set(project["optional-dependencies"])
 
@@ -139,7 +150,7 @@ def test_a_wheel(package: Make, bundle: Bundle, tmp_path: Path) -> None:
     assert (made.folder / wheel.name).read_bytes() == b"a wheel"
     wanted = Requirement((made.folder / "requirements.txt").read_text().strip())
     assert wanted.url == f"file:///app/{wheel.name}"
-    assert wanted.extras == {"serve"}
+    assert wanted.extras == {"serve", "grpc"}
 
 
 @pytest.mark.parametrize(
@@ -169,6 +180,62 @@ def test_the_compose_files(package: Make, bundle: Bundle) -> None:
         assert ("deploy" in service) == ("device" in settings)
         for volume in service.get("volumes", []):
             assert (made.folder / volume.partition(":")[0]).is_dir()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_recipe_without_a_container(package: Make, digits: Bundle, wheel: Path, tmp_path: Path) -> None:
+    """What the Dockerfile installs into an empty environment, then CMD and HEALTHCHECK, on other ports."""
+    made = package(digits, "docker", threads=1, wheel=str(wheel))
+    python = tmp_path / "env/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    wanted = tmp_path / "requirements.txt"
+    wanted.write_text((made.folder / "requirements.txt").read_text().replace("/app/", f"{made.folder}/"))
+    install = ["install", "--quiet", "--constraint", "constraints.txt", "--requirement", str(wanted)]
+    done = subprocess.run([python, "-m", "pip", *install], cwd=made.folder, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    http, grpc = free_ports(2)
+    moved = {"8000": str(http), "8001": str(grpc), "0.0.0.0": "127.0.0.1"}
+    command = [moved.get(word, word) for word in served(made)]
+    (check,) = values(made.folder / "Dockerfile", "HEALTHCHECK")
+    healthy = json.loads(check.partition("CMD ")[2])[2].replace(":8000", f":{http}")
+    with (tmp_path / "log.txt").open("w+") as log:
+        process = subprocess.Popen(
+            [python.with_name(command[0]), *command[1:]],
+            cwd=made.folder,
+            stderr=log,
+            env={"PATH": str(python.parent)},
+        )
+        try:
+            wait_until_healthy(process, [str(python), "-c", healthy], tmp_path / "log.txt")
+            for url in (f"http://127.0.0.1:{http}", f"grpc://127.0.0.1:{grpc}"):
+                verified = in_a_process("verify", digits.root, "--url", url, "--json")
+                assert verified.code == 0, verified.err
+            image = digits_images()[0]
+            place = f"http://127.0.0.1:{http}/v1/models/digits:predict"
+            request = urllib.request.Request(place, image.read_bytes(), {"Content-Type": "image/png"})
+            with urllib.request.urlopen(request, timeout=30) as response:
+                said = json.load(response)
+            assert said["predictions"][0][0]["label"] == image.name[0]
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def wait_until_healthy(process: subprocess.Popen[bytes], check: list[str], log: Path) -> None:
+    end = time.monotonic() + 60
+    while subprocess.run(check, capture_output=True, check=False).returncode:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.2)
 
 
 def test_commands_that_servers_know(package: Make, tmp_path: Path) -> None:

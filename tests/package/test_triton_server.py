@@ -45,14 +45,16 @@ def triton(digits: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     uint8 = write_bundle(folder / "uint8.bundle", kind="uint8", name="uint8")
     fixed = write_bundle(folder / "fixed.bundle", batch=BatchRange(3, 3, 3), name="fixed")
     features = write_bundle(folder / "features.bundle", output="features", labels=None, name="features")
-    for bundle, settings in (
-        (digits, Settings(threads=1, top_k=3)),
-        (uint8, Settings(tensors_only=None)),
-        (fixed, Settings()),
-        (features, Settings()),
+    for bundle, name, version in (
+        (digits, "digits", 1),
+        (uint8, "uint8", 3),
+        (fixed, "fixed", 1),
+        (features, "fea.tures-1", 1),
     ):
-        name = bundle.manifest.name
-        made = write_package(bundle, "triton-server", folder / name, settings=settings)
+        given = Settings(threads=1, top_k=3) if name == "digits" else Settings()
+        made = write_package(
+            bundle, "triton-server", folder / name, name=name, version=version, settings=given
+        )
         for model in (made.folder / "models").iterdir():
             model.rename(models / model.name)
     with running_triton(models, folder / "scratch") as server:
@@ -93,9 +95,11 @@ def png(image: Image.Image) -> bytes:
 def test_every_model_is_ready(triton: Triton, protocol: str) -> None:
     client = client_of(triton, protocol)
     assert client.is_server_ready()
-    for name in ("digits", "digits_preprocess", "digits_labels", "digits_image", "uint8_image", "fixed"):
+    for name in ("digits", "digits_preprocess", "digits_labels", "digits_image", "fixed_image"):
         assert client.is_model_ready(name)
         assert client.is_model_ready(name, "1")
+    assert client.is_model_ready("uint8_image", "3")
+    assert not client.is_model_ready("uint8_image", "1")
     client.close()
 
 
@@ -219,7 +223,7 @@ def test_a_fixed_batch(triton: Triton, protocol: str) -> None:
 def test_an_ensemble_without_labels(triton: Triton, protocol: str) -> None:
     raw = np.random.default_rng(4).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     files = [png(Image.fromarray(one)) for one in raw]
-    found = classify(triton, protocol, files, "features_image").as_numpy("logits")
+    found = classify(triton, protocol, files, "fea.tures-1_image").as_numpy("logits")
     np.testing.assert_allclose(found, answer(raw, "uint8"), atol=1e-4)
 
 

@@ -15,7 +15,7 @@ from vitdeploy.package.base import Job, Outcome
 from vitdeploy.package.common import copy_bundle, label, render, write_text
 from vitdeploy.predictor import DEFAULT_BACKEND
 
-SETTINGS = ("backend", "threads", "max_batch", "max_delay_ms", "image", "wheel")
+SETTINGS = ("backend", "threads", "instances", "max_batch", "max_delay_ms", "image", "wheel")
 
 IMAGE = "python:3.11-slim"
 BUNDLE = "model.bundle"
@@ -58,7 +58,7 @@ def write(job: Job) -> Outcome:
     folder = job.folder
     wheel = _copy_wheel(job)
     copy_bundle(job, folder / BUNDLE)
-    extras = ",".join(("serve", *EXTRAS[backend]))
+    extras = ",".join(("serve", "grpc", *EXTRAS[backend]))
     source = f"vitdeploy[{extras}] @ file:///app/{wheel}" if wheel else f"vitdeploy[{extras}]=={__version__}"
     write_text(folder / "requirements.txt", f"{source}\n")
     write_text(folder / "constraints.txt", "".join(f"{pin}\n" for pin in pins()))
@@ -133,9 +133,10 @@ def _command(job: Job, backend: str) -> list[str]:
     settings = job.settings
     command = ["vitdeploy", "serve", f"{job.name}@{job.version}={BUNDLE}"]
     command += ["--host", "0.0.0.0", "--port", "8000", "--grpc-port", "8001"]
-    command += ["--backend", backend, "--artifact", job.artifact.name]
+    command += ["--backend", backend, "--artifact", job.artifact.name, "--fixed-models"]
     for flag, value in (
         ("--threads", settings.threads),
+        ("--instances", settings.instances),
         ("--max-batch", settings.max_batch),
         ("--max-delay-ms", settings.max_delay_ms),
     ):

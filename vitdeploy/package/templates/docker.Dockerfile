@@ -5,7 +5,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
-RUN useradd --system --uid 10001 --create-home --shell /usr/sbin/nologin vitdeploy
+RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin vitdeploy
 
 WORKDIR /app
 COPY ${files} ./
