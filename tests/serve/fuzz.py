@@ -173,7 +173,11 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
     """Bits flipped, cut, repeated or made up."""
     if not data:
         return bytes([rng.randrange(256)])
-    place, kind = rng.randrange(len(data)), rng.randrange(5)
+    place, kind = rng.randrange(len(data)), rng.randrange(7)
+    if kind == 5:
+        return data[: -rng.randrange(1, 10)]
+    if kind == 6:
+        return data + rng.randbytes(rng.randrange(1, 10))
     if kind == 0:
         return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
     if kind == 1:

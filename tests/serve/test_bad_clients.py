@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tritonclient.grpc
 from bundles import answer
 from live_server import Live, binary_request, logits_of, serving
 
@@ -131,6 +132,23 @@ def test_clients_that_vanish_before_their_answer(linear: Path) -> None:
         require_right(server)
 
 
+def test_grpc_clients_that_cancel(linear: Path) -> None:
+    """And those whose channel breaks: nothing runs for them, and nothing is logged."""
+    tensor = tritonclient.grpc.InferInput("pixel_values", [2, 3, 8, 8], "FP32").set_data_from_numpy(PIXELS)
+    with serving(linear, "--max-batch", 8, "--max-delay-ms", 400) as server:
+        for _ in range(3):
+            with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+                call = client.async_infer("linear", [tensor], lambda result, error: None)
+                client.async_infer("linear", [tensor], lambda result, error: None, client_timeout=0.1)
+                time.sleep(0.2)
+                call.cancel()
+        time.sleep(0.5)
+        stats = server.ask("GET", "/v2/models/linear/stats").document["model_stats"][0]
+        assert stats["inference_stats"]["fail"]["count"] == 6
+        assert stats["inference_count"] == 0
+        require_right(server)
+
+
 @pytest.mark.parametrize("text", [
     b"GET\r\n\r\n",
     b"POST " + INFER.encode() + b" HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
@@ -176,6 +194,21 @@ def test_chunked_bodies(live: Live) -> None:
         client.sendall(b"0\r\n\r\n")
         text = b"".join(iter(lambda: client.recv(65536), b""))
     assert text.startswith(b"HTTP/1.1 200 ")
+
+
+def test_clients_that_ask_before_they_send(live: Live) -> None:
+    """``Expect: 100-continue``, as curl does with a large file: told to go on, or that it is for nothing."""
+    request = binary_request(PIXELS)
+    length = f"Inference-Header-Content-Length: {request.headers['Inference_Header_Content_Length']}\r\n"
+    expect = f"{length}Expect: 100-continue\r\nConnection: close\r\n"
+    with connected(live) as client:
+        client.sendall(head(len(request.body), extra=expect))
+        assert client.recv(1000).startswith(b"HTTP/1.1 100 ")
+        client.sendall(request.body)
+        assert b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+    with connected(live) as client:
+        client.sendall(head(2**40, extra=expect))
+        assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
 def test_an_endless_body_is_cut_off(linear: Path) -> None:

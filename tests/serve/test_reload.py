@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import shutil
 import threading
 import time
@@ -14,9 +16,12 @@ import pytest
 from bundles import WEIGHT, answer, write_bundle
 from commands import in_a_process
 from live_server import Live, binary_request, json_request, logits_of, scaled, serving
+from PIL import Image
 from processes import wait_for
 
 from vitdeploy.bundle import Bundle, BundleWriter
+
+from .asgi import application
 
 INFER = "/v2/models/linear/infer"
 PIXELS = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
@@ -200,6 +205,26 @@ def test_an_export_that_replaces_the_bundle(digits: Path, tmp_path: Path) -> Non
         assert server.ask("GET", "/v2/models/digits/config").document["max_batch_size"] == 16
     assert len(statuses) > 50
     assert set(statuses) == {200}
+
+
+@pytest.mark.parametrize("change", ["unload", "load"])
+def test_an_image_that_is_being_decoded_is_finished(own: Path, change: str) -> None:
+    """It holds its model before it asks for a session."""
+    noise = np.random.default_rng(0).integers(0, 256, (3000, 3000, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG", compress_level=1)
+
+    async def main() -> None:
+        async with application(own) as served:
+            asked = asyncio.create_task(served.ask("POST", "/v1/models/linear:predict", file.getvalue()))
+            await asyncio.sleep(0.02)
+            assert (await served.ask("POST", f"/v2/repository/models/linear/{change}")).status == 200
+            assert not asked.done()
+            reply = await asked
+            assert reply.status == 200, reply
+            assert len(reply.document["predictions"][0]) == 5
+
+    asyncio.run(main())
 
 
 def test_unloading_under_load_finishes_what_was_accepted(own: Path) -> None:
