@@ -202,6 +202,8 @@ def test_the_recipe_without_a_container(package: Make, digits: Bundle, wheel: Pa
     install = ["install", "--quiet", "--constraint", "constraints.txt", "--requirement", str(wanted)]
     done = subprocess.run([python, "-m", "pip", *install], cwd=made.folder, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+    packaging = ["package", digits.root, "--target", "triton-server", "-o", tmp_path / "triton"]
+    subprocess.run([python.with_name("vitdeploy"), *packaging], check=True)  # the templates are in the wheel
     http, grpc = free_ports(2)
     moved = {"8000": str(http), "8001": str(grpc), "0.0.0.0": "127.0.0.1"}
     command = [moved.get(word, word) for word in served(made)]

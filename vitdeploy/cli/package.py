@@ -22,6 +22,41 @@ EXAMPLES = (
 )
 
 
+_Device = Annotated[
+    str | None, typer.Option(metavar="D", help="cpu or gpu.  [default: cpu; gpu for an engine]")
+]
+_Backend = Annotated[
+    str | None, typer.Option(metavar="B", help="docker, ray: the runtime.  [default: onnxruntime]")
+]
+_Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads per instance.")]
+_Instances = Annotated[
+    int | None, typer.Option(metavar="N", help="Copies of the model in a server.  [default: 1]")
+]
+_MaxBatch = Annotated[
+    int | None, typer.Option(metavar="N", help="Largest batch.  [default: the artifact's MAX]")
+]
+_MaxDelay = Annotated[
+    float | None,
+    typer.Option(metavar="MS", help="How long a request waits for company.  [default: 2; docker: 0]"),
+]
+_TopK = Annotated[
+    int | None, typer.Option(metavar="K", help="Labels per image, of image requests.  [default: 5]")
+]
+_TensorsOnly = Annotated[
+    bool, typer.Option("--tensors-only", help="Leave out the models that take image files.")
+]
+_MinReplicas = Annotated[int | None, typer.Option(metavar="N", help="kserve, ray: at least.  [default: 1]")]
+_MaxReplicas = Annotated[int | None, typer.Option(metavar="N", help="kserve, ray: at most.")]
+_StorageUri = Annotated[
+    str | None, typer.Option(metavar="URI", help="kserve: where the cluster will find the models.")
+]
+_Namespace = Annotated[str | None, typer.Option(metavar="NAME", help="kserve: the namespace.")]
+_Image = Annotated[
+    str | None, typer.Option(metavar="IMAGE", help="The container image to use, or to build upon.")
+]
+_Wheel = Annotated[Path | None, typer.Option(metavar="FILE", help="docker: a wheel of vitdeploy to install.")]
+
+
 def command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle.", show_default=False)],
     target: Annotated[
@@ -37,44 +72,20 @@ def command(
     artifact: Annotated[
         str | None, typer.Option(metavar="A", help="Its name or precision.  [default: the most precise]")
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(metavar="B", help="docker, ray: the runtime.  [default: onnxruntime]")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="D", help="cpu or gpu.  [default: cpu; gpu for an engine]")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads per instance.")] = None,
-    instances: Annotated[
-        int | None, typer.Option(metavar="N", help="Copies of the model in a server.  [default: 1]")
-    ] = None,
-    max_batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Largest batch.  [default: the artifact's MAX]")
-    ] = None,
-    max_delay_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="How long a request waits for company.  [default: 2]")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Labels per image, of image requests.  [default: 5]")
-    ] = None,
-    tensors_only: Annotated[
-        bool, typer.Option("--tensors-only", help="Leave out the models that take image files.")
-    ] = False,
-    min_replicas: Annotated[
-        int | None, typer.Option(metavar="N", help="kserve, ray: at least.  [default: 1]")
-    ] = None,
-    max_replicas: Annotated[
-        int | None, typer.Option(metavar="N", help="kserve, ray: at most.  [default: 3]")
-    ] = None,
-    storage_uri: Annotated[
-        str | None, typer.Option(metavar="URI", help="kserve: where the cluster will find the models.")
-    ] = None,
-    namespace: Annotated[str | None, typer.Option(metavar="NAME", help="kserve: the namespace.")] = None,
-    image: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="The container image to use, or to build upon.")
-    ] = None,
-    wheel: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="docker: a wheel of vitdeploy to install.")
-    ] = None,
+    backend: _Backend = None,
+    device: _Device = None,
+    threads: _Threads = None,
+    instances: _Instances = None,
+    max_batch: _MaxBatch = None,
+    max_delay_ms: _MaxDelay = None,
+    top_k: _TopK = None,
+    tensors_only: _TensorsOnly = False,
+    min_replicas: _MinReplicas = None,
+    max_replicas: _MaxReplicas = None,
+    storage_uri: _StorageUri = None,
+    namespace: _Namespace = None,
+    image: _Image = None,
+    wheel: _Wheel = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier package.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

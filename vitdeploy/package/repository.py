@@ -187,6 +187,8 @@ class Repository:
         vendor(folder / _VENDOR)
         self._say(folder / "model.py", "image files to tensors; needs numpy and Pillow")
         self._say(folder / "preprocess.json", "the bundle's preprocessing")
+        for module in VENDORED:
+            self._say(folder / _VENDOR / f"{module}.py", "vitdeploy's own")
 
     def _write_labels(self) -> None:
         name = f"{self.job.name}_labels"
