@@ -42,8 +42,8 @@ class AnswerError(Exception):
 
     @property
     def refused(self) -> bool:
-        """Whether the server blames the request."""
-        return self.status is not None and 400 <= self.status < 500
+        """Whether the server blames the request, whenever it is sent."""
+        return self.status is not None and 400 <= self.status < 500 and self.status not in (408, 429)
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,10 @@ class _Round:
         self, target: Target, judged: Judged, check: SignatureCheck
     ) -> tuple[Replay, LabelCheck, Latency | None]:
         whole, client = self.whole, self.client
-        batches = plan_batches(self.bundle, judged, target, check.batch, self.request.batches)
+        image_bytes = whole.golden["pixel_values"][:1].nbytes if whole.golden else 1
+        batches = plan_batches(
+            self.bundle, judged, target, check.batch, self.request.batches, max(1, image_bytes)
+        )
         done = replay(
             client,
             target,

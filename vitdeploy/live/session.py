@@ -46,6 +46,7 @@ class LiveSession(Session):
                 rebuild="--batch says which sizes are sent",
             )
         )
+        self.encoding = encoding
         self.answered: set[str] = set()
         """Versions that answered."""
         self.seconds = 0.0

@@ -23,6 +23,9 @@ from vitdeploy.progress import Progress
 MOST = 32
 """Images in a request at most, unless more are asked for: larger ones prove nothing more."""
 
+_MOST_BYTES = 32 * 2**20
+"""In a request at most, likewise: half of what `vitdeploy serve` takes."""
+
 _MIDDLE = 3
 """A batch size that no engine is built for: the server has to fill it up, and to cut the answer."""
 
@@ -66,9 +69,14 @@ class Replay:
 
 
 def plan_batches(
-    bundle: Bundle, judged: Judged, target: Target, fixed: int | None, wanted: Sequence[int] | None
+    bundle: Bundle,
+    judged: Judged,
+    target: Target,
+    fixed: int | None,
+    wanted: Sequence[int] | None,
+    image_bytes: int,
 ) -> Batches:
-    """Choose batch sizes: the least, three, and the most the server takes, up to 32.
+    """Choose batch sizes: the least, three, and the most the server takes, up to 32 and to 32 MiB.
 
     Args:
         fixed: the one batch size that the server takes, if that does not vary.
@@ -92,7 +100,8 @@ def plan_batches(
             served = f"{least}" if least == most else f"{least} to {most}"
             raise UsageError(f"batch size {size}, but {target.title} on the server takes {served}")
     middle = min(max(_MIDDLE, least), most)
-    sizes = tuple(wanted or sorted({least, middle, max(least, min(most, MOST))}))
+    largest = max(least, min(most, MOST, _MOST_BYTES // image_bytes))
+    sizes = tuple(wanted or sorted({least, min(middle, largest), largest}))
     return Batches(sizes, BatchRange(least, least, most))
 
 
@@ -116,40 +125,51 @@ def replay(
     """
     done = Replay()
     refused: dict[Encoding, AnswerError] = {}
-    encodings: tuple[Encoding, ...] = (
-        ("binary", "json") if client.address.protocol == "http" else ("protobuf",)
-    )
-    for encoding in encodings:
+    encodings: tuple[Encoding, ...] = ("binary", "json")
+    for encoding in encodings if client.address.protocol == "http" else ("protobuf",):
         session = LiveSession(client, target, signature, judged.precision, batches.served, encoding)
-        errors = {}
-        for size in _sizes(batches.sizes, encoding, golden):
-            where = f"{target.title} over {client.address.protocol} ({encoding}), batch {size}"
-            try:
-                with progress.stage(f"{encoding} {size}") as stage:
-                    (record,) = check_session(session, golden, batches=[size], max_abs=max_abs)
-                    relative = record.metrics.relative
-                    stage.detail = "" if relative is None else f"relative error {relative:.1e}"
-            except AnswerError as error:
-                errors[where] = error
-                if error.refused and size == batches.sizes[0]:
-                    break  # what it does not take alone it does not take in company
-                continue
-            done.records.append(record)
-            done.failures += [f"{where}: {reason}" for reason in record.failures]
-            done.encoding = done.encoding or encoding
-        done.versions |= session.answered
-        if (
-            len(errors) == 1
-            and all(error.refused for error in errors.values())
-            and not any(record.provider == encoding for record in done.records)
-        ):
-            refused[encoding] = next(iter(errors.values()))
+        errors = _replay_in(session, batches, golden, max_abs, progress, done)
+        if not any(record.provider == encoding for record in done.records) and errors[0][1].refused:
+            refused[encoding] = errors[0][1]
         else:
-            done.failures += [f"{where}: {error.message}" for where, error in errors.items()]
+            done.failures += [f"{where}: {error.message}" for where, error in errors]
     for encoding, refusal in refused.items():
         text = f"the server refuses {encoding} tensors: {refusal.message}"
         (done.notes if done.encoding else done.failures).append(text)
     return done
+
+
+def _replay_in(
+    session: LiveSession,
+    batches: Batches,
+    golden: Mapping[str, Array],
+    max_abs: float | None,
+    progress: Progress,
+    done: Replay,
+) -> list[tuple[str, AnswerError]]:
+    """Add what one encoding gives to ``done``; returns where the server answered with errors, and with which.
+
+    A server that refuses the smallest batch is not sent the others.
+    """
+    facts, encoding = session.facts, session.encoding
+    errors: list[tuple[str, AnswerError]] = []
+    for size in _sizes(batches.sizes, encoding, golden):
+        where = f"{facts.artifact} over {facts.backend} ({encoding}), batch {size}"
+        try:
+            with progress.stage(f"{encoding} {size}") as stage:
+                (record,) = check_session(session, golden, batches=[size], max_abs=max_abs)
+                relative = record.metrics.relative
+                stage.detail = "" if relative is None else f"relative error {relative:.1e}"
+        except AnswerError as error:
+            errors.append((where, error))
+            if error.refused and size == batches.sizes[0]:
+                break
+            continue
+        done.records.append(record)
+        done.failures += [f"{where}: {reason}" for reason in record.failures]
+        done.encoding = done.encoding or encoding
+    done.versions |= session.answered
+    return errors
 
 
 def measure_latency(
