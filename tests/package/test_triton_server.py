@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from tritonclient.utils import InferenceServerException
 from vitdeploy.bundle import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.data import digits_images
+from vitdeploy.errors import ImageError
 from vitdeploy.package.base import Settings
 from vitdeploy.package.run import write_package
 from vitdeploy.parity import TOLERANCES
@@ -155,6 +157,53 @@ def test_a_bad_image_is_an_error_and_no_crash(triton: Triton, protocol: str) -> 
     with pytest.raises(InferenceServerException, match="image 2 of 3"):
         classify(triton, protocol, [good, b"no image", good])
     assert classify(triton, protocol, [good]).as_numpy("labels").shape == (1, 3)
+
+
+def test_mutated_images_get_what_vitdeploy_gives_them(triton: Triton, digits: Bundle) -> None:
+    """Files with bytes changed, cut out and added: the same labels, or an error in both."""
+    originals = [path.read_bytes() for path in digits_images()]
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    with Predictor.open(digits) as predictor, closing(client_of(triton, "http")) as client:
+        for number in range(1000):
+            data = mutated(originals[number % len(originals)], rng)
+            found = indices_or_error(client, data)
+            try:
+                expected = [one.index for one in predictor.predict([data], top_k=3)[0]]
+            except ImageError as error:
+                said = error.message
+                assert isinstance(found, str)
+                assert said in found
+                outcomes.add("refused")
+            else:
+                assert found == expected
+                outcomes.add("answered")
+    assert outcomes == {"refused", "answered"}
+
+
+def indices_or_error(client: Any, data: bytes) -> list[int] | str:
+    image = tritonclient.http.InferInput("image", [1, 1], "BYTES")
+    image.set_data_from_numpy(np.array([[data]], dtype=np.object_))
+    try:
+        return [int(index) for index in client.infer("digits_image", [image]).as_numpy("indices")[0]]
+    except InferenceServerException as refused:
+        return str(refused)
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    changed = bytearray(data)
+    for _ in range(int(rng.integers(1, 6))):
+        place = int(rng.integers(len(changed)))
+        kind = rng.integers(4)
+        if kind == 0:
+            changed[place] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            changed[place : place + int(rng.integers(1, 9))] = rng.bytes(int(rng.integers(0, 9)))
+        elif kind == 2:
+            changed[place] = int(rng.integers(256))
+        elif rng.integers(4) == 0:
+            del changed[max(place, 1) :]
+    return bytes(changed)
 
 
 def test_a_bad_image_leaves_its_neighbours_alone(triton: Triton) -> None:
