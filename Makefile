@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-EXTRAS := client,dev,export,kernels,openvino,report,serve,tensorrt-rtx
+EXTRAS := client,dev,export,kernels,openvino,package,ray,report,serve,tensorrt-rtx
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
