@@ -216,6 +216,7 @@ def test_a_bundle_that_answers_wrongly_is_not_served(tmp_path: Path, linear: Pat
     assert "serving http" not in result.err
 
 
+@pytest.mark.slow
 def test_bundles_that_cannot_be_served(tmp_path: Path, linear: Path) -> None:
     damaged = write_bundle(tmp_path / "damaged.bundle").root
     (damaged / "model.onnx").write_bytes(b"x" * (damaged / "model.onnx").stat().st_size)
@@ -235,6 +236,7 @@ def test_bundles_that_cannot_be_served(tmp_path: Path, linear: Path) -> None:
         assert "Traceback" not in result.err
 
 
+@pytest.mark.slow
 def test_a_full_queue(linear: Path) -> None:
     """429 at once, with the time to come back at, however it is asked; and then all is well again."""
     with serving(linear, *WAITING, 2000, "--max-queue", 4) as server:
@@ -281,6 +283,7 @@ def test_deadlines(linear: Path) -> None:
                     assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
 
 
+@pytest.mark.slow
 def test_an_engine_for_another_gpu(digits: Path, tmp_path: Path) -> None:
     """Built for real, for a GPU that this machine does not have."""
     folder = Path(shutil.copytree(digits, tmp_path / "digits.bundle"))
