@@ -49,7 +49,7 @@ def test_a_right_server(bundle: Bundle) -> None:
         ({"how": "nearest"}, "resized with the nearest filter, not bilinear"),
         ({"how": "bicubic"}, "resized with the bicubic filter, not bilinear"),
         ({"how": "rough"}, "resized without antialiasing"),
-        ({"how": "cropped"}, "cropped from the shorter edge"),
+        ({"how": "cropped"}, "cropped from a shorter edge of 8"),
     ],
 )
 def test_wrong_preprocessing(bundle: Bundle, wrong: dict[str, Any], cause: str) -> None:

@@ -102,7 +102,7 @@ def test_versions_and_other_weights(tmp_path: Path) -> None:
         ),
         (
             {"preprocess": Preprocess(size=(SIZE, SIZE), resize="shortest_edge", resize_edge=SIZE)},
-            "cropped from the shorter edge",
+            "cropped from a shorter edge of 8",
         ),
         ({"labels": tuple(sorted(LABELS))}, "labels are sorted by name"),
     ],

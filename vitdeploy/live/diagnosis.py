@@ -178,7 +178,8 @@ def _best(found: Sequence[Explanation], without: float, tolerance: float) -> str
     if best is None or not best.error < without:
         return None
     if best.error <= tolerance:
-        same = [e.text.removeprefix(_GIVES) for e in found if e.error <= tolerance and e is not best]
+        as_good = max(3 * best.error, 0.05 * tolerance)
+        same = [e.text.removeprefix(_GIVES) for e in found if e.error <= as_good and e is not best]
         return best.text + (f" (or: {'; or: '.join(same[:2])})" if same else "")
     if best.error <= _SHARE * without:
         return f"{best.text}, nearly (relative error {best.error:.2g} then, {without:.2g} now)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -19,6 +20,9 @@ _STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, flo
     "mean and std 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "CLIP's mean and std": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
+
+_CROPS = (1.0, 0.95, 0.9, 0.875)
+"""Shares of the shorter edge that published checkpoints keep."""
 
 
 def tensor_mistakes(kind: InputKind, spec: Preprocess | None) -> Iterator[tuple[str, Change]]:
@@ -111,9 +115,11 @@ def _geometries(spec: Preprocess) -> Iterator[tuple[str, Preprocess]]:
     stretched = replace(_bare(spec), resize="exact")
     if spec.resize != "exact" or spec.resize_to not in (None, spec.size):
         yield "pixels squeezed to the model's size, not cropped", stretched
-    if spec.resize != "shortest_edge" or spec.resize_edge != min(spec.size):
-        cropped = replace(_bare(spec), resize="shortest_edge", resize_edge=min(spec.size))
-        yield "pixels cropped from the shorter edge at the model's size", cropped
+    for share in _CROPS:
+        edge = math.floor(min(spec.size) / share)
+        if spec.resize != "shortest_edge" or spec.resize_edge != edge:
+            cropped = replace(_bare(spec), resize="shortest_edge", resize_edge=edge)
+            yield f"pixels cropped from a shorter edge of {edge}", cropped
     if spec.resize != "none":
         yield "pixels cropped without being resized", _bare(spec)
     if spec.resize == "shortest_edge":
