@@ -361,3 +361,24 @@ def test_the_server_does_refuse_what_is_wrong(tmp_path: Path, change: str) -> No
         (folder / "linear/labels.txt").unlink()
     with pytest.raises(NotReady), running_triton(folder, tmp_path / "scratch"):
         pass
+
+
+@pytest.mark.parametrize(
+    "file, change, word",
+    [
+        ("digits_labels/1/labels.json", {"labels": [str(9 - digit) for digit in range(10)]}, "label"),
+        ("digits_preprocess/1/preprocess.json", {"mean": [0, 0, 0], "std": [1, 1, 1]}, "not normalised"),
+    ],
+)
+def test_verify_finds_a_package_that_was_changed(
+    digits: Bundle, tmp_path: Path, file: str, change: dict[str, Any], word: str
+) -> None:
+    made = write_package(digits, "triton-server", tmp_path / "out")
+    path = made.folder / "models" / file
+    settings = json.loads(path.read_text())
+    (settings.get("preprocess") or settings).update(change)
+    path.write_text(json.dumps(settings))
+    with running_triton(made.folder / "models", tmp_path / "scratch") as server:
+        result = in_a_process("verify", digits.root, "--url", server.url)
+    assert result.code == 5, result.out
+    assert word in (result.out + result.err).lower()
