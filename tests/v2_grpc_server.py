@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -20,12 +21,18 @@ class GrpcServer:
     name: str = "some-server"
     code: Any = None
     """With which every infer fails."""
+    tls: tuple[Path, Path] | None = None
+    """Certificate and key."""
     batches: list[tuple[str, int]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         self._server = grpc.server(ThreadPoolExecutor(2))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(self), self._server)
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        if self.tls is None:
+            self.port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            pair = self.tls[1].read_bytes(), self.tls[0].read_bytes()
+            self.port = self._server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
         self._server.start()
         return self
 
@@ -34,7 +41,7 @@ class GrpcServer:
 
     @property
     def url(self) -> str:
-        return f"grpc://127.0.0.1:{self.port}"
+        return f"grpc{'s' * bool(self.tls)}://127.0.0.1:{self.port}"
 
 
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from v2_grpc_server import GrpcServer
 from v2_models import predict, served
 from v2_server import V2Server
 
@@ -38,6 +39,14 @@ def test_a_server_that_nobody_vouches_for(bundle: Bundle, certificate: tuple[Pat
     with V2Server({"linear": served()}, tls=certificate) as server, pytest.raises(ServerError) as caught:
         verify_live(bundle, LiveRequest(server.url))
     assert "its certificate is not trusted: self-signed certificate" in caught.value.message
+    assert "--ca-cert" in str(caught.value.hint)
+
+
+def test_grpc_with_tls(bundle: Bundle, certificate: tuple[Path, Path]) -> None:
+    with GrpcServer({"linear": served()}, tls=certificate) as server:
+        assert verify_live(bundle, LiveRequest(server.url, ca=certificate[0], calls=5)).passed
+        with pytest.raises(ServerError, match=r"grpcs://.*no TLS with it") as caught:
+            verify_live(bundle, LiveRequest(server.url, timeout=10))
     assert "--ca-cert" in str(caught.value.hint)
 
 

@@ -75,14 +75,14 @@ def _tensors(rows: Any, kind: str) -> tuple[LiveTensor, ...]:
             LiveTensor(str(row["name"]), str(row["datatype"]), tuple(int(n) for n in row.get("shape") or ()))
             for row in rows or ()
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise AnswerError(f"the model's metadata describes its {kind}s in a way of its own") from error
 
 
 def _max_batch(configuration: Any) -> int | None:
     try:
         size = int(configuration["max_batch_size"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         return None
     return size if size > 0 else None
 

@@ -188,7 +188,7 @@ def read_predictions(said: Any) -> list[Scored]:
     try:
         (rows,) = said["predictions"]
         return [Scored(str(row["label"]), int(row["index"]), float(row["score"])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise AnswerError("the answer is not one list of label, index and score") from error
 
 
