@@ -56,6 +56,13 @@ def test_what_is_allotted_can_be_placed(
     assert threads is None or each == threads
 
 
+def test_what_others_take_is_left_to_them() -> None:
+    busy = Resources((8,), free=3)
+    assert allot(busy, None, None, gpu=False, most=100) == (3, 1)
+    assert allot(busy, 1, None, gpu=False, most=100) == (1, 3)
+    assert allot(busy, 4, 2, gpu=False, most=100) == (4, 2)  # asked for: it waits
+
+
 def test_no_more_sessions_than_images() -> None:
     assert allot(Resources((16,)), None, None, gpu=False, most=1) == (1, 16)
 

@@ -58,6 +58,19 @@ def test_ray_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_no_cluster_there(tmp_path: Path) -> None:
+    """Is said at once; Ray itself tries for minutes."""
+    made = write_bundle(tmp_path / "b")
+    random_image(0).save(tmp_path / "a.png")
+    result = in_a_process(
+        *("predict", made.root, tmp_path / "a.png", "--engine", "ray", "-o", tmp_path / "x"),
+        RAY_ADDRESS="127.0.0.1:1",
+    )
+    assert result.code == 3
+    assert "no Ray cluster at RAY_ADDRESS=127.0.0.1:1" in result.err
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_bundle_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = write_small(tmp_path / "tiny")
     assert main(["predict", str(made.root), "a.png", "--engine", "ray", "-o", str(tmp_path / "x")]) == 2

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -23,13 +24,16 @@ from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 
 _OBJECT_STORE = 256 * 2**20
 """Bytes of shared memory for a Ray of our own: only lists of paths and results pass through it."""
+_OWN = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+"""How a Ray of our own behaves where the environment does not say: it tells nobody, and our user little."""
+_KNOCK_SECONDS = 5.0
 _RETRIES = 3
 """How often an actor that dies is started again, and a piece of work is tried again."""
 
 
 @contextlib.contextmanager
 def connected() -> Iterator[Resources]:
-    """Join the Ray that runs here, or that ``RAY_ADDRESS`` names; where there is none, start one meanwhile.
+    """Join the Ray that ``RAY_ADDRESS`` names (``auto``: the one on this machine), else start one meanwhile.
 
     Raises:
         MissingDependency: Ray is not installed.
@@ -37,11 +41,12 @@ def connected() -> Iterator[Resources]:
     """
     ray = _library()
     if ray.is_initialized():
-        yield _resources(ray, own=False)
+        yield _resources(ray)
         return
-    own = _join(ray)
+    with _own_signals():
+        _join(ray)
     try:
-        yield _resources(ray, own)
+        yield _resources(ray)
     finally:
         ray.shutdown()
 
@@ -55,27 +60,33 @@ def _library() -> Any:
     return ray
 
 
-def _join(ray: Any) -> bool:
-    """Whether a Ray had to be started."""
-    with _own_signals():
-        return _init(ray)
-
-
-def _init(ray: Any) -> bool:
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
-    named = os.environ.get("RAY_ADDRESS")
+def _join(ray: Any) -> None:
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    named = os.environ.get("RAY_ADDRESS", "local")
     if named != "local":
         try:
-            ray.init(address=named or "auto", **quiet)
-            return False
-        except ConnectionError as error:
-            if named:
-                raise DeviceUnavailable(
-                    f"no Ray cluster at RAY_ADDRESS={named}: {one_line(error)}"
-                ) from error
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            _knock(named)
+            ray.init(address=named, **quiet)
+        except OSError as error:
+            raise DeviceUnavailable(
+                f"no Ray cluster at RAY_ADDRESS={named}: {one_line(error)}",
+                hint="without RAY_ADDRESS, a Ray is started for this job alone",
+            ) from error
+        return
+    for name, value in _OWN.items():
+        os.environ.setdefault(name, value)
     ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
-    return True
+
+
+def _knock(address: str) -> None:
+    """See whether anything listens there; Ray itself would try for minutes.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
 
 
 @contextlib.contextmanager
@@ -91,10 +102,11 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _resources(ray: Any, own: bool) -> Resources:
+def _resources(ray: Any) -> Resources:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = tuple(int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1)
-    return Resources(cpus, int(sum(node.get("GPU", 0) for node in nodes)), own)
+    free = int(ray.available_resources().get("CPU", 0))
+    return Resources(cpus, int(sum(node.get("GPU", 0) for node in nodes)), free)
 
 
 def _retries(map_batches: Any) -> dict[str, Any]:
@@ -119,7 +131,7 @@ def classify(
         BundleError: an actor dies again and again.
     """
     ray = _library()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     bars, context.enable_progress_bars = context.enable_progress_bars, False  # there is one of our own
     try:

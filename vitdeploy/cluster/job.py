@@ -14,7 +14,7 @@ from vitdeploy.cluster import data, tables
 from vitdeploy.cluster.folder import JobFolder
 from vitdeploy.cluster.inputs import Inputs, find_inputs
 from vitdeploy.cluster.planning import Request, allot, cut, make_plan, on_gpu
-from vitdeploy.cluster.work import Item, Plan
+from vitdeploy.cluster.work import Item, Plan, Resources
 from vitdeploy.errors import VitdeployError
 from vitdeploy.progress import Progress, Stage
 
@@ -115,6 +115,15 @@ class Reporter:
     def __init__(self, progress: Progress, stage: Stage, todo: int, summary: Summary) -> None:
         self._progress, self._stage, self._todo, self._summary = progress, stage, todo, summary
 
+    def wait(self, resources: Resources) -> None:
+        """Say so where others on this Ray have to end first."""
+        wanted = self._summary.workers * self._summary.threads
+        if wanted > resources.free:
+            self._progress.note(
+                f"{resources.free} of Ray's {sum(resources.cpus)} CPUs are free, the job takes {wanted}: "
+                "it goes on as others end"
+            )
+
     def tell(self) -> None:
         summary = self._summary
         bad = f", {summary.failed} failed" if summary.failed else ""
@@ -134,6 +143,7 @@ def _compute(
         most = sum(1 for _ in cut(items, 10**6, batch))  # in the smallest pieces
         workers, threads = allot(resources, request.workers, request.threads, gpu=gpu, most=most)
         summary.workers, summary.threads = workers, threads
+        report.wait(resources)
         results = data.classify(
             [tables.pieces(piece) for piece in cut(items, workers, batch)],
             replace(plan, threads=threads),

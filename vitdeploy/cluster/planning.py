@@ -109,15 +109,18 @@ def allot(
         raise UsageError("Ray has no CPU to run on")
     if gpu and not resources.gpus:
         raise DeviceUnavailable("Ray has no GPU to run on")
+    ours = resources.cpus
+    if len(ours) == 1 and resources.free:  # of several machines, Ray does not say which are busy
+        ours = (min(ours[0], resources.free),)
     if workers is None and gpu:
         workers = resources.gpus
     elif workers is None and threads is None:
-        workers = sum(min(cpus, _ACTORS_PER_MACHINE) for cpus in resources.cpus)
+        workers = sum(min(cpus, _ACTORS_PER_MACHINE) for cpus in ours)
     elif workers is None and threads is not None:
-        workers = max(1, sum(cpus // threads for cpus in resources.cpus))
+        workers = max(1, sum(cpus // threads for cpus in ours))
     assert workers is not None
     workers = max(1, min(workers, most))
-    shared = max(1, sum(resources.cpus) // workers)
+    shared = max(1, sum(ours) // workers)
     for each in [threads] if threads else range(shared, 0, -1):
         room = sum(cpus // each for cpus in resources.cpus)
         if workers <= (min(room, resources.gpus) if gpu else room):

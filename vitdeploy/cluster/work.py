@@ -87,5 +87,5 @@ class Resources:
     """Of each machine."""
     gpus: int = 0
     """Of all machines together."""
-    own: bool = True
-    """Whether this Ray was started for this job alone."""
+    free: int = 0
+    """CPUs of all machines together that nobody else takes now."""
