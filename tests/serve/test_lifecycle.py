@@ -147,6 +147,7 @@ def test_draining(linear: Path) -> None:
         thread.join(30)
         assert np.allclose(logits_of(found[0]), answer(PIXELS), rtol=1e-4, atol=1e-4)
         assert server.wait() == 0
+        assert "every accepted request answered" in server.said()
 
 
 def test_draining_ends_in_time(linear: Path) -> None:
@@ -163,6 +164,7 @@ def test_draining_ends_in_time(linear: Path) -> None:
         thread.join(30)
         assert (found[0].status, found[0].error) == (503, "the server is shutting down")
         assert "Traceback" not in server.said()
+        assert "not all was answered within 1s" in server.said()
 
 
 def test_a_second_signal_ends_it_at_once(linear: Path) -> None:

@@ -96,8 +96,9 @@ def command(
         host, port, grpc_port, reload_seconds, parse.duration(drain, "--drain"), not fixed_models, limits
     )
     with output.Stages() as stages:
-        number = serve(parse_places(bundles), settings, endpoint, started=_started, progress=stages)
-    output.note(f"stopped by signal {number}, every accepted request answered")
+        end = serve(parse_places(bundles), settings, endpoint, started=_started, progress=stages)
+    answered = "every accepted request answered" if end.complete else f"not all was answered within {drain}"
+    output.note(f"stopped by signal {end.signal}, {answered}")
     return 0
 
 

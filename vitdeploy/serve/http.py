@@ -56,7 +56,10 @@ def build(service: Service) -> Starlette:
     http_images.register_names()
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
+    # Paths are tried one after the other: first what is asked most.
     table: list[tuple[str, str, Handler]] = [
+        *(("POST", f"{base}/infer", _infer) for base in (model, version)),
+        *http_images.ROUTES,
         ("GET", "/v2/health/live", _live),
         ("GET", "/v2/health/ready", _ready),
         ("GET", "/v2", _server),
@@ -69,14 +72,12 @@ def build(service: Service) -> Starlette:
                 ("GET", "/ready", _model_ready),
                 ("GET", "/config", _config),
                 ("GET", "/stats", _statistics),
-                ("POST", "/infer", _infer),
             )
         ),
         ("POST", "/v2/repository/index", _index),
         ("POST", "/v2/repository/models/{model}/load", _load),
         ("POST", "/v2/repository/models/{model}/unload", _unload),
         ("GET", "/metrics", _metrics),
-        *http_images.ROUTES,
         *pages.ROUTES,
     ]
     routes = [Route(path, _guarded(handler, service), methods=[method]) for method, path, handler in table]

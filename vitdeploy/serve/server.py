@@ -51,6 +51,16 @@ class Started:
     repository: Repository
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a server came to its end."""
+
+    signal: int
+    """Its number; 0 where the web server ended by itself."""
+    complete: bool
+    """Whether every accepted request was answered."""
+
+
 def serve(
     places: Sequence[Place],
     settings: Settings,
@@ -58,8 +68,8 @@ def serve(
     *,
     started: Callable[[Started], None],
     progress: Progress | None = None,
-) -> int:
-    """Serve bundles until SIGINT or SIGTERM; returns that signal's number.
+) -> Ended:
+    """Serve bundles until SIGINT or SIGTERM.
 
     Args:
         started: is called when requests are accepted.
@@ -78,7 +88,7 @@ async def _serve(
     endpoint: Endpoint,
     started: Callable[[Started], None],
     progress: Progress,
-) -> int:
+) -> Ended:
     metrics = Metrics()
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as workers:
         repository = Repository(places, settings, metrics, workers, progress)
@@ -91,7 +101,7 @@ async def _serve(
                 await asyncio.wait((loading, told), return_when=asyncio.FIRST_COMPLETED)
                 if told.done():
                     loading.cancel()
-                    return told.result()
+                    return Ended(told.result(), complete=True)
                 await loading
                 grpc = await _start_grpc(endpoint, service, stack)
                 web = _uvicorn(application, endpoint)
@@ -100,13 +110,13 @@ async def _serve(
                 host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
                 started(Started(f"http://{host}:{bound.getsockname()[1]}", grpc, repository))
                 await asyncio.wait((running, told), return_when=asyncio.FIRST_COMPLETED)
-                await service.drain(endpoint.drain_seconds)
+                complete = await service.drain(endpoint.drain_seconds)
                 watching.cancel()
                 web.should_exit = True
                 await running
                 await stack.aclose()
                 await repository.close()
-                return told.result() if told.done() else 0
+                return Ended(told.result() if told.done() else 0, complete)
 
 
 async def _watch(repository: Repository, seconds: float) -> None:
@@ -156,7 +166,6 @@ def _uvicorn(application: Any, endpoint: Endpoint) -> Any:
         backlog=_BACKLOG,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(endpoint.drain_seconds)),
-        # Slow clients: a request's head has to arrive within the time that a body has.
         h11_max_incomplete_event_size=64 * 1024,
     )
     return Server(config)

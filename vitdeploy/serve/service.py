@@ -60,15 +60,17 @@ class Service:
         with self.repository.using(name, version) as model:
             return await model.infer(request)
 
-    async def drain(self, seconds: float) -> None:
+    async def drain(self, seconds: float) -> bool:
         """Refuse what is new; wait until what was accepted is answered, this long at most.
 
-        What still waits for a session then is refused, too.
+        What still waits for a session then is refused, too; returns whether nothing was.
         """
-        self.draining = True
+        self.draining, complete = True, True
         for limit in (seconds, 1.0):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(limit):
                     while self.repository.busy:
                         await asyncio.sleep(0.01)
+            complete = complete and not self.repository.busy
             self.repository.abandon()
+        return complete
