@@ -40,7 +40,7 @@ bench-peers: $(READY)  ## measure against other tools, for README's tables (more
 	$(BIN)/python -m benchmarks.peers.table --write
 
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) $(VENV)-peers-* build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf $(VENV) $(VENV)-peers-* $(VENV)-triton-server $(VENV)-kserve build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

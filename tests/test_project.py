@@ -140,7 +140,18 @@ def test_constraints_pin_every_dependency_that_is_tested() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     tested = [*project["dependencies"]]
-    for name in ("dev", "export", "kernels", "openvino", "report", "tensorrt-rtx"):
+    for name in (
+        "client",
+        "dev",
+        "export",
+        "kernels",
+        "openvino",
+        "package",
+        "ray",
+        "report",
+        "serve",
+        "tensorrt-rtx",
+    ):
         tested += extras[name]
     assert {normal(re.split(r"[<>=\[]", line)[0]) for line in tested} <= pinned
 

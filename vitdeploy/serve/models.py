@@ -328,6 +328,10 @@ class ServedModel:
                 "default_queue_policy": {"max_queue_size": self.rules.max_queue},
             },
             "version_policy": {"specific": {"versions": [int(self.version)]}},
+            "parameters": {
+                "vitdeploy_artifact": {"string_value": self.facts.artifact},
+                "vitdeploy_bundle": {"string_value": self.bundle.manifest.digest},
+            },
         }
 
 
