@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ from vitdeploy.errors import ImageError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from vitdeploy.cluster.job import Summary
     from vitdeploy.cluster.planning import Request
-    from vitdeploy.predictor import Prediction
+    from vitdeploy.predictor import Prediction, Predictor
 
 SUMMARY = "Classify images."
 EXAMPLES = (
@@ -26,6 +26,24 @@ EXAMPLES = (
     "vitdeploy predict vit.bundle photos/ --engine ray -o labels/",
 )
 ENGINES = ("local", "ray")
+
+Engine = Annotated[
+    str, typer.Option(metavar="E", help="local, or ray: a job that writes Parquet and can be resumed.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="With ray: folder for the results.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="With ray: sessions.  [default: one per CPU, at most 8 per machine]"),
+]
+Batch = Annotated[
+    int | None, typer.Option(metavar="N", help="With ray: images at a time.  [default: the artifact's]")
+]
+Column = Annotated[
+    str | None,
+    typer.Option(metavar="C", help="With ray: read Parquet files; their column of images or paths."),
+]
 
 
 def command(
@@ -51,23 +69,11 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line per image and class.")] = False,
-    engine: Annotated[
-        str, typer.Option(metavar="E", help="local, or ray: a job that writes Parquet and can be resumed.")
-    ] = "local",
-    out: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="With ray: folder for the results.")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="With ray: sessions.  [default: one per CPU, at most 8 per machine]"),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(metavar="N", help="With ray: images at a time.  [default: the artifact's]")
-    ] = None,
-    parquet_column: Annotated[
-        str | None,
-        typer.Option(metavar="C", help="With ray: read Parquet files; their column of images or paths."),
-    ] = None,
+    engine: Engine = "local",
+    out: Out = None,
+    workers: Workers = None,
+    batch: Batch = None,
+    parquet_column: Column = None,
 ) -> int:
     """Classify images.
 
@@ -77,61 +83,74 @@ def command(
     """
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
+    only_ray = {"-o": out, "--workers": workers, "--batch": batch, "--parquet-column": parquet_column}
+    _check_engine(engine, only_ray, as_csv)
+    if engine == "ray" and out is not None:
+        from vitdeploy.cluster.planning import Request
+
+        # fmt: off
+        request = Request(
+            bundle=bundle, inputs=tuple(images), output=out, column=parquet_column, backend=backend,
+            artifact=artifact, provider=provider, top_k=top_k, threads=threads, workers=workers, batch=batch,
+        )
+        return _on_ray(request, as_json)
+    from vitdeploy.backends.base import Options
+    from vitdeploy.predictor import Predictor
+
+    options = Options(threads=threads, provider=provider)
+    results: list[dict[str, Any]] = []
+    write = results.append if as_json else _csv_writer() if as_csv else _print
+    paths, broken = _paths(images)
+    with Predictor.open(bundle, backend=backend, artifact=artifact, options=options) as predictor:
+        broken += _classify(predictor, paths, top_k, write)
+    if as_json:
+        output.json_document({"images": results})
+    return ImageError.exit_code if broken else 0
+
+
+def _check_engine(engine: str, only_ray: Mapping[str, object], as_csv: bool) -> None:
+    """Raise a UsageError for what an engine does not have, or for one that there is not."""
     if engine not in ENGINES:
         known = f"known: {', '.join(ENGINES)}"
         raise UsageError(f"unknown engine {engine!r}{did_you_mean(engine, ENGINES)}", hint=known)
     if engine == "ray":
-        if out is None:
-            raise UsageError("--engine ray writes its results into a folder", hint="-o DIR")
         if as_csv:
             raise UsageError("--engine ray writes Parquet, not CSV", hint="leave --csv out")
-        from vitdeploy.cluster.planning import Request
-
-        request = Request(
-            bundle=bundle,
-            inputs=tuple(images),
-            output=out,
-            column=parquet_column,
-            backend=backend,
-            artifact=artifact,
-            provider=provider,
-            top_k=top_k,
-            threads=threads,
-            workers=workers,
-            batch=batch,
-        )
-        return _on_ray(request, as_json)
-    only_ray = {"-o": out, "--workers": workers, "--batch": batch, "--parquet-column": parquet_column}
+        return
     for name, value in only_ray.items():
         if value is not None:
             raise UsageError(f"{name} {value}: only --engine ray has it", hint="add --engine ray")
-    from vitdeploy.backends.base import Options
+
+
+def _paths(arguments: Sequence[str]) -> tuple[list[Path], int]:
+    """The image files that the arguments name, each once, and how many arguments name none."""
     from vitdeploy.images import find_images
-    from vitdeploy.predictor import Predictor
 
     paths: dict[Path, None] = {}
     broken = 0
-    for argument in images:
+    for argument in arguments:
         try:
             paths.update(dict.fromkeys(find_images([argument])))
         except ImageError as error:
             broken += 1
             output.error(error.message, error.hint)
-    options = Options(threads=threads, provider=provider)
-    results: list[dict[str, Any]] = []
-    write = results.append if as_json else _csv_writer() if as_csv else _print
-    with Predictor.open(bundle, backend=backend, artifact=artifact, options=options) as predictor:
-        if predictor.note:
-            output.note(predictor.note)
-        for path, result in zip(paths, predictor.stream(paths, top_k), strict=True):
-            if isinstance(result, ImageError):
-                broken += 1
-                output.error(result.message, result.hint)
-            else:
-                write(_as_dict(path, result))
-    if as_json:
-        output.json_document({"images": results})
-    return ImageError.exit_code if broken else 0
+    return list(paths), broken
+
+
+def _classify(
+    predictor: Predictor, paths: Sequence[Path], top_k: int, write: Callable[[dict[str, Any]], None]
+) -> int:
+    """Write each image's classes; returns how many images could not be read."""
+    broken = 0
+    if predictor.note:
+        output.note(predictor.note)
+    for path, result in zip(paths, predictor.stream(paths, top_k), strict=True):
+        if isinstance(result, ImageError):
+            broken += 1
+            output.error(result.message, result.hint)
+        else:
+            write(_as_dict(path, result))
+    return broken
 
 
 def _on_ray(request: Request, as_json: bool) -> int:
