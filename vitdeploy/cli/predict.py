@@ -85,13 +85,23 @@ def command(
         raise UsageError("--json and --csv exclude each other")
     only_ray = {"-o": out, "--workers": workers, "--batch": batch, "--parquet-column": parquet_column}
     _check_engine(engine, only_ray, as_csv)
-    if engine == "ray" and out is not None:
+    if engine == "ray":
+        if out is None:
+            raise UsageError("--engine ray writes its results into a folder", hint="-o DIR")
         from vitdeploy.cluster.planning import Request
 
-        # fmt: off
         request = Request(
-            bundle=bundle, inputs=tuple(images), output=out, column=parquet_column, backend=backend,
-            artifact=artifact, provider=provider, top_k=top_k, threads=threads, workers=workers, batch=batch,
+            bundle=bundle,
+            inputs=tuple(images),
+            output=out,
+            column=parquet_column,
+            backend=backend,
+            artifact=artifact,
+            provider=provider,
+            top_k=top_k,
+            threads=threads,
+            workers=workers,
+            batch=batch,
         )
         return _on_ray(request, as_json)
     from vitdeploy.backends.base import Options
