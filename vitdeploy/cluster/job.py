@@ -36,6 +36,7 @@ class Summary:
     missing: int = 0
     """Paths that name nothing."""
     seconds: float = 0.0
+    """Without Ray's start, with that of the sessions."""
     workers: int = 0
     threads: int = 0
     parts: int = 0
@@ -137,13 +138,13 @@ class Reporter:
 def _compute(
     request: Request, plan: Plan, items: Sequence[Item], folder: JobFolder, summary: Summary, report: Reporter
 ) -> None:
-    begin = time.perf_counter()
     gpu, batch = on_gpu(plan), plan.batch or 8
     with data.connected() as resources:
         most = sum(1 for _ in cut(items, 10**6, batch))  # in the smallest pieces
         workers, threads = allot(resources, request.workers, request.threads, gpu=gpu, most=most)
         summary.workers, summary.threads = workers, threads
         report.wait(resources)
+        begin = time.perf_counter()
         results = data.classify(
             [tables.pieces(piece) for piece in cut(items, workers, batch)],
             replace(plan, threads=threads),
