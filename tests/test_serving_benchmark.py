@@ -91,7 +91,8 @@ def test_closed_loop_keeps_each_client_at_one_request(tmp_path: Path) -> None:
     assert trace.failed == 0
     overlapping = max((trace.sent <= moment).sum() - (trace.done <= moment).sum() for moment in trace.sent)
     assert overlapping <= 4
-    assert trace.per_second() == pytest.approx(len(trace.due) / 0.5, rel=0.25)
+    # Requests that were due in half a second; on a busy machine the last are answered later.
+    assert 0.2 * len(trace.due) / 0.5 < trace.per_second() < 1.25 * len(trace.due) / 0.5
     assert 0 < trace.cpu < 1.5
 
 
@@ -126,7 +127,13 @@ def test_throughput_of_answers_that_come_in_batches() -> None:
         trace = read_trace(
             {"due": done - 1, "sent": done - 1, "done": done, "status": [200] * len(done), "cpu": 0.1}
         )
-        assert trace.per_second() == pytest.approx(8 / 0.7, rel=0.01)
+        assert trace.per_second() == pytest.approx(8 / 0.7)
+        # A stall counts in full, wherever it is.
+        stalled = np.where(np.arange(len(done)) < 144, done, done + 7)
+        trace = read_trace(
+            {"due": done - 1, "sent": done - 1, "done": stalled, "status": [200] * len(done), "cpu": 0.1}
+        )
+        assert trace.per_second() == pytest.approx(8 * 18 / (0.7 * 18 + 7))
 
 
 def test_raw_throughput_is_that_of_the_batches_that_were_formed() -> None:

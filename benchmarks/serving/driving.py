@@ -21,6 +21,8 @@ PATIENCE = 60.0
 """Seconds that an answer may take."""
 WARM_UP = 0.15
 """Share of a visit's seconds that comes before it and is not counted."""
+_APART = 0.05
+"""Of the median latency: answers that are further apart are of different batches."""
 _PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
 
 
@@ -67,13 +69,16 @@ class Trace:
     def per_second(self) -> float:
         """Right answers per second.
 
-        The slope of their number over time: they come in batches, and a count between two moments would
-        depend on which batches these moments cut off.
+        They come in batches, and a count between two moments would depend on which batches these moments
+        cut off: so it is counted from the beginning of one batch to the beginning of another.
         """
         done = np.sort(self.done[self.status == 200])
         if len(done) < 3 or done[-1] == done[0]:
             return 0.0
-        return float(np.polyfit(done - done[0], np.arange(len(done)), 1)[0])
+        apart = float(np.median(self.latencies(200))) / 1000 * _APART
+        begins = np.flatnonzero(np.diff(done) > apart) + 1
+        first, last = (begins[0], begins[-1]) if len(begins) > 1 else (0, len(done) - 1)
+        return float((last - first) / (done[last] - done[first]))
 
     def figures(self) -> dict[str, Any]:
         """As the record has them."""

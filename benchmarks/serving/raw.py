@@ -40,22 +40,25 @@ class Raw:
     def visit(self, sizes: Sequence[int], seconds: float) -> dict[int, float]:
         """Mean seconds of a run at each batch size, in so many seconds altogether."""
         found = {}
+        self.prepare(sizes)
         for size in sizes:
-            self._prepare(size)
             count = max(_LEAST, round(seconds / len(sizes) / self._each[size]))
             samples = self._worker.ask("sample", batch=size, count=count, untimed=1)["samples"]
             found[size] = sum(samples) / len(samples)
         return found
 
+    def prepare(self, sizes: Sequence[int]) -> None:
+        """Have the batches ready, and find out how long each takes, roughly."""
+        for size in sizes:
+            if size not in self._each:
+                self._prepare(size)
+
     def _prepare(self, size: int) -> None:
-        if size in self._each:
-            return
         path = self._folder / f"raw-{size}.npy"
         pixels = self._subject.pixels
         np.save(path, np.ascontiguousarray(pixels[np.arange(size) % len(pixels)]))
         self._worker.ask("prepare", batch=size, inputs=str(path))
-        samples = self._worker.ask("sample", batch=size, count=_LEAST, untimed=1)["samples"]
-        self._each[size] = sum(samples) / len(samples)
+        self._each[size] = self._worker.ask("sample", batch=size, count=1, untimed=0)["wall"]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from benchmarks.spread import quartiles
 from vitdeploy.progress import Progress
 
 RAW = "raw session"
-_RARE = 0.01
+_RARE = 0.05
 """Share of the images: a batch size that has less is not measured by itself."""
 _LOAD_ALONE = 0.25
 """Share of a visit that finds out how fast the load itself is."""
@@ -48,7 +48,7 @@ def closed_loop(
     ours = next(server for server in asked if server.name == OURS)
     with progress.stage(f"{kind}: warm up"):
         sizes = _warm_up(kind, asked, ours, driver, plan)
-        raw.visit(sizes, 0.0)
+        raw.prepare(sizes)
     lanes: dict[str, list[dict[str, Any]]] = {server.name: [] for server in asked}
     batches: list[dict[int, int]] = []
     alone: list[dict[int, float]] = []

@@ -44,7 +44,7 @@ class Scope:
 
 SCOPES: Mapping[str, Scope] = MappingProxyType(
     {
-        "digits": Scope(seconds=4, clients=32, bound_ms=25, overload=False),
+        "digits": Scope(seconds=4, clients=64, bound_ms=25, overload=False),
         "vit_base_patch16_224": Scope(seconds=12, clients=16, bound_ms=1000, overload=True),
     }
 )
