@@ -88,7 +88,7 @@ def test_pieces_are_the_whole_in_full_batches(count: int, workers: int, batch: i
     pieces = list(cut(items, workers, batch))
     assert [item for piece in pieces for item in piece] == items
     assert all(len(piece) % batch == 0 for piece in pieces[:-1])
-    assert all(len(piece) <= 1024 + batch for piece in pieces)
+    assert all(len(piece) < 128 + batch for piece in pieces)
 
 
 def test_a_row_group_is_a_piece() -> None:

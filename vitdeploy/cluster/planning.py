@@ -17,7 +17,7 @@ _ACTORS_PER_MACHINE = 8
 """By default; more processors than that give each actor more threads, so that memory does not run out."""
 _PIECES_PER_WORKER = 16
 """A job is cut into so many pieces for each actor, so that none is busy long after the others are done ..."""
-_MOST_IN_A_PIECE = 1024
+_MOST_IN_A_PIECE = 128
 """... but into no larger ones than this, so that results arrive while a long job runs."""
 _GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "triton")
 _GPU_PROVIDERS = ("cuda", "tensorrt", "tensorrt-rtx")
