@@ -14,7 +14,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	if $$p -c "$(SUPPORTED)" >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help demo test check lint bench-peers clean
+.PHONY: help demo test check lint bench-peers bench-serve clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: $(READY)  ## ruff, mypy, import contracts
 bench-peers: $(READY)  ## measure against other tools, for README's tables (more than half an hour, on a quiet machine)
 	$(BIN)/python -m benchmarks.peers.run
 	$(BIN)/python -m benchmarks.peers.table --write
+
+bench-serve: $(READY)  ## measure the server under load, beside the raw session and other servers (on a quiet machine)
+	$(BIN)/python -m benchmarks.serving.run
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV)-peers-* $(VENV)-triton-server $(VENV)-kserve build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
