@@ -26,6 +26,10 @@ HEAVY = (
     "sklearn",
     "tensorrt_rtx",
     "cuda",
+    "pyarrow",
+    "ray",
+    "starlette",
+    "tritonclient",
 )
 FILE_LINES = 400
 FUNCTION_LINES = 80

@@ -36,6 +36,9 @@ LIBRARIES: dict[str, str] = {
     "transformers": "hub",
     "huggingface-hub": "hub",
     "timm": "hub",
+    "starlette": "serve",
+    "tritonclient": "client",
+    "ray": "ray",
 }
 """Distributions that matter, and the extra that installs each; the core's have none."""
 
