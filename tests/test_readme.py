@@ -223,7 +223,7 @@ def test_commands_and_programs_do_what_the_document_shows(document: str, tmp_pat
 def test_every_vitdeploy_command_of_the_readme_is_run() -> None:
     commands = [step.command.split() for step in steps("README.md") if step.command]
     verbs = {command[1] for command in commands if command[0] == "vitdeploy"}
-    assert verbs == {"export", "predict", "verify", "inspect", "bench"}
+    assert verbs == {"export", "predict", "verify", "inspect", "bench", "serve"}
     for document in RUN:
         for block in _BLOCK.finditer((ROOT / document).read_text(encoding="utf-8")):
             hidden = block["language"] == "sh" and re.search(r"^\W*vitdeploy ", block["body"], re.MULTILINE)
