@@ -65,14 +65,7 @@ def once(bundle: Path, request: LiveRequest, *, as_json: bool) -> int:
         _print(report)
         report.check()
         return 0
-    document = report.as_dict()
-    try:
-        report.check()
-    except ParityError as error:
-        document["error"] = error.as_dict()
-        output.error(error.message, error.hint)
-    output.json_document(document)
-    return 0 if report.passed else ParityError.exit_code
+    return summary.json_verdict(report)
 
 
 def repeatedly(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vitdeploy.cli import output
+from vitdeploy.errors import ParityError
 
 if TYPE_CHECKING:
     from vitdeploy.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
@@ -137,3 +138,25 @@ def _kind(op: OpPrecision) -> str:
     if op.op in GEMMS:
         return "GEMM"
     return "normalisation" if op.op in NORMALISATIONS else _KINDS.get(op.op, "mean")
+
+
+class Verdict(Protocol):
+    """A report that holds or does not."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+    def check(self) -> None: ...
+
+
+def json_verdict(report: Verdict) -> int:
+    """Print a report as the command's document, with what did not hold; returns the exit code."""
+    document = report.as_dict()
+    code = 0
+    try:
+        report.check()
+    except ParityError as error:
+        document["error"] = error.as_dict()
+        output.error(error.message, error.hint)
+        code = error.exit_code
+    output.json_document(document)
+    return code

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitdeploy.cli import live, output, parse, summary
-from vitdeploy.errors import ParityError, UsageError
+from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from vitdeploy.verification import VerifyReport
@@ -148,14 +148,7 @@ def _here(
         _print(report)
         report.check()
         return 0
-    document = report.as_dict()
-    try:
-        report.check()
-    except ParityError as error:
-        document["error"] = error.as_dict()
-        output.error(error.message, error.hint)
-    output.json_document(document)
-    return 0 if report.passed else ParityError.exit_code
+    return summary.json_verdict(report)
 
 
 def _print(report: VerifyReport) -> None:

@@ -16,6 +16,17 @@ from vitdeploy.plain_files import sha256
 MAX_LABEL = 53
 """Longest name of a service in a cluster: with what KServe appends to it, it has to stay a DNS label."""
 
+COMPOSE_GPU = """\
+    deploy:
+      resources:
+        reservations:
+          devices:
+            - driver: nvidia
+              count: 1
+              capabilities: [gpu]
+"""
+"""What a service in a compose file needs to see a GPU."""
+
 
 def copy_listed(job: Job, name: str, target: Path) -> None:
     """Copy a file that the bundle lists, and hold the copy against the manifest.

@@ -12,7 +12,7 @@ from vitdeploy._version import __version__
 from vitdeploy.backends.base import get_backend, require_support
 from vitdeploy.errors import UsageError
 from vitdeploy.package.base import Job, Outcome
-from vitdeploy.package.common import copy_bundle, label, render, write_text
+from vitdeploy.package.common import COMPOSE_GPU, copy_bundle, label, render, write_text
 from vitdeploy.predictor import DEFAULT_BACKEND
 
 SETTINGS = ("backend", "threads", "instances", "max_batch", "max_delay_ms", "image", "wheel")
@@ -36,16 +36,6 @@ _NEEDS_GPU = ("tensorrt", "tensorrt-rtx", "triton")
 _PINNED = ("numpy", "pillow", "onnxruntime", "openvino", "torch", "triton")
 """Libraries that decide the numbers: the image gets the versions that are here."""
 
-_GPU = """\
-    deploy:
-      resources:
-        reservations:
-          devices:
-            - driver: nvidia
-              count: 1
-              capabilities: [gpu]
-"""
-
 
 def write(job: Job) -> Outcome:
     """Write a Dockerfile, what it copies, a compose file and a README.
@@ -66,7 +56,7 @@ def write(job: Job) -> Outcome:
     ignored = ["*", *(f"!{name}" for name in ("requirements.txt", "constraints.txt", BUNDLE, wheel) if name)]
     write_text(folder / ".dockerignore", "".join(f"{line}\n" for line in ignored))
     tag = f"{label(job.name)}:{job.version}"
-    gpu = _GPU if backend in _NEEDS_GPU else ""
+    gpu = COMPOSE_GPU if backend in _NEEDS_GPU else ""
     write_text(folder / "compose.yaml", render("docker.compose.yaml", tag=tag, gpu=gpu))
     readme = render(
         "docker.md",

@@ -7,7 +7,7 @@ import shlex
 from importlib.metadata import version
 
 from vitdeploy.package.base import Job, Outcome
-from vitdeploy.package.common import label, render, write_text
+from vitdeploy.package.common import COMPOSE_GPU, label, render, write_text
 from vitdeploy.package.repository import IMAGE, MODELS, Repository, engine_record, takes_images
 
 SETTINGS = (
@@ -20,16 +20,6 @@ SETTINGS = (
     "image",
     "tensors_only",
 )
-
-_GPU = """\
-    deploy:
-      resources:
-        reservations:
-          devices:
-            - driver: nvidia
-              count: 1
-              capabilities: [gpu]
-"""
 
 
 def write(job: Job) -> Outcome:
@@ -81,7 +71,7 @@ def write_dockerfile(job: Job, base: str) -> None:
 
 def _compose(job: Job, repository: Repository, base: str, images: bool) -> str:
     built = f"build: .\n    image: {label(job.name)}-triton" if images else f"image: {base}"
-    gpu = _GPU if repository.device == "gpu" else ""
+    gpu = COMPOSE_GPU if repository.device == "gpu" else ""
     return render("triton_server.compose.yaml", image=built, models=MODELS, gpu=gpu)
 
 
