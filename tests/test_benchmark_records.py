@@ -21,20 +21,6 @@ def rows() -> dict[str, list[str]]:
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
 
 
-def test_speed_against_the_plain_export() -> None:
-    names = ("our fp32 ONNX against `torch.onnx.export` of transformers' model, batch 1", "the same, batch 8")
-    for name, batch in zip(names, (1, 8), strict=True):
-        extra = records("onnx_cpu")[f"test_fp32_against_the_plain_export[{batch}]"]["extra_info"]
-        ratio = extra["plain_over_ours"]
-        measured, spread = rows()[name]
-        assert measured == f"{ratio['median']:.2f} × faster"
-        assert spread == f"{ratio['q1']:.2f} to {ratio['q3']:.2f}, {ratio['pairs']} pairs"
-        assert extra["relative_difference"] < 1e-5
-        assert rows()["nodes in the graph, ours and theirs"][0] == (
-            f"{extra['nodes']['ours']} and {extra['nodes']['plain']}"
-        )
-
-
 def test_cost_of_an_engine() -> None:
     record = records("engines_cpu")["test_rtx_engine_vit_b16_fp16"]
     extra, table = record["extra_info"], rows()

@@ -139,13 +139,6 @@ def test_claims_of_other_models_are_about_the_pick_alone() -> None:
     assert len(table.broken_claims(results)) == len(BATCHES)
 
 
-def test_the_readme_keeps_what_stands_around_the_tables() -> None:
-    readme = f"# Title\n\n{table.SECTION}\nOther rows.\n"
-    once = table.written(readme, "| a |")
-    assert once == f"# Title\n\n{table.SECTION}\n{table.BEGIN}\n| a |\n{table.END}\n\nOther rows.\n"
-    assert table.written(once, "| b |") == once.replace("| a |", "| b |")
-
-
 def test_partial_results_are_refused(tmp_path: Path) -> None:
     for name in table.SIZES:
         results = measured(lambda peer: 1.1, model=name).model_copy(update={"partial": True})
@@ -155,10 +148,6 @@ def test_partial_results_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_readme_says_what_the_committed_results_say() -> None:
-    readme = table.README.read_text(encoding="utf-8")
-    files = list(table.RESULTS.glob("cpu-*.json"))
-    if table.BEGIN not in readme and not files:
-        return  # neither was made yet; one without the other fails below
     results = table.committed()
-    assert readme.partition(table.BEGIN)[2].partition(table.END)[0].strip() == table.tables(results)
+    assert table.PART.read() == table.tables(results)
     assert [line for one in results for line in table.broken_claims(one)] == []

@@ -14,18 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.documents import Part
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.spread import quartiles
 from benchmarks.vits import SIZES
 from vitdeploy.bench.compare import round_medians
-from vitdeploy.bench.results import Cell, Results, read_results, write_whole
+from vitdeploy.bench.results import Cell, Results, read_results
 from vitdeploy.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks/peers/table.py: begin -->", "<!-- benchmarks/peers/table.py: end -->"
-SECTION = "## Performance\n"
-"""Where the tables go when they are not in the README yet."""
+RESULTS = ROOT / "benchmarks" / "results"
+PART = Part(ROOT / "README.md", "benchmarks/peers/table.py")
 INTRODUCTION = """\
 Against other tools on the same weights, in the same rounds ([how](benchmarks/README.md)). A peer's time is
 followed by how many times as fast vitdeploy is on the same runtime: the median over the rounds, and their
@@ -116,7 +115,7 @@ def title_of(peer: Peer) -> str:
 
 
 def tables(results: Sequence[Results]) -> str:
-    """The README's part, without its markers."""
+    """The README's part."""
     return "\n\n".join([INTRODUCTION, *map(_table, results)])
 
 
@@ -225,15 +224,6 @@ def committed(folder: Path = RESULTS) -> list[Results]:
     return found
 
 
-def written(readme: str, text: str) -> str:
-    """The README with these tables between the markers, which are put in where there are none."""
-    part = f"{BEGIN}\n{text}\n{END}"
-    if BEGIN not in readme:
-        before, section, after = readme.partition(SECTION)
-        return f"{before}{section}\n{part}\n{after}"
-    return readme.partition(BEGIN)[0] + part + readme.partition(END)[2]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the tables; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.table", description=__doc__)
@@ -246,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         return error.exit_code
     if options.write:
-        write_whole(README, written(README.read_text(encoding="utf-8"), tables(results)))
+        PART.write(tables(results))
     else:
         print(tables(results))
     for one in results:
