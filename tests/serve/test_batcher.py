@@ -344,3 +344,24 @@ def test_everybody_gets_their_own_rows(sessions: int, data: st.DataObject) -> No
     asked = sum(count for count, _, _ in requests)
     kept = sum(count for count, _, cancelled in requests if not cancelled)
     assert kept <= sum(count for count, _ in observed.batches) <= asked
+
+
+@pytest.mark.parametrize("rate, most", [(0.0, 4), (3.0, 4), (4.0, 4), (6.5, 6), (8.0, 8), (1e9, 8)])
+def test_while_runs_are_short_more_run_together(rate: float, most: int) -> None:
+    assert Rules(gather=4, max_rows=8, short=1.0).together(rate) == most
+    assert Rules(gather=4, max_rows=8).together(rate) == 4
+
+
+def test_a_quick_session_takes_more_than_the_usual_batch() -> None:
+    session = Session()
+
+    async def test(batcher: Batcher, observed: Observed) -> None:
+        await batcher.submit(rows(0))  # now its pace is known
+        session.began.clear()
+        first = await busy(batcher, session)
+        tasks = await queued(batcher, *((number,) for number in range(12)))
+        session.open.set()
+        await asyncio.gather(first, *tasks)
+
+    with_batcher(test, session, rules=Rules(gather=4, max_rows=16, short=60.0))
+    assert session.sizes == [1, 1, 12]

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from live_server import Live, serving
 
+from vitdeploy.serve import http
+
 from .asgi import application
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
@@ -71,7 +73,7 @@ def test_every_path_is_documented(linear: Path) -> None:
             }
             routes = {
                 (method, re.sub(r":name\b", "", route.path))
-                for route in served.app.routes
+                for route in http.routed(served.service).routes
                 for method in route.methods - {"HEAD"}
                 if route.path not in PAGES
             }

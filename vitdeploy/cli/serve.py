@@ -91,7 +91,8 @@ def command(
     settings = Settings(
         backend, artifact, options, instances, max_batch, delay, max_queue, wait, sizes, max_pixels
     )
-    limits = Limits(parse.byte_count(max_body, "--max-body") or Limits.body_bytes, images=max_images)
+    body_bytes = parse.byte_count(max_body, "--max-body") or Limits.body_bytes
+    limits = Limits(body_bytes=body_bytes, images=max_images)
     endpoint = Endpoint(
         host, port, grpc_port, reload_seconds, parse.duration(drain, "--drain"), not fixed_models, limits
     )

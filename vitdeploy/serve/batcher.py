@@ -25,7 +25,7 @@ Run = Callable[[Arrays], Arrays]
 """Runs a session: (n, ...) arrays by name to (n, ...) arrays by name; blocks."""
 
 _RATE_MEMORY = 0.9
-"""How slowly the rate from which Retry-After is estimated forgets."""
+"""How slowly the rate at which a session works is forgotten."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Rules:
     """How requests become batches."""
 
     gather: int
-    """Rows that are run together at most; a longer request runs alone."""
+    """Rows that are usually run together at most; a longer request runs alone."""
     max_rows: int
     """Rows of one request at most."""
+    short: float = 0.0
+    """Seconds: while a run takes no longer, more rows than usual are run together."""
     delay: float = 0.0
     """Seconds that a free session waits for company for the oldest request."""
     max_queue: int = 256
@@ -44,6 +46,13 @@ class Rules:
     """Seconds after which a request that has not begun to run is given up."""
     buckets: tuple[int, ...] = ()
     """Batch sizes that the session is run at: a smaller batch is filled up to the next; empty is any."""
+
+    def together(self, rate: float) -> int:
+        """Rows that are run together at most, by a session that does so many per second.
+
+        Of a short run, what it costs to begin and to end is a good part; a long one has the next wait.
+        """
+        return max(self.gather, min(self.max_rows, int(rate * self.short)))
 
     def padded(self, rows: int) -> int:
         """The batch size at which ``rows`` run."""
@@ -99,6 +108,7 @@ class Batcher:
         self._arrival = asyncio.Event()
         self._closing = False
         self._rate = 0.0
+        """Rows per second of one session."""
         self._pool = ThreadPoolExecutor(len(runs), thread_name_prefix="session")
         self._workers = [asyncio.create_task(self._work(run)) for run in runs]
 
@@ -138,7 +148,7 @@ class Batcher:
 
     def busy_for(self) -> float:
         """Seconds that what waits now will take, from the pace of late; 1 where that is not known."""
-        return self._rows / self._rate if self._rate else 1.0
+        return self._rows / (len(self._workers) * self._rate) if self._rate else 1.0
 
     def abandon(self) -> None:
         """Refuse what waits; what runs goes on."""
@@ -213,8 +223,8 @@ class Batcher:
 
     def _taken(self) -> Iterator[_Waiting]:
         """Take requests from the front while they fit; the first one always does."""
-        room = self.rules.gather
-        while self._queue and (room == self.rules.gather or self._queue[0].rows <= room):
+        room = most = self.rules.together(self._rate)
+        while self._queue and (room == most or self._queue[0].rows <= room):
             entry = self._queue.popleft()
             entry.queued = False
             self._count(-entry.rows)
@@ -223,7 +233,7 @@ class Batcher:
                 yield entry
 
     def _remember(self, rows: int, seconds: float) -> None:
-        rate = len(self._workers) * rows / max(seconds, 1e-9)
+        rate = rows / max(seconds, 1e-9)
         self._rate = rate if not self._rate else _RATE_MEMORY * self._rate + (1 - _RATE_MEMORY) * rate
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vitdeploy.serve.service import Limits
 
 _T = TypeVar("_T")
+_PATIENCE = 0.02
+"""Seconds: what is answered sooner is answered whether the client is there or not."""
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
@@ -65,8 +67,9 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
     """
     from starlette.requests import ClientDisconnect
 
-    own = asyncio.current_task()
+    own, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert own is not None, "called outside of a task"
+    watching: asyncio.Task[None] | None = None
     left = False
 
     async def watch() -> None:
@@ -76,7 +79,11 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
         left = True
         own.cancel()
 
-    watching = asyncio.create_task(watch())
+    def begin() -> None:
+        nonlocal watching
+        watching = loop.create_task(watch())
+
+    beginning = loop.call_later(_PATIENCE, begin)
     try:
         return await work
     except asyncio.CancelledError:
@@ -85,7 +92,9 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
         own.uncancel()
         raise ClientDisconnect from None
     finally:
-        watching.cancel()
+        beginning.cancel()
+        if watching is not None:
+            watching.cancel()
 
 
 def _decompressed(body: bytes, encoding: str, limits: Limits) -> bytes:

@@ -18,7 +18,7 @@ from vitdeploy.errors import MissingDependency, UsageError, VitdeployError
 from vitdeploy.serve.requests import Array, InferRequest, InferResponse, Kind, Refusal
 from vitdeploy.serve.service import EXTENSIONS, Service
 from vitdeploy.serve.tensors import (
-    DATATYPES,
+    WIRE,
     dtype_of,
     from_bytes,
     length_prefixed,
@@ -291,7 +291,7 @@ def _render(response: InferResponse, messages: Any) -> Any:
     outputs, raw = [], []
     for name, array in response.outputs.items():
         text = array.dtype == object
-        datatype = "BYTES" if text else DATATYPES[array.dtype.name]
+        datatype = "BYTES" if text else WIRE[array.dtype]
         tensor = messages.ModelInferResponse.InferOutputTensor
         outputs.append(tensor(name=name, datatype=datatype, shape=array.shape))
         raw.append(length_prefixed(array) if text else little_endian(array))

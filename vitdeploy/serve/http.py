@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 STATUS: Mapping[Kind, int] = {
     "invalid": 400,
@@ -37,11 +39,22 @@ _HEADER_LENGTH = "Inference-Header-Content-Length"
 _IN_A_WORKER = 1 << 18
 """Bytes of a body from which on it is parsed away from the event loop."""
 
+_INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
+
 Handler = Callable[["Request", Service], Awaitable["Response"]]
 
 
-def build(service: Service) -> Starlette:
+def build(service: Service) -> ASGIApp:
     """The application.
+
+    Raises:
+        MissingDependency: starlette is not installed.
+    """
+    return _infer_first(_guarded(_infer, service), routed(service))
+
+
+def routed(service: Service) -> Starlette:
+    """The application as the web framework has it.
 
     Raises:
         MissingDependency: starlette is not installed.
@@ -56,7 +69,6 @@ def build(service: Service) -> Starlette:
     http_images.register_names()
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
-    # Paths are tried one after the other: first what is asked most.
     table: list[tuple[str, str, Handler]] = [
         *(("POST", f"{base}/infer", _infer) for base in (model, version)),
         *http_images.ROUTES,
@@ -84,6 +96,31 @@ def build(service: Service) -> Starlette:
     handlers: dict[Any, Any] = {404: _no_such_path, 405: _no_such_method, Exception: _broken}
     application = Starlette(routes=routes, exception_handlers=handlers)
     application.router.redirect_slashes = False  # to answer in the protocol's shape
+    return application
+
+
+def _infer_first(infer: Callable[[Request], Awaitable[Response]], others: ASGIApp) -> ASGIApp:
+    """The application with infer requests going past the middleware and the routes.
+
+    They cost a good part of what a small model's answer does.
+    """
+    from starlette.middleware.errors import ServerErrorMiddleware
+    from starlette.requests import Request
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await infer(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    watched = ServerErrorMiddleware(answer, handler=_broken)
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        asked = _INFER.fullmatch(scope["path"]) if scope.get("method") == "POST" else None
+        if asked is None:
+            await others(scope, receive, send)
+        else:
+            scope["path_params"] = asked.groupdict("")
+            await watched(scope, receive, send)
+
     return application
 
 

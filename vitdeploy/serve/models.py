@@ -26,6 +26,8 @@ from vitdeploy.serve.tensors import DATATYPES
 
 MOST_ROWS = 32
 """Rows of a request, at most, where the session takes any number."""
+_SHORT_RUN = 0.01
+"""Seconds: to begin and to end such a run is a good part of its cost, and it keeps nobody waiting."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Settings:
         return Rules(
             gather=gather,
             max_rows=most,
+            short=_SHORT_RUN,
             delay=self.max_delay,
             max_queue=self.max_queue,
             timeout=self.timeout,

@@ -87,6 +87,9 @@ class Repository:
         progress: Progress,
     ) -> None:
         self._entries = {(place.name, place.version): _Entry(place, reason="not loaded") for place in places}
+        self._by_name: dict[str, list[_Entry]] = {}
+        for entry in sorted(self._entries.values(), key=lambda e: int(e.place.version), reverse=True):
+            self._by_name.setdefault(entry.place.name, []).append(entry)
         self._settings, self._metrics, self._workers, self._progress = settings, metrics, workers, progress
         self._changing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -212,11 +215,12 @@ class Repository:
 
     def _versions(self, name: str) -> list[_Entry]:
         """The highest first."""
-        own = [entry for entry in self._entries.values() if entry.place.name == name]
-        if not own:
-            near = did_you_mean(name[:200], {entry.place.name for entry in self._entries.values()})
-            raise Refusal("not found", f"Request for unknown model: '{name}' is not found{near}")
-        return sorted(own, key=lambda entry: int(entry.place.version), reverse=True)
+        if name not in self._by_name:
+            raise Refusal(
+                "not found",
+                f"Request for unknown model: '{name}' is not found{did_you_mean(name[:200], self._by_name)}",
+            )
+        return self._by_name[name]
 
     async def _load(self, entry: _Entry) -> None:
         place = entry.place

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,13 +17,16 @@ from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.progress import Progress
-from vitdeploy.serve import connections, http
+from vitdeploy.serve import http
 from vitdeploy.serve.models import Settings
 from vitdeploy.serve.repository import Place, Repository
 from vitdeploy.serve.service import Limits, Service
 from vitdeploy.serve.statistics import Metrics
 
 _BACKLOG = 2048
+_SWITCH = 5e-5
+"""Seconds after which a thread lets others have the interpreter. A session that has a result, or begins,
+waits for it that long while the event loop is busy; Python's 5 ms are longer than a small model runs."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,24 @@ def serve(
         UsageError: a port is not free.
         VitdeployError: a bundle cannot be loaded.
     """
-    return asyncio.run(_serve(places, settings, endpoint, started, progress or Progress()))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+            return runner.run(_serve(places, settings, endpoint, started, progress or Progress()))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's, as a small answer's time is mostly the event loop's."""
+    if sys.platform == "win32":  # for which there is no uvloop
+        return asyncio.new_event_loop()
+    try:
+        import uvloop
+    except ImportError as error:
+        raise MissingDependency("uvloop", extra="serve", purpose="serving") from error
+    return uvloop.new_event_loop()
 
 
 async def _serve(
@@ -147,17 +169,20 @@ def _uvicorn(application: Any, endpoint: Endpoint) -> Any:
     """The web server, without signal handlers of its own."""
     try:
         import uvicorn
+
+        from vitdeploy.serve.connections import Protocol
     except ImportError as error:
-        raise MissingDependency("uvicorn", extra="serve", purpose="serving") from error
+        raise MissingDependency(error.name or "uvicorn", extra="serve", purpose="serving") from error
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
 
+    protocol: Any = functools.partial(Protocol, limits=endpoint.limits)
     config = uvicorn.Config(
         application,
-        http=connections.protocol(),
+        http=protocol,
         proxy_headers=False,
         log_level="warning",
         access_log=False,
@@ -166,7 +191,6 @@ def _uvicorn(application: Any, endpoint: Endpoint) -> Any:
         backlog=_BACKLOG,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(endpoint.drain_seconds)),
-        h11_max_incomplete_event_size=64 * 1024,
     )
     return Server(config)
 

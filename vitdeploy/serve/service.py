@@ -17,10 +17,14 @@ EXTENSIONS = (
 """Of the v2 protocol, as Triton Inference Server names them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a client may send."""
 
+    head_bytes: int = 64 * 2**10
+    """Of one request's line and headers, where they come in more than one piece."""
+    head_seconds: float = 30.0
+    """For sending these, and for a new connection to begin."""
     body_bytes: int = 64 * 2**20
     """Of one request, compressed and decompressed."""
     body_seconds: float = 30.0

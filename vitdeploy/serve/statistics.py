@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -107,6 +108,8 @@ class Statistics:
         self._images = self.metrics.images.labels(*labels)
         self._padding = self.metrics.padding.labels(*labels)
         self._queue = self.metrics.queue.labels(*labels)
+        # labels() costs as much as everything else that is counted of a request.
+        self._outcome = functools.cache(lambda outcome: self.metrics.requests.labels(*labels, outcome))
 
     def queued(self, rows: int) -> None:
         """So many rows wait now."""
@@ -144,7 +147,7 @@ class Statistics:
         finally:
             seconds = time.perf_counter() - begin
             self.durations["success" if outcome == "ok" else "fail"].add(seconds)
-            self.metrics.requests.labels(self.name, self.version, outcome).inc()
+            self._outcome(outcome).inc()
             if outcome == "ok":
                 self._seconds.observe(seconds)
 

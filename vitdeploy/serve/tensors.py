@@ -32,6 +32,8 @@ DATATYPES = {
 }
 """numpy's names of dtypes, and the protocol's."""
 
+WIRE = {np.dtype(name): wire for name, wire in DATATYPES.items()}
+"""The protocol's names by dtype: numpy takes long to name one."""
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring = 2, 10, 60
 _DTYPES = {wire: np.dtype(name) for name, wire in DATATYPES.items()}
@@ -96,7 +98,7 @@ def from_numbers(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], where:
         raise Refusal("invalid", f"{where}: data is not an array of numbers of one shape") from error
     wanted: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
     if not _types(data) <= wanted.get(dtype.kind, {int}):
-        raise Refusal("invalid", f"{where}: data does not fit the datatype {DATATYPES[dtype.name]}")
+        raise Refusal("invalid", f"{where}: data does not fit the datatype {WIRE[dtype]}")
     if array.size != math.prod(shape) or (array.ndim > 1 and array.shape != shape):
         raise Refusal(
             "invalid",
@@ -110,7 +112,7 @@ def from_numbers(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], where:
     except OverflowError:
         exact = False
     if not exact:
-        raise Refusal("invalid", f"{where}: data is outside the range of {DATATYPES[dtype.name]}")
+        raise Refusal("invalid", f"{where}: data is outside the range of {WIRE[dtype]}")
     return converted
 
 
@@ -173,7 +175,7 @@ def render_response(response: InferResponse) -> tuple[list[bytes], int | None]:
         text = array.dtype == object
         entry: dict[str, Any] = {
             "name": name,
-            "datatype": "BYTES" if text else DATATYPES[array.dtype.name],
+            "datatype": "BYTES" if text else WIRE[array.dtype],
             "shape": list(array.shape),
         }
         if response.binary(name):
