@@ -113,6 +113,15 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
+class FusedAttention(Attention):
+    """The same function by PyTorch's fused kernels, which never hold the scores of all pairs of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.split_heads(linear(x)) for linear in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (N, h, T, d)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
 class Mlp(nn.Module):
     """Two linear layers with an activation between them, gated (SwiGLU) where the model is."""
 
@@ -134,10 +143,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, with layer scale (Touvron et al. 2021, https://arxiv.org/abs/2103.17239)."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, attention: type[Attention] = Attention) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = attention(config)
         self.scale1 = nn.Parameter(torch.ones(config.width)) if config.layer_scale else None
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config)
@@ -194,11 +203,11 @@ class Readout(nn.Module):
 class ViT(nn.Module):
     """The reference model. Parameters have the names of :func:`expected_shapes`."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, attention: type[Attention] = Attention) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
         self.readout = Readout(config)
 
     def stages(self) -> list[tuple[str, nn.Module]]:
@@ -238,17 +247,18 @@ def parameter_count(config: ViTConfig) -> int:
     return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
 
 
-def build(config: ViTConfig, state: Mapping[str, Tensor]) -> ViT:
+def build(config: ViTConfig, state: Mapping[str, Tensor], attention: type[Attention] = Attention) -> ViT:
     """Return the reference model holding ``state``'s tensors as they are: no copy, no conversion.
 
     Args:
         state: exactly the names of :func:`expected_shapes`, each with that shape.
+        attention: how it is computed; the plain way is the reference.
 
     Raises:
         KeyError: a parameter is missing.
     """
     with torch.device("meta"):
-        model = ViT(config)
+        model = ViT(config, attention)
     tensors = {name: state[public_name(name)] for name, _ in model.named_parameters()}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""PyTorch's AOTInductor: the reference model compiled into a library before the first run, and kept.
+"""PyTorch's AOTInductor: the model compiled into a library before the first run, and kept.
 
 Compiling takes from half a minute to minutes, once for each model, precision, range of batch sizes and
 machine. The compiled library never travels in a bundle: it is this machine's own, in the user's cache folder.
@@ -129,7 +129,9 @@ class _Job:
         """What sessions compute, as the exporter takes it."""
         import torch
 
-        vit = load_vit(self.bundle, dtype_of(self.precision), self.device)
+        from vitdeploy.model import FusedAttention
+
+        vit = load_vit(self.bundle, dtype_of(self.precision), self.device, FusedAttention)
         forward_ = forward_of(vit, self.bundle.manifest)
 
         class Session(torch.nn.Module):

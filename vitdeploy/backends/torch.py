@@ -1,4 +1,4 @@
-"""PyTorch: the reference model itself, from the bundle's weights; no exported artifact is read.
+"""PyTorch: the model with fused attention, from the bundle's weights; no exported artifact is read.
 
 An artifact only says which precision to run in, and which batch sizes.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from vitdeploy.model import ViT
+    from vitdeploy.model import Attention, ViT
 
 Forward = Callable[["Tensor"], "Tensor"]
 
@@ -41,7 +41,7 @@ class Torch:
     """The backend, in eager mode. A session serves one thread at a time."""
 
     name = "torch"
-    summary = "PyTorch, the reference model as it is, on the CPU or CUDA"
+    summary = "PyTorch, eager, with fused attention, on the CPU or CUDA"
     formats: tuple[str, ...] = ()
 
     def availability(self) -> Availability:
@@ -88,7 +88,9 @@ class Torch:
         self, bundle: Bundle, precision: Precision, batch: BatchRange | None, device: str
     ) -> Forward:
         """The function of a session: the network's input to float32 output."""
-        return forward_of(load_vit(bundle, dtype_of(precision), device), bundle.manifest)
+        from vitdeploy.model import FusedAttention
+
+        return forward_of(load_vit(bundle, dtype_of(precision), device, FusedAttention), bundle.manifest)
 
 
 def reference_session(bundle: Bundle) -> Session:
@@ -216,8 +218,13 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return dtype
 
 
-def load_vit(bundle: Bundle, dtype: torch.dtype | None = None, device: str = "cpu") -> ViT:
-    """The reference model with the bundle's weights, as they are or rounded once.
+def load_vit(
+    bundle: Bundle,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    attention: type[Attention] | None = None,
+) -> ViT:
+    """The model with the bundle's weights, as they are or rounded once; the reference itself by default.
 
     Raises:
         BundleError: they are not the weights of this model.
@@ -225,19 +232,19 @@ def load_vit(bundle: Bundle, dtype: torch.dtype | None = None, device: str = "cp
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from vitdeploy.model import build
+    from vitdeploy.model import Attention, build
 
     config, path = bundle.manifest.model, bundle.path(WEIGHTS)
     assert config is not None
     try:
         state = {name: tensor.to(device, dtype) for name, tensor in load_file(path).items()}
-        return build(config, state)
+        return build(config, state, attention or Attention)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise BundleError(f"{path}: not the weights of this model: {one_line(error)}") from error
 
 
 def forward_of(vit: nn.Module, manifest: Manifest) -> Forward:
-    """The reference as a function of what artifacts read; uint8 images are normalised in float32."""
+    """The model as a function of what artifacts read; uint8 images are normalised in float32."""
     import torch
 
     weight, output = next(vit.parameters()), manifest.output

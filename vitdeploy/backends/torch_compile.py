@@ -1,4 +1,4 @@
-"""PyTorch's compiler over the reference model: what a user gets without exporting anything."""
+"""PyTorch's compiler over the model: what a user gets without exporting anything."""
 
 from __future__ import annotations
 
