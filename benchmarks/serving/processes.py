@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +19,7 @@ from benchmarks.peers.environments import ROOT
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 15.0
+_PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 300
 """Characters of a dead server's log that are worth showing."""
 
@@ -45,13 +48,24 @@ def running(command: Sequence[str], ready: str, log: Path) -> Iterator[None]:
     """
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            list(command), stdout=stream, stderr=stream, env=_variables(), cwd=ROOT, start_new_session=True
+            list(command),
+            stdout=stream,
+            stderr=stream,
+            env=_variables(),
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     try:
         _wait(process, ready, log)
         yield
     finally:
         _stop(process)
+
+
+def _end_with_parent() -> None:
+    """However this process ends: a server left behind would disturb what is measured next."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _variables() -> Mapping[str, str]:
