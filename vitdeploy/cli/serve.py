@@ -91,11 +91,9 @@ def command(
     settings = Settings(
         backend, artifact, options, instances, max_batch, delay, max_queue, wait, sizes, max_pixels
     )
-    body_bytes = parse.byte_count(max_body, "--max-body") or Limits.body_bytes
-    limits = Limits(body_bytes=body_bytes, images=max_images)
-    endpoint = Endpoint(
-        host, port, grpc_port, reload_seconds, parse.duration(drain, "--drain"), not fixed_models, limits
-    )
+    body = parse.byte_count(max_body, "--max-body") or Limits.body_bytes
+    limits, ending = Limits(body_bytes=body, images=max_images), parse.duration(drain, "--drain")
+    endpoint = Endpoint(host, port, grpc_port, reload_seconds, ending, not fixed_models, limits)
     with output.Stages() as stages:
         end = serve(parse_places(bundles), settings, endpoint, started=_started, progress=stages)
     answered = "every accepted request answered" if end.complete else f"not all was answered within {drain}"
