@@ -80,6 +80,8 @@ class Answer:
     """Seconds that the batch ran."""
     batch: int
     """Rows that ran together."""
+    finite: bool = True
+    """Whether its rows have neither NaN nor infinity."""
 
 
 @dataclass(eq=False)
@@ -189,14 +191,14 @@ class Batcher:
             try:
                 inputs = [entry.inputs for entry in batch]
                 padded = self.rules.padded(rows)
-                outputs = await loop.run_in_executor(self._pool, _run_together, run, inputs, padded)
+                outputs, finite = await loop.run_in_executor(self._pool, _run_together, run, inputs, padded)
             except Exception as error:
                 _fail(batch, error)
             else:
                 seconds = time.perf_counter() - begin
                 self._remember(rows, seconds)
                 self._observer.executed(rows, padded, seconds)
-                _answer(batch, outputs, begin, seconds, rows)
+                _answer(batch, outputs, finite, begin, seconds)
 
     async def _next_batch(self) -> list[_Waiting]:
         """Wait for requests and take those that run together; empty when closed and done."""
@@ -237,8 +239,12 @@ class Batcher:
         self._rate = rate if not self._rate else _RATE_MEMORY * self._rate + (1 - _RATE_MEMORY) * rate
 
 
-def _run_together(run: Run, inputs: Sequence[Arrays], padded: int) -> Arrays:
-    """Stack the requests' rows, fill up to ``padded`` with the last row, run."""
+def _run_together(run: Run, inputs: Sequence[Arrays], padded: int) -> tuple[Arrays, Array]:
+    """Stack the requests' rows, fill up to ``padded`` with the last row, run.
+
+    Returns:
+        The outputs, and which of the ``padded`` rows are finite in all of them.
+    """
     names = inputs[0].keys()
     stacked = {}
     for name in names:
@@ -246,17 +252,20 @@ def _run_together(run: Run, inputs: Sequence[Arrays], padded: int) -> Arrays:
         missing = padded - sum(len(part) for part in parts)
         parts += [parts[-1][-1:]] * missing
         stacked[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return run(stacked)
+    outputs = run(stacked)
+    finite = [np.isfinite(array).reshape(padded, -1).all(axis=1) for array in outputs.values()]
+    return outputs, np.logical_and.reduce(finite)
 
 
-def _answer(batch: Sequence[_Waiting], outputs: Arrays, begin: float, seconds: float, rows: int) -> None:
+def _answer(batch: Sequence[_Waiting], outputs: Arrays, finite: Array, begin: float, seconds: float) -> None:
     """Give each request its own rows, copied: a view would keep everybody's alive."""
-    first = 0
+    first, rows, all_finite = 0, sum(entry.rows for entry in batch), bool(finite.all())
     for entry in batch:
+        good = all_finite or bool(finite[first : first + entry.rows].all())
         own = {name: array[first : first + entry.rows].copy() for name, array in outputs.items()}
         first += entry.rows
         if not entry.future.done():
-            entry.future.set_result(Answer(own, begin - entry.arrived, seconds, rows))
+            entry.future.set_result(Answer(own, begin - entry.arrived, seconds, rows, good))
 
 
 def _fail(batch: Sequence[_Waiting], error: Exception) -> None:

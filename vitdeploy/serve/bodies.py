@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
 
 from vitdeploy.serve.requests import Refusal
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-    from vitdeploy.serve.service import Limits
+from vitdeploy.serve.service import Limits
 
 _T = TypeVar("_T")
 _PATIENCE = 0.02
@@ -25,16 +23,21 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
     Raises:
         Refusal: too large, too slow, or not what its headers say.
+        ClientDisconnect: its end will not come.
     """
     announced = request.headers.get("content-length")
     if announced is not None and announced.isdecimal() and int(announced[:19]) > limits.body_bytes:
         raise _too_large(limits)
-    parts, size = list[bytes](), 0
+    parts, size, more = list[bytes](), 0, True
     try:
         async with asyncio.timeout(limits.body_seconds):
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                parts.append(message.get("body", b""))
+                more = message.get("more_body", False)
+                size += len(parts[-1])
                 if size > limits.body_bytes:
                     raise _too_large(limits)
     except TimeoutError:
@@ -65,8 +68,6 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
     Raises:
         ClientDisconnect: nobody is there to be answered.
     """
-    from starlette.requests import ClientDisconnect
-
     own, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert own is not None, "called outside of a task"
     watching: asyncio.Task[None] | None = None

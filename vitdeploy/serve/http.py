@@ -7,65 +7,42 @@ the extensions of ``service.EXTENSIONS``. Statuses and messages are those of the
 from __future__ import annotations
 
 import asyncio
-import math
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitdeploy._version import __version__
-from vitdeploy.errors import MissingDependency, VitdeployError
+from vitdeploy.errors import VitdeployError
+from vitdeploy.serve import http_images, pages
 from vitdeploy.serve.bodies import compressed, read_body, unless_gone
-from vitdeploy.serve.requests import Kind, Refusal
+from vitdeploy.serve.http_answers import json_response, refused
+from vitdeploy.serve.requests import Refusal
 from vitdeploy.serve.service import EXTENSIONS, Service
 from vitdeploy.serve.tensors import parse_json, parse_request, render_response
 
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.types import ASGIApp, Receive, Scope, Send
-
-STATUS: Mapping[Kind, int] = {
-    "invalid": 400,
-    "not found": 404,
-    "too slow": 408,
-    "timeout": 504,
-    "too large": 413,
-    "overloaded": 429,
-    "unavailable": 503,
-    "internal": 500,
-}
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _IN_A_WORKER = 1 << 18
 """Bytes of a body from which on it is parsed away from the event loop."""
 
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
-Handler = Callable[["Request", Service], Awaitable["Response"]]
+Handler = Callable[[Request, Service], Awaitable[Response]]
 
 
 def build(service: Service) -> ASGIApp:
-    """The application.
-
-    Raises:
-        MissingDependency: starlette is not installed.
-    """
+    """The application."""
     return _infer_first(_guarded(_infer, service), routed(service))
 
 
 def routed(service: Service) -> Starlette:
-    """The application as the web framework has it.
-
-    Raises:
-        MissingDependency: starlette is not installed.
-    """
-    try:
-        from starlette.applications import Starlette
-        from starlette.routing import Route
-    except ImportError as error:
-        raise MissingDependency("starlette", extra="serve", purpose="serving") from error
-    from vitdeploy.serve import http_images, pages
-
+    """The application as the web framework has it."""
     http_images.register_names()
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
@@ -104,8 +81,6 @@ def _infer_first(infer: Callable[[Request], Awaitable[Response]], others: ASGIAp
 
     They cost a good part of what a small model's answer does.
     """
-    from starlette.middleware.errors import ServerErrorMiddleware
-    from starlette.requests import Request
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         response = await infer(Request(scope, receive, send))
@@ -124,29 +99,10 @@ def _infer_first(infer: Callable[[Request], Awaitable[Response]], others: ASGIAp
     return application
 
 
-def json_response(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON document as an answer."""
-    import orjson
-    from starlette.responses import Response
-
-    return Response(orjson.dumps(document), status, dict(headers or {}), "application/json")
-
-
-def refused(refusal: Refusal) -> Response:
-    """A refusal as the protocol has it."""
-    headers = {}
-    if refusal.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(refusal.retry_after)))
-    return json_response({"error": refusal.message}, STATUS[refusal.kind], headers)
-
-
 def _guarded(handler: Handler, service: Service) -> Callable[[Request], Awaitable[Response]]:
     """The handler, with every error in the protocol's shape."""
 
     async def endpoint(request: Request) -> Response:
-        from starlette.requests import ClientDisconnect
-        from starlette.responses import Response
-
         try:
             return await handler(request, service)
         except Refusal as refusal:
@@ -222,8 +178,6 @@ async def _all_statistics(request: Request, service: Service) -> Response:
 
 
 async def _infer(request: Request, service: Service) -> Response:
-    from starlette.responses import Response
-
     service.require_open()
     service.repository.get(*_where(request))  # before a long body is read for nothing
     body = memoryview(await read_body(request, service.limits))
@@ -281,6 +235,4 @@ async def _unload(request: Request, service: Service) -> Response:
 
 
 async def _metrics(request: Request, service: Service) -> Response:
-    from starlette.responses import Response
-
     return Response(service.metrics.text(), media_type=service.metrics.content_type)

@@ -5,25 +5,26 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+from starlette.responses import Response
 
 from vitdeploy.errors import ImageError
 from vitdeploy.serve.bodies import read_body, unless_gone
+from vitdeploy.serve.http_answers import json_response
 from vitdeploy.serve.requests import Refusal
 from vitdeploy.serve.service import Service
 from vitdeploy.serve.tensors import parse_json
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.responses import Response
 
 TOP_K = 5
 
 
 async def predict(request: Request, service: Service) -> Response:
     """Classify one image file, or several."""
-    from vitdeploy.serve.http import json_response
-
     name, version = request.path_params["model"], request.path_params.get("version", "")
     service.require_open()
     with service.repository.using(name, version) as model:
@@ -41,22 +42,17 @@ async def predict(request: Request, service: Service) -> Response:
 
 async def models(request: Request, service: Service) -> Response:
     """The names of all models that are ready."""
-    from vitdeploy.serve.http import json_response
-
     return json_response({"models": sorted({model.name for model in service.repository.models})})
 
 
 async def model_ready(request: Request, service: Service) -> Response:
     """Whether a model is ready, in the words of KServe's protocol v1."""
-    from vitdeploy.serve.http import json_response
-
     model = service.repository.get(request.path_params["model"])
     return json_response({"name": model.name, "ready": True})
 
 
 def register_names() -> None:
     """Tell starlette what a model's name looks like in a path: it ends where ``:predict`` begins."""
-    from starlette.convertors import StringConvertor, register_url_convertor
 
     class Name(StringConvertor):
         regex = "[^/:]+"
@@ -97,8 +93,6 @@ async def _images(request: Request, service: Service) -> list[tuple[str, bytes]]
 
 async def _parts(request: Request, body: bytes, most: int) -> list[tuple[str, bytes]]:
     """The files of a form."""
-    from starlette.datastructures import UploadFile
-    from starlette.formparsers import MultiPartException, MultiPartParser
 
     class Parser(MultiPartParser):
         ended = False

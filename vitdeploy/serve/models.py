@@ -271,9 +271,8 @@ class ServedModel:
                 raise Refusal("invalid", f"{name} has NaN or infinite values")
 
     def _require_finite(self, answer: Answer) -> None:
-        for name, array in answer.outputs.items():
-            if not np.isfinite(array).all():
-                raise Refusal("internal", f"the model gives NaN or infinite {name} for these inputs")
+        if not answer.finite:
+            raise Refusal("internal", "the model gives NaN or infinite values for these inputs")
 
     def _require_classes(self) -> None:
         output = self.bundle.manifest.output

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import html
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
 
 from vitdeploy.serve import openapi
+from vitdeploy.serve.http_answers import json_response
 from vitdeploy.serve.service import Service
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.responses import Response
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
@@ -24,8 +24,6 @@ async def _status(request: Request, service: Service) -> Response:
 
 
 async def _openapi(request: Request, service: Service) -> Response:
-    from vitdeploy.serve.http import json_response
-
     return json_response(_document(service))
 
 
@@ -34,8 +32,6 @@ async def _docs(request: Request, service: Service) -> Response:
 
 
 async def _icon(request: Request, service: Service) -> Response:
-    from starlette.responses import Response
-
     return Response(status_code=204)
 
 
@@ -52,8 +48,6 @@ def _document(service: Service) -> dict[str, Any]:
 
 
 def _page(text: str) -> Response:
-    from starlette.responses import HTMLResponse
-
     return HTMLResponse(text, headers={"Content-Security-Policy": _POLICY})
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.progress import Progress
-from vitdeploy.serve import http
 from vitdeploy.serve.models import Settings
 from vitdeploy.serve.repository import Place, Repository
 from vitdeploy.serve.service import Limits, Service
@@ -115,7 +114,7 @@ async def _serve(
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as workers:
         repository = Repository(places, settings, metrics, workers, progress)
         service = Service(repository, metrics, endpoint.limits, control=endpoint.control)
-        application = http.build(service)
+        web = _uvicorn(service, endpoint)
         async with contextlib.AsyncExitStack() as stack:
             bound = stack.enter_context(contextlib.closing(_bind(endpoint.host, endpoint.port)))
             with _signals() as told:  # before the first model is loaded: Ctrl-C ends that, too
@@ -126,7 +125,6 @@ async def _serve(
                     return Ended(told.result(), complete=True)
                 await loading
                 grpc = await _start_grpc(endpoint, service, stack)
-                web = _uvicorn(application, endpoint)
                 running = asyncio.create_task(web.serve(sockets=[bound]))
                 watching = asyncio.create_task(_watch(repository, endpoint.reload_seconds))
                 host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
@@ -165,11 +163,16 @@ def _bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _uvicorn(application: Any, endpoint: Endpoint) -> Any:
-    """The web server, without signal handlers of its own."""
+def _uvicorn(service: Service, endpoint: Endpoint) -> Any:
+    """The web server, without signal handlers of its own.
+
+    Raises:
+        MissingDependency: a library that it needs is not installed.
+    """
     try:
         import uvicorn
 
+        from vitdeploy.serve import http
         from vitdeploy.serve.connections import Protocol
     except ImportError as error:
         raise MissingDependency(error.name or "uvicorn", extra="serve", purpose="serving") from error
@@ -181,7 +184,7 @@ def _uvicorn(application: Any, endpoint: Endpoint) -> Any:
 
     protocol: Any = functools.partial(Protocol, limits=endpoint.limits)
     config = uvicorn.Config(
-        application,
+        http.build(service),
         http=protocol,
         proxy_headers=False,
         log_level="warning",
