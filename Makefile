@@ -41,6 +41,7 @@ bench-peers: $(READY)  ## measure against other tools, for README's tables (more
 
 bench-serve: $(READY)  ## measure the server under load, beside the raw session and other servers (on a quiet machine)
 	$(BIN)/python -m benchmarks.serving.run
+	$(BIN)/python -m benchmarks.serving.table --write
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) $(VENV)-peers-* $(VENV)-triton-server $(VENV)-kserve build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks

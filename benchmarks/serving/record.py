@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.environments import ROOT
 from benchmarks.serving.rounds import RAW
 from benchmarks.serving.servers import GENERATOR, OURS
 from vitdeploy.bench.results import write_whole
 
 Record = Mapping[str, Any]
+RESULTS = ROOT / "benchmarks" / "results"
 
 FLAGSHIP = "vit_base_patch16_224"
 OF_RAW = 0.95

@@ -36,7 +36,6 @@ from vitdeploy.cli.output import Stages
 from vitdeploy.errors import UsageError, VitdeployError
 from vitdeploy.progress import Progress
 
-RESULTS = ROOT / "benchmarks" / "results"
 THREADS = 2
 ROUNDS = 5
 
@@ -108,7 +107,7 @@ def parse(words: Sequence[str]) -> Wanted:
     parser.add_argument("--seconds", type=float, help="of a closed-loop visit; 4 for digits, 12 for ViT-B")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="a folder")
+    parser.add_argument("-o", "--output", type=Path, default=record.RESULTS, help="a folder")
     options = parser.parse_args(words)
     if options.rounds < 1 or options.threads < 1 or (options.seconds is not None and options.seconds <= 0):
         raise UsageError("--rounds, --threads and --seconds must be positive")
