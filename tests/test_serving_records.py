@@ -42,8 +42,8 @@ def test_tail_of_the_flagship_at_80_percent_load() -> None:
 
 def test_overload_is_answered_at_once_and_passes() -> None:
     flood = record(FLAGSHIP)["overload"]
-    assert flood["refused_429"] > 100
-    assert flood["refused_ms"]["p99"] <= 50
+    assert flood["refused_429"] > flood["requests"] / 2
+    assert flood["refused_ms"]["max"] <= 50
     assert flood["other"] == 0
     assert flood["after"]["failed"] == 0
     assert flood["after"]["latency_ms"]["50"] <= 1.5 * flood["before"]["latency_ms"]["50"]
