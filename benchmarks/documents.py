@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from vitdeploy.bench.results import write_whole
@@ -27,6 +29,15 @@ class Part:
         """Replace what stands there."""
         before, _, after = self._split(self.path.read_text(encoding="utf-8"))
         write_whole(self.path, f"{before}{self._begin}\n{text}\n{self._end}{after}")
+
+    def publish(self, text: str, broken: Iterable[str], *, write: bool) -> None:
+        """Print the text or write it into the document, and say what does not hold of what we claim."""
+        if write:
+            self.write(text)
+        else:
+            print(text)
+        for claim in broken:
+            print(f"does not hold: {claim}", file=sys.stderr)
 
     def _split(self, document: str) -> tuple[str, str, str]:
         before, begin, rest = document.partition(self._begin)

@@ -32,6 +32,16 @@ def test_streamed_float64_is_the_whole_model_in_float64(config: ViTConfig) -> No
             )
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_fused_attention_is_the_same_function(config: ViTConfig) -> None:
+    state = {name: t.double() for name, t in random_state(config).items()}
+    plain, fused = (model.build(config, state, kind) for kind in (model.Attention, model.FusedAttention))
+    assert {type(block.attn) for block in fused.blocks} == {model.FusedAttention}
+    x = pixels(config).double()
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
 def numpy_forward(config: ViTConfig, state: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     """The paper's equations 1 to 4 on one image, written out with numpy, CLS pooling, learned positions."""
 

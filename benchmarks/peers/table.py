@@ -235,13 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return error.exit_code
-    if options.write:
-        PART.write(tables(results))
-    else:
-        print(tables(results))
-    for one in results:
-        for claim in broken_claims(one):
-            print(f"does not hold: {claim}", file=sys.stderr)
+    broken = (claim for one in results for claim in broken_claims(one))
+    PART.publish(tables(results), broken, write=options.write)
     return 0
 
 

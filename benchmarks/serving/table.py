@@ -36,18 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.table", description=__doc__)
     parser.add_argument("--write", action="store_true", help="into docs/serving.md")
+    options = parser.parse_args(arguments)
     try:
         records = committed()
     except FileNotFoundError as error:
         print(f"error: {error.filename} is not there: make bench-serve", file=sys.stderr)
         return 2
-    if parser.parse_args(arguments).write:
-        PART.write(text(records))
-    else:
-        print(text(records))
-    for one in records:
-        for claim in broken_claims(one):
-            print(f"does not hold: {claim}", file=sys.stderr)
+    broken = (claim for one in records for claim in broken_claims(one))
+    PART.publish(text(records), broken, write=options.write)
     return 0
 
 
