@@ -139,6 +139,7 @@ def test_throughput_of_answers_that_come_in_batches() -> None:
 def test_raw_throughput_is_that_of_the_batches_that_were_formed() -> None:
     assert per_second({8: 3, 2: 1}, {8: 0.8, 2: 0.4}) == pytest.approx(26 / 2.8)
     assert per_second({4: 1}, {2: 0.2, 8: 0.8}) == pytest.approx(10)
+    assert per_second({8: 9, 1: 1}, {8: 1.6}) == pytest.approx(5)  # too rare to be measured
     assert difference({1: 5, 8: 2}, {1: 5, 8: 4, 3: 1}) == {8: 2, 3: 1}
 
 

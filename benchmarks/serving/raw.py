@@ -93,16 +93,23 @@ def raw_session(subject: Subject, kind: str, threads: int, folder: Path) -> Iter
         worker.close()
 
 
+def run_seconds(size: int, seconds: Mapping[int, float]) -> float:
+    """Seconds of a run at a batch size, from those of some sizes.
+
+    Between them it is interpolated; below the smallest it is in proportion, as on a CPU.
+    """
+    sizes = sorted(seconds)
+    return float(np.interp(size, [0, *sizes], [0.0, *(seconds[known] for known in sizes)]))
+
+
 def per_second(batches: Mapping[int, int], seconds: Mapping[int, float]) -> float:
     """Images per second of a session that runs these batches one after the other.
 
     Args:
         batches: how many of each size.
-        seconds: of a run at some sizes; between them it is interpolated.
+        seconds: of a run at some sizes.
     """
-    sizes = sorted(seconds)
-    times = [seconds[size] for size in sizes]
-    total = sum(count * float(np.interp(size, sizes, times)) for size, count in batches.items())
+    total = sum(count * run_seconds(size, seconds) for size, count in batches.items())
     return sum(size * count for size, count in batches.items()) / total
 
 

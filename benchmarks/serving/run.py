@@ -26,7 +26,7 @@ from benchmarks.peers.environments import ROOT
 from benchmarks.serving import arrivals, record, servers
 from benchmarks.serving.driving import Driver, Served
 from benchmarks.serving.processes import ServerFailure
-from benchmarks.serving.raw import raw_session
+from benchmarks.serving.raw import raw_session, run_seconds
 from benchmarks.serving.rounds import Plan, closed_loop
 from benchmarks.serving.subjects import KINDS, SCOPES, Subject, prepare
 from vitdeploy.bench.machine import environment
@@ -210,15 +210,12 @@ def _heading(subject: Subject, plan: Plan, command: str) -> dict[str, Any]:
 
 def _perfect(subject: Subject, part: dict[str, Any]) -> Any:
     """The latencies of a server that costs nothing but the session, at the speed of these rounds."""
-    sizes = sorted({int(size) for one in part["raw_seconds"] for size in one})
-    times = [float(np.median([one[str(size)] for one in part["raw_seconds"]])) for size in sizes]
+    sizes = {size for one in part["raw_seconds"] for size in one}
+    times = {int(n): float(np.median([one[n] for one in part["raw_seconds"]])) for n in sizes}
     (artifact,) = subject.bundle.manifest.artifacts
-
-    def seconds(size: int) -> float:
-        # Below the smallest that was measured: in proportion, as on a CPU.
-        return float(np.interp(size, [0, *sizes], [0.0, *times]))
-
-    return lambda due: arrivals.ideal_latencies(due, seconds, artifact.batch.opt)
+    return lambda due: arrivals.ideal_latencies(
+        due, lambda size: run_seconds(size, times), artifact.batch.opt
+    )
 
 
 def _overload(subject: Subject, capacity: float, plan: Plan, progress: Progress) -> dict[str, Any]:
