@@ -12,7 +12,7 @@ from hypothesis import settings
 # Tests run in several processes at once: one core each, or their thread pools fight over the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts what runs in the background with SIGINT ignored, and the programs under test would inherit that.
+# A shell starts what runs in the background with SIGINT ignored, which the programs under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
