@@ -270,7 +270,8 @@ def test_killed_in_the_middle(bundle: Bundle, tmp_path: Path) -> None:
     done = len(table(out))
     assert 0 < done < len(paths)
     (out / ".part-000099.parquet.tmp").write_bytes(b"PAR1 and then nothing")
-    # The job's Ray ends with it; its agents try for a minute to tell what is gone, too, before they end.
+    # The job's Ray ends with it, but for its agents, which try for a minute to tell a server that is gone.
+    assert wait_for(lambda: all("Agent" in name for name in marked(mark).values()), 30), marked(mark)
     assert wait_for(lambda: not marked(mark), 90), marked(mark)
     begin = time.monotonic()
     result = in_a_process(

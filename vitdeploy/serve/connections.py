@@ -28,6 +28,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*uvicorn, **more)
         self._limits = limits
 
+    # uvicorn narrows asyncio's BaseTransport in the same way.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_head()

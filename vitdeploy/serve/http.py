@@ -79,7 +79,7 @@ def routed(service: Service) -> Starlette:
 def _infer_first(infer: Callable[[Request], Awaitable[Response]], others: ASGIApp) -> ASGIApp:
     """The application with infer requests going past the middleware and the routes.
 
-    They cost a good part of what a small model's answer does.
+    Those are the same for every request, and a small model's answer should not wait for them.
     """
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:

@@ -93,7 +93,7 @@ def serve(
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's, as a small answer's time is mostly the event loop's."""
+    """uvloop's, which is written in C."""
     if sys.platform == "win32":  # for which there is no uvloop
         return asyncio.new_event_loop()
     try:

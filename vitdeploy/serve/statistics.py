@@ -108,7 +108,7 @@ class Statistics:
         self._images = self.metrics.images.labels(*labels)
         self._padding = self.metrics.padding.labels(*labels)
         self._queue = self.metrics.queue.labels(*labels)
-        # labels() costs as much as everything else that is counted of a request.
+        # labels() checks and looks up its arguments under a lock each time.
         self._outcome = functools.cache(lambda outcome: self.metrics.requests.labels(*labels, outcome))
 
     def queued(self, rows: int) -> None:
