@@ -20,10 +20,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.spread import Rounds, quartiles
-from vitdeploy.bundle import Bundle
-from vitdeploy.engines.child import build_engines
-from vitdeploy.engines.records import BuildJob, BuildResult
-from vitdeploy.manifest import Artifact
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.tensorrt.child import build_engines
+from vitdeploy.tensorrt.records import BuildJob, BuildResult
 
 _MB = 1e6
 

@@ -17,8 +17,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import vitdeploy
 from benchmarks.spread import Rounds
 from vitdeploy.backends.base import Options, get_backend
-from vitdeploy.bundle import Bundle
-from vitdeploy.parity import check_session
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.verification.parity import check_session
 
 THREADS = 2
 ROUNDS = {1: 50, 8: 15, 32: 5}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from vitdeploy.bench.results import write_whole
+from vitdeploy.benchmark.results import write_whole
 
 
 class Part:

@@ -30,10 +30,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdeploy import preprocess
 from vitdeploy.config import Preprocess, ViTConfig
 from vitdeploy.data import digits_folder
-from vitdeploy.model import ViT, forward_float64, parameter_count, state_of
+from vitdeploy.images import preprocess
+from vitdeploy.model.vit import ViT, forward_float64, parameter_count, state_of
 
 SEED = 0
 HELD_OUT = 0.25

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import SMALL
 
+from tests.helpers.models import SMALL
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig, decode_variant, variant_names
 from vitdeploy.errors import ConfigError, UsageError
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from vitdeploy import preprocess
+from tests.helpers.paths import ROOT
 from vitdeploy.config import Preprocess, ViTConfig
 from vitdeploy.data import digits_folder, digits_heldout, digits_images
-from vitdeploy.model import ViT, build, expected_shapes
+from vitdeploy.images import preprocess
+from vitdeploy.model.vit import ViT, build, expected_shapes
 
-ROOT = Path(__file__).parent.parent
 LIMIT = 1_500_000
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
-from commands import in_a_process
 
-WORKFLOW = Path(__file__).parent.parent / "examples/benchmark-workflow.yml"
+from tests.helpers.commands import in_a_process
+from tests.helpers.paths import ROOT
+
+WORKFLOW = ROOT / "examples/benchmark-workflow.yml"
 
 
 def commands() -> list[list[str]]:

@@ -10,11 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import LABELS, SIZE, SPEC, WEIGHT, answer, answer_images, random_image, write_bundle
 from PIL import Image
 
 import vitdeploy
-from vitdeploy.bundle import Bundle
+from tests.helpers.bundles import (
+    LABELS,
+    SIZE,
+    SPEC,
+    WEIGHT,
+    answer,
+    answer_images,
+    random_image,
+    write_bundle,
+)
+from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, ImageError, UsageError
 from vitdeploy.predictor import Predictor, softmax

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 PACKAGES = ("vitdeploy", "vitdeploy_kernels")
 HEAVY = (
     "torch",
@@ -87,7 +88,7 @@ def test_wheel_holds_the_digits_model(wheel: Path) -> None:
 def test_wheel_holds_the_report_s_template(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"vitdeploy/bench/report.html", "vitdeploy/bench/report.css"} <= names
+    assert {"vitdeploy/benchmark/report.html", "vitdeploy/benchmark/report.css"} <= names
 
 
 def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:

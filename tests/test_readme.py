@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from processes import wait_for
-from triton_server import free_ports
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import wait_for
+from tests.helpers.triton_server import free_ports
+
 RUN = (
     "README.md",
     *(f"docs/{n}.md" for n in ("quickstart", "precision", "gpu", "tensorrt", "benchmark", "serving")),

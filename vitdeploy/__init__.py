@@ -6,7 +6,6 @@ Every error raised on purpose is a ``vitdeploy.errors.VitdeployError``.
 
 from __future__ import annotations
 
-import importlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,20 +16,16 @@ from vitdeploy._version import __version__
 if TYPE_CHECKING:
     from torch import nn
 
-    from vitdeploy.bench.results import Results
-    from vitdeploy.bundle import Bundle
+    from vitdeploy.benchmark.results import Results
+    from vitdeploy.bundle.folder import Bundle
     from vitdeploy.config import BatchRange, Size
     from vitdeploy.predictor import Predictor
     from vitdeploy.progress import Progress
-    from vitdeploy.verification import VerifyReport
+    from vitdeploy.verification.local import VerifyReport
 
     Path = str | os.PathLike[str]
 
 __all__ = ["__version__", "bench", "export", "load", "verify"]
-
-# Importing a subpackage binds its name here, once: now, before the functions of the same names are defined.
-for _package in ("bench", "export"):
-    importlib.import_module(f"vitdeploy.{_package}")
 
 
 def export(
@@ -73,12 +68,12 @@ def export(
             images, with the normalisation folded into the first projection.
         output: ``"logits"`` (N, classes), ``"features"`` (N, D) or ``"tokens"`` (N, T, D), float32; the
             logits where the model has a head when omitted.
-        atol: an absolute tolerance on top of the table in ``vitdeploy.parity``.
+        atol: an absolute tolerance on top of the table in ``vitdeploy.verification.parity``.
         fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16; else raise.
         seed: of random weights.
         force: replace an existing bundle.
         engine: of engines: ``profiles``, a list of (min, opt, max) batch sizes; ``plugins``, True for our
-            attention kernel in TensorRT; and the fields of ``vitdeploy.engines.records.BuildSettings``.
+            attention kernel in TensorRT; and the fields of ``vitdeploy.tensorrt.records.BuildSettings``.
         progress: receives the stages as they begin and finish.
 
     Raises:
@@ -88,11 +83,11 @@ def export(
         ExportError: an artifact could not be built.
         ParityError: an artifact does not compute what the checkpoint computes, and no fallback helps.
     """
-    from vitdeploy.export import exporting
+    from vitdeploy.exporter import exporting
 
     with exporting():
-        from vitdeploy.export.request import ExportRequest
-        from vitdeploy.export.run import run_export
+        from vitdeploy.exporter.request import ExportRequest
+        from vitdeploy.exporter.run import run_export
 
     request = ExportRequest(
         model=pathlib.Path(model) if isinstance(model, os.PathLike) else model,
@@ -125,7 +120,7 @@ def _batch_range(batch: int | tuple[int, int, int] | BatchRange) -> BatchRange:
 
 def _engine_fields(engine: Mapping[str, Any]) -> dict[str, Any]:
     """What a caller says of engines, as the fields of an ExportRequest."""
-    from vitdeploy.engines.records import BuildSettings
+    from vitdeploy.tensorrt.records import BuildSettings
 
     settings = dict(engine)
     profiles = tuple(map(_batch_range, settings.pop("profiles", ())))
@@ -200,7 +195,7 @@ def verify(
         MissingDependency, DeviceUnavailable: a backend asked for by name does not work here.
     """
     from vitdeploy.backends.base import Options
-    from vitdeploy.verification import verify_bundle
+    from vitdeploy.verification.local import verify_bundle
 
     options = Options(threads=threads, provider=provider)
     return verify_bundle(
@@ -246,8 +241,8 @@ def bench(
         UsageError: an unknown backend, artifact or class, or nothing to measure.
         MissingDependency, DeviceUnavailable: a backend asked for by name does not work here.
     """
-    from vitdeploy.bench.lanes import Choices
-    from vitdeploy.bench.run import run_bench
+    from vitdeploy.benchmark.lanes import Choices
+    from vitdeploy.benchmark.run import run_bench
 
     choices = Choices(
         backends=None if backends is None else tuple(backends),

@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from vitdeploy.backends.base import Array, Backend, Options, Session, get_backend, runs_nothing
-from vitdeploy.bundle import Bundle
-from vitdeploy.doctor import this_machine
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact, Choice
 from vitdeploy.errors import BundleError, ImageError, UsageError
-from vitdeploy.images import ImageSource, load_image
-from vitdeploy.manifest import Artifact, Choice
-from vitdeploy.preprocess import apply, apply_uint8
+from vitdeploy.images.decode import ImageSource, load_image
+from vitdeploy.images.preprocess import apply, apply_uint8
+from vitdeploy.machine.identity import this_machine
 
 AnyImage = ImageSource | np.ndarray[Any, Any]
 """A path, the bytes of an image file, a binary file object, a Pillow image, or (H, W, 3) uint8 RGB."""

@@ -22,8 +22,8 @@ from typing import Any
 import record
 
 from vitdeploy.backends.base import get_backend
-from vitdeploy.devices import Gpu, find_gpus
-from vitdeploy.engines.flavours import FLAVOURS, Flavour, installed
+from vitdeploy.machine.gpus import Gpu, find_gpus
+from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, installed
 
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("rtx_probe.py")

@@ -15,9 +15,9 @@ import onnx
 import tensorrt_rtx
 from onnx import TensorProto, helper, numpy_helper
 
-from vitdeploy.devices import find_gpus
-from vitdeploy.engines.cuda import CudaDevice
-from vitdeploy.engines.log import Log, make_logger
+from vitdeploy.machine.gpus import find_gpus
+from vitdeploy.tensorrt.cuda import CudaDevice
+from vitdeploy.tensorrt.log import Log, make_logger
 
 WIDTH = 64
 

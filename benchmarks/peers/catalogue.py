@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitdeploy.bench.lanes import Lane, Target, own_environment
-from vitdeploy.manifest import Precision
+from vitdeploy.benchmark.lanes import Lane, Target, own_environment
+from vitdeploy.bundle.manifest import Precision
 
 
 @dataclass(frozen=True)

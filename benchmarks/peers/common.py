@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitdeploy.bench.loop import Array, Caller, Loaded
+from vitdeploy.benchmark.loop import Array, Caller, Loaded
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ RUNTIMES: Mapping[str, Callable[[Job, Path], list[Caller]]] = {
 
 
 def loaded(job: Job, callers: list[Caller], packages: tuple[str, ...], size: int) -> Loaded:
-    """What a peer's ``load`` returns; see ``facts_of`` of ``vitdeploy.bench.lanes``.
+    """What a peer's ``load`` returns; see ``facts_of`` of ``vitdeploy.benchmark.lanes``.
 
     Args:
         job: of the peer.

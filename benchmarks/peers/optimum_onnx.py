@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.common import OPSET, exported, loaded, session_options, size_of
-from vitdeploy.bench.loop import Array, Caller, Loaded, main
+from vitdeploy.benchmark.loop import Array, Caller, Loaded, main
 
 
 def load(job: dict[str, Any]) -> Loaded:

@@ -20,13 +20,13 @@ import vitdeploy
 from benchmarks.peers.catalogue import PEERS, lane_of
 from benchmarks.peers.environments import ROOT, EnvironmentFailure, ensure
 from benchmarks.vits import SIZES, save_vit
-from vitdeploy.bench.lanes import Choices, Lane, Target, lanes_of, open_targets
-from vitdeploy.bench.results import Results, Skipped, require_writable, write_whole
-from vitdeploy.bench.run import Plan, run_plan
-from vitdeploy.bench.worker import WorkerFailure
+from vitdeploy.benchmark.lanes import Choices, Lane, Target, lanes_of, open_targets
+from vitdeploy.benchmark.results import Results, Skipped, require_writable, write_whole
+from vitdeploy.benchmark.run import Plan, run_plan
 from vitdeploy.cli.output import Stages
 from vitdeploy.cli.parse import duration, integers
 from vitdeploy.errors import UsageError, VitdeployError
+from vitdeploy.machine.child import WorkerFailure
 from vitdeploy.progress import Progress
 
 WORK = ROOT / "build" / "peers"

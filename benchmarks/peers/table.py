@@ -18,8 +18,8 @@ from benchmarks.documents import Part
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.spread import quartiles
 from benchmarks.vits import SIZES
-from vitdeploy.bench.compare import round_medians
-from vitdeploy.bench.results import Cell, Results, read_results
+from vitdeploy.benchmark.compare import round_medians
+from vitdeploy.benchmark.results import Cell, Results, read_results
 from vitdeploy.errors import UsageError
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.common import OPSET, exported, loaded, on_onnxruntime, size_of
-from vitdeploy.bench.loop import Loaded, main
+from vitdeploy.benchmark.loop import Loaded, main
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.common import OPSET, RUNTIMES, exported, loaded, size_of, transformers_model
-from vitdeploy.bench.loop import Loaded, main
+from vitdeploy.benchmark.loop import Loaded, main
 
 
 def load(job: dict[str, Any]) -> Loaded:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.common import loaded, transformers_model
-from vitdeploy.bench.loop import Array, Loaded, main
+from vitdeploy.benchmark.loop import Array, Loaded, main
 
 
 def load(job: dict[str, Any]) -> Loaded:

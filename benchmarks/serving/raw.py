@@ -3,7 +3,7 @@
 Alone in a process it runs batch after batch of one size; or, for image files, batches that a pool decodes
 beside it, as a server's does. What a server adds is the network, the protocol, and putting batches together.
 
-    python -m benchmarks.serving.raw        # the second of the two, as a process of vitdeploy.bench.loop
+    python -m benchmarks.serving.raw        # the second of the two, as a process of vitdeploy.benchmark.loop
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.subjects import Subject
-from vitdeploy.bench.lanes import own_environment
-from vitdeploy.bench.loop import Array, Caller, Loaded, main
-from vitdeploy.bench.worker import Worker
+from vitdeploy.benchmark.lanes import own_environment
+from vitdeploy.benchmark.loop import Array, Caller, Loaded, main
+from vitdeploy.machine.child import Worker
 
 _LIMIT = 300.0
 _LEAST = 3
@@ -78,7 +78,7 @@ def raw_session(subject: Subject, kind: str, threads: int, folder: Path) -> Iter
         "device": None,
         "concurrency": 1,
     }
-    module = "vitdeploy.bench.lane"
+    module = "vitdeploy.benchmark.lane"
     if kind == "image":
         module, job["images"] = "benchmarks.serving.raw", []
         for index, data in enumerate(subject.images):

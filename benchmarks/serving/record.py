@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.peers.environments import ROOT
 from benchmarks.serving.rounds import RAW
 from benchmarks.serving.servers import GENERATOR, OURS
-from vitdeploy.bench.results import write_whole
+from vitdeploy.benchmark.results import write_whole
 
 Record = Mapping[str, Any]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -29,11 +29,11 @@ from benchmarks.serving.processes import ServerFailure
 from benchmarks.serving.raw import raw_session, run_seconds
 from benchmarks.serving.rounds import Plan, closed_loop
 from benchmarks.serving.subjects import KINDS, SCOPES, Subject, prepare
-from vitdeploy.bench.machine import environment
-from vitdeploy.bench.results import require_writable
-from vitdeploy.bench.worker import WorkerFailure
+from vitdeploy.benchmark.machine import environment
+from vitdeploy.benchmark.results import require_writable
 from vitdeploy.cli.output import Stages
 from vitdeploy.errors import UsageError, VitdeployError
+from vitdeploy.machine.child import WorkerFailure
 from vitdeploy.progress import Progress
 
 THREADS = 2

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.environments import ROOT, EnvironmentFailure, ensure
+from benchmarks.peers.environments import EnvironmentFailure, ensure
 from benchmarks.serving.driving import Served
 from benchmarks.serving.processes import ServerFailure, free_port, running
 from benchmarks.serving.subjects import (
@@ -110,8 +110,6 @@ def litserve(subject: Subject, threads: int, folder: Path) -> Iterator[Served]:
 @contextlib.contextmanager
 def triton(subject: Subject, threads: int, folder: Path) -> Iterator[Served]:
     """NVIDIA's Triton Inference Server on what ``vitdeploy package`` writes for it."""
-    if str(ROOT / "tests") not in sys.path:
-        sys.path.append(str(ROOT / "tests"))
     package = folder / "triton"
     words = (str(subject.bundle.root), "--target", "triton-server", "-o", str(package), "--tensors-only")
     command = [sys.executable, "-P", "-m", "vitdeploy", "package", *words, "--name", "model", "--force"]
@@ -119,7 +117,7 @@ def triton(subject: Subject, threads: int, folder: Path) -> Iterator[Served]:
     if done.returncode:
         raise ServerFailure(f"vitdeploy package: {' '.join(done.stderr.split())[-300:]}")
     try:
-        starter: Any = importlib.import_module("triton_server")
+        starter: Any = importlib.import_module("tests.helpers.triton_server")
         stack = contextlib.ExitStack()
         server = stack.enter_context(starter.running_triton(package / "models", folder / "triton-server"))
     except (ImportError, AssertionError, OSError) as error:

@@ -17,7 +17,7 @@ from PIL import Image
 import vitdeploy
 from benchmarks.peers.environments import ROOT
 from vitdeploy.backends.base import Array
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
 
 KINDS = ("tensor", "image")
 """Preprocessed pixels, or image files."""

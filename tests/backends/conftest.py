@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from fake_torch_events import CudaClock
 from onnx import TensorProto, helper, numpy_helper
-from weights_bundles import write_weights
 
+from tests.fakes.torch_events import CudaClock
+from tests.helpers.weights_bundles import write_weights
 from vitdeploy.backends import onnxruntime_providers
-from vitdeploy.bundle import Bundle, BundleWriter
+from vitdeploy.bundle.folder import Bundle, BundleWriter
+from vitdeploy.bundle.manifest import Artifact, Manifest, Provenance, TensorSpec
 from vitdeploy.config import BatchRange
-from vitdeploy.devices import Gpu
-from vitdeploy.manifest import Artifact, Manifest, Provenance, TensorSpec
+from vitdeploy.machine.gpus import Gpu
 
 WEIGHT = np.random.default_rng(0).normal(size=(48, 5)).astype(np.float32)
 INNER = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

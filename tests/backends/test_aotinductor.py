@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import pixels, random_state, random_vit
-from weights_bundles import CONFIG, SPEC, artifact, golden, write_weights
 
+from tests.helpers.models import pixels, random_state, random_vit
+from tests.helpers.weights_bundles import CONFIG, SPEC, artifact, golden, write_weights
 from vitdeploy.backends import aotinductor
 from vitdeploy.backends.aotinductor import AotInductor, _Job
 from vitdeploy.backends.base import Options, get_backend
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Precision
 from vitdeploy.config import BatchRange
-from vitdeploy.engines.caches import cache_folder
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
-from vitdeploy.manifest import Precision
-from vitdeploy.model import forward_float64
-from vitdeploy.parity import check_session
-from vitdeploy.verification import runnable
+from vitdeploy.machine.cache import cache_folder
+from vitdeploy.model.vit import forward_float64
+from vitdeploy.verification.local import runnable
+from vitdeploy.verification.parity import check_session
 
 Make = Callable[..., Bundle]
 

@@ -20,9 +20,9 @@ from vitdeploy.backends.base import (
     get_backend,
     split_device,
 )
+from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
-from vitdeploy.manifest import TensorSpec
 
 
 def facts(batch: BatchRange | None, *inputs: TensorSpec) -> SessionFacts:

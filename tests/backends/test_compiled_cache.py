@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from vitdeploy.backends.compiled_cache import DIGEST, PACKAGE, load_or_compile
-from vitdeploy.engines.caches import cache_folder
-from vitdeploy.plain_files import sha256
+from vitdeploy.bundle.files import sha256
+from vitdeploy.machine.cache import cache_folder
 
 CODE = b"code" * 1000
 KILLED = """
@@ -144,7 +144,7 @@ def test_a_cache_that_can_only_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(30, "read-only file system")
 
     compiler = Compiler()
-    monkeypatch.setattr("vitdeploy.atomic.StagedFolder.__enter__", refuse)
+    monkeypatch.setattr("vitdeploy.bundle.staging.StagedFolder.__enter__", refuse)
     compiler()
     compiler()
     assert compiler.calls == 2

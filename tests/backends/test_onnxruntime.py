@@ -12,10 +12,10 @@ import pytest
 from vitdeploy.backends import onnxruntime_providers as module
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.backends.onnxruntime import OnnxRuntime
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof, TensorSpec
 from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
-from vitdeploy.manifest import OpPrecision, PrecisionProof, TensorSpec
 
 Array = np.ndarray[Any, Any]
 

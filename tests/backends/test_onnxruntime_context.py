@@ -8,12 +8,12 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
-from fake_onnxruntime import CUDA, RTX, TENSORRT, TENSORRT_OPTIONS, Double, Settings
 from onnx import TensorProto, helper
 
+from tests.fakes.onnxruntime import CUDA, RTX, TENSORRT, TENSORRT_OPTIONS, Double, Settings
 from vitdeploy.backends import onnxruntime_providers as providers
 from vitdeploy.backends.onnxruntime_context import export_ep_context
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import ViTConfig
 from vitdeploy.errors import BundleError, DeviceUnavailable, ExportError, UsageError
 

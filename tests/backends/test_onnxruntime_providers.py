@@ -10,16 +10,16 @@ from typing import Any
 
 import onnxruntime
 import pytest
-from fake_onnxruntime import CPU, CUDA, RTX, RTX_OPTIONS, TENSORRT, TENSORRT_OPTIONS, Double, Settings
 
+from tests.fakes.onnxruntime import CPU, CUDA, RTX, RTX_OPTIONS, TENSORRT, TENSORRT_OPTIONS, Double, Settings
 from vitdeploy.backends import onnxruntime_providers as providers
 from vitdeploy.backends.base import Options
 from vitdeploy.backends.onnxruntime import OnnxRuntime
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
 from vitdeploy.config import BatchRange
-from vitdeploy.devices import Gpu
 from vitdeploy.errors import DeviceUnavailable, UsageError
-from vitdeploy.manifest import OpPrecision, PrecisionProof
+from vitdeploy.machine.gpus import Gpu
 
 pytestmark = pytest.mark.usefixtures("nvidia_machine")
 

@@ -11,10 +11,10 @@ import pytest
 from vitdeploy.backends import openvino as module
 from vitdeploy.backends.base import Options
 from vitdeploy.backends.openvino import OpenVino
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, MissingDependency, UsageError
-from vitdeploy.manifest import TensorSpec
 
 Array = np.ndarray[Any, Any]
 

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_torch_events import CudaClock
-from models import CONFIGS, pixels, random_state, random_vit
-from weights_bundles import CONFIG, SPEC, artifact, golden
 
+from tests.fakes.torch_events import CudaClock
+from tests.helpers.models import CONFIGS, pixels, random_state, random_vit
+from tests.helpers.weights_bundles import CONFIG, SPEC, artifact, golden
 from vitdeploy.backends.aotinductor import AotInductor
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.backends.torch import DeviceTimer, Torch, _no_tf32
 from vitdeploy.backends.torch_compile import TorchCompile
-from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.manifest import Precision
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency, UsageError
-from vitdeploy.manifest import Precision
-from vitdeploy.model import forward_float64
-from vitdeploy.parity import check_session
+from vitdeploy.model.vit import forward_float64
+from vitdeploy.verification.parity import check_session
 
 Make = Callable[..., Bundle]
 

@@ -7,24 +7,24 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import interpreter
 import numpy as np
 import pytest
 import torch
-from fake_torch_events import CudaClock
-from models import CONFIGS, pixels, random_vit
-from weights_bundles import CONFIG, SPEC, artifact, golden
 
+from tests.fakes.torch_events import CudaClock
+from tests.helpers import interpreter
+from tests.helpers.models import CONFIGS, pixels, random_vit
+from tests.helpers.weights_bundles import CONFIG, SPEC, artifact, golden
 from vitdeploy.backends import triton as module
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.backends.triton import Triton
-from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.manifest import Precision
 from vitdeploy.cli import main
-from vitdeploy.devices import Gpu
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
-from vitdeploy.manifest import Precision
-from vitdeploy.model import forward_float64
-from vitdeploy.parity import check_session
+from vitdeploy.machine.gpus import Gpu
+from vitdeploy.model.vit import forward_float64
+from vitdeploy.verification.parity import check_session
 
 Make = Callable[..., Bundle]
 

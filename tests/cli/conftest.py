@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bundles import write_bundle
-from commands import Exported, Result, Run, in_a_process
 
-from vitdeploy.bundle import Bundle
+from tests.helpers.bundles import write_bundle
+from tests.helpers.commands import Exported, Result, Run, in_a_process
+from vitdeploy.bundle.folder import Bundle
 from vitdeploy.cli import main
 
 

@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from bundles import random_image
-from commands import COMMAND, Run
 
-from vitdeploy import doctor
-from vitdeploy.bundle import Bundle
-from vitdeploy.cli import main
+from tests.helpers.bundles import random_image
+from tests.helpers.commands import COMMAND, Run
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.cli import diagnosis, main
 
 VERBS = ("export", "verify", "bench", "inspect", "predict", "doctor")
 
@@ -95,7 +94,7 @@ def broken(*_: object, **__: object) -> None:
 
 
 def test_a_bug_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitdeploy.doctor.diagnose", broken)
+    monkeypatch.setattr("vitdeploy.cli.diagnosis.diagnose", broken)
     result = run("doctor")
     assert (result.code, result.out) == (1, "")
     assert result.err.splitlines()[0] == "error: this is a bug in vitdeploy: RuntimeError: two lines"
@@ -104,7 +103,7 @@ def test_a_bug_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitdeploy.doctor.diagnose", broken)
+    monkeypatch.setattr("vitdeploy.cli.diagnosis.diagnose", broken)
     with pytest.raises(RuntimeError, match="two"):
         main(["--debug", "doctor"])
 
@@ -125,7 +124,7 @@ def test_a_pipe_that_closes_is_no_error(bundle: Bundle, tmp_path: Path) -> None:
 # In processes of their own, as users meet them: a test runner may have plans of its own for a signal.
 _INTERRUPTED = """
 import signal, sys
-from vitdeploy import doctor
+from vitdeploy.cli import diagnosis
 from vitdeploy.cli import main
 
 def interrupted():
@@ -141,7 +140,7 @@ def renamed():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 before = signal.getsignal({number})
-doctor.diagnose = {how}
+diagnosis.diagnose = {how}
 code = main({arguments})
 assert signal.getsignal({number}) is before
 sys.exit(code)
@@ -169,7 +168,7 @@ def test_an_interruption_that_a_library_renames() -> None:
 _IMPORTED = """
 import signal, sys, time
 from pathlib import Path
-from vitdeploy import doctor
+from vitdeploy.cli import diagnosis
 from vitdeploy.cli import interruption, main
 
 Path("fragile.py").write_text(
@@ -187,7 +186,7 @@ def work():
 sys.path.insert(0, ".")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 interruption._PATIENCE = {patience}
-doctor.diagnose = work
+diagnosis.diagnose = work
 sys.exit(main(["doctor"]))
 """
 
@@ -205,13 +204,13 @@ def test_an_interruption_waits_for_an_import(tmp_path: Path, inside: int, patien
 
 
 def test_an_ignored_signal_stays_ignored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    diagnose = doctor.diagnose
+    diagnose = diagnosis.diagnose
 
-    def hang_up() -> doctor.Diagnosis:
+    def hang_up() -> diagnosis.Diagnosis:
         signal.raise_signal(signal.SIGHUP)
         return diagnose()
 
-    monkeypatch.setattr("vitdeploy.doctor.diagnose", hang_up)
+    monkeypatch.setattr("vitdeploy.cli.diagnosis.diagnose", hang_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
         assert run("doctor").code == 0

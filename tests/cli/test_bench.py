@@ -13,18 +13,19 @@ from typing import Any
 
 import jsonschema
 import pytest
-from bundles import WEIGHT, write_bundle
-from commands import Exported, Run
 
-from vitdeploy.bench import machine
-from vitdeploy.bench.results import Results, read_results, schema
-from vitdeploy.bundle import Bundle
-from vitdeploy.doctor import this_machine
+from tests.helpers.bundles import WEIGHT, write_bundle
+from tests.helpers.commands import Exported, Run
+from tests.helpers.paths import ROOT
+from vitdeploy.benchmark import machine
+from vitdeploy.benchmark.results import Results, read_results, schema
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Choice
 from vitdeploy.errors import MissingDependency
-from vitdeploy.manifest import Choice
+from vitdeploy.machine.identity import this_machine
 
 QUICK = ("--backend", "onnxruntime", "--budget", "0.3s")
-SCHEMA = Path(__file__).parents[2] / "docs/results.schema.json"
+SCHEMA = ROOT / "docs/results.schema.json"
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def test_table_and_files(run: Run, bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_the_schema_is_the_documented_one() -> None:
-    """``python -m vitdeploy.bench.results > docs/results.schema.json`` writes it anew."""
+    """``python -m vitdeploy.benchmark.results > docs/results.schema.json`` writes it anew."""
     assert json.loads(SCHEMA.read_text()) == schema()
 
 
@@ -98,7 +99,7 @@ def test_pick_is_kept_and_used(run: Run, bundle: Bundle, tmp_path: Path) -> None
     assert (choice.goal, choice.backend, choice.batch) == ("throughput", "onnxruntime", 8)
     assert picked.document["picked"][0]["artifact"] == choice.artifact
     image = tmp_path / "image.png"
-    from bundles import random_image
+    from tests.helpers.bundles import random_image
 
     random_image(0).save(image)
     said = run("predict", bundle.root, image)
@@ -248,7 +249,7 @@ def _children(pid: int) -> list[str]:
 
 
 def test_choices_of_other_machines_stay(bundle: Bundle) -> None:
-    from vitdeploy.bench.choice import write_choice
+    from vitdeploy.benchmark.choice import write_choice
 
     given: dict[str, Any] = {
         "goal": "latency", "backend": "openvino", "provider": None, "artifact": "onnx-fp16", "batch": 1,

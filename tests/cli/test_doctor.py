@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from commands import Run
 
+from tests.helpers.commands import Run
 from vitdeploy.backends.base import Availability, backend_names
 from vitdeploy.backends.onnxruntime import OnnxRuntime
 
@@ -28,7 +28,7 @@ def test_a_missing_backend_says_what_would_help(run: Run, monkeypatch: pytest.Mo
 
 def test_no_backend_at_all_exits_3(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnnxRuntime, "availability", lambda _: Availability(False, "gone", None))
-    monkeypatch.setattr("vitdeploy.doctor.all_backends", lambda: (OnnxRuntime(),))
+    monkeypatch.setattr("vitdeploy.cli.diagnosis.all_backends", lambda: (OnnxRuntime(),))
     result = run("doctor", "--json")
     assert result.code == 3
     assert result.document["ok"] is False

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import write_bundle
-from commands import COMMAND, Exported, Run, in_a_process
 
-from vitdeploy.bundle import Bundle
+from tests.helpers.bundles import write_bundle
+from tests.helpers.commands import COMMAND, Exported, Run, in_a_process
+from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ParityError
-from vitdeploy.export import run as exporter
-from vitdeploy.export.request import ExportRequest
+from vitdeploy.exporter import run as exporter
+from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.progress import Progress
 
 

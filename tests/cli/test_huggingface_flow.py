@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from commands import Run
 from PIL import Image
 from sklearn import datasets
 
+from tests.helpers.commands import Run
 from vitdeploy.backends.base import Options, get_backend
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
 
 PHOTOGRAPHS = sorted((Path(datasets.__file__).parent / "images").glob("*.jpg"))
 SMALL: dict[str, Any] = {

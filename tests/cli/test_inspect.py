@@ -6,10 +6,10 @@ from pathlib import Path
 
 import onnx
 import pytest
-from bundles import WEIGHT, graph
-from commands import Exported, Run
 
-from vitdeploy.bundle import Bundle
+from tests.helpers.bundles import WEIGHT, graph
+from tests.helpers.commands import Exported, Run
+from vitdeploy.bundle.folder import Bundle
 
 
 def test_a_bundle(run: Run, digits: Exported) -> None:

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from bundles import write_bundle
-from commands import Run, in_a_process
-from small_bundles import flip, siblings
 
-from vitdeploy.bundle import Bundle
+from tests.helpers.bundles import write_bundle
+from tests.helpers.commands import Run, in_a_process
+from tests.helpers.small_bundles import flip, siblings
+from vitdeploy.bundle.folder import Bundle
 
 
 def test_text(run: Run, bundle: Bundle, tmp_path: Path) -> None:

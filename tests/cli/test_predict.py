@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import LABELS, answer_images, random_image, write_bundle
-from commands import Exported, Run
 from PIL import Image
 
-from vitdeploy.bundle import Bundle
+from tests.helpers.bundles import LABELS, answer_images, random_image, write_bundle
+from tests.helpers.commands import Exported, Run
+from vitdeploy.bundle.folder import Bundle
 
 
 @pytest.fixture

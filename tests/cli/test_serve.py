@@ -9,14 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from bundles import WEIGHT, write_bundle
-from commands import COMMAND, Run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.bundles import WEIGHT, write_bundle
+from tests.helpers.commands import COMMAND, Run
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
-from vitdeploy.serve.repository import parse_places
+from vitdeploy.server.repository import parse_places
 
 
 @pytest.mark.parametrize(

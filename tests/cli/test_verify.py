@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import WEIGHT, answer_images, random_image, write_bundle
-from commands import Exported, Run, in_a_process
 
-from vitdeploy.bundle import Bundle
+from tests.helpers.bundles import WEIGHT, answer_images, random_image, write_bundle
+from tests.helpers.commands import Exported, Run, in_a_process
+from vitdeploy.bundle.folder import Bundle
 
 ORT = ("--backend", "onnxruntime")
 

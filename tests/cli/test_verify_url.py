@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from bundles import write_bundle
-from commands import COMMAND, Run
-from v2_grpc_server import GrpcServer
-from v2_models import linear, predict, served
-from v2_server import V2Server
 
-from vitdeploy.bundle import Bundle
+from tests.fakes.v2_grpc_server import GrpcServer
+from tests.fakes.v2_models import linear, predict, served
+from tests.fakes.v2_server import V2Server
+from tests.helpers.bundles import write_bundle
+from tests.helpers.commands import COMMAND, Run
+from vitdeploy.bundle.folder import Bundle
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import interpreter
 import pytest
 import torch
+
+from tests.helpers import interpreter
 
 QUICK = ("test_config.py", "test_cost.py", "test_runner.py")
 """What `make check` runs of them; the runner's tests launch every kernel of a forward pass."""

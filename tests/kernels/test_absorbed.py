@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import run_inside
-from kernel_tensors import TOLERANCE, Guarded, guard, guard_rows, relative
 from torch import Tensor
 
+from tests.helpers.interpreter import run_inside
+from tests.helpers.kernel_tensors import TOLERANCE, Guarded, guard, guard_rows, relative
 from vitdeploy_kernels import reference
 from vitdeploy_kernels.absorbed import (
     WIDEST,

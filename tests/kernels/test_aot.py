@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_launches import LAUNCHES, layernorm_linear_launch
 
 import vitdeploy_kernels
+from tests.helpers.kernel_launches import LAUNCHES, layernorm_linear_launch
 from vitdeploy_kernels import aot, sass
 from vitdeploy_kernels.aot import AotError, Compiled, launch_key, signature
 from vitdeploy_kernels.compile_pool import compile_all

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreter import run_inside
-from kernel_tensors import Guarded, guard, relative
 from torch import Tensor
 
+from tests.helpers.interpreter import run_inside
+from tests.helpers.kernel_tensors import Guarded, guard, relative
 from vitdeploy_kernels import reference, support
 from vitdeploy_kernels.attention import attention, launch, supports
 from vitdeploy_kernels.config import Config

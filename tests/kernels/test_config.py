@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import interpreter  # noqa: F401  (before anything imports a kernel)
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers import interpreter  # noqa: F401  (before anything imports a kernel)
+from tests.helpers.paths import ROOT
 from vitdeploy_kernels.candidates import shared_memory
 from vitdeploy_kernels.config import (
     Config,
@@ -179,7 +180,7 @@ def test_table_names_are_file_names() -> None:
 
 
 def test_the_default_tables_are_what_their_script_writes() -> None:
-    script = Path(__file__).parents[2] / "kernels" / "defaults.py"
+    script = ROOT / "kernels" / "defaults.py"
     done = subprocess.run(
         [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
     )

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-import interpreter  # noqa: F401  (before anything imports a kernel)
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers import interpreter  # noqa: F401  (before anything imports a kernel)
+from tests.helpers.paths import ROOT
 from vitdeploy_kernels.config import shipped_table
 from vitdeploy_kernels.cost import GAP, H200, Work, floor, predict, relative_time, tile_share, work
 from vitdeploy_kernels.planner import launches
 from vitdeploy_kernels.specs import flops, model_specs, spec_of
 from vitdeploy_kernels.vit import VitShape
 
-KERNELS = Path(__file__).parents[2] / "kernels"
+KERNELS = ROOT / "kernels"
 VIT_B = VitShape()
 TABLE = shipped_table((9, 0))
 

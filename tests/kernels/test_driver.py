@@ -8,12 +8,12 @@ import re
 import threading
 from pathlib import Path
 
-import fake_cuda
 import pytest
 import torch
-from fake_cuda import STREAM, FakeDriver
-from kernel_launches import layernorm_linear_launch
 
+from tests.fakes import cuda
+from tests.fakes.cuda import STREAM, FakeDriver
+from tests.helpers.kernel_launches import layernorm_linear_launch
 from vitdeploy_kernels.driver import Binary, CubinKernel, CudaDriver, DriverError, aligned
 from vitdeploy_kernels.launch import Launch
 
@@ -23,7 +23,7 @@ SMALL = Binary("layernorm_linear_kernel", b"\x7fELF and more", TYPES, shared=491
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return fake_cuda.build(tmp_path_factory.mktemp("fake_cuda"))
+    return cuda.build(tmp_path_factory.mktemp("fake_cuda"))
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fake_cuda
 import pytest
 import torch
-from fake_cuda import FakeDriver
-from kernel_launches import layernorm_linear_launch
 
+from tests.fakes import cuda
+from tests.fakes.cuda import FakeDriver
+from tests.helpers.kernel_launches import layernorm_linear_launch
 from vitdeploy_kernels import package
 from vitdeploy_kernels.aot import AotError, launch_key
 from vitdeploy_kernels.driver import DriverError
@@ -31,7 +31,7 @@ WIDE = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return fake_cuda.build(tmp_path_factory.mktemp("fake_cuda"))
+    return cuda.build(tmp_path_factory.mktemp("fake_cuda"))
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import run_inside
-from kernel_tensors import TOLERANCE, Guarded, guard, relative, statistics_error
 from torch import Tensor
 
+from tests.helpers.interpreter import run_inside
+from tests.helpers.kernel_tensors import TOLERANCE, Guarded, guard, relative, statistics_error
 from vitdeploy_kernels import reference
 from vitdeploy_kernels.config import Config
 from vitdeploy_kernels.launch import tiles

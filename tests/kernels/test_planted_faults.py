@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_faults import GROUPS, Fault
 
-HERE = Path(__file__).parent
-PACKAGE = HERE.parents[1] / "kernels" / "vitdeploy_kernels"
+from tests.helpers.kernel_faults import GROUPS, Fault
+from tests.helpers.paths import ROOT
+
+PACKAGE = ROOT / "kernels" / "vitdeploy_kernels"
 
 pytestmark = [
     pytest.mark.slow,
@@ -65,12 +66,12 @@ def test_faults_are_caught(group: str, tmp_path: Path) -> None:
     work = []
     for i, (fault, tests) in enumerate(runs):
         plant(tmp_path / str(i), fault)
-        work.append((str(tmp_path / str(i)), str(HERE / file), tests))
+        work.append((str(tmp_path / str(i)), str(Path(__file__).with_name(file)), tests))
     done = subprocess.run(
         [sys.executable, "-c", CHILD],
         input=json.dumps(work),
         env={**os.environ, "HYPOTHESIS_STORAGE_DIRECTORY": str(tmp_path)},
-        cwd=HERE.parents[1],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_launches import LAUNCHES, attention_launch, layernorm_linear_launch
 
+from tests.helpers.kernel_launches import LAUNCHES, attention_launch, layernorm_linear_launch
 from vitdeploy_kernels import aot, ptx, reference
 from vitdeploy_kernels import attention as attend
 from vitdeploy_kernels.aot import AotError, Compiled, launch_key, parameter_names

@@ -6,11 +6,11 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from kernel_launches import attention_launch, layernorm_linear_launch
 
+from tests.helpers.kernel_launches import attention_launch, layernorm_linear_launch
+from tests.helpers.paths import ROOT
 from vitdeploy_kernels import resources
 from vitdeploy_kernels.aot import ARCHITECTURES
 from vitdeploy_kernels.resources import (
@@ -23,7 +23,7 @@ from vitdeploy_kernels.resources import (
     parse_rows,
 )
 
-TABLE = Path(__file__).parents[2] / "kernels" / "resources.csv"
+TABLE = ROOT / "kernels" / "resources.csv"
 
 ROW = Row(
     model="ViT-B/16", arch="sm_90", site="blocks.0.mlp.fc1", calls=11, kernel="layernorm_linear",

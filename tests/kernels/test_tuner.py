@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.paths import ROOT
 from vitdeploy_kernels import warming
 from vitdeploy_kernels.candidates import SPACES, candidates, shared_memory
 from vitdeploy_kernels.config import Config, load_table, shipped_table, table_name
@@ -294,7 +295,7 @@ def test_median_and_spread() -> None:
 
 
 def test_without_a_gpu_there_is_one_clear_line() -> None:
-    script = Path(__file__).parents[2] / "kernels" / "tune.py"
+    script = ROOT / "kernels" / "tune.py"
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, check=False, env=hidden

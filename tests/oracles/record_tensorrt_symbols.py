@@ -1,4 +1,4 @@
-"""Record which names TensorRT's Python bindings have, for tests/fake_tensorrt.py.
+"""Record which names TensorRT's Python bindings have, for tests/fakes/tensorrt.py.
 
     python tests/oracles/record_tensorrt_symbols.py tensorrt_cu13_bindings-*.whl -o tests/oracles/tensorrt
     python tests/oracles/record_tensorrt_symbols.py --module tensorrt_rtx -o tests/oracles/tensorrt

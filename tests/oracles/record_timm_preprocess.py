@@ -1,4 +1,4 @@
-"""Records what timm's evaluation transform makes of small images, for tests/test_preprocess.py.
+"""Records what timm's evaluation transform makes of small images, for tests/images/test_preprocess.py.
 
 Needs timm and torchvision, which the test environment does not have. From the root of the repository:
 
@@ -21,7 +21,7 @@ import torchvision
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from vitdeploy.golden import GOLDEN_NAMES, golden_images
+from vitdeploy.bundle.golden import GOLDEN_NAMES, golden_images
 
 IMAGES = {
     "wide": ("still_life", (43, 61)),

@@ -1,6 +1,6 @@
 """What Triton's Python backend gives a model, without the server: enough to feed packaged models images.
 
-The real server runs the same models in tests/package/test_triton_server.py.
+The real server runs the same models in tests/packaging/test_triton_server.py.
 """
 
 

@@ -19,11 +19,11 @@ from vitdeploy.backends.base import Availability, numpy_dtype, one_line
 from vitdeploy.backends.compiled_cache import load_or_compile
 from vitdeploy.backends.torch import Forward, Torch, dtype_of, forward_of, load_vit
 from vitdeploy.backends.torch_compile import with_compiler
-from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.manifest import Precision, input_spec
 from vitdeploy.config import BatchRange
-from vitdeploy.devices import cpu_info
 from vitdeploy.errors import BundleError
-from vitdeploy.manifest import Precision, input_spec
+from vitdeploy.machine.identity import cpu_info
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ class _Job:
         """What sessions compute, as the exporter takes it."""
         import torch
 
-        from vitdeploy.model import FusedAttention
+        from vitdeploy.model.vit import FusedAttention
 
         vit = load_vit(self.bundle, dtype_of(self.precision), self.device, FusedAttention)
         forward_ = forward_of(vit, self.bundle.manifest)

@@ -14,10 +14,10 @@ from typing import Any, Protocol, Self, cast
 
 import numpy as np
 
-from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.manifest import Artifact, DType, Manifest, Precision, TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError, did_you_mean
-from vitdeploy.manifest import Artifact, DType, Manifest, Precision, TensorSpec
 
 Array = np.ndarray[Any, Any]
 

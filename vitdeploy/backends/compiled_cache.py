@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from vitdeploy.atomic import StagedFolder
-from vitdeploy.engines.caches import CacheFile, cache_folder
-from vitdeploy.plain_files import sha256
+from vitdeploy.bundle.files import sha256
+from vitdeploy.bundle.staging import StagedFolder
+from vitdeploy.machine.cache import CacheFile, cache_folder
 
 PACKAGE = "model.pt2"
 DIGEST = "sha256"

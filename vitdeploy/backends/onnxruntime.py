@@ -27,9 +27,9 @@ from vitdeploy.backends.onnxruntime_providers import (
     shares,
     unavailable,
 )
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact, Manifest
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
-from vitdeploy.manifest import Artifact, Manifest
 
 if TYPE_CHECKING:
     import onnxruntime

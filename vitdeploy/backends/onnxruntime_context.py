@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from vitdeploy.atomic import StagedFolder
 from vitdeploy.backends import onnxruntime_providers as providers
 from vitdeploy.backends.base import one_line
 from vitdeploy.backends.onnxruntime import session_settings
 from vitdeploy.backends.onnxruntime_providers import Setup, set_up, unavailable
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.bundle.staging import StagedFolder
 from vitdeploy.errors import ExportError, UsageError
-from vitdeploy.manifest import Artifact
 
 if TYPE_CHECKING:
     import onnx

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from vitdeploy.backends.base import Options, one_line, split_device
-from vitdeploy.bundle import Bundle
-from vitdeploy.devices import Gpu, find_gpus
-from vitdeploy.engines.caches import CacheFile
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, VitdeployError, did_you_mean
-from vitdeploy.manifest import Artifact
+from vitdeploy.machine.cache import CacheFile
+from vitdeploy.machine.gpus import Gpu, find_gpus
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",

@@ -23,10 +23,10 @@ from vitdeploy.backends.base import (
     require_support,
     split_device,
 )
-from vitdeploy.bundle import Bundle
-from vitdeploy.engines.plugin_graph import with_plugins
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, TensorSpec
 from vitdeploy.errors import BundleError, MissingDependency, UsageError
-from vitdeploy.manifest import Artifact, Manifest, Precision, TensorSpec
+from vitdeploy.tensorrt.plugin_graph import with_plugins
 
 _HINTS: Mapping[Precision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 _NAMES = {"f32": "fp32", "f16": "fp16"}

@@ -23,26 +23,20 @@ from vitdeploy.backends.base import (
     require_support,
     split_device,
 )
-from vitdeploy.bundle import Bundle
-from vitdeploy.devices import Gpu, find_gpus
-from vitdeploy.engines import cuda
-from vitdeploy.engines.caches import KernelCache
-from vitdeploy.engines.compatibility import (
-    check_files,
-    check_machine,
-    foreign_to,
-    read_record,
-    runs_on,
-)
-from vitdeploy.engines.flavours import FLAVOURS, Flavour, installed, open_library
-from vitdeploy.engines.fusion import FusionReport, fused
-from vitdeploy.engines.layers import inspected_layers
-from vitdeploy.engines.log import Log, make_logger
-from vitdeploy.engines.protocol import ICudaEngine, TensorRt
-from vitdeploy.engines.records import EngineRecord
-from vitdeploy.engines.session import Engine
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import REBUILD, Artifact, Manifest
 from vitdeploy.errors import BundleError, DeviceUnavailable, ExportError, UsageError
-from vitdeploy.manifest import REBUILD, Artifact, Manifest
+from vitdeploy.machine.gpus import Gpu, find_gpus
+from vitdeploy.tensorrt import cuda
+from vitdeploy.tensorrt.api import ICudaEngine, TensorRt
+from vitdeploy.tensorrt.caches import KernelCache
+from vitdeploy.tensorrt.engine_file import check_files, check_machine, foreign_to, read_record, runs_on
+from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, installed, open_library
+from vitdeploy.tensorrt.fusion import FusionReport, fused
+from vitdeploy.tensorrt.layers import inspected_layers
+from vitdeploy.tensorrt.log import Log, make_logger
+from vitdeploy.tensorrt.records import EngineRecord
+from vitdeploy.tensorrt.session import Engine
 
 
 class _EngineBackend:
@@ -179,7 +173,7 @@ class EngineSession(Session):
         return outputs
 
     def run_tensors(self, inputs: Mapping[str, object]) -> dict[str, object]:
-        """Compute on tensors that lie on the GPU; see ``vitdeploy.engines.session.Engine``."""
+        """Compute on tensors that lie on the GPU; see ``vitdeploy.tensorrt.session.Engine``."""
         with self._explained():
             return self._engine.run_tensors(inputs)
 

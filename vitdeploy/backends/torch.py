@@ -21,16 +21,16 @@ from vitdeploy.backends.base import (
     require_support,
     split_device,
 )
-from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
-from vitdeploy.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from vitdeploy.model import Attention, ViT
+    from vitdeploy.model.vit import Attention, ViT
 
 Forward = Callable[["Tensor"], "Tensor"]
 
@@ -88,7 +88,7 @@ class Torch:
         self, bundle: Bundle, precision: Precision, batch: BatchRange | None, device: str
     ) -> Forward:
         """The function of a session: the network's input to float32 output."""
-        from vitdeploy.model import FusedAttention
+        from vitdeploy.model.vit import FusedAttention
 
         return forward_of(load_vit(bundle, dtype_of(precision), device, FusedAttention), bundle.manifest)
 
@@ -232,7 +232,7 @@ def load_vit(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from vitdeploy.model import Attention, build
+    from vitdeploy.model.vit import Attention, build
 
     config, path = bundle.manifest.model, bundle.path(WEIGHTS)
     assert config is not None

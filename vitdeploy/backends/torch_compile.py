@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from vitdeploy.backends.base import Availability
 from vitdeploy.backends.torch import Forward, Torch
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Precision
 from vitdeploy.config import BatchRange
-from vitdeploy.manifest import Precision
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,11 +22,11 @@ from vitdeploy.backends.base import (
     require_support,
 )
 from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_vit
-from vitdeploy.bundle import WEIGHTS, Bundle
+from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 from vitdeploy.config import BatchRange
-from vitdeploy.devices import find_gpus
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
-from vitdeploy.manifest import Artifact, Manifest, Precision, input_spec, output_spec
+from vitdeploy.machine.gpus import find_gpus
 
 if TYPE_CHECKING:
     from vitdeploy_kernels.config import Table
@@ -233,7 +233,7 @@ def _runner(
         DeviceUnavailable: this GPU among several is too old.
         BundleError: the kernels fail, or the memory does not suffice.
     """
-    from vitdeploy.fusing import buckets_of, fuse
+    from vitdeploy.model.fused import buckets_of, fuse
     from vitdeploy_kernels.runner import VitRunner
     from vitdeploy_kernels.support import UnsupportedError
 

@@ -14,11 +14,11 @@ from vitdeploy.cli.interruption import Interrupted
 from vitdeploy.errors import ParityError, RegressionError, UsageError, VitdeployError
 
 if TYPE_CHECKING:
-    from vitdeploy.bench.choice import Goal
-    from vitdeploy.bench.compare import Comparison
-    from vitdeploy.bench.lanes import Choices
-    from vitdeploy.bench.results import Cell, Results
-    from vitdeploy.manifest import Choice
+    from vitdeploy.benchmark.choice import Goal
+    from vitdeploy.benchmark.compare import Comparison
+    from vitdeploy.benchmark.lanes import Choices
+    from vitdeploy.benchmark.results import Cell, Results
+    from vitdeploy.bundle.manifest import Choice
 
 SUMMARY = "Measure a bundle's speed, parity and accuracy on this machine."
 EXAMPLES = (
@@ -42,18 +42,18 @@ class _Files:
 
     def require_writable(self) -> None:
         """Find out before the measurement what would fail after it."""
-        from vitdeploy.bench.results import require_writable
+        from vitdeploy.benchmark.results import require_writable
 
         require_writable(self._named)
         if self.html is not None:
-            from vitdeploy.bench.report import require_libraries
+            from vitdeploy.benchmark.report import require_libraries
 
             require_libraries()
 
     def write(self, results: Results, comparison: Comparison | None) -> None:
-        from vitdeploy.bench.compare import comparison_markdown
-        from vitdeploy.bench.results import write_whole
-        from vitdeploy.bench.views import csv_text, markdown_text
+        from vitdeploy.benchmark.compare import comparison_markdown
+        from vitdeploy.benchmark.results import write_whole
+        from vitdeploy.benchmark.views import csv_text, markdown_text
 
         if self.results is not None:
             write_whole(self.results, json.dumps(results.as_dict(), indent=2, allow_nan=False) + "\n")
@@ -63,7 +63,7 @@ class _Files:
             before = f"{comparison_markdown(comparison)}\n" if comparison else ""
             write_whole(self.markdown, before + markdown_text(results))
         if self.html is not None:
-            from vitdeploy.bench.report import html_text
+            from vitdeploy.benchmark.report import html_text
 
             write_whole(self.html, html_text(results, comparison))
         for path in self._named:
@@ -143,8 +143,8 @@ def command(
     A cell whose outputs are not the reference's is shown struck through, takes part in no ranking, and
     makes the exit code 5. Ctrl-C keeps what was measured.
     """
-    from vitdeploy.bench.lanes import Choices
-    from vitdeploy.bench.results import read_results
+    from vitdeploy.benchmark.lanes import Choices
+    from vitdeploy.benchmark.results import read_results
 
     choices = Choices(
         backends=parse.backends(backend, provider),
@@ -173,8 +173,8 @@ def command(
 
 def _run(request: _Request) -> int:
     """Measure, write, choose, print; what is wrong is said last, when everything is safe."""
-    from vitdeploy.bench.compare import compare
-    from vitdeploy.bench.run import run_bench
+    from vitdeploy.benchmark.compare import compare
+    from vitdeploy.benchmark.run import run_bench
 
     request.files.require_writable()
     with output.Stages() as stages, output.stdout_is_ours():
@@ -220,8 +220,8 @@ def _pick(
     results: Results, bundles: list[Path], goal: Goal, limit: float | None
 ) -> list[tuple[Path, Choice]]:
     """Choose for every bundle, then write the choices."""
-    from vitdeploy.bench.choice import choice_of, pick, write_choice
-    from vitdeploy.bundle import Bundle
+    from vitdeploy.benchmark.choice import choice_of, pick, write_choice
+    from vitdeploy.bundle.folder import Bundle
 
     names = [subject.name for subject in results.subjects]
     chosen = [

@@ -10,7 +10,7 @@ from vitdeploy.cli import output
 from vitdeploy.errors import MissingDependency
 
 if TYPE_CHECKING:
-    from vitdeploy.doctor import Diagnosis
+    from vitdeploy.cli.diagnosis import Diagnosis
 
 SUMMARY = "Show this machine and what runs on it."
 EXAMPLES = ("vitdeploy doctor", "vitdeploy doctor --json > machine.json")
@@ -23,7 +23,7 @@ def command(
 
     The exit code is 3 if no backend runs.
     """
-    from vitdeploy.doctor import diagnose
+    from vitdeploy.cli.diagnosis import diagnose
 
     with output.stdout_is_ours():
         found = diagnose()
@@ -36,7 +36,7 @@ def command(
 
 
 def _print(found: Diagnosis) -> None:
-    from vitdeploy.doctor import LIBRARIES
+    from vitdeploy.machine.identity import LIBRARIES
 
     memory = "unknown" if found.cpu.memory is None else output.size(found.cpu.memory)
     rows = [

@@ -12,10 +12,10 @@ from vitdeploy.cli import output, parse, summary
 from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from vitdeploy.bundle import Bundle
-    from vitdeploy.export.engine_request import EngineRequest
-    from vitdeploy.export.plan import ExportPlan
-    from vitdeploy.export.request import ExportRequest
+    from vitdeploy.bundle.folder import Bundle
+    from vitdeploy.exporter.engine_request import EngineRequest
+    from vitdeploy.exporter.plan import ExportPlan
+    from vitdeploy.exporter.request import ExportRequest
 
 SUMMARY = "A model becomes a bundle, every artifact proven."
 EXAMPLES = (
@@ -191,10 +191,10 @@ def command(
         given = tuple(flag for flag, value in fixed.items() if value is not None)
         return _add_engines(Path(model), engines, precisions, given, force, as_json)
     sizes = parse.batch_range("1,8,32" if batch is None else batch)
-    from vitdeploy.export import exporting
+    from vitdeploy.exporter import exporting
 
     with exporting():
-        from vitdeploy.export.request import ExportRequest
+        from vitdeploy.exporter.request import ExportRequest
 
     request = ExportRequest(
         model=model,
@@ -220,7 +220,7 @@ def command(
 
 def _is_bundle(model: str) -> bool:
     """Whether ``--model`` names a bundle rather than a model."""
-    from vitdeploy.manifest import MANIFEST
+    from vitdeploy.bundle.manifest import MANIFEST
 
     return Path(model, MANIFEST).is_file()
 
@@ -229,8 +229,8 @@ def _engine_request(
     where: tuple[str, str | None], profile: list[str] | None, plugins: bool, **settings: Any
 ) -> EngineRequest:
     """What the flags say of engines; ``where`` is ``--format`` and ``--arch``."""
-    from vitdeploy.engines.records import BuildSettings
-    from vitdeploy.export.engine_request import EngineRequest
+    from vitdeploy.exporter.engine_request import EngineRequest
+    from vitdeploy.tensorrt.records import BuildSettings
 
     formats, architectures = (parse.names(text) or () for text in where)
     profiles = parse.profiles(profile)
@@ -245,8 +245,8 @@ def _add_engines(
     force: bool,
     as_json: bool,
 ) -> None:
-    from vitdeploy.bundle import Bundle
-    from vitdeploy.export.tensorrt import add_engines
+    from vitdeploy.bundle.folder import Bundle
+    from vitdeploy.exporter.tensorrt import add_engines
 
     if given:
         message = f"{folder} is a bundle: engines are added to it, and {', '.join(given)} cannot change it"
@@ -258,7 +258,7 @@ def _add_engines(
 
 
 def _export(request: ExportRequest, folder: Path | None, force: bool, as_json: bool) -> None:
-    from vitdeploy.export.run import run_export
+    from vitdeploy.exporter.run import run_export
 
     with output.Stages() as stages, output.stdout_is_ours():
         bundle = run_export(request, folder, force=force, progress=stages)
@@ -296,7 +296,7 @@ def _print_bundle(bundle: Bundle, where: Path) -> None:
 
 
 def _dry_run(request: ExportRequest, folder: Path | None, force: bool, as_json: bool) -> None:
-    from vitdeploy.export.plan import plan_export
+    from vitdeploy.exporter.plan import plan_export
 
     with output.stdout_is_ours():
         plan = plan_export(request, folder, force=force)

@@ -11,9 +11,9 @@ from vitdeploy.cli import output, summary
 from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from vitdeploy.bundle import Bundle
-    from vitdeploy.manifest import Manifest
-    from vitdeploy.proof import GraphSummary
+    from vitdeploy.bundle.folder import Bundle
+    from vitdeploy.bundle.manifest import Manifest
+    from vitdeploy.bundle.onnx_graph import GraphSummary
 
 SUMMARY = "Show what a bundle, an ONNX file or an engine contains."
 EXAMPLES = (
@@ -39,7 +39,7 @@ def command(
 
     Of an engine, its header is read and the record beside it; that needs neither TensorRT nor a GPU.
     """
-    from vitdeploy.bundle import Bundle
+    from vitdeploy.bundle.folder import Bundle
 
     if path.is_dir():
         _bundle(Bundle.open(path), as_json)
@@ -54,7 +54,7 @@ def command(
 
 
 def _bundle(bundle: Bundle, as_json: bool) -> None:
-    from vitdeploy.proof import read_graph, summarise
+    from vitdeploy.bundle.onnx_graph import read_graph, summarise
 
     graphs = {
         artifact.name: summarise(read_graph(bundle.path(artifact.path)))
@@ -110,7 +110,7 @@ def _facts(manifest: Manifest) -> None:
 
 
 def _onnx(path: Path, as_json: bool) -> None:
-    from vitdeploy.proof import prove_precision, read_graph, summarise
+    from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, summarise
 
     model = read_graph(path)
     graph = summarise(model)
@@ -135,8 +135,8 @@ def _onnx(path: Path, as_json: bool) -> None:
 
 
 def _engine(path: Path, as_json: bool) -> None:
-    from vitdeploy.engines.compatibility import check_files, read_record
-    from vitdeploy.engines.header import HEADER_BYTES, check_size, read_header
+    from vitdeploy.tensorrt.engine_file import check_files, read_record
+    from vitdeploy.tensorrt.header import HEADER_BYTES, check_size, read_header
 
     with path.open("rb") as file:
         header = read_header(file.read(HEADER_BYTES), str(path))

@@ -13,9 +13,9 @@ from vitdeploy.errors import ParityError, UsageError, VitdeployError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vitdeploy.live.report import LiveReport
-    from vitdeploy.live.run import LiveRequest
-    from vitdeploy.live.watch import Round, Watch
+    from vitdeploy.verification.live.report import LiveReport
+    from vitdeploy.verification.live.round import LiveRequest
+    from vitdeploy.verification.live.watch import Round, Watch
 
 
 def only_with_url(options: Mapping[str, object]) -> None:
@@ -56,8 +56,8 @@ def headers(texts: Sequence[str] | None) -> dict[str, str]:
 
 def once(bundle: Path, request: LiveRequest, *, as_json: bool) -> int:
     """Verify a live server and print what came out."""
-    from vitdeploy.live.run import verify_live
-    from vitdeploy.live.watch import in_a_thread
+    from vitdeploy.verification.live.round import verify_live
+    from vitdeploy.verification.live.watch import in_a_thread
 
     with output.Stages() as stages, output.stdout_is_ours():
         report: LiveReport = in_a_thread(lambda: verify_live(bundle, request, stages))
@@ -72,9 +72,9 @@ def repeatedly(
     bundle: Path, request: LiveRequest, seconds: float, metrics_port: int | None, *, as_json: bool
 ) -> int:
     """Verify a live server until Ctrl-C or SIGTERM, one line per round, and print a summary."""
-    from vitdeploy.live.metrics import WatchMetrics
-    from vitdeploy.live.run import LiveVerification
-    from vitdeploy.live.watch import Watch, watch
+    from vitdeploy.verification.live.metrics import WatchMetrics
+    from vitdeploy.verification.live.round import LiveVerification
+    from vitdeploy.verification.live.watch import Watch, watch
 
     total = Watch()
     say = output.note if as_json else output.line

@@ -10,7 +10,7 @@ import typer
 from vitdeploy.cli import output
 
 if TYPE_CHECKING:
-    from vitdeploy.package.run import Package
+    from vitdeploy.packaging.write import Package
 
 SUMMARY = "Write a folder that another server loads."
 EXAMPLES = (
@@ -94,8 +94,8 @@ def command(
     triton-server: a model repository for NVIDIA's Triton Inference Server. kserve: the same, and an
     InferenceService. docker: our own server in an image. ray: a Ray Serve application.
     """
-    from vitdeploy.package.base import Settings, checked_device
-    from vitdeploy.package.run import write_package
+    from vitdeploy.packaging.target import Settings, checked_device
+    from vitdeploy.packaging.write import write_package
 
     settings = Settings(
         backend=backend,

@@ -14,9 +14,9 @@ from vitdeploy.cli import output
 from vitdeploy.errors import ImageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from vitdeploy.cluster.job import Summary
-    from vitdeploy.cluster.planning import Request
     from vitdeploy.predictor import Prediction, Predictor
+    from vitdeploy.ray.job import Summary
+    from vitdeploy.ray.planning import Request
 
 SUMMARY = "Classify images."
 EXAMPLES = (
@@ -88,7 +88,7 @@ def command(
     if engine == "ray":
         if out is None:
             raise UsageError("--engine ray writes its results into a folder", hint="-o DIR")
-        from vitdeploy.cluster.planning import Request
+        from vitdeploy.ray.planning import Request
 
         request = Request(
             bundle=bundle,
@@ -134,7 +134,7 @@ def _check_engine(engine: str, only_ray: Mapping[str, object], as_csv: bool) -> 
 
 def _paths(arguments: Sequence[str]) -> tuple[list[Path], int]:
     """The image files that the arguments name, each once, and how many arguments name none."""
-    from vitdeploy.images import find_images
+    from vitdeploy.images.decode import find_images
 
     paths: dict[Path, None] = {}
     broken = 0
@@ -164,7 +164,7 @@ def _classify(
 
 
 def _on_ray(request: Request, as_json: bool) -> int:
-    from vitdeploy.cluster.job import run
+    from vitdeploy.ray.job import run
 
     with output.Stages() as stages, output.stdout_is_ours():
         summary = run(request, stages)

@@ -9,7 +9,7 @@ import typer
 from vitdeploy.cli import output, parse
 
 if TYPE_CHECKING:
-    from vitdeploy.serve.server import Started
+    from vitdeploy.server.process import Started
 
 SUMMARY = "Serve bundles over HTTP and gRPC."
 EXAMPLES = (
@@ -80,10 +80,10 @@ def command(
     anew without a gap. Requests of all clients are batched together.
     """
     from vitdeploy.backends.base import Options
-    from vitdeploy.serve.models import Settings
-    from vitdeploy.serve.repository import parse_places
-    from vitdeploy.serve.server import Endpoint, serve
-    from vitdeploy.serve.service import Limits
+    from vitdeploy.server.process import Endpoint, serve
+    from vitdeploy.server.repository import parse_places
+    from vitdeploy.server.served_model import Settings
+    from vitdeploy.server.service import Limits
 
     options = Options(threads=threads, provider=provider)
     sizes = parse.integers(buckets, "--buckets") if buckets is not None else ()

@@ -10,7 +10,7 @@ from vitdeploy.cli import output
 from vitdeploy.errors import ParityError
 
 if TYPE_CHECKING:
-    from vitdeploy.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
+    from vitdeploy.bundle.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
 
 _SHORT = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _KINDS = {
@@ -133,7 +133,7 @@ def proof_line(ops: Sequence[OpPrecision]) -> str:
 
 
 def _kind(op: OpPrecision) -> str:
-    from vitdeploy.proof import GEMMS, NORMALISATIONS
+    from vitdeploy.bundle.onnx_graph import GEMMS, NORMALISATIONS
 
     if op.op in GEMMS:
         return "GEMM"

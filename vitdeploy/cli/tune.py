@@ -35,7 +35,7 @@ def command(
     Each candidate is compared with float64 before it is timed. The table goes into the bundle, and the
     triton backend uses it on GPUs of the same name; what the time does not suffice for keeps its default.
     """
-    from vitdeploy.tuning import tune_bundle
+    from vitdeploy.backends.triton_tuning import tune_bundle
 
     sizes = parse.integers(batch, "--batch") if batch is not None else None
     seconds = parse.duration(budget)

@@ -11,7 +11,7 @@ from vitdeploy.cli import live, output, parse, summary
 from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from vitdeploy.verification import VerifyReport
+    from vitdeploy.verification.local import VerifyReport
 
 SUMMARY = "Prove a bundle on this machine, or a live server with it."
 EXAMPLES = (
@@ -100,8 +100,8 @@ def command(
 
 
 def _live(bundle: Path, url: str, batch: str | None, options: dict[str, Any], as_json: bool) -> int:
-    from vitdeploy.live.run import CALLS, LiveRequest
-    from vitdeploy.live.watch import CALLS as FEWER
+    from vitdeploy.verification.live.round import CALLS, LiveRequest
+    from vitdeploy.verification.live.watch import CALLS as FEWER
 
     seconds = options["--watch"]
     if seconds is None and options["--metrics-port"] is not None:
@@ -135,7 +135,7 @@ def _here(
     as_json: bool,
 ) -> int:
     from vitdeploy.backends.base import Options
-    from vitdeploy.verification import verify_bundle
+    from vitdeploy.verification.local import verify_bundle
 
     named = parse.backends(backend, provider)
     sizes = parse.integers(batch, "--batch") if batch is not None else None

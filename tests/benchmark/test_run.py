@@ -1,0 +1,295 @@
+"""Whole measurements with real processes: right, wrong, crashing, hanging and interrupted ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vitdeploy
+from tests.helpers.bundles import write_bundle
+from tests.helpers.script_lanes import RIGHT, lane, target
+from vitdeploy.benchmark import metronome
+from vitdeploy.benchmark.cells import Limits
+from vitdeploy.benchmark.choice import pick
+from vitdeploy.benchmark.machine import NO_TIME, Moment
+from vitdeploy.benchmark.ranking import fastest
+from vitdeploy.benchmark.results import Results
+from vitdeploy.benchmark.run import Plan, run_plan
+from vitdeploy.config import BatchRange
+from vitdeploy.errors import BundleError, ParityError, UsageError
+from vitdeploy.progress import Progress, Stage
+
+ORT = ["onnxruntime"]
+QUIET = Limits(load=60, run=20)
+
+
+def quiet() -> Moment:
+    return NO_TIME
+
+
+def measure(lanes: list[Any], batches: tuple[int, ...] = (1, 2), **plan: Any) -> Results:
+    wanted = {"budget": 0.3, "limits": QUIET, **plan}
+    return run_plan(Plan(lanes, batches, **wanted), counters=quiet)
+
+
+def test_cells(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
+    found = vitdeploy.bench(made.root, backends=ORT, batches=(1, 8), threads=1, budget=0.3)
+    assert [(c.artifact, c.batch) for c in found.cells] == [
+        (name, batch) for name in ("onnx-fp32", "onnx-fp16") for batch in (1, 8)
+    ]
+    for cell in found.cells:
+        assert cell.valid
+        assert cell.status == "ok"
+        assert len(cell.samples_ms) % cell.round_samples == 0
+        assert len(cell.samples_ms) >= 3
+        assert cell.p50_ms is not None
+        assert cell.images_per_s is not None
+        assert min(cell.samples_ms) <= cell.p50_ms <= max(cell.samples_ms)
+        assert cell.p50_ms <= (cell.p90_ms or 0) <= (cell.p99_ms or 0) <= max(cell.samples_ms)
+        assert cell.mean_ms == pytest.approx(np.mean(cell.samples_ms), abs=1e-3)
+        assert cell.images_per_s == pytest.approx(1000 * cell.batch / cell.p50_ms, rel=0.05)
+        assert (cell.image_size, cell.threads, cell.provider) == ((8, 8), 1, "cpu")
+        assert cell.startup is not None
+        assert cell.startup.total_s >= cell.startup.load_s > 0
+        assert (cell.peak_memory_bytes or 0) > 10**7
+        assert cell.size_bytes == made.artifact(cell.artifact).size
+    errors = [cell.parity.relative for cell in found.cells if cell.parity]
+    assert (errors[0] or 1) < 1e-5 < (errors[2] or 0) < 1e-2
+    assert found.environment.cpu.name
+    assert found.metronome is None or found.metronome.p50_ms > 0.1
+    assert found.environment.cpu.threads >= 1
+
+
+def test_several_bundles_threads_and_callers(tmp_path: Path) -> None:
+    one = write_bundle(tmp_path / "one")
+    two = write_bundle(tmp_path / "two", kind="uint8", batch=BatchRange(4, 4, 4))
+    found = vitdeploy.bench(
+        [one, two.root], backends=ORT, threads=(1, 2), concurrency=(1, 2), batches=(4,), budget=0.3
+    )
+    assert len({subject.name for subject in found.subjects}) == 2
+    assert [(c.subject, c.threads, c.concurrency) for c in found.cells] == [
+        (subject.name, threads, callers)
+        for subject in found.subjects
+        for threads in (1, 2)
+        for callers in (1, 2)
+    ]
+    assert all(cell.valid for cell in found.cells)
+    for cell in found.cells:  # every caller's samples are kept
+        assert cell.round_samples % cell.concurrency == 0
+
+
+def test_batches_that_are_not_served(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "a", batch=BatchRange(1, 2, 4))
+    found = vitdeploy.bench(made, backends=ORT, budget=0.1)
+    assert [cell.batch for cell in found.cells] == [1]
+    assert found.skipped[0].reason == "batch 8, 32: it serves 1 to 4"
+    with pytest.raises(UsageError, match=r"--batch 64: nothing of .* serves it, only 1 to 4") as caught:
+        vitdeploy.bench(made, backends=ORT, batches=(1, 64))
+    assert caught.value.hint == "vitdeploy export --batch 1,8,64"
+
+
+@pytest.mark.parametrize(
+    "named, message",
+    [
+        ({"backends": ["onnxruntim"]}, "unknown backend 'onnxruntim'; did you mean 'onnxruntime'?"),
+        ({"artifacts": ["fp61"]}, "has no artifact 'fp61'"),
+        ({"backends": ORT, "threads": 0}, "threads must be at least 1"),
+        ({"backends": ORT, "concurrency": 0}, "concurrency must be at least 1"),
+    ],
+)
+def test_what_is_not_there(tmp_path: Path, named: dict[str, Any], message: str) -> None:
+    with pytest.raises((UsageError, BundleError), match=message.replace("?", r"\?")):
+        vitdeploy.bench(write_bundle(tmp_path / "a"), budget=0.1, **named)
+
+
+def test_nothing_to_prove_it_by(tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match="golden"):
+        vitdeploy.bench(write_bundle(tmp_path / "b", golden={}), backends=ORT)
+    twice = write_bundle(tmp_path / "c")
+    with pytest.raises(UsageError, match="named twice"):
+        vitdeploy.bench([twice, twice.root], backends=ORT)
+
+
+def test_a_fast_wrong_backend_is_never_picked(tmp_path: Path) -> None:
+    """Wrong from the first run on, or only once it is timed; both are much faster than the right one."""
+    aim = target(tmp_path)
+    slow = "import time\ndef answer(pixels):\n    time.sleep(0.005)\n    return right(pixels)\n"
+    lanes = [
+        lane(aim, tmp_path, "right", slow),
+        lane(aim, tmp_path, "wrong", "def answer(pixels): return np.zeros((len(pixels), 5), np.float32)"),
+        lane(aim, tmp_path, "nan", "def answer(pixels): return right(pixels) * np.nan"),
+        lane(aim, tmp_path, "shape", "def answer(pixels): return right(pixels)[:, :4]"),
+        lane(aim, tmp_path, "later", "def answer(pixels): return right(pixels) * (1 if calls < 40 else 1.3)"),
+    ]
+    found = measure(lanes)
+    verdicts = {cell.backend: cell.valid for cell in found.cells if cell.batch == 2}
+    assert verdicts == {"right": True, "wrong": False, "nan": False, "shape": False, "later": False}
+    for goal in ("latency", "throughput"):
+        assert pick(found, aim.name, goal).backend == "right"  # type: ignore[arg-type]
+    best = fastest(found, aim.name, 1)
+    assert best is not None
+    assert best.backend == "right"
+    wrong = {cell.backend: cell.parity for cell in found.cells if cell.parity and cell.batch == 1}
+    assert "relative error" in wrong["wrong"].failures[0]
+    assert "NaN" in wrong["nan"].failures[0]
+    assert "timed runs give other outputs" in wrong["later"].failures[0]
+
+
+DEAD = {
+    "crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "died of SIGSEGV"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "killed, out of memory most likely"),
+    "exit": ("print('no licence', file=sys.stderr); os._exit(3)", "ended with 3; its last words: no licence"),
+    "hang": ("time.sleep(60)", "gave no answer within 2 s"),
+    "error": ("raise RuntimeError('no kernel for this')", "no kernel for this"),
+    "memory": ("raise MemoryError('2 TB')", "out of memory: 2 TB"),
+}
+
+
+@pytest.mark.parametrize("how", DEAD)
+def test_a_backend_that_dies_at_one_batch_size(tmp_path: Path, how: str) -> None:
+    """Its cell says why; its other cells and the other backends go on."""
+    act, message = DEAD[how]
+    aim = target(tmp_path)
+    body = f"def answer(pixels):\n    if len(pixels) == 4: {act}\n    return right(pixels)\n"
+    lanes = [lane(aim, tmp_path, how, body), lane(aim, tmp_path, "right", RIGHT)]
+    found = measure(lanes, (1, 4, 8), limits=Limits(load=60, run=2))
+    assert [(c.backend, c.batch, c.valid) for c in found.cells] == [
+        (how, 1, True),
+        (how, 4, False),
+        (how, 8, True),
+        ("right", 1, True),
+        ("right", 4, True),
+        ("right", 8, True),
+    ]
+    assert message in found.cells[1].reason
+    assert found.cells[1].p50_ms is None
+    assert not found.partial
+
+
+@pytest.mark.parametrize("sizes, alive", [("(4, 8)", [1]), ("(8,)", [1, 4])])
+def test_batch_sizes_that_kill_leave_the_others_alone(tmp_path: Path, sizes: str, alive: list[int]) -> None:
+    body = f"def answer(pixels):\n    if len(pixels) in {sizes}: os._exit(9)\n    return right(pixels)\n"
+    found = measure([lane(target(tmp_path), tmp_path, "picky", body)], (1, 4, 8))
+    assert [cell.batch for cell in found.cells if cell.valid] == alive
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("def load(job): raise ImportError('libfast.so is missing')", "libfast.so is missing"),
+        ("def load(job): os._exit(1)", "its process ended with 1"),
+        ("def load(job): time.sleep(60)", "gave no answer within 2 s"),
+        ("def load(job):\n    os.write(1, b'hello\\n')\n    os._exit(0)", "its process ended with 0"),
+    ],
+)
+def test_a_backend_that_does_not_come_up(tmp_path: Path, body: str, message: str) -> None:
+    aim = target(tmp_path)
+    lanes = [lane(aim, tmp_path, "broken", f"answer = right\n{body}"), lane(aim, tmp_path, "right", RIGHT)]
+    found = measure(lanes, limits=Limits(load=2, run=2))
+    assert [cell.valid for cell in found.cells] == [False, False, True, True]
+    assert all(message in cell.reason for cell in found.cells[:2])
+    assert found.cells[0].startup is None
+
+
+def test_a_backend_that_dies_while_it_is_timed(tmp_path: Path) -> None:
+    aim = target(tmp_path)
+    mark = tmp_path / "mark"
+    body = (
+        f"def answer(pixels):\n    if calls == 60 and not os.path.exists({str(mark)!r}):\n"
+        f"        open({str(mark)!r}, 'w').close()\n        os._exit(9)\n    return right(pixels)\n"
+    )
+    found = measure([lane(aim, tmp_path, "tired", body), lane(aim, tmp_path, "right", RIGHT)])
+    assert sum(cell.status == "failed" for cell in found.cells) == 1, "the process was started again"
+    assert all(cell.valid for cell in found.cells if cell.backend == "right")
+
+
+class Interrupts:
+    """Counters that someone presses Ctrl-C in."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self) -> Moment:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return NO_TIME
+
+
+@pytest.mark.parametrize("after, measured", [(1, 0), (12, 4)])
+def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path, after: int, measured: int) -> None:
+    aim = target(tmp_path)
+    plan = Plan([lane(aim, tmp_path, name, RIGHT) for name in ("a", "b")], (1, 2), budget=30, limits=QUIET)
+    found = run_plan(plan, counters=Interrupts(after))
+    assert found.partial
+    assert sum(cell.status == "ok" for cell in found.cells) == measured
+    assert all("interrupted" in cell.reason for cell in found.cells if cell.status == "failed")
+    assert Results.model_validate(found.as_dict()) == found
+
+
+def test_rounds_are_interleaved_and_shuffled(tmp_path: Path) -> None:
+    aim, log = target(tmp_path), tmp_path / "log"
+    body = f"def answer(pixels):\n    open({str(log)!r}, 'a').write('NAME ')\n    return right(pixels)"
+    lanes = [lane(aim, tmp_path, name, body.replace("NAME", name)) for name in "abc"]
+    found = measure(lanes, (1,), budget=1.0)
+    turns = [name for name, before in _turns(log.read_text().split()) if name != before]
+    tail = turns[-3 * (found.rounds - 1) :]
+    assert found.rounds >= 3
+    assert len(set(zip(*[iter(tail)] * 3, strict=False))) > 1 or found.rounds < 4, "in a new order each time"
+
+
+def _turns(names: list[str]) -> list[tuple[str, str]]:
+    return list(zip(names, ["", *names], strict=False))
+
+
+def test_accuracy_beside_the_reference(digits_fp32: Path) -> None:
+    found = vitdeploy.bench(digits_fp32, backends=ORT, batches=(8,), threads=1, budget=0.3)
+    (cell,) = found.cells
+    assert cell.accuracy is not None
+    assert cell.accuracy.images == 450
+    assert cell.accuracy.top1 == cell.accuracy.reference_top1 > 0.97
+    assert cell.accuracy.top5 is not None
+    low, high = cell.accuracy.top1_interval
+    assert -0.02 < low <= 0 <= high < 0.02
+
+
+class Details(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def updated(self, stage: Stage) -> None:
+        self.said.append(stage.detail)
+
+
+def test_progress(tmp_path: Path) -> None:
+    plan = Plan([lane(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=0.3, limits=QUIET)
+    progress = Details()
+    run_plan(plan, progress=progress, counters=quiet)
+    assert "warm up 1 of 2" in progress.said[0]
+    assert any("round 2 of 2 cells" in text and "%" in text for text in progress.said)
+
+
+def test_the_metronome_takes_its_turn(tmp_path: Path) -> None:
+    found = measure([lane(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=2.0)
+    assert found.metronome is not None
+    assert found.metronome.p50_ms > 0.1
+    assert len(found.metronome.samples_ms) == found.rounds * found.metronome.round_samples
+
+
+def test_a_measurement_without_a_metronome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metronome, "_LIMIT", 1e-3)
+    found = measure([lane(target(tmp_path), tmp_path, "a", RIGHT)], (1,))
+    assert found.metronome is None
+    assert found.cells[0].valid
+
+
+def test_a_lane_names_itself(tmp_path: Path) -> None:
+    aim = target(tmp_path)
+    made = lane(aim, tmp_path, "a", RIGHT, threads=2, concurrency=3)
+    assert made.name == "a onnx-fp32 2 threads 3 callers"
+    assert dataclasses.replace(made, threads=None, concurrency=1).name == "a onnx-fp32"

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vitdeploy.checkpoint.opening import Checkpoint, open_model
+from vitdeploy.model.vit import build, forward_float64
+
+# Two float64 implementations add up in different orders; that is all they may differ by.
+EXACT = 1e-10
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Give every parameter of a transformers model a random value, and save it; return the folder."""
+
+    def save(model: Any, spread: float = 0.2) -> Path:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(spread * torch.randn(parameter.shape))
+        model.eval().save_pretrained(tmp_path / "saved")
+        return tmp_path / "saved"
+
+    return save
+
+
+@pytest.fixture
+def agree() -> Callable[..., Checkpoint]:
+    """Assert that a transformers model and what we read of its folder compute the same, in float64."""
+
+    def agree(
+        model: Any, folder: Path, size: tuple[int, int] | None = None, output: str = "logits", **keywords: Any
+    ) -> Checkpoint:
+        opened = open_model(str(folder), image_size=size)
+        assert isinstance(opened, Checkpoint)
+        pixels = torch.randn(2, opened.config.channels, *opened.config.image_size, dtype=torch.float64)
+        # SDPA: transformers' eager attention computes its softmax in float32 whatever the model's dtype.
+        model = model.double().eval()
+        model.set_attn_implementation("sdpa")
+        with torch.inference_mode():
+            answer = model(pixels, **keywords)
+        theirs = answer.logits if output == "logits" else answer.last_hidden_state
+        ours = forward_float64(build(opened.config, opened.state), pixels, output)
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= EXACT
+        # Nothing is proven by outputs that do not depend on the image.
+        assert (theirs[0] - theirs[1]).abs().max() > 1e-2
+        return opened
+
+    return agree

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests.helpers.paths import ORACLES
+from vitdeploy.checkpoint.families.base import Foreign
+from vitdeploy.checkpoint.families.timm import FAMILY
+from vitdeploy.checkpoint.opening import Checkpoint, open_model
+from vitdeploy.errors import CheckpointError, MissingDependency
+from vitdeploy.model.vit import build, forward_float64
+
+RECORDED = ORACLES / "timm"
+CASES = sorted(folder.name for folder in RECORDED.iterdir() if folder.is_dir())
+
+
+def load(folder: Path, **keywords: Any) -> Checkpoint:
+    opened = open_model(str(folder), **keywords)
+    assert isinstance(opened, Checkpoint)
+    assert opened.family == "timm"
+    return opened
+
+
+def run(opened: Checkpoint, pixels: Tensor) -> Tensor:
+    return forward_float64(build(opened.config, opened.state), pixels)
+
+
+def copy(case: str, tmp_path: Path, **config: Any) -> Path:
+    """A recorded folder with other settings; None deletes one."""
+    folder = tmp_path / case
+    shutil.copytree(RECORDED / case, folder)
+    content = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return folder
+
+
+def arguments(case: str, **changes: Any) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RECORDED / case / "config.json").read_text())
+    merged = content["model_args"] | changes
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_equals_timm(case: str) -> None:
+    answer = load_file(RECORDED / case / "answer.safetensors")
+    opened = load(RECORDED / case)
+    torch.testing.assert_close(run(opened, answer["pixels"]), answer["output"], rtol=0, atol=1e-10)
+    assert (answer["output"][0] - answer["output"][1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resampled_positions_equal_timm(case: str) -> None:
+    answer = load_file(RECORDED / case / "answer.safetensors")
+    size = tuple(answer["other.pixels"].shape[2:])
+    opened = load(RECORDED / case, image_size=size)
+    assert opened.preprocess.size == size
+    assert opened.state["pos_embed"].dtype == torch.float32
+    # The table is resampled in float32, where builds of torch may differ in the last bit.
+    torch.testing.assert_close(run(opened, answer["other.pixels"]), answer["other.output"], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in ("not_square", "mean_then_norm", "no_cls")]
+)
+def test_bare_weights_tell_all_but_heads_and_activation(case: str, tmp_path: Path) -> None:
+    whole = load(RECORDED / case)
+    shutil.copy(RECORDED / case / "model.safetensors", tmp_path / "weights.safetensors")
+    bare = open_model(checkpoint=tmp_path / "weights.safetensors")
+    assert isinstance(bare, Checkpoint)
+    known = {"heads": whole.config.heads, "activation": whole.config.activation}
+    assert {**vars(bare.config), **known} == vars(whole.config)
+    assert any("heads" in note for note in bare.notes)
+    assert any("preprocessing" in note for note in bare.notes)
+
+
+def test_labels_come_in_words_where_timm_has_them(tmp_path: Path) -> None:
+    assert load(RECORDED / "vit").labels == ("n00", "n01", "n02", "n03", "n04")
+    described = copy("vit", tmp_path / "a", label_descriptions={"n01": "goldfish"})
+    assert load(described).labels == ("n00", "goldfish", "n02", "n03", "n04")
+    numbered = copy("vit", tmp_path / "b", label_names={str(i): f"c{i}" for i in range(5)})
+    assert load(numbered).labels == ("c0", "c1", "c2", "c3", "c4")
+    for wrong in (["a", "b"], {"0": "a", "2": "c"}, {str(i): "x" for i in range(6)}):
+        with pytest.raises(CheckpointError, match="the head has 5 classes"):
+            load(copy("vit", tmp_path / str(len(wrong)) / type(wrong).__name__, label_names=wrong))
+
+
+def test_preprocessing_follows_the_resolution_as_timm_rounds_it() -> None:
+    assert load(RECORDED / "vit", image_size=(32, 32)).preprocess.resize_edge == 35  # floor(32 / 0.9)
+
+
+def test_every_architecture_of_timm_has_its_heads_and_activation() -> None:
+    """Of a config.json without model_args, as timm wrote them until 2024."""
+    names = {"gelu": "GELU", "gelu_tanh": "GELUTanh", "silu": "SiLU"}
+    for name, facts in json.loads((RECORDED / "architectures.json").read_text()).items():
+        width, gated = facts["width"], facts["activation"] == "SiLU"
+        state = {
+            "patch_embed.proj.weight": torch.empty(width, 3, 2, 2, device="meta"),
+            "pos_embed": torch.empty(1, 4, width, device="meta"),
+            "blocks.0.attn.qkv.weight": torch.empty(3 * width, width, device="meta"),
+            "blocks.0.mlp.fc1.weight": torch.empty(128 if gated else 64, width, device="meta"),
+            "blocks.0.mlp.fc2.weight": torch.empty(width, 64, device="meta"),
+        }
+        config = FAMILY.read(Foreign(name, state, {"architecture": name, "global_pool": "avg"}), None).config
+        assert (name, config.heads) == (name, facts["heads"])
+        assert (name, names[config.activation]) == (name, facts["activation"])
+        assert (name, config.norm_eps) == (name, facts["norm_eps"])
+
+
+@pytest.mark.parametrize(
+    "case,config,message",
+    [
+        ("no_cls", {"architecture": "vit_base_patch16_rpn_224"}, "architecture vit_base_patch16_rpn_224"),
+        ("vit", {"model_args": arguments("vit", pool_include_prefix=True)}, "pool_include_prefix"),
+        ("vit", {"model_args": arguments("vit", norm_layer="rmsnorm")}, "norm_layer 'rmsnorm'"),
+        ("vit", {"model_args": arguments("vit", act_layer="gelu_tan")}, "did you mean 'gelu_tanh'"),
+        ("vit", {"model_args": arguments("vit", global_pool="map")}, "pooling by 'map' is not supported"),
+        ("vit", {"model_args": arguments("vit", num_heads=3)}, "width 16 is not divisible by 3 heads"),
+        ("vit", {"model_args": arguments("vit", num_heads="two")}, "num_heads must be a whole number"),
+        ("vit", {"model_args": [1]}, "model_args must be an object"),
+    ],
+)
+def test_what_shapes_cannot_tell_is_refused(
+    tmp_path: Path, case: str, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load(copy(case, tmp_path, **config))
+    assert message in error.value.message
+
+
+def test_position_table_of_no_known_grid_is_refused(tmp_path: Path) -> None:
+    folder = copy("vit", tmp_path)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"pos_embed": torch.zeros(1, 13, 16)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="the position table has 13 rows"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "lost", ["head.", "pos_embed", "cls_token", "norm.", "blocks.1.", "blocks.0.attn.qkv.bias"]
+)
+def test_tensors_that_are_missing_are_never_taken_for_another_architecture(tmp_path: Path, lost: str) -> None:
+    folder = copy("vit", tmp_path)
+    state = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in state.items() if not k.startswith(lost)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError):
+        load(folder)
+
+
+def test_positions_are_absent_only_where_the_configuration_says_so(tmp_path: Path) -> None:
+    folder = copy("vit", tmp_path, model_args=arguments("vit", pos_embed="none"))
+    state = load_file(folder / "model.safetensors")
+    del state["pos_embed"]
+    save_file(state, folder / "model.safetensors")
+    assert load(folder).config.position == "none"
+
+
+def test_released_spellings_of_dinov2_and_deit3(tmp_path: Path) -> None:
+    """Meta's own files: other names, and in DINOv2 a position row for CLS though there are registers."""
+    for case, renames in {
+        "deit3": [(".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2")],
+        "swiglu": [(".mlp.fc1.", ".mlp.w12."), (".mlp.fc2.", ".mlp.w3.")],
+        "dinov2_registers": [("reg_token", "register_tokens")],
+    }.items():
+        modern = load(RECORDED / case)
+        state = load_file(RECORDED / case / "model.safetensors")
+        for new, old in renames:
+            state = {name.replace(new, old): tensor for name, tensor in state.items()}
+        state["mask_token"] = torch.zeros(1, 16)
+        if case == "dinov2_registers":
+            row = torch.randn(1, 1, 16)
+            state |= {
+                "pos_embed": torch.cat([row, state["pos_embed"]], 1),
+                "cls_token": state["cls_token"] - row,
+            }
+        folder = copy(case, tmp_path)
+        save_file(state, folder / "model.safetensors")
+        pixels = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(run(load(folder), pixels), run(modern, pixels), rtol=0, atol=1e-5)
+
+
+def test_pre_logits_of_elder_timm_are_a_tanh_layer(tmp_path: Path) -> None:
+    folder = copy("vit", tmp_path)
+    state = load_file(folder / "model.safetensors")
+    state |= {"pre_logits.fc.weight": torch.randn(8, 16), "pre_logits.fc.bias": torch.randn(8)}
+    state["head.weight"] = state["head.weight"][:, :8].contiguous()
+    save_file(state, folder / "model.safetensors")
+    opened = load(folder)
+    pixels = torch.randn(2, 3, 16, 16)
+    features = forward_float64(build(opened.config, opened.state), pixels, "features")
+    hidden = torch.tanh(features @ state["pre_logits.fc.weight"].double().T + state["pre_logits.fc.bias"])
+    expected = hidden @ state["head.weight"].double().T + state["head.bias"]
+    torch.testing.assert_close(run(opened, pixels), expected, rtol=0, atol=1e-12)
+
+
+def test_library_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingDependency) as error:
+        open_model("timm:vit_tiny_patch16_224")
+    assert error.value.hint == 'pip install "vitdeploy[hub]"'
+
+
+class VisionTransformer(nn.Module):
+    """What vitdeploy asks of timm's class of this name."""
+
+    def __init__(self, tensors: dict[str, Tensor], block: str = "Block") -> None:
+        super().__init__()
+        self.tensors = tensors
+        act = type("GELUTanh", (), {})()
+        attn, norm, mlp = (
+            types.SimpleNamespace(num_heads=4),
+            types.SimpleNamespace(eps=1e-5),
+            types.SimpleNamespace(act=act),
+        )
+        self.blocks = [type(block, (), {"attn": attn, "norm1": norm, "mlp": mlp})()]
+        self.global_pool, self.pool_include_prefix = "token", False
+        self.patch_embed = types.SimpleNamespace(img_size=(16, 16))
+        self.pretrained_cfg = {"input_size": (3, 16, 16), "crop_pct": 0.5, "interpolation": "bicubic"}
+
+    def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        return self.tensors
+
+
+def fake_timm(monkeypatch: pytest.MonkeyPatch, create: Any) -> None:
+    library = types.ModuleType("timm")
+    library.__dict__.update(
+        list_models=lambda pretrained=False: ["vit_tiny_patch16_224"], create_model=create
+    )
+    monkeypatch.setitem(sys.modules, "timm", library)
+
+
+def test_library_settles_what_its_model_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = load_file(RECORDED / "vit" / "model.safetensors")
+    fake_timm(monkeypatch, lambda name, pretrained: VisionTransformer(tensors))
+    opened = open_model("timm:vit_tiny_patch16_224")
+    assert isinstance(opened, Checkpoint)
+    assert (opened.config.heads, opened.config.activation, opened.config.norm_eps) == (4, "gelu_tanh", 1e-5)
+    assert (opened.preprocess.resize_edge, opened.source) == (32, "timm:vit_tiny_patch16_224")
+
+
+def test_library_builds_of_other_blocks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_timm(monkeypatch, lambda name, pretrained: VisionTransformer({}, block="ResPostBlock"))
+    with pytest.raises(CheckpointError, match="VisionTransformer of ResPostBlock, which is not supported"):
+        open_model("timm:vit_tiny_patch16_224")
+
+
+def test_library_without_network_or_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, pretrained: bool) -> nn.Module:
+        raise OSError("no route to host\nmore")
+
+    fake_timm(monkeypatch, offline)
+    with pytest.raises(CheckpointError, match=r"weights of vit_tiny_patch16_224: no route to host$"):
+        open_model("timm:vit_tiny_patch16_224")
+    with pytest.raises(CheckpointError, match="did you mean 'vit_tiny_patch16_224'"):
+        open_model("timm:vit_tiny_patch16_24")

@@ -1,0 +1,20 @@
+"""What ``vitdeploy doctor`` gathers."""
+
+from __future__ import annotations
+
+import json
+
+from vitdeploy.backends.base import backend_names
+from vitdeploy.cli.diagnosis import diagnose
+from vitdeploy.machine.identity import LIBRARIES
+
+
+def test_this_machine() -> None:
+    found = diagnose()
+    assert [backend.name for backend in found.backends] == list(backend_names())
+    assert all(backend.available or backend.reason for backend in found.backends)
+    assert found.libraries.keys() == LIBRARIES.keys()
+    assert found.libraries["numpy"]
+    assert "CPUExecutionProvider" in found.providers
+    assert found.free_disk > 0
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["cpu"]["threads"] >= 1

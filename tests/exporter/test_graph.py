@@ -1,0 +1,174 @@
+"""The emitted graph, as files: names, size, what is in it and what is not, at every opset."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.models import CONFIGS, pixels, random_vit
+from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, summarise, undeclared
+from vitdeploy.config import BatchRange, ViTConfig
+from vitdeploy.errors import ExportError
+from vitdeploy.exporter.graph import NEWEST_OPSET, OLDEST_OPSET, trace
+from vitdeploy.model import vit as model
+from vitdeploy.model.precision import DTYPES, PrecisionPlan, island_names
+from vitdeploy.model.rewrites import lower
+
+NAMES = ("pixel_values", "logits")
+RANGE = BatchRange(1, 2, 8)
+
+
+def emit(
+    config: ViTConfig, path: Path, *, precision: str = "fp32", opset: int = 20, batch: BatchRange = RANGE
+):  # type: ignore[no-untyped-def]
+    """Write the deployed model's graph; return the reference model and the file's proto."""
+    vit = random_vit(config, spread=0.2)
+    deployed = lower(vit, PrecisionPlan(DTYPES[precision]))  # type: ignore[index]
+    ir.save(trace(deployed, pixels(config, 1), batch=batch, opset=opset, names=NAMES), path)
+    return vit, onnx.load(path)
+
+
+def largest_block(proto: onnx.ModelProto) -> int:
+    """Nodes of the block that has most of them."""
+    names = (re.split(r"[./]", node.name) for node in proto.graph.node)
+    return max(Counter(name[1] for name in names if name[0] == "blocks").values())
+
+
+def relative_error(path: Path, vit: model.ViT, config: ViTConfig, batch: int = 3) -> float:
+    x = pixels(config, batch)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    got = session.run(None, {"pixel_values": x.numpy()})[0]
+    expected = model.forward_float64(vit, x).numpy()
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "opset",
+    [
+        pytest.param(opset, marks=() if opset in (OLDEST_OPSET, 20, NEWEST_OPSET) else pytest.mark.slow)
+        for opset in range(OLDEST_OPSET, NEWEST_OPSET + 1)
+    ],
+)
+def test_every_opset_is_valid_small_and_right(tmp_path: Path, opset: int, precision: str) -> None:
+    config = CONFIGS["vit"]
+    vit, proto = emit(config, tmp_path / "m.onnx", precision=precision, opset=opset)
+    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+    assert {o.domain: o.version for o in proto.opset_import} == {"": opset}
+    if precision != "bf16":  # which ONNX Runtime has no CPU kernels for
+        assert relative_error(tmp_path / "m.onnx", vit, config) < {"fp32": 1e-5, "fp16": 5e-3}[precision]
+    most = 27 if opset >= 20 or precision == "fp32" else 30  # before opset 20, GELU is five nodes
+    assert largest_block(proto) <= most
+
+
+@pytest.mark.parametrize("name", ["distilled", "deit3"])
+def test_blocks_stay_small_with_their_casts(tmp_path: Path, name: str) -> None:
+    _, proto = emit(CONFIGS[name], tmp_path / "m.onnx", precision="fp16")
+    assert largest_block(proto) <= 27
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "no_head"])
+def test_every_family_is_clean(tmp_path: Path, name: str) -> None:
+    vit, proto = emit(CONFIGS[name], tmp_path / "m.onnx")
+    assert relative_error(tmp_path / "m.onnx", vit, CONFIGS[name]) < 1e-5
+    assert largest_block(proto) <= 27
+    operators = Counter(node.op_type for node in proto.graph.node)
+    for unwanted in ("Shape", "Expand", "Unsqueeze", "Squeeze", "Constant", "Identity", "Conv", "Concat"):
+        assert operators[unwanted] == (name == "dinov2" and unwanted == "Concat"), unwanted
+    last = CONFIGS[name].depth - 1
+    for (
+        node
+    ) in proto.graph.node:  # only the pooled tokens are picked, once for the residual, once for the query
+        if node.op_type in ("Gather", "Slice"):
+            assert node.name.startswith((f"blocks.{last}", "pool")), node.name
+    assert operators["Gather"] + operators["Slice"] <= 2
+    assert not [n for n in proto.graph.node if n.domain]
+
+
+def test_names_are_module_paths(tmp_path: Path) -> None:
+    config = CONFIGS["vit"]
+    _, proto = emit(config, tmp_path / "m.onnx")
+    nodes = {node.name for node in proto.graph.node}
+    assert {"patch_embed/MatMul", "blocks.1.attn.qkv/MatMul", "blocks.1.mlp.fc2/Add", "head/Gemm"} <= nodes
+    assert len(nodes) == len(proto.graph.node)
+    weights = {t.name: tuple(t.dims) for t in proto.graph.initializer}
+    assert weights["blocks.1.attn.qkv.weight"] == (48, 144)
+    assert weights["norm.weight"] == (48,)
+    assert weights["tokens.value"] == (config.tokens, 48)
+    read = {name for node in proto.graph.node for name in node.input}
+    assert set(weights) <= read, "a weight that nothing reads"
+    for name in weights:
+        assert name.endswith((".weight", ".bias", ".value")) or name.rsplit(".", 1)[0] in nodes, name
+    assert not any("pkg.torch" in e.key for n in proto.graph.node for e in n.metadata_props)
+
+
+def test_a_fixed_batch_is_a_constant(tmp_path: Path) -> None:
+    config = CONFIGS["distilled"]
+    vit, proto = emit(config, tmp_path / "m.onnx", batch=BatchRange(3, 3, 3))
+    summary = summarise(proto)
+    assert summary.inputs == {"pixel_values": ("float32", (3, 3, 32, 48))}
+    assert summary.outputs == {"logits": ("float32", (3, 10))}
+    assert relative_error(tmp_path / "m.onnx", vit, config) < 1e-5
+
+
+def test_a_dynamic_batch_of_one_and_many(tmp_path: Path) -> None:
+    config = CONFIGS["vit"]
+    vit, proto = emit(config, tmp_path / "m.onnx", batch=BatchRange(1, 1, 8))
+    assert summarise(proto).inputs == {"pixel_values": ("float32", ("N", 3, 32, 48))}
+    for batch in (1, 2, 8):
+        assert relative_error(tmp_path / "m.onnx", vit, config, batch) < 1e-5
+
+
+def test_the_proof_lists_what_the_file_holds(tmp_path: Path) -> None:
+    config = CONFIGS["vit"]
+    emit(config, tmp_path / "m.onnx", precision="fp16")
+    plan = PrecisionPlan.of("fp16")
+    islands = island_names(lower(random_vit(config), plan), plan)
+    proof = prove_precision(read_graph(tmp_path / "m.onnx"), "fp16", islands)
+    gemms = [row for row in proof.ops if row.op in ("MatMul", "Gemm")]
+    norms = [row for row in proof.ops if row.op == "LayerNormalization"]
+    assert proof.ok
+    assert len(gemms) == 2 + 6 * 2 + 8  # patches and head, six in a block, eight in the absorbed one
+    assert all(row.dtype == "float16" and not row.island for row in gemms)
+    assert len(norms) == 2 * config.depth + 1
+    assert all(row.dtype == "float32" and row.island for row in norms)
+
+
+def test_the_proof_finds_a_gemm_that_silently_stayed_in_fp32(tmp_path: Path) -> None:
+    config = CONFIGS["vit"]
+    plan = PrecisionPlan.of("fp16").with_islands(frozenset({"blocks.1.mlp.fc1"}))
+    deployed = lower(random_vit(config), plan)
+    ir.save(trace(deployed, pixels(config, 1), batch=RANGE, opset=20, names=NAMES), tmp_path / "m.onnx")
+    proto = read_graph(tmp_path / "m.onnx")
+    assert prove_precision(proto, "fp16", island_names(deployed, plan)).ok
+    undeclared_plan = PrecisionPlan.of("fp16")
+    proof = prove_precision(proto, "fp16", island_names(deployed, undeclared_plan))
+    assert not proof.ok
+    assert [row.name for row in undeclared(proof.ops, "fp16")] == ["blocks.1.mlp.fc1/MatMul"]
+
+
+def test_the_proof_of_nothing_fails() -> None:
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    proto = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:]))
+    assert not prove_precision(proto, "fp32", ()).ok
+
+
+class _Untraceable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum().item() > 0 else -x
+
+
+def test_what_cannot_be_traced_says_so_in_one_line() -> None:
+    with pytest.raises(ExportError, match="could not trace _Untraceable") as caught:
+        trace(_Untraceable(), torch.zeros(1, 3, 8, 8), batch=RANGE, opset=20, names=NAMES)
+    assert "\n" not in caught.value.message

@@ -1,0 +1,79 @@
+"""The application without sockets: requests are handed to it as a web server would."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import unquote
+
+from tests.helpers.live_server import Reply
+from vitdeploy.progress import Progress
+from vitdeploy.server import http
+from vitdeploy.server.repository import Repository, parse_places
+from vitdeploy.server.served_model import Settings
+from vitdeploy.server.service import Limits, Service
+from vitdeploy.server.statistics import Metrics
+
+
+@dataclass(frozen=True)
+class Application:
+    """An application, and what is behind it."""
+
+    app: Any
+    service: Service
+
+    async def ask(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> Reply:
+        """One request. Whatever the application raises, it raises here."""
+        target, _, query = path.partition("?")
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": unquote(target),
+            "raw_path": target.encode(),
+            "query_string": query.encode(),
+            "headers": [
+                (k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in (headers or {}).items()
+            ],
+            "server": ("127.0.0.1", 80),
+            "client": ("127.0.0.1", 1),
+        }
+        waiting = [{"type": "http.request", "body": body, "more_body": False}]
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            if waiting:
+                return waiting.pop()
+            return await asyncio.get_running_loop().create_future()  # it never disconnects
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await self.app(scope, receive, send)
+        found = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in sent[0]["headers"]}
+        return Reply(sent[0]["status"], found, b"".join(message.get("body", b"") for message in sent[1:]))
+
+
+@asynccontextmanager
+async def application(
+    *bundles: object, limits: Limits | None = None, **settings: Any
+) -> AsyncIterator[Application]:
+    """Serve bundles, named as on the command line, without a socket."""
+    metrics = Metrics()
+    with ThreadPoolExecutor(2) as workers:
+        places = parse_places([str(bundle) for bundle in bundles])
+        repository = Repository(places, replace(Settings(), **settings), metrics, workers, Progress())
+        service = Service(repository, metrics, limits or Limits())
+        await repository.load_all()
+        try:
+            yield Application(http.build(service), service)
+        finally:
+            await repository.close()

@@ -1,0 +1,64 @@
+"""Checkpoints to open and to spoil."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from vitdeploy.checkpoint.opening import Checkpoint, open_model
+from vitdeploy.errors import CheckpointError
+from vitdeploy.model.vit import expected_shapes
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 4,
+}
+
+
+def save_tiny(folder: Path) -> Path:
+    """What ``save_pretrained`` of a model of transformers and of its processor write."""
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(**TINY)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def opened(name: str | None = None, **keywords: Any) -> Checkpoint:
+    checkpoint = open_model(name, **keywords)
+    assert isinstance(checkpoint, Checkpoint)
+    assert {name: tuple(t.shape) for name, t in checkpoint.state.items()} == expected_shapes(
+        checkpoint.config
+    )
+    assert checkpoint.preprocess.size == checkpoint.config.image_size
+    return checkpoint
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    state = load_file(folder / "model.safetensors")
+    edit(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def refusal(name: str | None = None, **keywords: Any) -> CheckpointError:
+    with pytest.raises(CheckpointError) as error:
+        open_model(name, **keywords)
+    assert "\n" not in error.value.message
+    return error.value

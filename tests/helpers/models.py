@@ -1,0 +1,58 @@
+"""Small models that exercise every switch of the configuration, with weights that leave nothing zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitdeploy.config import ViTConfig
+from vitdeploy.model import vit
+
+SMALL: dict[str, Any] = {
+    "image_size": (32, 48),
+    "patch_size": 8,
+    "width": 48,
+    "depth": 3,
+    "heads": 3,
+    "mlp_width": 96,
+    "classes": 10,
+}
+
+CONFIGS: dict[str, ViTConfig] = {
+    "vit": ViTConfig(**SMALL),
+    "no_qkv_bias": ViTConfig(**SMALL, qkv_bias=False),
+    "quick_gelu": ViTConfig(**SMALL, activation="quick_gelu"),
+    "gelu_tanh": ViTConfig(**SMALL, activation="gelu_tanh"),
+    "distilled": ViTConfig(**SMALL, distillation_token=True, position_prefix=2, pool="both_heads"),
+    "deit3": ViTConfig(**SMALL, layer_scale=True, position_prefix=0),
+    "dinov2": ViTConfig(
+        **SMALL, registers=4, pool="cls_mean", layer_scale=True, gated_mlp=True, activation="silu"
+    ),
+    "mean": ViTConfig(
+        **SMALL, cls_token=False, position="sincos2d", position_prefix=0, pool="mean", norm_after_pool=True
+    ),
+    "no_position": ViTConfig(**SMALL, position="none", position_prefix=0, representation_width=20),
+    "no_head": ViTConfig(**{**SMALL, "classes": 0}, registers=2),
+}
+
+
+def random_state(config: ViTConfig, seed: int = 0, spread: float = 0.3) -> dict[str, Tensor]:
+    """Weights in float32: norms near one, everything else normal with deviation ``spread``."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in vit.expected_shapes(config).items():
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        state[name] = torch.randn(shape, generator=generator) * spread + centre
+    return state
+
+
+def random_vit(config: ViTConfig, seed: int = 0, spread: float = 0.3) -> vit.ViT:
+    return vit.build(config, random_state(config, seed, spread))
+
+
+def pixels(config: ViTConfig, count: int = 3, seed: int = 1) -> Tensor:
+    """Normalised images, (count, C, H, W) float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((count, config.channels, *config.image_size), generator=generator)

@@ -1,0 +1,41 @@
+"""Finding image files: each once, in a stable order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vitdeploy.errors import ImageError
+from vitdeploy.images.decode import find_images
+
+
+def test_find_images(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.PNG", "c.txt", "sub/d.webp", "sub/.hidden.jpg", ".git/e.jpg", "sub/deep/f.tiff"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    inside = [tmp_path / name for name in ("a.PNG", "b.jpg", "sub/d.webp", "sub/deep/f.tiff")]
+    assert find_images([tmp_path]) == inside
+    assert find_images([str(tmp_path)]) == inside
+    named = [tmp_path / "sub" / ".hidden.jpg", tmp_path / "c.txt"]
+    assert find_images([*named, tmp_path / "b.jpg", tmp_path]) == [
+        *named,
+        tmp_path / "b.jpg",
+        inside[0],
+        *inside[2:],
+    ]
+    assert find_images([]) == []
+
+
+def test_find_images_ends_where_links_go_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert find_images([tmp_path]) == [tmp_path / "a.jpg"]
+
+
+def test_find_images_refuses_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="does not exist"):
+        find_images([tmp_path / "nowhere"])
+    with pytest.raises(ImageError, match="no image in directory") as caught:
+        find_images([tmp_path])
+    assert "JPEG" in str(caught.value.hint)

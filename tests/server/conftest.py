@@ -1,0 +1,54 @@
+"""Bundles that are served, and one server for all tests that only ask."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.bundles import write_bundle
+from tests.helpers.commands import in_a_process
+from tests.helpers.live_server import Live, scaled, serving
+
+
+@pytest.fixture(scope="session")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The linear classifier of 8x8 images."""
+    return write_bundle(tmp_path_factory.mktemp("linear") / "linear.bundle").root
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits model, really exported; once for all processes of a test run. Not to be changed."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "digits.bundle"
+    with (shared / "digits.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            result = in_a_process("export", "-m", "digits", "-o", folder, "--fp32")
+            assert result.code == 0, result.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The linear classifier with doubled logits."""
+    return scaled(tmp_path_factory.mktemp("twice") / "twice.bundle", 2.0)
+
+
+@pytest.fixture(scope="session")
+def live(linear: Path, twice: Path) -> Iterator[Live]:
+    """``linear`` in version 1, ``both`` in versions 2 and 7, the latter with doubled logits."""
+    with serving(linear, f"both@2={linear}", f"both@7={twice}") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def live_digits(digits: Path) -> Iterator[Live]:
+    with serving(digits) as server:
+        yield server

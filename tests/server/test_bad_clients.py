@@ -1,0 +1,264 @@
+"""Clients that are slow, vanish, or only sit there."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+
+from tests.helpers.bundles import answer
+from tests.helpers.live_server import Live, binary_request, logits_of, serving
+
+INFER = "/v2/models/linear/infer"
+PIXELS = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+PATIENCE = 1.0
+SOON = 8.0
+"""Seconds that an answer may take on a busy machine."""
+IMPATIENT = f"""
+import sys
+from vitdeploy.serve.models import Settings
+from vitdeploy.serve.repository import parse_places
+from vitdeploy.serve.server import Endpoint, serve
+from vitdeploy.serve.service import Limits
+
+endpoint = Endpoint(port=0, limits=Limits(body_seconds={PATIENCE}))
+serve(parse_places(sys.argv[1:]), Settings(), endpoint,
+      started=lambda server: print("serving", server.url, file=sys.stderr, flush=True))
+"""
+"""A server that gives a client one second for a body; the command line's has 30."""
+
+
+@pytest.fixture(scope="module")
+def impatient(linear: Path) -> Iterator[Live]:
+    with serving(linear, command=(sys.executable, "-c", IMPATIENT)) as server:
+        yield server
+
+
+def require_right(live: Live) -> None:
+    """The server lives, said nothing of a crash, and answers rightly, soon."""
+    assert live.process.poll() is None
+    assert "Traceback" not in live.said(), live.said()
+    request = binary_request(PIXELS)
+    begin = time.perf_counter()
+    reply = live.ask("POST", INFER, request.body, **request.headers)
+    assert time.perf_counter() - begin < SOON
+    assert np.allclose(logits_of(reply), answer(PIXELS), rtol=1e-4, atol=1e-4)
+
+
+def head(length: int | str, path: str = INFER, extra: str = "") -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{extra}\r\n".encode()
+
+
+def connected(live: Live) -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", live.port), 30)
+    made.settimeout(30)
+    return made
+
+
+def reset(connection: socket.socket) -> None:
+    """Close at once, without a goodbye."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@pytest.mark.parametrize("path", [INFER, "/v1/models/linear:predict", "/v2/repository/index"])
+def test_a_body_that_comes_one_byte_at_a_time(impatient: Live, path: str) -> None:
+    with connected(impatient) as slow:
+        slow.sendall(head(1000, path))
+        over = threading.Event()
+
+        def trickle() -> None:
+            while not over.wait(0.2):
+                try:
+                    slow.sendall(b"x")
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            begin = time.perf_counter()
+            require_right(impatient)  # nobody else waits
+            reply = http.client.HTTPResponse(slow)
+            reply.begin()
+            error = json.loads(reply.read())
+            assert PATIENCE * 0.5 < time.perf_counter() - begin < PATIENCE + SOON
+        finally:
+            over.set()
+            thread.join()
+    assert (reply.status, error) == (408, {"error": "the body did not arrive within 1 s"})
+    require_right(impatient)
+
+
+@pytest.mark.parametrize("part", [0, 1, 100, 1000])
+def test_clients_that_vanish_while_they_send(live: Live, part: int) -> None:
+    body = binary_request(PIXELS).body
+    for leave in (socket.socket.close, reset):
+        for _ in range(10):
+            gone = connected(live)
+            gone.sendall(head(len(body)) + body[:part])
+            leave(gone)
+    require_right(live)
+
+
+def test_clients_that_vanish_before_their_answer(linear: Path) -> None:
+    """Their places in the queue are free again, nothing is logged, and they are counted."""
+    with serving(linear, "--max-batch", 8, "--max-delay-ms", 300) as server:
+        request = binary_request(PIXELS[:1])
+        length = f"Inference-Header-Content-Length: {request.headers['Inference_Header_Content_Length']}\r\n"
+        for leave in (socket.socket.close, reset):
+            for _ in range(3):
+                gone = connected(server)
+                gone.sendall(head(len(request.body), extra=length) + request.body)
+                time.sleep(0.05)
+                leave(gone)
+        time.sleep(0.5)
+        stats = server.ask("GET", "/v2/models/linear/stats").document["model_stats"][0]
+        assert stats["inference_stats"]["success"]["count"] == 0
+        assert stats["inference_stats"]["fail"]["count"] == 6
+        assert stats["inference_count"] == 0
+        metrics = server.ask("GET", "/metrics").body.decode()
+        assert 'vitdeploy_requests_total{model="linear",outcome="cancelled",version="1"} 6.0' in metrics
+        assert 'vitdeploy_queue_images{model="linear",version="1"} 0.0' in metrics
+        require_right(server)
+
+
+def test_grpc_clients_that_cancel(linear: Path) -> None:
+    """And those whose channel breaks: nothing runs for them, and nothing is logged."""
+    tensor = tritonclient.grpc.InferInput("pixel_values", [2, 3, 8, 8], "FP32").set_data_from_numpy(PIXELS)
+    with serving(linear, "--max-batch", 8, "--max-delay-ms", 400) as server:
+        for _ in range(3):
+            with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+                call = client.async_infer("linear", [tensor], lambda result, error: None)
+                client.async_infer("linear", [tensor], lambda result, error: None, client_timeout=0.1)
+                time.sleep(0.2)
+                call.cancel()
+        time.sleep(0.5)
+        stats = server.ask("GET", "/v2/models/linear/stats").document["model_stats"][0]
+        assert stats["inference_stats"]["fail"]["count"] == 6
+        assert stats["inference_count"] == 0
+        require_right(server)
+
+
+@pytest.mark.parametrize("text", [
+    b"GET\r\n\r\n",
+    b"POST " + INFER.encode() + b" HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+    head("12x"),
+    head("1" * 30),
+    head(10, extra="Content-Length: 11\r\n"),
+    head(10, extra="Transfer-Encoding: chunked\r\n") + b"zz\r\n",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000 + b"\r\n",
+], ids=range(11))  # fmt: skip
+def test_no_http(live: Live, text: bytes) -> None:
+    """An error or a closed connection, soon."""
+    with connected(live) as odd:
+        odd.settimeout(5)
+        try:
+            odd.sendall(text)
+            found = odd.recv(65536)
+        except (ConnectionResetError, BrokenPipeError):
+            found = b""
+        assert not found or found.split()[1] in (b"200", b"400", b"413", b"431", b"501"), found
+    require_right(live)
+
+
+def test_chunked_bodies(live: Live) -> None:
+    """Without a length announced they are read all the same, and limited all the same."""
+    request = binary_request(PIXELS)
+    extra = "\r\n".join(
+        f"{name.replace('_', '-')}: {value}"
+        for name, value in (
+            *request.headers.items(),
+            ("Transfer-Encoding", "chunked"),
+            ("Connection", "close"),
+        )
+    )
+    with connected(live) as client:
+        client.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\n{extra}\r\n\r\n".encode())
+        for begin in range(0, len(request.body), 100):
+            piece = request.body[begin : begin + 100]
+            client.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        client.sendall(b"0\r\n\r\n")
+        text = b"".join(iter(lambda: client.recv(65536), b""))
+    assert text.startswith(b"HTTP/1.1 200 ")
+
+
+def test_clients_that_ask_before_they_send(live: Live) -> None:
+    """``Expect: 100-continue``, as curl does with a large file: told to go on, or that it is for nothing."""
+    request = binary_request(PIXELS)
+    length = f"Inference-Header-Content-Length: {request.headers['Inference_Header_Content_Length']}\r\n"
+    expect = f"{length}Expect: 100-continue\r\nConnection: close\r\n"
+    with connected(live) as client:
+        client.sendall(head(len(request.body), extra=expect))
+        assert client.recv(1000).startswith(b"HTTP/1.1 100 ")
+        client.sendall(request.body)
+        assert b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+    with connected(live) as client:
+        client.sendall(head(2**40, extra=expect))
+        assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+def test_an_endless_body_is_cut_off(linear: Path) -> None:
+    with serving(linear, "--max-body", "1MiB") as small, connected(small) as client:
+        client.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        before = small.rss()
+        piece = b"10000\r\n" + bytes(65536) + b"\r\n"
+        for _ in range(64):
+            client.sendall(piece)
+        assert client.recv(65536).startswith(b"HTTP/1.1 413 ")
+        assert small.rss() - before < 64 * 1024
+        require_right(small)
+
+
+def test_pipelined_requests_are_answered_in_order(live: Live) -> None:
+    paths = ["/v2", "/v2/nothing", "/v2/models/linear", "/v2/models/nope", "/v2/health/live"] * 4
+    text = b"".join(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths)
+    text += b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with connected(live) as client:
+        client.sendall(text)
+        found = b"".join(iter(lambda: client.recv(65536), b""))
+    statuses = [int(part[:3]) for part in found.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [200, 404, 200, 404, 200] * 4 + [200]
+
+
+def test_hundreds_of_idle_connections(live: Live) -> None:
+    """Silent ones, and ones that began to say something; the others are served as ever."""
+    idle = [connected(live) for _ in range(400)]
+    try:
+        for number, connection in enumerate(idle):
+            connection.sendall((b"", b"POST /v2", head(100), head(100) + b"x" * 50)[number % 4])
+        for _ in range(20):
+            require_right(live)
+    finally:
+        for number, connection in enumerate(idle):
+            (reset if number % 2 else socket.socket.close)(connection)
+    require_right(live)
+
+
+def test_a_client_that_does_not_read_its_answers(live: Live) -> None:
+    """Others do not wait for it."""
+    with connected(live) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.settimeout(1)
+        try:
+            for _ in range(2000):
+                deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+        except TimeoutError:
+            pass
+        for _ in range(10):
+            require_right(live)
+    require_right(live)

@@ -1,0 +1,119 @@
+"""Which of a server's models is the bundle's, and which version; and what decides on the tolerances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.v2_grpc_server import GrpcServer
+from tests.fakes.v2_models import ensemble, in_half, linear, served
+from tests.fakes.v2_server import V2Server
+from tests.helpers.bundles import write_bundle
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.errors import ServerError, UsageError
+from vitdeploy.verification.live.round import LiveRequest, verify_live
+
+FEW = {"calls": 5, "batches": [1]}
+
+
+def test_the_model_of_the_bundle_s_name(bundle: Bundle) -> None:
+    with V2Server({"other": served(), "linear": served()}) as server:
+        assert verify_live(bundle, LiveRequest(server.url, **FEW)).model == "linear"
+
+
+def test_a_name_in_another_spelling_and_the_folder_s(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "my-folder.bundle", name="google/ViT_base")
+    for name in ("google-vit-base", "my_folder"):
+        with V2Server({"other": served(), name: served()}) as server:
+            assert verify_live(made, LiveRequest(server.url, **FEW)).model == name
+
+
+def test_the_only_model_there_is(bundle: Bundle) -> None:
+    with V2Server({"vit": served(), "vit_image": ensemble()}) as server:
+        assert verify_live(bundle, LiveRequest(server.url, **FEW)).model == "vit"
+
+
+def test_two_that_it_could_be(bundle: Bundle) -> None:
+    with V2Server({"liner": served(), "vit": served()}) as server, pytest.raises(UsageError) as caught:
+        verify_live(bundle, LiveRequest(server.url))
+    assert "did you mean 'liner'" in caught.value.message
+    assert caught.value.hint == "--model says which; it has liner, vit"
+
+
+def test_none_at_all(bundle: Bundle) -> None:
+    with V2Server({}) as server, pytest.raises(ServerError, match="serves no model at all"):
+        verify_live(bundle, LiveRequest(server.url))
+
+
+@pytest.mark.parametrize("kind", [V2Server, GrpcServer])
+def test_an_unknown_model(bundle: Bundle, kind: type[V2Server] | type[GrpcServer]) -> None:
+    with kind({"linear": served()}) as server, pytest.raises(UsageError) as caught:
+        verify_live(bundle, LiveRequest(server.url, model="linaer"))
+    assert "has no model 'linaer'; did you mean 'linear'" in caught.value.message
+    assert caught.value.hint == "it has linear"
+
+
+def test_an_unknown_model_of_a_server_without_an_index(bundle: Bundle) -> None:
+    with V2Server({"linear": served()}, index=False) as server:
+        assert verify_live(bundle, LiveRequest(server.url, **FEW)).passed
+        with pytest.raises(UsageError, match="does not serve linaer: HTTP 404: unknown model"):
+            verify_live(bundle, LiveRequest(server.url, model="linaer"))
+        with pytest.raises(UsageError, match="does not serve linear version 3"):
+            verify_live(bundle, LiveRequest(server.url, version="3"))
+
+
+@pytest.mark.parametrize("kind", [V2Server, GrpcServer])
+def test_versions(bundle: Bundle, kind: type[V2Server] | type[GrpcServer]) -> None:
+    wrong = served(versions={"1": linear(), "2": lambda x: -linear()(x)})
+    with kind({"linear": wrong}) as server:
+        first = verify_live(bundle, LiveRequest(server.url, version="1", **FEW))
+        assert first.passed
+        assert first.version == "1"
+        report = verify_live(bundle, LiveRequest(server.url, **FEW))
+        assert not report.passed
+        assert report.version == "2"
+        assert "version 1 on the server gives the right answers: the wrong one is asked" in report.causes
+        with pytest.raises(UsageError, match="linear has no version '7'") as caught:
+            verify_live(bundle, LiveRequest(server.url, version="7"))
+        assert caught.value.hint == "it has 1, 2"
+
+
+def test_another_version_answers_than_was_asked(bundle: Bundle) -> None:
+    with V2Server({"linear": served()}, fault="other-version") as server:
+        report = verify_live(bundle, LiveRequest(server.url, version="1", **FEW))
+    assert "version 99 answers, version 1 was asked" in report.failures[0]
+
+
+def test_a_model_that_is_not_ready(bundle: Bundle) -> None:
+    with V2Server({"linear": served(ready=False)}) as server, pytest.raises(ServerError) as caught:
+        verify_live(bundle, LiveRequest(server.url))
+    assert caught.value.message.endswith("linear is not ready: still loading")
+
+
+def test_whose_tolerances_decide(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
+    with V2Server({"linear": served(in_half)}) as server:
+        loose = verify_live(made, LiveRequest(server.url, **FEW))
+        assert (loose.passed, loose.precision, loose.fits) == (True, "fp16", "fp16")
+        assert any("does not say which artifact it runs, so fp16 decides" in note for note in loose.notes)
+        strict = verify_live(made, LiveRequest(server.url, artifact="onnx-fp32", **FEW))
+        assert (strict.passed, strict.precision, strict.fits) == (False, "fp32", "fp16")
+        assert strict.causes[0] == "the numbers are as exact as fp16, not as fp32"
+        with pytest.raises(UsageError, match="no artifact 'bf16'"):
+            verify_live(made, LiveRequest(server.url, artifact="bf16"))
+    for kind in (V2Server, GrpcServer):
+        with kind({"linear": served(in_half, parameters={"vitdeploy_artifact": "onnx-fp32"})}) as server:
+            told = verify_live(made, LiveRequest(server.url, **FEW))
+        assert (told.passed, told.precision) == (False, "fp32")
+
+
+def test_another_build_of_the_bundle(bundle: Bundle) -> None:
+    facts = {"parameters": {"vitdeploy_bundle": "0123456789abcdef"}}
+    with V2Server({"linear": served(**facts)}) as server:
+        right = verify_live(bundle, LiveRequest(server.url, **FEW))
+    assert right.passed
+    assert any("another build (digest 0123456789ab, not" in note for note in right.notes)
+    with V2Server({"linear": served(lambda x: linear()(x) + x[:, 0, 0, :5], **facts)}) as server:
+        wrong = verify_live(bundle, LiveRequest(server.url, **FEW))
+    assert any(cause.startswith("the server serves another bundle (digest") for cause in wrong.causes)

@@ -1,0 +1,156 @@
+"""Against the real `vitdeploy serve`, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.bundles import LABELS, SIZE, WEIGHT, golden_arrays, write_bundle
+from tests.helpers.commands import COMMAND, in_a_process
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.config import BatchRange, Preprocess
+from vitdeploy.verification.live.round import LiveRequest, verify_live
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A running server."""
+
+    http: str
+    grpc: str
+
+
+@contextlib.contextmanager
+def serving(*bundles: object, flags: tuple[str, ...] = ()) -> Iterator[Serving]:
+    command = [*COMMAND, "serve", *map(str, bundles), "--port", "0", "--grpc-port", "0", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    said = []
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"serving (http://\S+), gRPC (?:grpc://)?(\S+)", line):
+                yield Serving(found[1], f"grpc://{found[2]}")
+                break
+        else:
+            raise AssertionError("".join(said))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def consistent(folder: Path, weight: np.ndarray, **facts: object) -> Bundle:
+    """A bundle of other weights that is right in itself, as one that is served has to be."""
+    golden = golden_arrays()
+    inputs = golden["pixel_values"].astype(np.float64)
+    golden["reference"] = inputs.reshape(len(inputs), -1) @ weight.astype(np.float64)
+    return write_bundle(folder, weight=weight, golden=golden, **facts)
+
+
+def test_a_right_server(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "linear.bundle", precisions=("fp32", "fp16"))
+    with serving(made.root) as server:
+        over_http = verify_live(made, LiveRequest(server.http))
+        over_grpc = verify_live(made, LiveRequest(server.grpc))
+    for report in (over_http, over_grpc):
+        assert report.passed, (report.failures, report.causes)
+        assert (report.model, report.version, report.fits) == ("linear", "1", "fp32")
+        assert report.labels == len(LABELS)
+    assert [record.provider for record in over_http.parity] == ["binary"] * 3 + ["json"] * 3
+    assert over_http.precision == "fp32"
+    assert len(over_http.images) == 4
+    assert not any("does not say which artifact" in note for note in over_http.notes)
+
+
+def test_versions_and_other_weights(tmp_path: Path) -> None:
+    right = write_bundle(tmp_path / "linear.bundle")
+    other = np.random.default_rng(3).normal(size=WEIGHT.shape).astype(np.float32)
+    consistent(tmp_path / "new.bundle", other)
+    with serving(f"linear@1={right.root}", f"linear@2={tmp_path / 'new.bundle'}") as server:
+        assert verify_live(right, LiveRequest(server.http, version="1")).passed
+        for url in (server.http, server.grpc):
+            report = verify_live(right, LiveRequest(url))
+            assert not report.passed
+            assert report.version == "2"
+            assert any("version 1 on the server gives the right answers" in cause for cause in report.causes)
+        report = verify_live(right, LiveRequest(server.http))
+        assert any("the server serves another bundle" in cause for cause in report.causes)
+
+
+@pytest.mark.parametrize(
+    "facts, cause",
+    [
+        (
+            {
+                "preprocess": Preprocess(
+                    size=(SIZE, SIZE), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+                )
+            },
+            "normalised with ImageNet's mean and std",
+        ),
+        (
+            {"preprocess": Preprocess(size=(SIZE, SIZE), resample="nearest")},
+            "the nearest filter, not bilinear",
+        ),
+        (
+            {"preprocess": Preprocess(size=(SIZE, SIZE), resize="shortest_edge", resize_edge=SIZE)},
+            "cropped from a shorter edge of 8",
+        ),
+        ({"labels": tuple(sorted(LABELS))}, "labels are sorted by name"),
+    ],
+)
+def test_a_bundle_with_one_thing_wrong_is_served(
+    tmp_path: Path, facts: dict[str, object], cause: str
+) -> None:
+    right = write_bundle(tmp_path / "linear.bundle")
+    write_bundle(tmp_path / "wrong.bundle", **facts)
+    with serving(f"linear={tmp_path / 'wrong.bundle'}") as server:
+        report = verify_live(right, LiveRequest(server.http, batches=[1]))
+    assert not report.passed
+    assert cause in report.causes[0]
+    assert all(record.passed for record in report.parity)
+
+
+def test_a_fixed_batch_size(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "linear.bundle", batch=BatchRange(4, 4, 4))
+    with serving(made.root) as server:
+        for url in (server.http, server.grpc):
+            report = verify_live(made, LiveRequest(url))
+            assert report.passed, report.failures
+
+
+def test_a_server_for_small_batches(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "linear.bundle")
+    with serving(made.root, flags=("--max-batch", "2")) as server:
+        for url in (server.http, server.grpc):
+            report = verify_live(made, LiveRequest(url))
+            assert report.passed, report.failures
+            assert {record.batch for record in report.parity} == {1, 2}
+
+
+def test_images_as_uint8(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "linear.bundle", kind="uint8")
+    with serving(made.root) as server:
+        for url in (server.http, server.grpc):
+            report = verify_live(made, LiveRequest(url))
+            assert report.passed, report.failures
+
+
+@pytest.mark.slow
+def test_the_digits(tmp_path: Path) -> None:
+    folder = tmp_path / "digits.bundle"
+    made = in_a_process("export", "-m", "digits", "-o", folder, "--fp32", "--fp16")
+    assert made.code == 0, made.err
+    with serving(folder, f"half={folder}") as server:
+        for url in (server.http, server.grpc):
+            report = verify_live(folder, LiveRequest(url, model="digits"))
+            assert report.passed, report.failures
+            assert report.labels == 10

@@ -1,0 +1,44 @@
+"""The process behind a lane: an artifact of a bundle on one of vitdeploy's own backends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vitdeploy.benchmark.loop import Array, Caller, Loaded, main
+
+
+def load(job: dict[str, Any]) -> Loaded:
+    """Open a session per caller.
+
+    Args:
+        job: ``bundle``, a path; ``backend``; ``artifact``, a name, or null for the weights; ``threads``,
+            ``provider``, ``device`` as in ``Options``; ``concurrency``.
+    """
+    from pydantic import TypeAdapter
+
+    from vitdeploy.backends.base import Options, Session, SessionFacts, get_backend
+    from vitdeploy.bundle.folder import Bundle
+
+    bundle, backend = Bundle.open(Path(job["bundle"])), get_backend(job["backend"])
+    artifact = None if job["artifact"] is None else bundle.artifact(job["artifact"])
+    options = Options(threads=job["threads"], provider=job["provider"], device=job["device"])
+    sessions: list[Session] = [backend.load(bundle, artifact, options) for _ in range(job["concurrency"])]
+    facts = TypeAdapter(SessionFacts).dump_python(sessions[0].facts, mode="json")
+    return Loaded([_caller(session) for session in sessions], facts)
+
+
+def _caller(session: Any) -> Caller:
+    name, output = session.facts.inputs[0].name, session.facts.outputs[0].name
+
+    session.timed = True
+
+    def call(pixels: Array) -> tuple[Array, float | None]:
+        outputs = session.run({name: pixels})[output]
+        return outputs, session.device_seconds
+
+    return call
+
+
+if __name__ == "__main__":
+    main(load)

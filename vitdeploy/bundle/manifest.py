@@ -1,0 +1,391 @@
+"""What a bundle's ``manifest.json`` says: the documented schema, and its one canonical form in bytes.
+
+docs/bundle.md describes the same for people who read bundles without this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
+from vitdeploy.errors import BundleError, VitdeployError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION: Final = 1
+MAX_MANIFEST_BYTES = 64 * 2**20
+"""Nothing longer is parsed; the manifest of a model with 1000 labels has some 100 KB."""
+
+REBUILD = "copy or export the bundle again"
+
+Precision = Literal["fp32", "fp16", "bf16", "mixed"]
+DType = Literal["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int32", "int64"]
+OpDType = DType | Literal["float8e4m3fn", "undefined"]
+Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+Count = Annotated[int, Field(ge=0)]
+
+# What some file system gives a meaning of its own: a root, a drive letter, a stream, a pattern, a control.
+_UNSAFE = re.compile(r'[\\:*?"<>|\x00-\x1f\x7f]')
+
+
+def safe_path(path: str) -> str:
+    """Return ``path`` if it is a plain relative path that stays inside the folder on every platform.
+
+    Raises:
+        ValueError: it is absolute, climbs out, or has a character that means something else somewhere.
+    """
+    parts = path.split("/")
+    if _UNSAFE.search(path) or any(part in ("", ".", "..") or part[-1] in ". " for part in parts):
+        raise ValueError(f"{path!r} is not a plain relative path inside the bundle")
+    return path
+
+
+SafePath = Annotated[str, Field(max_length=512), AfterValidator(safe_path)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FileRecord(_Record):
+    """What one file of the bundle must be."""
+
+    size: Count
+    sha256: Sha256
+
+
+class TensorSpec(_Record):
+    """An input or output; a string in ``shape`` is a dimension that varies (``"N"``, the batch)."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+
+def input_spec(config: ViTConfig, kind: InputKind) -> TensorSpec:
+    """What a ViT takes: pixel values (N, C, H, W) float32, or images (N, H, W, C) uint8."""
+    height, width = config.image_size
+    if kind == "uint8":
+        return TensorSpec(name="pixel_values", dtype="uint8", shape=("N", height, width, config.channels))
+    return TensorSpec(name="pixel_values", dtype="float32", shape=("N", config.channels, height, width))
+
+
+def output_spec(config: ViTConfig, output: Output) -> TensorSpec:
+    """What it gives, float32."""
+    shapes: dict[Output, tuple[int | str, ...]] = {
+        "logits": ("N", config.classes),
+        "features": ("N", config.features),
+        "tokens": ("N", config.tokens, config.width),
+    }
+    return TensorSpec(name=output, dtype="float32", shape=shapes[output])
+
+
+class OpPrecision(_Record):
+    """The dtype one operation of an emitted graph computes in."""
+
+    name: str
+    op: str
+    dtype: OpDType
+    island: bool = False
+    """Kept in a wider dtype on purpose, as the precision plan declares."""
+
+
+class PrecisionProof(_Record):
+    """Every operation whose dtype matters, read back from the emitted graph."""
+
+    ops: tuple[OpPrecision, ...]
+    ok: bool
+
+
+class Artifact(_Record):
+    """One runnable form of the model."""
+
+    name: str = Field(min_length=1)
+    """Unique within the bundle: ``onnx-fp16``."""
+    format: str = Field(min_length=1)
+    precision: Precision
+    requested: Precision
+    """The precision asked for; ``fallback`` says why it is another one, where it is."""
+    path: SafePath
+    files: tuple[SafePath, ...]
+    """Every file of this artifact, ``path`` among them."""
+    opset: int | None = None
+    batch: BatchRange
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    islands: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    """GPU architectures an engine was built for, ``sm_89``; ``sm_80+`` is that one and all later ones."""
+    fallback: str | None = None
+    proof: PrecisionProof | None = None
+    build_seconds: float = Field(default=0.0, ge=0)
+    nodes: int | None = None
+    size: Count = 0
+    """Bytes of all its files together; filled in when the manifest is sealed."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``targets`` where there are none: bundles from before it keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        if not self.targets:
+            fields.pop("targets", None)
+        return fields
+
+    @model_validator(mode="after")
+    def _has_its_path(self) -> Self:
+        if self.path not in self.files:
+            raise ValueError(f"artifact {self.name!r} does not list its own path {self.path!r} in files")
+        return self
+
+
+class Rewrite(_Record):
+    """An exact rewrite that was applied to the model before it was emitted."""
+
+    name: str
+    detail: str
+    flops_saved: int = 0
+
+
+class Tolerance(_Record):
+    """What an artifact may differ from the reference by: ``vitdeploy.verification.parity.TOLERANCES``."""
+
+    relative: float = Field(gt=0)
+    kl: float = Field(gt=0)
+    batch_invariance: float = Field(gt=0)
+    max_abs: float | None = Field(default=None, gt=0)
+    """An absolute bound on top, where the user gave one."""
+
+
+class ParityMetrics(_Record):
+    """How far outputs are from the reference; numbers that do not exist (NaN outputs) are null."""
+
+    rows: Count
+    """Output rows compared, one per image and position in a batch."""
+    elements: Count
+    nonfinite: Count = 0
+    """NaN and infinite elements of the output; these rows count in no other number."""
+    max_abs: float | None = None
+    mean_abs: float | None = None
+    relative: float | None = None
+    """The worst row's ||output - reference|| / ||reference||, and with that a bound on its cosine."""
+    cosine: float | None = None
+    """The worst row's cosine similarity."""
+    kl: float | None = None
+    """The worst row's KL(reference || output) of the softmax, in nats; only for logits."""
+    top1_agree: Count = 0
+    top1_compared: Count = 0
+    """Rows whose reference margin is wider than the tolerance, so that the first place is decided."""
+    top5_overlap: float | None = None
+    """Mean share of the reference's five best classes found again, over the rows below."""
+    top5_compared: Count = 0
+    batch_invariance: float | None = None
+    """Worst relative difference of one image's output with other company in the batch."""
+    worst: int | None = None
+    """Index of the golden image with the largest relative error, or with NaN."""
+
+
+class ParityRecord(_Record):
+    """One comparison of an artifact on a backend at a batch size with the float64 reference."""
+
+    artifact: str
+    backend: str
+    batch: int = Field(ge=1)
+    provider: str
+    reference: str = "float64"
+    metrics: ParityMetrics
+    tolerance: Tolerance
+    passed: bool
+    failures: tuple[str, ...] = ()
+
+
+class Choice(_Record):
+    """What ``vitdeploy bench --pick`` found best on a machine."""
+
+    machine: tuple[str, ...]
+    """As ``vitdeploy.cli.diagnosis.machine_name`` says."""
+    goal: Literal["latency", "throughput"]
+    max_latency_ms: float | None = Field(default=None, gt=0)
+    backend: str
+    provider: str | None
+    """ONNX Runtime's; null for other backends."""
+    artifact: str | None
+    """Null is the reference weights."""
+    threads: int | None = Field(default=None, ge=1)
+    batch: int = Field(ge=1)
+    concurrency: int = Field(default=1, ge=1)
+    p50_ms: float
+    images_per_s: float
+    created: str
+
+
+class Provenance(_Record):
+    """Where the weights come from and what built the bundle."""
+
+    source: str
+    family: str
+    seed: int | None = None
+    """Of random weights; null for a checkpoint."""
+    source_files: dict[str, Sha256] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    platform: str = ""
+    command: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Manifest(_Record):
+    """A bundle's table of contents.
+
+    ``files`` and ``digest`` are empty in a draft; :func:`seal` fills them in.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str = Field(min_length=1)
+    created: str = Field(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\z")
+    generator: str
+    """``vitdeploy`` and its version."""
+    model: ViTConfig | None = None
+    """Null for a model of the user's own, which exists as artifacts only."""
+    output: Output = "logits"
+    input: InputKind = "float"
+    preprocess: Preprocess | None = None
+    labels: tuple[str, ...] | None = None
+    parameters: Count = 0
+    flops: Count | None = None
+    """Of one image through the reference model, a multiply-add counted as two."""
+    rewrites: tuple[Rewrite, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
+    parity: tuple[ParityRecord, ...] = ()
+    choices: tuple[Choice, ...] = ()
+    """At most one per machine."""
+    provenance: Provenance
+    files: dict[SafePath, FileRecord] = Field(default_factory=dict)
+    digest: str = ""
+    """sha256 of this manifest's canonical form with ``digest`` empty."""
+
+    @property
+    def max_abs(self) -> float | None:
+        """The absolute bound on errors that the user gave; it holds for every artifact."""
+        return next((record.tolerance.max_abs for record in self.parity), None)
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``choices`` where there are none: bundles from before it keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        if not self.choices:
+            fields.pop("choices", None)
+        return fields
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        names = [artifact.name for artifact in self.artifacts]
+        for name in {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two artifacts are named {name!r}")
+        classes = self.model.classes if self.model else 0
+        if self.labels is not None and classes and len(self.labels) != classes:
+            raise ValueError(f"{len(self.labels)} labels for {classes} classes")
+        if MANIFEST in self.files:
+            raise ValueError(f"{MANIFEST} lists itself")
+        for artifact in self.artifacts if self.digest else ():
+            if missing := set(artifact.files) - set(self.files):
+                raise ValueError(f"artifact {artifact.name!r} uses an unlisted file {min(missing)!r}")
+        return self
+
+
+def canonical(manifest: Manifest) -> bytes:
+    """The only bytes a manifest may have on disk: UTF-8 JSON, keys sorted, two spaces, a final newline."""
+    document = manifest.model_dump(mode="json")
+    text = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def digest_of(manifest: Manifest) -> str:
+    """The digest a manifest must carry: the sha256 of its canonical form with an empty digest."""
+    return hashlib.sha256(canonical(manifest.model_copy(update={"digest": ""}))).hexdigest()
+
+
+def seal(draft: Manifest, files: Mapping[str, FileRecord]) -> Manifest:
+    """Return the draft with its file table, its artifacts' sizes and its digest.
+
+    Raises:
+        BundleError: the draft does not describe these files, or cannot be written.
+    """
+    for artifact in draft.artifacts:
+        if missing := set(artifact.files) - set(files):
+            raise BundleError(f"artifact {artifact.name!r} has no file {min(missing)!r}")
+    artifacts = tuple(
+        artifact.model_copy(update={"size": sum(files[name].size for name in artifact.files)})
+        for artifact in draft.artifacts
+    )
+    try:
+        filled = draft.model_copy(update={"files": dict(files), "artifacts": artifacts, "digest": ""})
+        plain = Manifest.model_validate(filled.model_dump(mode="json"))  # 1 becomes 1.0 where a float belongs
+        sealed = plain.model_copy(update={"digest": digest_of(plain)})
+        return parse(canonical(sealed), MANIFEST)
+    except ValidationError as error:
+        raise BundleError(f"the manifest cannot be written: {_first_problem(error)}") from error
+    except ValueError as error:  # a NaN or a lone surrogate: no JSON for it
+        raise BundleError(f"the manifest cannot be written: {error}") from error
+
+
+def parse(data: bytes, where: str) -> Manifest:
+    """Read a sealed manifest; ``where`` names it in errors.
+
+    Raises:
+        BundleError: not JSON, a newer schema, not the schema, an unsafe path, or any byte changed.
+    """
+    document = _load_json(data, where)
+    version = document.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(f"{where}: no valid schema_version, so this is not a vitdeploy bundle")
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{where}: schema version {version} is newer than this vitdeploy reads ({SCHEMA_VERSION})",
+            hint="pip install --upgrade vitdeploy",
+        )
+    try:
+        manifest = Manifest.model_validate(document)
+        intact = canonical(manifest) == data and digest_of(manifest) == manifest.digest
+    except ValidationError as error:
+        raise BundleError(f"{where}: {_first_problem(error)}") from error
+    except VitdeployError as error:  # our dataclasses check themselves
+        raise BundleError(f"{where}: {error.message}") from error
+    except ValueError as error:
+        raise BundleError(f"{where}: {error}") from error
+    if not intact:
+        raise BundleError(f"{where}: changed after it was written (its digest does not match)", hint=REBUILD)
+    return manifest
+
+
+def _load_json(data: bytes, where: str) -> dict[str, Any]:
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{where}: {len(data)} bytes, but a manifest has at most {MAX_MANIFEST_BYTES}")
+    try:
+        document = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        detail = " ".join(str(error).split())
+        raise BundleError(f"{where}: not readable as JSON ({detail})", hint=REBUILD) from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{where}: not a JSON object", hint=REBUILD)
+    return document
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False, include_context=False)
+    place = ".".join(str(part) for part in problems[0]["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    detail = problems[0]["msg"].removeprefix("Value error, ")
+    return f"{place}: {detail}{more}" if place else f"{detail}{more}"

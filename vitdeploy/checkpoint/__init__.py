@@ -1,0 +1,1 @@
+"""Opening a checkpoint: whose files it has, which family wrote them, which model they are."""

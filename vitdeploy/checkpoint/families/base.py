@@ -1,0 +1,322 @@
+"""What the families share: how a foreign checkpoint is described, renamed, checked and taken over.
+
+A family reads a foreign checkpoint into a ``Reading``: a configuration, and for each of our parameters the
+``Source`` it comes from. ``take_over`` does the rest, the same for all: find, reshape, check.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vitdeploy.checkpoint.families.positions import PositionRule
+from vitdeploy.config import Preprocess, Size, ViTConfig
+from vitdeploy.errors import CheckpointError
+from vitdeploy.model.vit import expected_shapes
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint as its files have it."""
+
+    source: str
+    """What the user called it; errors name it."""
+    state: Mapping[str, Tensor]
+    config: Mapping[str, object] | None = None
+    """``config.json``, where there is one."""
+    processor: Mapping[str, object] | None = None
+    """``preprocessor_config.json``, where there is one."""
+
+
+Pick = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our parameters lies: a foreign name (``{i}`` is the block), and what to take of it."""
+
+    name: str
+    pick: Pick = lambda tensor: tensor
+
+
+Layout = Mapping[str, Source]
+"""Our parameter names, with ``{i}`` for the block's number, to their sources."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a family understood of a foreign checkpoint."""
+
+    config: ViTConfig
+    """At the checkpoint's own resolution, that of its position table."""
+    layout: Layout
+    state: Mapping[str, Tensor]
+    """The foreign tensors under the names that ``layout`` uses."""
+    preprocess: Callable[[Size | None], Preprocess]
+    """Preprocessing for a network input of this size; None is the size it is configured for."""
+    ignored: Mapping[str, str | None] = field(default_factory=dict)
+    """Patterns of names that are not needed for inference, with the note to give (None: nothing to say)."""
+    labels: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    default_size: Size | None = None
+    """The resolution to build for when the user names none; None is the checkpoint's own."""
+    originals: Mapping[str, str] = field(default_factory=dict)
+    """Names of ``state`` to those in the file, where they differ."""
+    spell: Callable[[str], str] = str
+    """How the file would write the name of a tensor it lacks."""
+
+    def in_file(self, name: str) -> str:
+        return self.originals.get(name, name) if name in self.state else self.spell(name)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One foreign naming and how to read it."""
+
+    name: str
+    claims: Callable[[Foreign], bool]
+    read: Callable[[Foreign, ViTConfig | None], Reading]
+    """The second argument is the variant named beside the file; it settles what the file leaves open."""
+    positions: PositionRule
+
+
+# --- what to take of a foreign tensor ------------------------------------------------------------------
+
+
+def flat(dimensions: int) -> Pick:
+    """Drop leading dimensions of length 1: (1, 1, D) to (D), or (1, R, D) to (R, D)."""
+
+    def pick(tensor: Tensor) -> Tensor:
+        while tensor.ndim > dimensions and tensor.shape[0] == 1:
+            tensor = tensor[0]
+        return tensor
+
+    return pick
+
+
+def third(index: int) -> Pick:
+    """One of query, key, value out of a merged (3D, ...) tensor."""
+
+    def pick(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or tensor.shape[0] % 3:
+            return tensor
+        rows = tensor.shape[0] // 3
+        return tensor[index * rows : (index + 1) * rows]
+
+    return pick
+
+
+def linear(ours: str, theirs: str) -> dict[str, Source]:
+    """The weight and bias of a layer that both sides store alike."""
+    return {f"{ours}.{leaf}": Source(f"{theirs}.{leaf}") for leaf in ("weight", "bias")}
+
+
+def rename(state: Mapping[str, Tensor], to: Callable[[str], str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors under other names, and those names' originals."""
+    originals = {to(name): name for name in state}
+    return {name: state[original] for name, original in originals.items()}, originals
+
+
+def merged_qkv(weight: str, bias: str) -> dict[str, Source]:
+    """Query, key and value of a block, stored as one (3D, D) layer."""
+    parts = {f"blocks.{{i}}.attn.{name}": third(index) for index, name in enumerate("qkv")}
+    weights = {f"{ours}.weight": Source(weight, pick) for ours, pick in parts.items()}
+    return weights | {f"{ours}.bias": Source(bias, pick) for ours, pick in parts.items()}
+
+
+# --- reading a foreign config.json ----------------------------------------------------------------------
+
+
+def number(config: Mapping[str, object], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
+    return float(value)
+
+
+def whole(config: Mapping[str, object], key: str, default: int) -> int:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"config.json: {key} must be a whole number, not {value!r}")
+    return value
+
+
+def pair(value: object, key: str) -> Size:
+    """A length for both sides, or [height, width]."""
+    sides = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise CheckpointError(f"config.json: {key} must be one or two whole numbers, not {value!r}")
+    return sides[0], sides[1]
+
+
+def mapping(config: Mapping[str, object] | None, key: str) -> Mapping[str, object]:
+    value = {} if config is None or config.get(key) is None else config[key]
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"config.json: {key} must be an object, not {value!r}")
+    return value
+
+
+# --- reading the tensors ---------------------------------------------------------------------------------
+
+
+def _parts(ours: str) -> tuple[str, str]:
+    """``blocks.3.norm1.weight`` to ``blocks.{i}.norm1.weight`` and ``3``."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.*)", ours)
+    return (f"blocks.{{i}}.{match[2]}", match[1]) if match else (ours, "")
+
+
+def find(layout: Layout, state: Mapping[str, Tensor], ours: str) -> Tensor | None:
+    """The tensor that becomes our parameter ``ours``, or None where the checkpoint lacks it."""
+    template, block = _parts(ours)
+    source = layout.get(template)
+    tensor = state.get(source.name.format(i=block)) if source else None
+    return source.pick(tensor) if source and tensor is not None else None
+
+
+def count_blocks(layout: Layout, names: Iterable[str]) -> int:
+    """One more than the highest block number that any name carries."""
+    sources = {source.name for ours, source in layout.items() if ours.startswith("blocks.")}
+    pattern = re.compile("|".join(re.escape(name).replace(r"\{i\}", r"(\d+)") for name in sorted(sources)))
+    numbers = [int(n) for name in names if (match := pattern.fullmatch(name)) for n in match.groups() if n]
+    return max(numbers, default=-1) + 1
+
+
+def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return every parameter of ``reading.config`` under our names, in the file's dtype, and notes.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of the wrong shape (one error lists them all), of
+            a dtype that holds no weights, or not finite.
+    """
+    state: dict[str, Tensor] = {}
+    used: set[str] = set()
+    missing: dict[str, None] = {}
+    wrong: dict[str, str] = {}
+    for ours, shape in _expected(reading, source).items():
+        template, block = _parts(ours)
+        if template not in reading.layout:
+            raise CheckpointError(f"{source}: {family} checkpoints have no {ours}")
+        theirs = reading.layout[template].name.format(i=block)
+        used.add(theirs)
+        tensor = find(reading.layout, reading.state, ours)
+        if tensor is None:
+            missing[theirs] = None
+        elif tuple(tensor.shape) == shape:
+            state[ours] = tensor
+        else:
+            have = tuple(reading.state[theirs].shape)
+            got = "" if have == tuple(tensor.shape) else f", giving {_size(tensor.shape)}"
+            wrong.setdefault(theirs, f"is {_size(have)}{got}, must be {_size(shape)}")
+    notes, unexpected = _left_over(reading, used)
+    _refuse_misfit(reading, f"{source} does not fit a {family} model", list(missing), unexpected, wrong)
+    _check_values({reading.in_file(name): reading.state[name] for name in sorted(used)}, source)
+    return {ours: _own(tensor) for ours, tensor in state.items()}, notes
+
+
+def _expected(reading: Reading, source: str) -> dict[str, tuple[int, ...]]:
+    """The parameters to look for; a configuration out of all proportion is refused before it costs memory."""
+    config = reading.config
+    if config.depth > len(reading.state):
+        tensors = len(reading.state)
+        raise CheckpointError(
+            f"{source}: the configuration has {config.depth} blocks, the file only {tensors} tensors"
+        )
+    try:
+        return expected_shapes(config)
+    except RuntimeError as error:  # torch's word for sizes that overflow
+        raise CheckpointError(f"{source}: the configuration's sizes are impossibly large") from error
+
+
+def _left_over(reading: Reading, used: set[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Notes about ignored tensors, and the names that nothing accounts for."""
+    notes: dict[str, None] = {}
+    unexpected = []
+    for name in reading.state:
+        if name in used:
+            continue
+        pattern = next((p for p in reading.ignored if re.fullmatch(p, name)), None)
+        if pattern is None:
+            unexpected.append(name)
+        elif note := reading.ignored[pattern]:
+            notes[note] = None
+    return tuple(notes), unexpected
+
+
+def _refuse_misfit(
+    reading: Reading, what: str, missing: list[str], unexpected: list[str], wrong: Mapping[str, str]
+) -> None:
+    if not (missing or unexpected or wrong):
+        return
+    lack, extra = (_grouped([reading.in_file(name) for name in names]) for names in (missing, unexpected))
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing ({', '.join(lack)})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected ({', '.join(extra)})")
+    if wrong:
+        details: dict[str, list[str]] = {}
+        for name, problem in wrong.items():
+            details.setdefault(problem, []).append(reading.in_file(name))
+        lines = [f"{', '.join(_grouped(names))} {problem}" for problem, names in details.items()]
+        problems.append(f"{len(wrong)} of the wrong shape ({'; '.join(lines)})")
+    similar = ((name, difflib.get_close_matches(name, extra, n=1, cutoff=0.8)) for name in lack)
+    close = [f"{match[0]!r} for {name!r}" for name, match in similar if match]
+    guess = f"; did you mean {', '.join(close)}?" if close else ""
+    raise CheckpointError(
+        f"{what}: {', '.join(problems)}{guess}",
+        hint="for a model of another architecture, --model module:function exports any nn.Module",
+    )
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    """Join names that differ in the block's number only: ``blocks.{0,1,2}.norm1.weight``."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.*?[._])(\d+)([./].*)", name)
+        before, block, after = match.groups() if match else (name, "", "")
+        groups.setdefault((before, after), []).append(block)
+    return [
+        before + (blocks[0] if len(blocks) == 1 else "{" + ",".join(blocks) + "}") + after
+        for (before, after), blocks in groups.items()
+    ]
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that hold no usable weights: integers, NaN, infinities."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    dtypes = {
+        name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if t.dtype not in floats
+    }
+    odd = [f"{name} ({dtype})" for name, dtype in dtypes.items()]
+    if odd:
+        raise CheckpointError(
+            f"{source}: weights must be float16, bfloat16, float32 or float64: {', '.join(odd)}",
+            hint="quantised checkpoints cannot be exported; start from the original",
+        )
+    bad = []
+    for name, tensor in tensors.items():
+        # NaN spreads to both ends of aminmax, which is 20 times as fast as isfinite of everything.
+        if not all(end.isfinite() for end in torch.aminmax(tensor)):
+            nan, infinite = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
+            counts = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count]
+            bad.append(f"{name} ({' and '.join(counts)} of {tensor.numel()})")
+    if bad:
+        raise CheckpointError(
+            f"{source}: {len(bad)} tensor(s) with values that are not finite: {', '.join(bad)}",
+            hint="the training diverged or the file is damaged; take an earlier checkpoint",
+        )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in storage of its own: no slice of a merged one, contiguous."""
+    shared = tensor.untyped_storage().nbytes() != tensor.nbytes
+    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()

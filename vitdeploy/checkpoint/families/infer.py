@@ -1,0 +1,135 @@
+"""Read a configuration off the tensors themselves, for checkpoints whose files do not state one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vitdeploy.checkpoint.families.base import Layout, count_blocks, find
+from vitdeploy.config import Pool, Size, ViTConfig
+from vitdeploy.errors import CheckpointError
+
+
+def infer_config(
+    layout: Layout,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    heads: Callable[[int], int],
+    sizes: Sequence[Size],
+    **known: Any,
+) -> ViTConfig:
+    """Return the configuration that the shapes in ``state`` describe.
+
+    Args:
+        heads: attention heads for a width; no shape tells them.
+        sizes: image sizes the position table may be for, likeliest first; otherwise its grid is square.
+        known: fields of ``ViTConfig`` that shapes cannot tell, or that the caller knows better.
+
+    Raises:
+        CheckpointError: a tensor everything depends on is missing or has an impossible shape.
+    """
+    shapes = _Shapes(layout, state, source)
+    width, channels, patch, across = shapes.of("patch_embed.weight", 4)
+    if patch != across:
+        raise CheckpointError(f"{source}: patches of {patch}x{across} pixels are not square")
+    inner, mlp_width = shapes.rows("blocks.{i}.mlp.fc1.weight"), shapes.of("blocks.{i}.mlp.fc2.weight", 2)[1]
+    gated = inner == 2 * mlp_width
+    fields: dict[str, Any] = {
+        "patch_size": patch,
+        "channels": channels,
+        "width": width,
+        "depth": count_blocks(layout, state),
+        "heads": heads(width),
+        "mlp_width": mlp_width,
+        "gated_mlp": gated,
+        "classes": shapes.rows("head.weight"),
+        "cls_token": shapes.have("cls_token"),
+        "distillation_token": shapes.have("dist_token"),
+        "registers": shapes.rows("registers"),
+        "qkv_bias": shapes.have("blocks.{i}.attn.q.bias"),
+        "layer_scale": shapes.have("blocks.{i}.scale1"),
+        "pool": _pool(shapes, width),
+        "representation_width": shapes.rows("representation.weight"),
+    }
+    if gated:
+        fields["activation"] = "silu"
+    if known.get("position", "learned") == "learned":
+        fields |= _table(shapes, patch, sizes)
+    else:
+        fields |= {"position_prefix": 0, "image_size": sizes[0] if sizes else (224, 224)}
+    return ViTConfig(**(fields | known))
+
+
+def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]:
+    """What the position table tells: the image size, and how many of its rows are not patches.
+
+    Raises:
+        CheckpointError: neither one of ``sizes`` nor a square grid accounts for the rows.
+    """
+    cls = int(shapes.have("cls_token"))
+    # Either every prefix token has a row, or none, or (DINOv2's own files) the CLS token alone.
+    prefixes = (cls + int(shapes.have("dist_token")) + shapes.rows("registers"), 0, cls)
+    rows, _ = shapes.of("pos_embed", 2)
+    for height, width in sizes:
+        rest = rows - (height // patch) * (width // patch)
+        if rest in prefixes and not (height % patch or width % patch):
+            return {"image_size": (height, width), "position_prefix": rest}
+    for prefix in prefixes:
+        side = math.isqrt(max(rows - prefix, 0))
+        if side and side * side == rows - prefix:
+            return {"image_size": (side * patch, side * patch), "position_prefix": prefix}
+    raise CheckpointError(
+        f"{shapes.source}: the position table has {rows} rows: no square grid, nor the configured size's",
+        hint="state the image size in config.json beside the weights",
+    )
+
+
+def usual_heads(width: int) -> int:
+    """Heads of 64 columns, except for the widths of the paper's H, g and G, and of SoViT-400M."""
+    return 16 if width in (1152, 1280, 1408, 1664) else max(1, width // 64)
+
+
+def what_is_open(template: ViTConfig | None) -> tuple[Callable[[int], int], list[Size]]:
+    """``heads`` and ``sizes`` for ``infer_config``: of the variant the user named, or as usual."""
+    if template is None:
+        return usual_heads, []
+    return lambda width: template.heads, [template.image_size]
+
+
+def heads_note(config: ViTConfig) -> str:
+    return f"the file does not tell the number of heads: {config.heads}, as usual for width {config.width}"
+
+
+class _Shapes:
+    """Shapes of our parameters, as far as the foreign checkpoint has them; blocks are judged by the first."""
+
+    def __init__(self, layout: Layout, state: Mapping[str, Tensor], source: str) -> None:
+        self.layout, self.state, self.source = layout, state, source
+
+    def have(self, ours: str) -> bool:
+        return find(self.layout, self.state, ours.format(i=0)) is not None
+
+    def rows(self, ours: str) -> int:
+        """Rows of a matrix that not every model has."""
+        return self.of(ours, 2)[0] if self.have(ours) else 0
+
+    def of(self, ours: str, dimensions: int) -> tuple[int, ...]:
+        tensor = find(self.layout, self.state, ours.format(i=0))
+        name = self.layout[ours].name.format(i=0)
+        if tensor is None:
+            raise CheckpointError(f"{self.source}: the tensor {name} is missing")
+        if tensor.ndim != dimensions or not tensor.numel():
+            raise CheckpointError(f"{self.source}: {name} has the impossible shape {tuple(tensor.shape)}")
+        return tuple(tensor.shape)
+
+
+def _pool(shapes: _Shapes, width: int) -> Pool:
+    if shapes.have("head_dist.weight"):
+        return "both_heads"
+    if shapes.have("head.weight") and shapes.of("head.weight", 2)[1] == 2 * width:
+        return "cls_mean"
+    return "cls" if shapes.have("cls_token") else "mean"

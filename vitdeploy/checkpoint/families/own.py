@@ -1,0 +1,89 @@
+"""Our own names: a bundle's ``weights.safetensors``, and folders of ``config.json`` and weights.
+
+``config.json`` is ``{"model_type": "vitdeploy", "model": {...}, "preprocess": {...}, "labels": [...]}``: the
+fields of ``ViTConfig`` and of ``Preprocess``, and one label for each class or null.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, Source, linear, mapping
+from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
+from vitdeploy.checkpoint.families.positions import PositionRule
+from vitdeploy.config import Preprocess, Size, ViTConfig
+from vitdeploy.errors import CheckpointError, ConfigError, did_you_mean
+from vitdeploy.images.preprocess import at_size
+
+MODEL_TYPE = "vitdeploy"
+
+_TOKENS = ("cls_token", "dist_token", "registers", "pos_embed", "blocks.{i}.scale1", "blocks.{i}.scale2")
+_LAYERS = (
+    "patch_embed",
+    *(f"blocks.{{i}}.{layer}" for layer in ("norm1", "attn.q", "attn.k", "attn.v", "attn.proj")),
+    *(f"blocks.{{i}}.{layer}" for layer in ("norm2", "mlp.fc1", "mlp.fc2")),
+    *("norm", "representation", "head", "head_dist"),
+)
+_LAYOUT: Layout = {name: Source(name) for name in _TOKENS} | {
+    name: source for layer in _LAYERS for name, source in linear(layer, layer).items()
+}
+
+_Fields = TypeVar("_Fields")
+
+
+def _claims(foreign: Foreign) -> bool:
+    if foreign.config is not None and "model_type" in foreign.config:
+        return foreign.config["model_type"] == MODEL_TYPE
+    return {"patch_embed.weight", "blocks.0.attn.q.weight"} <= foreign.state.keys()
+
+
+def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
+    stated = foreign.config or {}
+    notes = []
+    if stated.get("model") is not None:
+        config = _parse(ViTConfig, mapping(stated, "model"), "model")
+    else:
+        heads, sizes = what_is_open(template)
+        config = infer_config(_LAYOUT, foreign.state, foreign.source, heads=heads, sizes=sizes)
+        notes += [] if template else [heads_note(config)]
+    base = Preprocess(size=config.image_size)
+    if stated.get("preprocess"):
+        base = _parse(Preprocess, mapping(stated, "preprocess"), "preprocess")
+
+    def preprocess(size: Size | None) -> Preprocess:
+        return base if size in (None, base.size) else at_size(base, size)
+
+    labels = _labels(stated.get("labels"), config.classes)
+    return Reading(config, _LAYOUT, foreign.state, preprocess, labels=labels, notes=tuple(notes))
+
+
+def _parse(kind: type[_Fields], values: Mapping[str, object], key: str) -> _Fields:
+    known = list(inspect.signature(kind).parameters)
+    for name in values:
+        if name not in known:
+            raise CheckpointError(f"config.json: {key} has no field {name!r}{did_you_mean(name, known)}")
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, (key, *problem["loc"])))
+        raise CheckpointError(f"config.json: {where}: {problem['msg']}") from error
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {key}: {error.message}", hint=error.hint) from error
+
+
+def _labels(labels: object, classes: int) -> tuple[str, ...] | None:
+    if labels is None:
+        return None
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
+        raise CheckpointError("config.json: labels must be a list of strings")
+    if len(labels) != classes:
+        raise CheckpointError(f"config.json: {len(labels)} labels, but the head has {classes} classes")
+    return tuple(labels)
+
+
+FAMILY = Family(MODEL_TYPE, _claims, _read, PositionRule(antialias=True))

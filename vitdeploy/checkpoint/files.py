@@ -1,0 +1,242 @@
+"""Read the tensors of a checkpoint file, trusting nothing in it: safetensors, ``.npz``, ``.pt``.
+
+No file is ever unpickled freely, and no size a file claims is believed before it is checked against the
+bytes that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitdeploy.bundle.files import sha256
+from vitdeploy.errors import CheckpointError
+
+SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
+
+_MAX_JSON = 64 * 2**20
+# Weights hardly compress: what unpacks to far more than the file holds is no checkpoint.
+_MAX_RATIO, _SLACK = 20, 64 * 2**20
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_PICKLES = (b"PK\x03\x04", b"\x80")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one file, or of all shards."""
+
+    state: Mapping[str, Tensor]
+    files: Mapping[str, str]
+    """File names to sha256."""
+    notes: tuple[str, ...] = ()
+
+
+def read_weights(path: Path) -> Weights:
+    """Read one weights file; its kind is its suffix, checked against its first bytes.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, damaged, unsafe, or of another kind.
+    """
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f"{path}: not a kind of weights file", hint=f"known: {', '.join(SUFFIXES)}")
+    try:
+        if not path.stat().st_size:
+            raise CheckpointError(f"{path} is empty", hint="download or save it again")
+        with path.open("rb") as file:
+            start = file.read(16)
+        digest = sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    notes: tuple[str, ...] = ()
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path, start)
+    elif path.suffix == ".npz":
+        state = _read_npz(path)
+    else:
+        state, notes = _read_pickle(path, start)
+    if not state:
+        raise CheckpointError(f"{path} holds no tensors")
+    state, stripped = _without_prefixes(state)
+    return Weights(state, {path.name: digest}, (*notes, *stripped))
+
+
+def read_shards(index: Path) -> Weights:
+    """Read every shard that a ``model.safetensors.index.json`` lists.
+
+    Raises:
+        CheckpointError: the index is malformed, or a shard is missing, damaged or lacks a tensor.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    state: dict[str, Tensor] = {}
+    files = {index.name: sha256(index)}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: shard {file!r} is not a safetensors file in the same folder")
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index}: shard {file} is missing", hint="download the checkpoint again")
+        shard = read_weights(index.parent / file)
+        absent = sorted(name for name, home in weight_map.items() if home == file and name not in shard.state)
+        if absent:
+            raise CheckpointError(f"{index}: {file} lacks tensors it should hold: {', '.join(absent)}")
+        state |= shard.state
+        files |= shard.files
+    return Weights(state, files)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, too large, or no JSON object.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for a configuration")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return content
+
+
+def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
+    # A header may well be 128 bytes long, and then starts like a pickle; but its JSON follows.
+    if start.startswith(_PICKLES) and start[8:9] != b"{":
+        raise CheckpointError(
+            f"{path} is a pickle or a zip file, not safetensors, whatever its name says",
+            hint="give it its own suffix (.pt), or save it as safetensors",
+        )
+    header = int.from_bytes(start[:8], "little")
+    size = path.stat().st_size
+    if len(start) < 8 or header > size - 8:
+        raise CheckpointError(
+            f"{path} is truncated or not safetensors: its header claims {header} bytes, the file has {size}",
+            hint="download or save it again",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not safetensors: {_line(error)}", hint="download or save it again"
+        ) from error
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_unpacked(path, archive)
+            for member in archive.infolist():
+                with archive.open(member) as file:
+                    _check_npy(file, member.file_size, f"{path}: {member.filename}")
+        with np.load(path, allow_pickle=False) as arrays:
+            # Copied in native byte order; torch knows no other.
+            return {name: torch.from_numpy(_native(arrays[name])) for name in arrays.files}
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise almost anything on damaged bytes
+        raise CheckpointError(
+            f"{path} is damaged or not .npz: {_line(error)}", hint="download or save it again"
+        ) from error
+
+
+def _check_unpacked(path: Path, archive: zipfile.ZipFile) -> None:
+    total = sum(member.file_size for member in archive.infolist())
+    if total > _MAX_RATIO * path.stat().st_size + _SLACK:
+        raise CheckpointError(f"{path} would unpack to {total} bytes; that is no checkpoint")
+
+
+def _check_npy(file: IO[bytes], size: int, where: str) -> None:
+    """Refuse an array whose header promises more than its bytes, before numpy allocates for it."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise CheckpointError(f"{where}: npy version {version} is not supported")
+    shape, _, dtype = readers[version](file)
+    if dtype.kind not in "fiub":
+        raise CheckpointError(f"{where}: arrays of {dtype} are not supported")
+    if math.prod(shape) * dtype.itemsize > size:
+        raise CheckpointError(f"{where}: shape {shape} needs more than its {size} bytes")
+
+
+def _native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+
+
+def _read_pickle(path: Path, start: bytes) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    if not start.startswith(_PICKLES):
+        raise CheckpointError(f"{path} is not a PyTorch file", hint="download or save it again")
+    try:
+        if start.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                _check_unpacked(path, archive)
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about odd pickles; the error says it, or there is none
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch.load raises almost anything on damaged bytes
+        if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
+            raise CheckpointError(
+                f"{path} holds more than tensors (a pickled model or training state): loading could run code",
+                hint='where you trust it: torch.save(model.state_dict(), "weights.pt"), then give that file',
+            ) from error
+        raise CheckpointError(
+            f"{path} is damaged or not a PyTorch file: {_line(error)}", hint="download or save it again"
+        ) from error
+    notes = []
+    while isinstance(content, Mapping) and not _is_state(content):
+        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if wrapper is None:
+            break
+        notes.append(f"weights taken from {wrapper!r} of {path.name}")
+        content = content[wrapper]
+    if not _is_state(content):
+        found = (
+            f"keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "no dict"
+        )
+        raise CheckpointError(
+            f"{path} holds no state dict ({found})", hint=f"known wrappers: {', '.join(_WRAPPERS)}"
+        )
+    state = {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    return state, tuple(notes)
+
+
+def _is_state(content: object) -> bool:
+    """A mapping of names to tensors; counters and the like may stand between them."""
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        return False
+    return sum(isinstance(value, Tensor) for value in content.values()) > len(content) // 2
+
+
+def _without_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Strip what DistributedDataParallel and torch.compile put before every name."""
+    stripped, notes = dict(state), []
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in stripped)), None):
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
+        notes.append(f"the prefix {prefix!r} of every name was dropped")
+    return stripped, notes
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."

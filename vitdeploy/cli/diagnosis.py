@@ -1,0 +1,81 @@
+"""What this machine is and what runs on it: processor, memory, GPUs, libraries, backends."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vitdeploy._version import __version__
+from vitdeploy.backends.base import all_backends
+from vitdeploy.machine.identity import LIBRARIES, Cpu, find_cpu, installed_version, query_gpus
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend runs here, and if not, why and what would change that."""
+
+    name: str
+    summary: str
+    available: bool
+    reason: str
+    hint: str | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything ``vitdeploy doctor`` shows."""
+
+    vitdeploy: str
+    python: str
+    platform: str
+    cpu: Cpu
+    gpus: tuple[dict[str, str], ...]
+    gpu_reason: str
+    """Why there are none."""
+    libraries: dict[str, str | None]
+    backends: tuple[BackendStatus, ...]
+    providers: tuple[str, ...]
+    """ONNX Runtime's execution providers."""
+    temporary_folder: str
+    free_disk: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine. Imports ONNX Runtime, if it is there, to ask for its providers."""
+    gpus, reason = query_gpus()
+    temporary = tempfile.gettempdir()
+    return Diagnosis(
+        vitdeploy=__version__,
+        python=f"{platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        cpu=find_cpu(),
+        gpus=gpus,
+        gpu_reason=reason,
+        libraries={name: installed_version(name) for name in LIBRARIES},
+        backends=tuple(_status()),
+        providers=_providers(),
+        temporary_folder=temporary,
+        free_disk=shutil.disk_usage(temporary).free,
+    )
+
+
+def _status() -> list[BackendStatus]:
+    found = []
+    for backend in all_backends():
+        state = backend.availability()
+        found.append(BackendStatus(backend.name, backend.summary, state.ok, state.reason, state.hint))
+    return found
+
+
+def _providers() -> tuple[str, ...]:
+    from vitdeploy.backends.onnxruntime import available_providers
+
+    return available_providers()

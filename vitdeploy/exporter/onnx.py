@@ -1,0 +1,151 @@
+"""One precision plan of a model, as an ONNX file with its precision proof."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+
+from vitdeploy._version import __version__
+from vitdeploy.bundle.manifest import Artifact, TensorSpec
+from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, undeclared
+from vitdeploy.config import BatchRange, Precision
+from vitdeploy.errors import ExportError, PrecisionError, UsageError
+from vitdeploy.exporter.graph import NEWEST_OPSET, OLDEST_OPSET, trace
+from vitdeploy.exporter.stream import save_streaming
+from vitdeploy.exporter.subject import Subject
+from vitdeploy.machine.memory import release
+from vitdeploy.model.precision import DTYPES, PrecisionPlan
+
+if TYPE_CHECKING:
+    from vitdeploy.bundle.folder import BundleWriter
+
+INPUT = "pixel_values"
+EXTERNAL_ABOVE = 1_500_000_000
+"""Bytes of weights above which they lie in a file of their own: a protobuf ends at 2 GB."""
+FILES = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "bf16": "model.bf16.onnx",
+    "mixed": "model.mixed.onnx",
+}
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """What every ONNX artifact of one export has in common."""
+
+    batch: BatchRange = field(default_factory=BatchRange)
+    opset: int = 20
+
+    def __post_init__(self) -> None:
+        if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
+            raise UsageError(
+                f"opset {self.opset} is not supported", hint=f"choose {OLDEST_OPSET} to {NEWEST_OPSET}"
+            )
+
+
+def write_onnx(
+    subject: Subject,
+    plan: PrecisionPlan,
+    writer: BundleWriter,
+    options: OnnxOptions,
+    *,
+    example: torch.Tensor,
+    requested: Precision,
+    fallback: str | None = None,
+) -> Artifact:
+    """Trace, name, save, check and prove one artifact; return its record.
+
+    Args:
+        example: golden inputs, for their shape and dtype.
+        requested: the precision the user asked for; ``fallback`` says why it is another one.
+
+    Raises:
+        PrecisionError: weights overflow, or a GEMM is not in the precision of the plan.
+        ExportError: the module cannot be traced, or the graph is not valid ONNX.
+    """
+    begin = time.perf_counter()
+    deployed = subject.deployed(plan)
+    islands = subject.islands(deployed, plan)
+    default = next(name for name, dtype in DTYPES.items() if dtype == plan.default)
+    precision = plan.name
+    graph = trace(deployed, example, batch=options.batch, opset=options.opset, names=(INPUT, subject.output))
+    _describe(graph, subject, precision)
+    path = writer.file(FILES[precision])
+    files = _save(graph, path)
+    inputs, outputs = (
+        tuple(_spec(value) for value in values) for values in (graph.graph.inputs, graph.graph.outputs)
+    )
+    nodes = graph.graph.num_nodes()
+    del graph, deployed
+    release()  # before the file is read again
+    _check(path)
+    proof = prove_precision(read_graph(path), default, islands)
+    release()
+    if not proof.ok:
+        names = (
+            ", ".join(f"{row.name} ({row.dtype})" for row in undeclared(proof.ops, default))
+            or "no GEMM found"
+        )
+        raise PrecisionError(f"{path.name} is not {default} everywhere: {names}")
+    return Artifact(
+        name=f"onnx-{precision}",
+        format="onnx",
+        precision=precision,
+        requested=requested,
+        path=path.name,
+        files=tuple(file.name for file in files),
+        opset=options.opset,
+        batch=options.batch,
+        inputs=inputs,
+        outputs=outputs,
+        islands=islands,
+        fallback=fallback,
+        proof=proof,
+        build_seconds=round(time.perf_counter() - begin, 3),
+        nodes=nodes,
+    )
+
+
+def _describe(model: ir.Model, subject: Subject, precision: str) -> None:
+    model.producer_name, model.producer_version = "vitdeploy", __version__
+    model.graph.name = "vit" if subject.config else "model"
+    model.metadata_props.update({"vitdeploy.model.precision": precision, "vitdeploy.input": subject.input})
+
+
+def _save(model: ir.Model, path: Path) -> list[Path]:
+    """Write the graph; it loses its weights, which the exporter's pattern matchers would hold on to."""
+    values = list(model.graph.initializers.values())
+    if sum(value.const_value.nbytes for value in values if value.const_value) <= EXTERNAL_ABOVE:
+        save_streaming(model, path)
+        files = [path]
+    else:
+        data = path.with_name(f"{path.name}.data")
+        ir.save(model, path, external_data=data.name)
+        files = [path, data]
+    for value in values:
+        value.const_value = None
+    return files
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    shape = () if value.shape is None else tuple(d if isinstance(d, int) else "N" for d in value.shape)
+    dtype = "float32" if value.dtype is None else str(value.dtype.numpy())
+    return TensorSpec(name=value.name or "", dtype=dtype, shape=shape)
+
+
+def _check(path: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"{path.name} is not valid ONNX: {' '.join(str(error).split())}",
+            hint=f"operators take more dtypes at a later --opset, up to {NEWEST_OPSET}",
+        ) from error

@@ -1,0 +1,103 @@
+"""What an export would build, found out without building it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, BundleWriter
+from vitdeploy.bundle.golden import GOLDEN_NAMES, raw_images
+from vitdeploy.bundle.manifest import Rewrite
+from vitdeploy.config import Size
+from vitdeploy.exporter.engine_request import PLUGINS, Order, engines_of, orders_of
+from vitdeploy.exporter.onnx import FILES, INPUT
+from vitdeploy.exporter.request import ExportRequest, default_folder
+from vitdeploy.exporter.subject import Subject
+from vitdeploy.tensorrt.plugin_graph import FILE_SUFFIX
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """A model as it was opened, and the bundle it would become."""
+
+    source: str
+    config: dict[str, Any]
+    """Empty for a module of the user's own."""
+    parameters: int
+    flops: int | None
+    input: str
+    output: str
+    rewrites: tuple[Rewrite, ...]
+    folder: Path
+    files: dict[str, int]
+    """Estimated bytes."""
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rewrites = [rewrite.model_dump(mode="json") for rewrite in self.rewrites]
+        return plain | {"folder": str(self.folder), "notes": list(self.notes), "rewrites": rewrites}
+
+
+def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bool = False) -> ExportPlan:
+    """Open the model and say what exporting it would write; nothing stays on the disk.
+
+    Raises:
+        UsageError, CheckpointError, MissingDependency, DeviceUnavailable: as the export itself.
+        BundleError: the export could not write there.
+    """
+    target = folder or default_folder(request)
+    orders, impossible = orders_of(request.engines)
+    with BundleWriter(target, force=force):  # the same objections as the export's, and nothing committed
+        opened, subject = request.open()
+    size = _image_size(subject)
+    channels_last = subject.input == "uint8"
+    shape = ("N", *size, 3) if channels_last else ("N", 3, *size)
+    return ExportPlan(
+        source=opened.source,
+        config=dataclasses.asdict(subject.config) if subject.config else {},
+        parameters=subject.parameters,
+        flops=subject.flops,
+        input=f"{INPUT} {'uint8' if channels_last else 'float32'} ({', '.join(map(str, shape))})",
+        output=f"{subject.output} float32",
+        rewrites=subject.rewrites,
+        folder=target,
+        files=_files(request, subject) | _engine_files(request, orders, subject),
+        notes=(*opened.notes, *impossible),
+    )
+
+
+def _engine_files(request: ExportRequest, orders: Sequence[Order], subject: Subject) -> dict[str, int]:
+    """An engine has about the size of its weights."""
+    files = {}
+    for precision in request.precisions:
+        size = _BYTES[precision] * subject.parameters
+        twin = request.plugins and precision != "fp32"
+        if twin:
+            files[FILES[precision].removesuffix(".onnx") + FILE_SUFFIX] = size
+        for kind in (precision, f"{precision}{PLUGINS}") if twin else (precision,):
+            files |= {engine.path: size for order in orders for engine in engines_of(order, kind)}
+    return files
+
+
+def _image_size(subject: Subject) -> Size:
+    return subject.preprocess.size if subject.config is None else subject.config.image_size
+
+
+def _files(request: ExportRequest, subject: Subject) -> dict[str, int]:
+    height, width = _image_size(subject)
+    raw = [image.nbytes for image in raw_images()]
+    pixels = (len(GOLDEN_NAMES) + len(raw)) * 3 * height * width
+    files = {
+        WEIGHTS: sum(tensor.nbytes for tensor in subject.state.values()),
+        GOLDEN: sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels),
+    }
+    for precision in request.precisions if request.wants_onnx else ():
+        files[FILES[precision]] = _BYTES[precision] * subject.parameters
+    return files

@@ -1,0 +1,76 @@
+"""Holding what was built against the reference, on a runtime of this machine. Needs no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vitdeploy.backends.base import Options, get_backend
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact, ParityRecord
+from vitdeploy.errors import MissingDependency, ParityError
+from vitdeploy.progress import Progress
+from vitdeploy.verification import parity
+
+Golden = Mapping[str, np.ndarray[Any, Any]]
+
+
+def prove_onnx(
+    bundle: Bundle, artifact: Artifact, golden: Golden, max_abs: float | None
+) -> list[ParityRecord]:
+    """Run an ONNX artifact at each of its batch sizes.
+
+    Raises:
+        MissingDependency: no runtime here takes its precision.
+    """
+    for name in ("onnxruntime", "openvino"):
+        backend = get_backend(name)
+        if backend.supports(bundle.manifest, artifact) is None and backend.availability().ok:
+            with backend.load(bundle, artifact, Options()) as session:
+                return parity.check_session(session, golden, max_abs=max_abs)
+    raise MissingDependency("openvino", extra="openvino", purpose=f"proving {artifact.path} on this machine")
+
+
+def prove_engines(
+    bundle: Bundle, engines: Sequence[Artifact], golden: Golden, max_abs: float | None, progress: Progress
+) -> list[ParityRecord]:
+    """Run every engine that this machine can run; note those that it cannot.
+
+    Raises:
+        ParityError: an engine is wrong.
+    """
+    records: list[ParityRecord] = []
+    for engine in engines:
+        artifact, backend = bundle.artifact(engine.name), get_backend(engine.format)
+        if reason := backend.availability().reason or backend.supports(bundle.manifest, artifact):
+            hint = f"vitdeploy verify --backend {backend.name}, where it runs"
+            progress.note(f"{engine.name}: built, not yet run ({reason}); {hint}")
+            continue
+        with progress.stage(f"parity {engine.precision}") as stage:
+            with backend.load(bundle, artifact, Options()) as session:
+                found = parity.check_session(session, golden, max_abs=max_abs)
+            stage.detail = f"{engine.name}, {worst(found)}"
+        if trouble := first_failure(found):
+            raise ParityError(trouble, hint="build it from another precision")
+        records += found
+    return records
+
+
+def worst(records: Sequence[ParityRecord]) -> str:
+    """The largest error among records, for a stage's line."""
+    relative = [r.metrics.relative for r in records if r.metrics.relative is not None]
+    bad = sum(r.metrics.nonfinite for r in records)
+    shown = f"relative error {max(relative):.2g}" if relative else "no finite output"
+    where = f" on {records[0].backend}, batch {', '.join(str(r.batch) for r in records)}" if records else ""
+    return shown + (f", {bad} NaN or Inf" if bad else "") + where
+
+
+def first_failure(records: Sequence[ParityRecord]) -> str | None:
+    """What the first failed record says, with where; None if all passed."""
+    for record in records:
+        if not record.passed:
+            reasons = "; ".join(record.failures) or "failed"
+            return f"{record.artifact} on {record.backend}, batch {record.batch}: {reasons}"
+    return None

@@ -1,0 +1,350 @@
+"""From a model to a bundle on disk: reference, artifacts, parity, manifest, in that order, all or nothing."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from vitdeploy._version import __version__
+from vitdeploy.backends.triton import AOT
+from vitdeploy.bundle import golden
+from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, Bundle, BundleWriter
+from vitdeploy.bundle.manifest import Artifact, Manifest, ParityRecord, Provenance, Tolerance
+from vitdeploy.checkpoint.opening import Checkpoint, UserModule
+from vitdeploy.config import Precision
+from vitdeploy.errors import ParityError, UsageError
+from vitdeploy.exporter import triton_aot
+from vitdeploy.exporter.engine_request import Order, orders_of
+from vitdeploy.exporter.fallback import Proposal, smallest_islands
+from vitdeploy.exporter.onnx import INPUT, write_onnx
+from vitdeploy.exporter.plugins import add_twins, require_known
+from vitdeploy.exporter.proving import first_failure, prove_engines, prove_onnx, worst
+from vitdeploy.exporter.request import ExportRequest, default_folder
+from vitdeploy.exporter.subject import Subject, VitSubject
+from vitdeploy.exporter.tensorrt import write_engines
+from vitdeploy.images.preprocess import apply, apply_uint8
+from vitdeploy.machine.memory import release
+from vitdeploy.model.precision import PrecisionPlan
+from vitdeploy.progress import Progress
+from vitdeploy.verification import parity
+
+_MODE = 0o644
+"""safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
+EMULATION = "emulation"
+"""The name of the rehearsal among the backends of parity records."""
+Golden = dict[str, np.ndarray[Any, Any]]
+
+
+def run_export(
+    request: ExportRequest,
+    folder: Path | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model into a new bundle and prove every artifact; nothing is left behind when it fails.
+
+    Raises:
+        UsageError, CheckpointError, BundleError: bad input (exit code 2).
+        MissingDependency: a library this export needs is not installed.
+        ExportError: an artifact could not be built.
+        ParityError: an artifact does not compute what the reference computes, and no fallback helps.
+    """
+    progress = progress or Progress()
+    target = folder or default_folder(request)
+    orders, impossible = orders_of(request.engines)
+    with BundleWriter(target, force=force) as writer:
+        with progress.stage("load") as stage:
+            opened, subject = request.open()
+            stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
+        if request.plugins:
+            require_known(subject.config)
+        for note in (*opened.notes, *subject.notes):
+            progress.note(note)
+        provenance = _provenance(request, opened)
+        del opened  # and its weights, once they are in the bundle
+        with progress.stage("reference") as stage:
+            arrays = golden_arrays(subject)
+            stage.detail = f"{len(arrays['reference'])} golden images in float64"
+        with progress.stage("weights") as stage:
+            stage.size = _write_tensors(writer, subject, arrays)
+        subject.reload(writer.directory / WEIGHTS)
+        release()
+        job = _Job(request, provenance, subject, arrays, writer, progress, orders, impossible)
+        job.build()
+        return writer.commit()
+
+
+def golden_arrays(subject: Subject) -> Golden:
+    """Golden inputs with float64 outputs, and raw images with their preprocessed form."""
+    spec = subject.preprocess
+    size = spec.size if subject.config is None else subject.config.image_size
+    images = np.stack(golden.golden_images(size))  # (K, H, W, 3) uint8
+    inputs: np.ndarray[Any, Any]
+    if subject.input == "uint8":
+        inputs = images
+    else:
+        mean, std = (np.array(v, np.float64) for v in (spec.mean, spec.std))
+        inputs = ((images * spec.rescale - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+    inputs = np.ascontiguousarray(inputs)
+    reference = subject.reference(torch.from_numpy(inputs)).numpy()
+    arrays: Golden = {INPUT: inputs, "reference": reference}
+    for i, raw in enumerate(golden.raw_images()):
+        arrays[f"image.{i}"] = raw
+        arrays[f"image.{i}.{INPUT}"] = _preprocessed(raw, subject)
+    return arrays
+
+
+def _preprocessed(raw: np.ndarray[Any, Any], subject: Subject) -> np.ndarray[Any, Any]:
+    from PIL import Image
+
+    image = Image.fromarray(raw)
+    return (apply_uint8 if subject.input == "uint8" else apply)(image, subject.preprocess)
+
+
+def _write_tensors(writer: BundleWriter, subject: Subject, arrays: Golden) -> int:
+    weights, examples = writer.file(WEIGHTS), writer.file(GOLDEN)
+    save_file({name: tensor.contiguous() for name, tensor in subject.state.items()}, weights)
+    save_file({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, examples)
+    for path in (weights, examples):
+        path.chmod(_MODE)
+    return weights.stat().st_size + examples.stat().st_size
+
+
+@dataclass
+class _Job:
+    """The artifacts of one export, as they are built and proven."""
+
+    request: ExportRequest
+    provenance: Provenance
+    subject: Subject
+    golden: Golden
+    writer: BundleWriter
+    progress: Progress
+    orders: tuple[Order, ...] = ()
+    """Engines to build of each ONNX artifact."""
+    impossible: tuple[str, ...] = ()
+    """What cannot be built here, and why."""
+    artifacts: list[Artifact] = field(default_factory=list)
+    parity: list[ParityRecord] = field(default_factory=list)
+
+    def build(self) -> None:
+        for precision in dict.fromkeys(self.request.precisions if self.request.wants_onnx else ()):
+            requested: Precision = precision  # type: ignore[assignment]
+            if any(artifact.name == f"onnx-{precision}" for artifact in self.artifacts):
+                continue  # another precision fell back to this one
+            self._build_one(requested)
+        if self.request.plugins:
+            twins = add_twins(self.artifacts, self._manifest(), self.writer, self.golden, self.progress)
+            self._accept(*twins)
+        self._build_engines()
+        for precision in self.request.kernel_precisions:
+            self._build_kernels(precision)
+        self.writer.seal(self._manifest())
+
+    def _build_engines(self) -> None:
+        """Engines of every ONNX artifact; proven here where they run here."""
+        onnx = [artifact for artifact in self.artifacts if artifact.format == "onnx"]
+        built = [
+            engine
+            for order in self.orders
+            for source in onnx
+            for engine in write_engines(order, source, self.writer, self.progress)
+        ]
+        for note in self.impossible:
+            self.progress.note(note)
+        if built:
+            bundle = self.writer.seal(self._manifest([*self.artifacts, *built]))
+            records = prove_engines(bundle, built, self.golden, self.request.atol, self.progress)
+            self._accept(built, records)
+
+    def _build_one(self, precision: Precision) -> None:
+        plan = PrecisionPlan.of(precision)
+        rehearsed = self._rehearse(plan)
+        trouble = first_failure(rehearsed)
+        if trouble is None:
+            artifact, records = self._attempt(plan, precision)
+            trouble = first_failure(records)
+            if trouble is None:
+                return self._accept([artifact], [*rehearsed, *records])
+            self._drop(artifact)
+        failure = f"{precision} does not compute what the checkpoint computes: {trouble}"
+        if precision == "fp32" or not self.request.fallback:
+            raise ParityError(
+                failure, hint=None if precision == "fp32" else "--bf16 and --fp32 have more range"
+            )
+        self.progress.note(failure)
+        return self._fall_back(plan, precision, trouble)
+
+    def _build_kernels(self, precision: Precision) -> None:
+        """The fused kernels; what they compute is rehearsed here, and proven where the GPU is."""
+        config, name = self.subject.config, f"{AOT}-{precision}"
+        if config is None:
+            raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
+        onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]
+        rehearsed = onnx or self._rehearse(PrecisionPlan.of(precision))
+        records = [record.model_copy(update={"artifact": name}) for record in rehearsed]
+        if trouble := first_failure(records):
+            failure = f"{precision} does not compute what the checkpoint computes: {trouble}"
+            if not self.request.fallback or not self.artifacts:
+                raise ParityError(failure, hint="--bf16 has more range")
+            return self.progress.note(f"no {name}, kernels have no fp32 islands: {failure}")
+        artifact = triton_aot.write_kernels(
+            config,
+            precision,
+            self.writer,
+            batch=self.request.batch,
+            architectures=self.request.kernel_architectures,
+            output=self.subject.output,
+            input_kind=self.subject.input,
+            progress=self.progress,
+        )
+        self.progress.note(f"{name}: no cubin has run yet; on such a GPU: vitdeploy verify --backend triton")
+        return self._accept([artifact], records)
+
+    def _fall_back(self, plan: PrecisionPlan, precision: Precision, trouble: str) -> None:
+        """The smallest set of islands that passes; where there is none, bf16."""
+        attempts = [
+            (PrecisionPlan.of("bf16"), f"{precision} failed ({trouble}) and no few fp32 islands help")
+        ]
+        if proposal := self._search(plan):
+            reason = f"{precision} failed ({trouble}); {proposal.reason}"
+            attempts.insert(0, (plan.with_islands(proposal.islands), reason))
+        for wider, reason in attempts:
+            name = "onnx-mixed" if wider.islands else "onnx-bf16"
+            if wider == plan or any(artifact.name == name for artifact in self.artifacts):
+                continue
+            rehearsed = self._rehearse(wider)
+            artifact, records = self._attempt(wider, precision, reason)
+            if first_failure([*rehearsed, *records]) is None:
+                self.progress.note(f"{artifact.path} instead: {reason}")
+                return self._accept([artifact], [*rehearsed, *records])
+            self._drop(artifact)
+        raise ParityError(
+            f"{precision} does not compute what the checkpoint computes: {trouble}", hint="--fp32"
+        )
+
+    def _rehearse(self, plan: PrecisionPlan) -> list[ParityRecord]:
+        """A reduced precision as hardware computes it, every result rounded.
+
+        The CPU runtimes that check the artifact itself are free to compute in fp32 and drop roundings between
+        operations, and with them an overflow that a GPU would meet.
+        """
+        if plan.default == torch.float32:
+            return []
+        precision = plan.name
+        with self.progress.stage(f"round as {precision}") as stage:
+            output = self.subject.rehearse(plan, torch.from_numpy(self.golden[INPUT])).numpy()
+            release()
+            tolerance = self._tolerance(plan)
+            metrics = parity.compare(self.golden["reference"], output, tolerance, self.subject.output)
+            failures = parity.failures(metrics, tolerance)
+            record = ParityRecord(
+                artifact=f"onnx-{precision}",
+                backend=EMULATION,
+                batch=len(output),
+                provider="PyTorch, every result rounded",
+                metrics=metrics,
+                tolerance=tolerance,
+                passed=not failures,
+                failures=failures,
+            )
+            stage.detail = worst([record])
+        return [record]
+
+    def _tolerance(self, plan: PrecisionPlan) -> Tolerance:
+        """What the plan's precision may lose, with the user's own bound on top."""
+        return parity.TOLERANCES[plan.name].model_copy(update={"max_abs": self.request.atol})
+
+    def _search(self, plan: PrecisionPlan) -> Proposal | None:
+        if not isinstance(self.subject, VitSubject):
+            return None
+        with self.progress.stage("bisect") as stage:
+            deployed = self.subject.deployed(PrecisionPlan.of("fp32"))
+            reference, tolerance = self.golden["reference"], self._tolerance(plan)
+
+            def accepts(output: torch.Tensor) -> bool:
+                return parity.passes(reference, output.numpy(), tolerance, self.subject.output)
+
+            proposal = smallest_islands(deployed, plan, torch.from_numpy(self.golden[INPUT]), accepts)
+            stage.detail = proposal.reason if proposal else "no small set of islands passes"
+        return proposal
+
+    def _attempt(
+        self, plan: PrecisionPlan, requested: Precision, fallback: str | None = None
+    ) -> tuple[Artifact, list[ParityRecord]]:
+        """Build one artifact and hold it against the reference on a runtime of this machine."""
+        example = torch.from_numpy(self.golden[INPUT][:1])
+        with self.progress.stage(f"onnx {plan.name}") as stage:
+            artifact = write_onnx(
+                self.subject,
+                plan,
+                self.writer,
+                self.request.onnx,
+                example=example,
+                requested=requested,
+                fallback=fallback,
+            )
+            stage.size = sum((self.writer.directory / name).stat().st_size for name in artifact.files)
+            stage.detail = f"{artifact.path}, {artifact.nodes} nodes"
+        with self.progress.stage(f"parity {plan.name}") as stage:
+            draft = self._manifest([*self.artifacts, artifact])
+            bundle = self.writer.seal(draft)
+            self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what lowering has read
+            release()
+            records = prove_onnx(bundle, bundle.artifact(artifact.name), self.golden, self.request.atol)
+            release()
+            stage.detail = worst(records)
+        return artifact, records
+
+    def _accept(self, artifacts: Sequence[Artifact], records: Sequence[ParityRecord]) -> None:
+        self.artifacts.extend(artifacts)
+        self.parity.extend(records)
+
+    def _drop(self, artifact: Artifact) -> None:
+        for name in artifact.files:
+            (self.writer.directory / name).unlink()
+
+    def _manifest(self, artifacts: Sequence[Artifact] | None = None) -> Manifest:
+        subject = self.subject
+        return Manifest(
+            name=default_folder(self.request).stem,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            generator=f"vitdeploy {__version__}",
+            model=subject.config,
+            output=subject.output,
+            input=subject.input,
+            preprocess=subject.preprocess,
+            labels=subject.labels,
+            parameters=subject.parameters,
+            flops=subject.flops,
+            rewrites=subject.rewrites,
+            artifacts=tuple(self.artifacts if artifacts is None else artifacts),
+            parity=tuple(self.parity),
+            provenance=self.provenance,
+        )
+
+
+def _provenance(request: ExportRequest, opened: Checkpoint | UserModule) -> Provenance:
+    libraries = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "safetensors")
+    checkpoint = opened if isinstance(opened, Checkpoint) else None
+    return Provenance(
+        source=opened.source,
+        family=checkpoint.family if checkpoint else "user module",
+        seed=checkpoint.seed if checkpoint else None,
+        source_files=dict(checkpoint.provenance) if checkpoint else {},
+        versions={name: metadata.version(name) for name in libraries},
+        platform=f"{platform.system()} {platform.machine()}, Python {sys.version.split()[0]}",
+        command=request.command,
+        notes=opened.notes,
+    )

@@ -1,0 +1,176 @@
+"""What is exported: the reference ViT with a checkpoint's weights, or a module of the user's."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vitdeploy.bundle.manifest import Rewrite
+from vitdeploy.checkpoint.opening import Checkpoint, UserModule
+from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig
+from vitdeploy.errors import ExportError, UsageError, did_you_mean
+from vitdeploy.exporter.fallback import emulate
+from vitdeploy.exporter.user_module import island_norms, only_tensor, rehearse, wrap
+from vitdeploy.model import vit
+from vitdeploy.model.deployed import LoweredViT
+from vitdeploy.model.precision import PrecisionPlan, island_names
+from vitdeploy.model.rewrites import applied_rewrites, forward_flops, lower, normalisation
+
+
+class Subject(ABC):
+    """A model on its way into a bundle."""
+
+    config: ViTConfig | None
+    preprocess: Preprocess
+    labels: tuple[str, ...] | None
+    output: Output
+    input: InputKind
+    rewrites: tuple[Rewrite, ...] = ()
+    flops: int | None = None
+    notes: tuple[str, ...] = ()
+    """What the user should know about how this model is taken."""
+
+    @property
+    @abstractmethod
+    def state(self) -> Mapping[str, Tensor]:
+        """The weights, as loaded."""
+
+    @abstractmethod
+    def reference(self, inputs: Tensor) -> Tensor:
+        """The float64 outputs of the unlowered model; inputs are what artifacts read."""
+
+    @abstractmethod
+    def deployed(self, plan: PrecisionPlan) -> nn.Module:
+        """The module to trace."""
+
+    @abstractmethod
+    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
+        """The output of a reduced precision as hardware computes it: in fp32, every result rounded."""
+
+    @abstractmethod
+    def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
+        """The sites of the deployed module that the plan keeps in fp32."""
+
+    @abstractmethod
+    def reload(self, path: Path) -> None:
+        """Go on with the weights in this file, the same ones, mapped instead of held in memory."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.state.values())
+
+
+class VitSubject(Subject):
+    """The reference ViT: rewritten, and open to a search for islands."""
+
+    def __init__(self, checkpoint: Checkpoint, output: Output | None, input_kind: InputKind) -> None:
+        config = checkpoint.config
+        if config.channels != 3:
+            raise UsageError(f"{checkpoint.source} reads {config.channels} channels; images have 3")
+        if output is not None and output not in config.outputs:
+            raise UsageError(
+                f"{checkpoint.source} has no {output}", hint=f"it has: {', '.join(config.outputs)}"
+            )
+        self.config: ViTConfig = config
+        self.preprocess = checkpoint.preprocess
+        self.output = output or config.outputs[0]
+        self.labels = checkpoint.labels if self.output == "logits" else None
+        self.input = input_kind
+        self.rewrites = applied_rewrites(config, self.output, input_kind)
+        self.flops = forward_flops(config)
+        self._vit = vit.build(config, checkpoint.state)
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return vit.state_of(self._vit)
+
+    def reload(self, path: Path) -> None:
+        self._vit = vit.build(self._vit.config, load_file(path))
+
+    def reference(self, inputs: Tensor) -> Tensor:
+        if self.input == "uint8":
+            scale, shift = normalisation(self.preprocess)
+            inputs = (inputs.double() * scale + shift).permute(0, 3, 1, 2)
+        return vit.forward_float64(self._vit, inputs, self.output)
+
+    def deployed(self, plan: PrecisionPlan) -> LoweredViT:
+        return lower(self._vit, plan, output=self.output, input_kind=self.input, preprocess=self.preprocess)
+
+    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
+        return emulate(self.deployed(plan).float(), plan, inputs)
+
+    def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
+        return island_names(deployed, plan)
+
+
+class ModuleSubject(Subject):
+    """A user's module: no rewrites, the same proof."""
+
+    def __init__(self, user: UserModule, output: Output | None, input_kind: InputKind) -> None:
+        if input_kind == "uint8":
+            raise UsageError(
+                "uint8 input folds the normalisation into a patch projection that vitdeploy knows"
+            )
+        if output not in (None, "logits"):
+            raise UsageError(f"a module of your own gives what it returns; {output!r} cannot be chosen")
+        self.config = None
+        self.preprocess = Preprocess(size=user.image_size)
+        self.labels = None
+        self.output, self.input = "logits", input_kind
+        height, width = user.image_size
+        self.notes = (
+            f"a module of your own says nothing of its preprocessing; assumed: resize to {height}x{width}, "
+            "mean and std 0.5",
+        )
+        self._module = user.module
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        # A safetensors file holds no two names for one memory.
+        return {name: tensor.detach().clone() for name, tensor in self._module.state_dict().items()}
+
+    def reload(self, path: Path) -> None:
+        # Only the module itself knows what its weights mean: it keeps them.
+        return
+
+    def reference(self, inputs: Tensor) -> Tensor:
+        exact = copy.deepcopy(self._module).eval().double()
+        try:
+            with torch.inference_mode():
+                return only_tensor(exact(inputs.double()))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ExportError(
+                f"the model does not run on a {tuple(inputs.shape)} tensor in float64: {error}",
+                hint="it must take one (N, 3, H, W) tensor; --image-size says which H and W",
+            ) from error
+
+    def deployed(self, plan: PrecisionPlan) -> nn.Module:
+        return wrap(self._module, plan)
+
+    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
+        return rehearse(self._module, plan, inputs)
+
+    def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
+        return island_norms(deployed) if plan.default != torch.float32 else ()
+
+
+def subject_of(opened: Checkpoint | UserModule, output: str | None, input_kind: str) -> Subject:
+    """The subject for what was opened, after a look at the names of output and input."""
+    outputs: dict[str, Output] = {"logits": "logits", "features": "features", "tokens": "tokens"}
+    inputs: dict[str, InputKind] = {"float": "float", "uint8": "uint8"}
+    if output is not None and output not in outputs:
+        raise UsageError(
+            f"unknown output {output!r}{did_you_mean(output, outputs)}", hint=f"known: {', '.join(outputs)}"
+        )
+    if input_kind not in inputs:
+        raise UsageError(
+            f"unknown input {input_kind!r}{did_you_mean(input_kind, inputs)}", hint="float or uint8"
+        )
+    kind = ModuleSubject if isinstance(opened, UserModule) else VitSubject
+    return kind(opened, outputs[output] if output else None, inputs[input_kind])  # type: ignore[arg-type]

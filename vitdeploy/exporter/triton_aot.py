@@ -1,0 +1,149 @@
+"""The fused kernels of one model, compiled for GPUs that need not be here.
+
+Beside the cubins of each architecture lies the table of configurations they were compiled with: a plan
+made from another table would ask for other kernels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitdeploy.backends.triton import AOT, TABLE
+from vitdeploy.bundle.folder import BundleWriter
+from vitdeploy.bundle.manifest import Artifact, OpPrecision, PrecisionProof, input_spec, output_spec
+from vitdeploy.config import BatchRange, InputKind, Output, Precision, ViTConfig
+from vitdeploy.errors import ExportError, MissingDependency, UsageError, did_you_mean
+from vitdeploy.model.precision import DTYPES
+from vitdeploy.progress import Progress
+
+if TYPE_CHECKING:
+    from vitdeploy_kernels.launch import Launch
+
+FOLDER = "kernels"
+_OPERANDS = ("weight_ptr", "qkv_ptr", "queries_ptr", "x_ptr")
+
+
+def check_architectures(names: Sequence[str]) -> None:
+    """Look at the architectures a user names.
+
+    Raises:
+        UsageError: none, or one that the kernels are not compiled for.
+        MissingDependency: Triton is not installed.
+    """
+    known = known_architectures()
+    for name in names:
+        if name not in known:
+            message = f"unknown architecture {name!r}{did_you_mean(name, known)}"
+            raise UsageError(message, hint=f"known: {', '.join(known)}")
+    if not names:
+        hint = f"--arch with some of {','.join(known)}"
+        raise UsageError(f"--format {AOT} compiles for the GPUs that you name", hint=hint)
+
+
+def known_architectures() -> tuple[str, ...]:
+    """GPUs that the kernels can be compiled for.
+
+    Raises:
+        MissingDependency: Triton is not installed.
+    """
+    return tuple(_library("aot").ARCHITECTURES)
+
+
+def write_kernels(
+    config: ViTConfig,
+    precision: Precision,
+    writer: BundleWriter,
+    *,
+    batch: BatchRange,
+    architectures: Sequence[str],
+    output: Output,
+    input_kind: InputKind,
+    progress: Progress,
+) -> Artifact:
+    """Compile every kernel of the model's plans, for each batch bucket and architecture.
+
+    Raises:
+        ExportError: a kernel cannot be compiled.
+    """
+    begin = time.perf_counter()
+    aot, package, tables = (_library(name) for name in ("aot", "package", "config"))
+    needed: dict[str, list[Launch]] = {}
+    plan: list[tuple[str, Launch]] = []
+    chosen = {arch: tables.shipped_table(aot.ARCHITECTURES[arch]) for arch in architectures}
+    for arch, table in chosen.items():
+        plan = _launches(config, precision, batch, output, input_kind, table)
+        needed[arch] = [launch for _, launch in plan]
+    root = writer.file(f"{FOLDER}/{precision}/{TABLE}").parent
+    with progress.stage(f"{AOT} {precision}") as stage:
+        try:
+            files = package.write_package(root, needed)
+        except aot.AotError as error:
+            raise ExportError(f"{AOT} {precision}: {error}") from error
+        for arch, table in chosen.items():
+            path = root / arch / TABLE
+            path.write_text(tables.format_table(table), encoding="utf-8")
+            files.append(path)
+        stage.size = sum(path.stat().st_size for path in files)
+        cubins = sum(path.suffix == ".cubin" for path in files)
+        stage.detail = f"{cubins} kernels for {', '.join(architectures)}"
+    proof = _proof(plan, precision)
+    return Artifact(
+        name=f"{AOT}-{precision}",
+        format=AOT,
+        precision=precision,
+        requested=precision,
+        path=_name(root / architectures[0] / package.INDEX, writer),
+        files=tuple(sorted(_name(path, writer) for path in files)),
+        batch=batch,
+        inputs=(input_spec(config, input_kind),),
+        outputs=(output_spec(config, output),),
+        proof=proof,
+        build_seconds=round(time.perf_counter() - begin, 3),
+        nodes=len(proof.ops),
+    )
+
+
+def _launches(
+    config: ViTConfig,
+    precision: Precision,
+    batch: BatchRange,
+    output: Output,
+    input_kind: InputKind,
+    table: Any,
+) -> list[tuple[str, Launch]]:
+    """The launches of all batch buckets, those of the largest last, with their sites."""
+    from vitdeploy.model.fused import buckets_of, shape_of
+
+    shape, dtype = shape_of(config, output, input_kind), DTYPES[precision]
+    planner = _library("planner")
+    return [pair for size in buckets_of(batch) for pair in planner.launches(shape, dtype, size, table)]
+
+
+def _proof(plan: Sequence[tuple[str, Launch]], precision: Precision) -> PrecisionProof:
+    """The dtype of what each kernel multiplies, read from its launch; one row a site."""
+    wanted = str(DTYPES[precision]).removeprefix("torch.")
+    ops = {}
+    for site, launch in plan:
+        operand = next(launch.arguments[name] for name in _OPERANDS if name in launch.arguments)
+        found = str(getattr(operand, "dtype", "undefined")).removeprefix("torch.")
+        ops[site] = OpPrecision(name=site, op=launch.name.removesuffix("_kernel"), dtype=found)
+    return PrecisionProof(ops=tuple(ops.values()), ok=all(op.dtype == wanted for op in ops.values()))
+
+
+def _name(path: Path, writer: BundleWriter) -> str:
+    return path.relative_to(writer.directory).as_posix()
+
+
+def _library(name: str) -> Any:
+    """A module of the kernels' package."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"vitdeploy_kernels.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise MissingDependency("triton", extra="kernels", purpose=f"--format {AOT}") from error

@@ -1,0 +1,330 @@
+"""From a decoded image to ``pixel_values``: resize, centre crop, rescale, normalise.
+
+Pillow resizes, numpy does the rest, so that the pixels are those of transformers' PIL image processors and of
+timm's evaluation transform. A ``Preprocess`` says what to do; ``from_huggingface`` and ``from_timm`` read it
+from a checkpoint's own configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitdeploy.config import Preprocess, Size
+from vitdeploy.errors import CheckpointError, ConfigError, ImageError, did_you_mean
+from vitdeploy.images.decode import MAX_PIXELS, load_image, upright
+
+_Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+_FILTERS: Mapping[_Resample, Image.Resampling] = {
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+_CODES: Mapping[int, _Resample] = {int(code): name for name, code in _FILTERS.items()}
+
+
+def apply(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
+    """Return the network's input for one image: (3, H, W) float32, C-contiguous, H and W from ``spec.size``.
+
+    ``image`` is what ``load_image`` returned; any other Pillow image goes through it first.
+
+    Raises:
+        ImageError: as ``load_image``, or the image is so elongated that resizing it would exhaust memory.
+    """
+    pixels = apply_uint8(image, spec)
+    # Each channel has 256 possible values: compute those, in float64 then float32 as transformers does.
+    levels = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
+    mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (spec.mean, spec.std))
+    table = (levels - mean) / std  # (3, 256)
+    values = np.empty((3, *spec.size), dtype=np.float32)
+    for channel in range(3):
+        np.take(table[channel], pixels[:, :, channel], out=values[channel], mode="clip")
+    return values
+
+
+def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
+    """Return the resized and cropped image before rescaling and normalising: (H, W, 3) uint8.
+
+    ``(x * spec.rescale - spec.mean) / spec.std`` of it is ``apply``, up to float32 rounding.
+
+    Raises:
+        ImageError: as ``apply``.
+    """
+    if type(image) is not Image.Image or image.mode != "RGB":
+        image = load_image(image)
+    if spec.exif:
+        image = upright(image)
+    height, width = _resized((image.height, image.width), spec)
+    if height * width > MAX_PIXELS:
+        raise ImageError(
+            f"an image of {image.width}x{image.height} pixels is too elongated: resizing it to the "
+            f"checkpoint's size gives {width}x{height}",
+            hint="crop it first",
+        )
+    image = image.resize((width, height), _FILTERS[spec.resample])
+    return np.array(_crop(image, spec))
+
+
+def _resized(size: Size, spec: Preprocess) -> Size:
+    """The (height, width) that an image of ``size`` is resized to, before cropping."""
+    if spec.resize == "none":
+        return size
+    target = spec.resize_to or spec.size
+    if spec.resize == "exact":
+        return target
+    height, width = size
+    if spec.resize_edge is not None:
+        longer = spec.resize_edge * max(size) / min(size)
+        return (int(longer), spec.resize_edge) if width <= height else (spec.resize_edge, int(longer))
+    ratios = height / target[0], width / target[1]
+    ratio = min(ratios) if spec.resize == "cover" else max(ratios)
+    return max(1, round(height / ratio)), max(1, round(width / ratio))
+
+
+def _crop(image: Image.Image, spec: Preprocess) -> Image.Image:
+    """Cut ``spec.size`` out of the middle; where the image is smaller, ``spec.pad`` surrounds it."""
+    height, width = spec.size
+    if image.size == (width, height):
+        return image
+    top = _margin(image.height, height, spec)
+    left = _margin(image.width, width, spec)
+    if image.height >= height and image.width >= width:
+        return image.crop((left, top, left + width, top + height))
+    canvas = Image.new("RGB", (width, height), spec.pad)
+    canvas.paste(image, (-left, -top))
+    return canvas
+
+
+def _margin(have: int, want: int, spec: Preprocess) -> int:
+    """First row or column of the crop; negative where there is too little image."""
+    if spec.crop_rounding == "floor":
+        return (have - want) // 2
+    return round((have - want) / 2) if have >= want else -((want - have) // 2)
+
+
+def at_size(spec: Preprocess, size: Size) -> Preprocess:
+    """Return ``spec`` for another network input ``size`` (height, width); the crop keeps its share.
+
+    Where the shorter edge decided and ``size`` is not square, the image is resized to cover it instead.
+    """
+    if spec.resize == "none" or (spec.resize == "exact" and spec.resize_to is None):
+        return replace(spec, size=size)
+    if spec.resize_edge is None:
+        shares = [before / after for before, after in zip(spec.resize_to or size, spec.size, strict=True)]
+    else:
+        shares = [spec.resize_edge / min(spec.size)] * 2
+    height, width = (round(edge * share) for edge, share in zip(size, shares, strict=True))
+    if spec.resize != "shortest_edge":
+        return replace(spec, size=size, resize_to=(height, width))
+    if height == width:
+        return replace(spec, size=size, resize_edge=height)
+    return replace(spec, size=size, resize="cover", resize_edge=None, resize_to=(height, width))
+
+
+# --- a checkpoint's own configuration ----------------------------------------------------------------
+
+_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+_INCEPTION = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_OPENAI = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+_SHORTEST = {"size": {"shortest_edge": 224}, "default_to_square": False, "do_center_crop": True}
+
+# What each transformers class assumes for a setting that its configuration leaves out.
+_PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "ViTImageProcessor": _INCEPTION,
+    "DeiTImageProcessor": {**_INCEPTION, "size": 256, "resample": 3, "do_center_crop": True},
+    "BitImageProcessor": {**_OPENAI, **_SHORTEST, "resample": 3},
+    "CLIPImageProcessor": {**_OPENAI, **_SHORTEST, "resample": 3},
+    "SiglipImageProcessor": {
+        **_INCEPTION,
+        "size": {"height": 224, "width": 224},
+        "default_to_square": False,
+        "resample": 3,
+    },
+    "BeitImageProcessor": {**_INCEPTION, "resample": 3},
+}
+_COMMON_DEFAULTS: Mapping[str, Any] = {
+    "size": 224,
+    "default_to_square": True,
+    "crop_size": 224,
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "do_resize": True,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "do_normalize": True,
+}
+# The class of a model whose preprocessing configuration names none.
+_PROCESSOR_OF_MODEL: Mapping[str, str] = {
+    "vit": "ViTImageProcessor",
+    "deit": "DeiTImageProcessor",
+    "dinov2": "BitImageProcessor",
+    "dinov2_with_registers": "BitImageProcessor",
+    "clip": "CLIPImageProcessor",
+    "siglip": "SiglipImageProcessor",
+    "beit": "BeitImageProcessor",
+}
+
+
+def from_huggingface(config: Mapping[str, Any], model_type: str = "vit") -> Preprocess:
+    """Return what a ``preprocessor_config.json`` of transformers says, defaults of its class included.
+
+    Args:
+        config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP and BEiT processors are known, under their
+            older and ``Fast`` names too.
+        model_type: the model's, from ``config.json``; decides where the file names no processor.
+
+    Raises:
+        CheckpointError: a setting is unknown, malformed, or gives images whose size varies. Names the key.
+    """
+    processor = _processor(config, model_type)
+    given = {key: value for key, value in config.items() if value is not None}
+    settings = {**_COMMON_DEFAULTS, **_PROCESSOR_DEFAULTS[processor], **given}
+    for key in ("do_pad", "do_flip_channel_order", "do_grayscale", "rescale_offset"):
+        if settings.get(key):
+            raise _refusal(key, settings[key], "is not supported")
+    crop = _size(settings["crop_size"], "crop_size", square=True) if settings["do_center_crop"] else None
+    geometry: dict[str, Any] = {"size": crop, "resize": "none"}
+    if settings["do_resize"]:
+        size = _size(settings["size"], "size", square=settings["default_to_square"])
+        if isinstance(size, int):
+            geometry.update(resize="shortest_edge", resize_edge=size)
+        else:
+            geometry.update(resize="exact", resize_to=size if crop else None, size=crop or size)
+        geometry["resample"] = _choice(settings["resample"], "resample", _CODES)
+    if geometry["size"] is None:
+        key = "size" if settings["do_resize"] else "do_resize"
+        raise _refusal(key, settings[key], "without do_center_crop gives images whose size varies")
+    mean, std = (settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else (0.0, 1.0)
+    return _checked(
+        **geometry,
+        rescale=_number(settings["rescale_factor"], "rescale_factor") if settings["do_rescale"] else 1.0,
+        mean=_colour(mean, "image_mean"),
+        std=_colour(std, "image_std"),
+    )
+
+
+def from_timm(pretrained_cfg: Mapping[str, Any]) -> Preprocess:
+    """Return what timm's ``create_transform(**resolve_data_config(...))`` does for evaluation.
+
+    Args:
+        pretrained_cfg: timm's settings of a model (``"pretrained_cfg"`` in its ``config.json``): input_size,
+            crop_pct, crop_mode, interpolation, mean, std; each with timm's default where missing.
+
+    Raises:
+        CheckpointError: a setting is unknown or malformed. Names the key.
+    """
+    channels, *size = _integers(pretrained_cfg.get("input_size") or (3, 224, 224), "input_size", 3)
+    if channels != 3:
+        raise _refusal("input_size", pretrained_cfg["input_size"], "is not of 3-channel images")
+    fraction = _number(pretrained_cfg.get("crop_pct") or 0.875, "crop_pct")
+    height, width = (math.floor(edge / fraction) for edge in size)
+    mean = _colour(pretrained_cfg.get("mean") or _IMAGENET["image_mean"], "mean")
+    geometry: dict[str, Any] = {"resize_to": (height, width)}
+    match pretrained_cfg.get("crop_mode") or "center":
+        case "squash":
+            geometry["resize"] = "exact"
+        case "border":
+            geometry.update(resize="contain", pad=tuple(round(255 * value) for value in mean))
+        case "center" if height != width:
+            geometry["resize"] = "cover"
+        case "center":
+            geometry = {"resize": "shortest_edge", "resize_edge": height}
+        case unknown:
+            raise _refusal("crop_mode", unknown, "is none of center, squash, border")
+    names = {name: name for name in _FILTERS}
+    return _checked(
+        **geometry,
+        size=tuple(size),
+        crop_rounding="round",
+        resample=_choice(pretrained_cfg.get("interpolation") or "bicubic", "interpolation", names),
+        mean=mean,
+        std=_colour(pretrained_cfg.get("std") or _IMAGENET["image_std"], "std"),
+    )
+
+
+def _processor(config: Mapping[str, Any], model_type: str) -> str:
+    key = next((k for k in ("image_processor_type", "feature_extractor_type") if config.get(k)), None)
+    if key is None:
+        if model_type not in _PROCESSOR_OF_MODEL:
+            raise _refusal("image_processor_type", None, f"is missing, and {model_type!r} has no default")
+        return _PROCESSOR_OF_MODEL[model_type]
+    name = str(config[key]).replace("FeatureExtractor", "ImageProcessor")
+    name = name.removesuffix("Fast").removesuffix("Pil")
+    if name not in _PROCESSOR_DEFAULTS:
+        suggestion = did_you_mean(name, _PROCESSOR_DEFAULTS)
+        raise _refusal(key, config[key], f"is not supported{suggestion}")
+    return name
+
+
+def _size(value: Any, key: str, *, square: bool) -> int | Size:
+    """A (height, width), or the length of the shorter edge."""
+    if isinstance(value, Mapping):
+        if set(value) == {"height", "width"}:
+            value = (value["height"], value["width"])
+        elif set(value) == {"shortest_edge"} and key == "size":
+            value, square = value["shortest_edge"], False
+        else:
+            raise _refusal(key, dict(value), "is not supported")
+    if isinstance(value, int):
+        (edge,) = _integers([value], key, 1)
+        return (edge, edge) if square else edge
+    height, width = _integers(value, key, 2)
+    return height, width
+
+
+def _integers(value: Any, key: str, count: int) -> list[int]:
+    """``count`` positive integers."""
+    if not isinstance(value, (list, tuple)) or len(value) != count:
+        raise _refusal(key, value, f"is not {count} numbers")
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item > 0 for item in value):
+        raise _refusal(key, value, "is not made of positive integers")
+    return list(value)
+
+
+def _number(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise _refusal(key, value, "is not a positive number")
+    return float(value)
+
+
+def _colour(value: Any, key: str) -> tuple[float, float, float]:
+    """Three numbers, for red, green and blue; a single one stands for all."""
+    items = [value] * 3 if isinstance(value, (int, float)) else value
+    if not isinstance(items, (list, tuple)) or len(items) != 3:
+        raise _refusal(key, value, "is not three numbers")
+    if not all(isinstance(item, (int, float)) and math.isfinite(item) for item in items):
+        raise _refusal(key, value, "is not made of numbers")
+    red, green, blue = map(float, items)
+    return red, green, blue
+
+
+def _choice(value: Any, key: str, known: Mapping[Any, _Resample]) -> _Resample:
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or value not in known:
+        raise _refusal(key, value, f"is none of {', '.join(map(str, known))}")
+    return known[value]
+
+
+def _checked(**settings: Any) -> Preprocess:
+    try:
+        return Preprocess(**settings)
+    except ConfigError as error:
+        raise CheckpointError(f"the checkpoint's preprocessing is wrong: {error.message}") from error
+
+
+def _refusal(key: str, value: Any, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's preprocessing setting {key} = {value!r} {problem}",
+        hint="correct its preprocessing configuration",
+    )

@@ -1,0 +1,124 @@
+"""What this machine is: processor, memory, GPUs, libraries, and a name that two runs can share."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+LIBRARIES: dict[str, str] = {
+    "numpy": "",
+    "onnx": "",
+    "onnxruntime": "",
+    "onnxruntime-gpu": "gpu",
+    "pillow": "",
+    "pydantic": "",
+    "safetensors": "",
+    "torch": "export",
+    "onnxscript": "export",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "cuda-core": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+    "triton": "kernels",
+    "transformers": "hub",
+    "huggingface-hub": "hub",
+    "timm": "hub",
+    "starlette": "serve",
+    "tritonclient": "client",
+    "ray": "ray",
+}
+"""Distributions that matter, and the extra that installs each; the core's have none."""
+
+# Instructions that decide how fast a CPU runs each precision, by their names in /proc/cpuinfo.
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+_ARM_FLAGS = ("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2")
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor, as far as this process may use it."""
+
+    name: str
+    flags: tuple[str, ...]
+    threads: int
+    """Hardware threads that this process may run on."""
+    memory: int | None
+    """Bytes, the container's limit where there is a lower one."""
+
+
+def find_cpu(root: Path = Path("/")) -> Cpu:
+    """Describe the processor; ``root`` is where /proc and /sys are."""
+    info = cpu_info(root / "proc/cpuinfo")
+    known = set((info.get("flags") or info.get("Features") or "").split())
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Cpu(
+        name=info.get("model name") or platform.processor() or platform.machine(),
+        flags=tuple(flag for flag in (*_FLAGS, *_ARM_FLAGS) if flag in known),
+        threads=threads,
+        memory=_memory(root),
+    )
+
+
+def machine_name(cpu: str, threads: int, gpus: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """What two machines must have in common for the speed of one to say anything about the other."""
+    return (cpu, f"{threads} threads", *(gpu.get("name", "") for gpu in gpus))
+
+
+def this_machine() -> tuple[str, ...]:
+    """The name of the machine that this runs on."""
+    cpu = find_cpu()
+    return machine_name(cpu.name, cpu.threads, query_gpus()[0])
+
+
+def _memory(root: Path) -> int | None:
+    limits = []
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int((root / name).read_text()))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return min(limits, default=None)
+
+
+def query_gpus(
+    run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run,
+) -> tuple[tuple[dict[str, str], ...], str]:
+    """NVIDIA GPUs as their driver's tool lists them, and a reason where there are none."""
+    fields = ("name", "memory.total", "driver_version", "compute_cap")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = run(query, capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:
+        return (), "no NVIDIA driver (nvidia-smi is not there)"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return (), f"nvidia-smi does not answer: {error}"
+    if done.returncode:
+        return (), f"nvidia-smi failed: {' '.join((done.stdout + done.stderr).split())[:200]}"
+    rows = [[value.strip() for value in row.split(",")] for row in done.stdout.splitlines() if row.strip()]
+    gpus = tuple(dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields))
+    return gpus, "" if gpus else "nvidia-smi lists none"
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_info(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """What Linux says of the first processor: ``model name``, ``flags`` and so on; nothing elsewhere."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -1,0 +1,253 @@
+"""A ViT's weights for the fused kernels: the exact rewrites of ``rewrites.py``, and three more.
+
+LayerNorm's gain and shift move into the linear layer behind it; the residual stream, which only LayerNorm
+reads, is centred, so that its rows' means are zero; and uint8 pixels count from 128, which every reduced
+precision holds exactly. Everything happens in float64, and each weight is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
+from vitdeploy.errors import PrecisionError
+from vitdeploy.model import deployed
+from vitdeploy.model import vit as model
+from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
+from vitdeploy.model.rewrites import (
+    BLOCK_REWRITES,
+    bias_of,
+    doubled,
+    edited,
+    fold_normalisation,
+    parameter,
+    patches_to_gemm,
+    queries_read,
+    read_out,
+)
+from vitdeploy_kernels import vit as fused
+from vitdeploy_kernels.layernorm_linear import Folded, fold_layernorm
+from vitdeploy_kernels.planner import Readout
+from vitdeploy_kernels.runner import buckets
+
+PIXEL_SHIFT = 128
+"""What the patch projection takes away from a uint8 pixel before it multiplies."""
+
+
+@dataclass(frozen=True)
+class FusedModel:
+    """A model for ``vitdeploy_kernels.runner.VitRunner``.
+
+    Attributes:
+        readout: final LayerNorm, pooling and head in torch, where no fused head does it.
+    """
+
+    shape: fused.VitShape
+    weights: fused.VitWeights
+    readout: Readout | None
+
+
+def fold_norms(block: model.Block) -> model.Block:
+    """(n g + b) W = n (g W) + b W: LayerNorm's gain and shift become part of the linear layers behind it."""
+    block = edited(block)
+    attn = block.attn
+    for norm, linears in ((block.norm1, (attn.q, attn.k, attn.v)), (block.norm2, (block.mlp.fc1,))):
+        for linear in linears:
+            offset, bias = linear.weight @ norm.bias, bias_of(linear)
+            linear.bias = parameter(offset if bias is None else bias + offset)
+            linear.weight = parameter(linear.weight * norm.weight)
+        norm.weight = parameter(torch.ones_like(norm.weight))
+        norm.bias = parameter(torch.zeros_like(norm.bias))
+    return block
+
+
+def centre_block(block: model.Block) -> model.Block:
+    """LayerNorm takes the mean away, so what a block adds to the residual stream may have none."""
+    block = edited(block)
+    for linear in (block.attn.proj, block.mlp.fc2):
+        linear.weight = parameter(linear.weight - linear.weight.mean(dim=0))
+        linear.bias = parameter(linear.bias - linear.bias.mean())
+    return block
+
+
+def centre_embedding(embedding: deployed.Embedding) -> deployed.Embedding:
+    """The same for what the embedding writes first."""
+    weight, tokens = (
+        value - value.mean(dim=1, keepdim=True)
+        for value in (embedding.patch_embed.weight, embedding.tokens.value)
+    )
+    linear = deployed.Linear(weight, None)
+    return deployed.Embedding(linear, tokens, embedding.config, channels_last=embedding.channels_last)
+
+
+@torch.no_grad()
+def fuse(
+    vit: model.ViT,
+    dtype: torch.dtype,
+    *,
+    output: Output = "logits",
+    input_kind: InputKind = "float",
+    preprocess: Preprocess | None = None,
+    device: torch.device | str = "cpu",
+) -> FusedModel:
+    """Rewrite, round and move a model's weights for the fused kernels; ``vit`` is not changed.
+
+    Args:
+        dtype: float16 or bfloat16.
+        preprocess: needed for ``input_kind="uint8"``.
+
+    Raises:
+        PrecisionError: a weight does not fit into the dtype (each is named).
+    """
+    config = vit.config
+    shape = shape_of(config, output, input_kind)
+    embedding = patches_to_gemm(doubled(vit.embedding))
+    if input_kind == "uint8":
+        if preprocess is None:
+            raise ValueError("uint8 input needs the preprocessing whose mean and std to fold")
+        embedding = fold_normalisation(embedding, preprocess)
+    projection = _projection(centre_embedding(embedding), dtype)
+    blocks: list[fused.Block] = []
+    last: fused.AbsorbedBlock | None = None
+    for index, part in enumerate(vit.blocks):
+        block = rewrite(cast(model.Block, doubled(part)))
+        if index < shape.full_blocks:
+            blocks.append(_moved(_full(block, dtype), device))
+        else:
+            last = _moved(_absorbed(block, dtype), device)
+    readout = doubled(vit.readout)
+    head = _folded(readout.norm, readout.head, dtype) if shape.classes and readout.head is not None else None
+    weights = fused.VitWeights(_moved(projection, device), tuple(blocks), last, head and _moved(head, device))
+    _check_range(weights, dtype)
+    return FusedModel(shape, weights, None if head else _readout(readout, output, dtype, device))
+
+
+def shape_of(config: ViTConfig, output: Output, input_kind: InputKind) -> fused.VitShape:
+    """The kernels' view of a configuration; a head is fused over a CLS token without a layer in between."""
+    plain = output == "logits" and config.pool == "cls" and not config.representation_width
+    return fused.VitShape(
+        image_size=config.image_size,
+        patch=config.patch_size,
+        channels=config.channels,
+        prefix=config.prefix_tokens,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        mlp_width=config.mlp_width,
+        activation=config.activation,
+        gated=config.gated_mlp,
+        eps=config.norm_eps,
+        queries=queries_read(config, output),
+        classes=config.classes if plain else 0,
+        uint8=input_kind == "uint8",
+    )
+
+
+def buckets_of(batch: BatchRange) -> tuple[int, ...]:
+    """The batch sizes that get a plan of their own."""
+    return tuple(size for size in buckets(batch.max) if size >= batch.min)
+
+
+def rewrite(block: model.Block) -> model.Block:
+    """Every rewrite of a block's weights, in float64."""
+    for step in (fold_norms, *BLOCK_REWRITES, centre_block):
+        block = step(block)
+    return block
+
+
+def _folded(norm: nn.LayerNorm, linear: nn.Linear, dtype: torch.dtype) -> Folded:
+    return fold_layernorm(norm.weight, norm.bias, linear.weight.t(), linear.bias, dtype)
+
+
+def _linear(linear: nn.Linear, dtype: torch.dtype) -> fused.Linear:
+    return fused.Linear(linear.weight.t().to(dtype).contiguous(), linear.bias.float())
+
+
+def _full(block: model.Block, dtype: torch.dtype) -> fused.Block:
+    attn, mlp = block.attn, block.mlp
+    parts = (attn.q, attn.k, attn.v)
+    weight = torch.cat([part.weight for part in parts]).t()
+    zeros = torch.zeros_like(attn.proj.bias)
+    bias = torch.cat([zeros if b is None else b for b in map(bias_of, parts)])
+    return fused.Block(
+        qkv=fold_layernorm(block.norm1.weight, block.norm1.bias, weight, bias, dtype),
+        proj=_linear(attn.proj, dtype),
+        fc1=_folded(block.norm2, mlp.fc1, dtype),
+        fc2=_linear(mlp.fc2, dtype),
+    )
+
+
+def _absorbed(block: model.Block, dtype: torch.dtype) -> fused.AbsorbedBlock:
+    """See :func:`vitdeploy.model.rewrites.absorb_last_block`."""
+    attn, mlp = block.attn, block.mlp
+    heads = (attn.heads, attn.head_width, -1)
+    return fused.AbsorbedBlock(
+        q=_folded(block.norm1, attn.q, dtype),
+        key=attn.k.weight.reshape(heads).to(dtype).contiguous(),  # (h, d, D)
+        value=attn.v.weight.reshape(heads).transpose(1, 2).to(dtype).contiguous(),  # (h, D, d)
+        proj=_linear(attn.proj, dtype),
+        fc1=_folded(block.norm2, mlp.fc1, dtype),
+        fc2=_linear(mlp.fc2, dtype),
+    )
+
+
+def _projection(embedding: deployed.Embedding, dtype: torch.dtype) -> fused.Embedding:
+    """Pixels in steps of 1/255 have weights that fp16 would hold as subnormals: a power of two goes apart."""
+    weight, tokens = embedding.patch_embed.weight.detach(), embedding.tokens.value.detach().clone()
+    scale = 1.0
+    if embedding.channels_last:
+        tokens[embedding.config.prefix_tokens :] += PIXEL_SHIFT * weight.sum(dim=0)
+        _, exponent = torch.frexp(weight.abs().max())
+        scale = 2.0 ** int(exponent)
+    return fused.Embedding((weight / scale).to(dtype).contiguous(), tokens.float(), scale)
+
+
+def _readout(
+    readout: model.Readout, output: Output, dtype: torch.dtype, device: torch.device | str
+) -> Readout:
+    part = assign_dtypes(read_out(readout, output), "readout", PrecisionPlan(dtype)).to(device)
+
+    def compute(x: Tensor) -> Tensor:
+        result: Tensor = part(x)
+        return result.float()
+
+    return compute
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of nested dataclasses and tuples, with the path to it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
+    elif isinstance(value, tuple):
+        keys = getattr(value, "_fields", range(len(value)))
+        for key, item in zip(keys, value, strict=True):
+            yield from _tensors(item, f"{name}.{key}")
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """The same dataclass with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    if isinstance(value, Folded):
+        return Folded(*(_moved(item, device) for item in value))
+    return value
+
+
+def _check_range(weights: fused.VitWeights, dtype: torch.dtype) -> None:
+    overflowing = [name for name, tensor in _tensors(weights, "") if not torch.isfinite(tensor).all()]
+    if overflowing:
+        kind = str(dtype).removeprefix("torch.")
+        raise PrecisionError(
+            f"weights do not fit into {kind} once LayerNorm is folded in: {', '.join(overflowing)}",
+            hint="bfloat16 has the range: export with --bf16",
+        )

@@ -1,0 +1,124 @@
+"""Precision plans: which part of a deployed model runs in which dtype.
+
+A plan names a default dtype and the islands: sites that stay in fp32. A site is a module of the
+deployed model that computes something (``blocks.3.attn.qkv``, ``blocks.3.add2``, ``norm``). Normalisation
+and mean pooling are islands of every reduced precision: their sums lose too much below fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from vitdeploy.config import Precision
+from vitdeploy.errors import PrecisionError
+from vitdeploy.model import deployed
+from vitdeploy.model.vit import public_name
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """The dtype of every site.
+
+    Attributes:
+        default: where no island is.
+        islands: sites in fp32 beside normalisation and pooling, which always are.
+        island_dtype: what an island runs in; float64 in proofs of the rewrites themselves.
+        output_dtype: what the model returns, whatever runs inside.
+    """
+
+    default: torch.dtype
+    islands: frozenset[str] = frozenset()
+    island_dtype: torch.dtype = torch.float32
+    output_dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, precision: Precision) -> PrecisionPlan:
+        return cls(DTYPES[precision])
+
+    @classmethod
+    def exact(cls) -> PrecisionPlan:
+        """Everything in float64: what remains is the rewrites' own difference."""
+        return cls(torch.float64, island_dtype=torch.float64, output_dtype=torch.float64)
+
+    @property
+    def name(self) -> Precision | Literal["mixed"]:
+        """What artifacts of this plan are called."""
+        return (
+            "mixed" if self.islands else next(name for name, dtype in DTYPES.items() if dtype == self.default)
+        )
+
+    def with_islands(self, islands: frozenset[str]) -> PrecisionPlan:
+        return replace(self, islands=islands)
+
+    def dtype(self, site: str, module: nn.Module) -> torch.dtype:
+        always = isinstance(module, deployed.Norm | deployed.Pool)
+        return self.island_dtype if always or site in self.islands else self.default
+
+
+_SITES = (
+    deployed.Tokens,
+    deployed.Linear,
+    deployed.HeadLinear,
+    deployed.Norm,
+    deployed.Add,
+    deployed.Softmax,
+    deployed.Pool,
+)
+
+
+def sites(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every site of a deployed model or of a part of it, with its public name, in order of execution."""
+    for name, module in model.named_modules():
+        if isinstance(module, _SITES):
+            yield public_name(f"{prefix}.{name}" if prefix else name), module
+
+
+def island_names(model: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
+    """The sites of a model that the plan keeps out of its default dtype."""
+    if plan.default == plan.island_dtype:
+        return ()
+    return tuple(name for name, module in sites(model) if plan.dtype(name, module) != plan.default)
+
+
+def assign_dtypes(part: Part, prefix: str, plan: PrecisionPlan) -> Part:
+    """Round a part's float64 weights into the plan's dtypes, once, in place.
+
+    Raises:
+        PrecisionError: finite weights that overflow their dtype; each tensor is named.
+    """
+    overflowing: list[str] = []
+    for name, module in sites(part, prefix):
+        dtype = plan.dtype(name, module)
+        for key, parameter in module.named_parameters(recurse=False):
+            setattr(module, key, _rounded(parameter, dtype, f"{name}.{key}", overflowing))
+        if isinstance(module, deployed.Softmax):
+            module.dtype = dtype if name in plan.islands else None
+        elif isinstance(module, deployed.Add | deployed.Pool):
+            module.dtype = dtype
+    if overflowing:
+        raise PrecisionError(
+            f"weights do not fit into {str(plan.default).removeprefix('torch.')}: {', '.join(overflowing)}",
+            hint="export with --bf16 or --fp32, which have the range",
+        )
+    return part
+
+
+def _rounded(value: nn.Parameter, dtype: torch.dtype, name: str, overflowing: list[str]) -> nn.Parameter:
+    largest = value.abs().max().item() if value.numel() else 0.0
+    rounded = value.to(dtype)
+    if not torch.isfinite(rounded).all():
+        overflowing.append(f"{name} (largest magnitude {largest:.6g})")
+    return nn.Parameter(rounded, requires_grad=False)

@@ -1,0 +1,164 @@
+"""``--target docker``: the bundle and our own server in one image, with the run-time libraries only."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from vitdeploy._version import __version__
+from vitdeploy.backends.base import get_backend, require_support
+from vitdeploy.errors import UsageError
+from vitdeploy.packaging.common import COMPOSE_GPU, copy_bundle, label, render, write_text
+from vitdeploy.packaging.target import Job, Outcome
+from vitdeploy.predictor import DEFAULT_BACKEND
+
+SETTINGS = ("backend", "threads", "instances", "max_batch", "max_delay_ms", "image", "wheel")
+
+IMAGE = "python:3.11-slim"
+BUNDLE = "model.bundle"
+"""The bundle's folder in the package and in the image."""
+
+EXTRAS = {
+    "onnxruntime": (),
+    "openvino": ("openvino",),
+    "torch": ("export",),
+    "torch-compile": ("export",),
+    "aotinductor": ("export",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx",),
+    "triton": ("kernels",),
+}
+"""What to install for each backend besides the server's own libraries."""
+_NEEDS_GPU = ("tensorrt", "tensorrt-rtx", "triton")
+_PINNED = ("numpy", "pillow", "onnxruntime", "openvino", "torch", "triton")
+"""Libraries that decide the numbers: the image gets the versions that are here."""
+
+
+def write(job: Job) -> Outcome:
+    """Write a Dockerfile, what it copies, a compose file and a README.
+
+    Raises:
+        UsageError: the backend cannot run the artifact, or the wheel is none of vitdeploy.
+    """
+    backend = job.settings.backend or _backend_of(job)
+    require_support(get_backend(backend), job.bundle, job.artifact)
+    folder = job.folder
+    wheel = _copy_wheel(job)
+    copy_bundle(job, folder / BUNDLE)
+    extras = ",".join(("serve", "grpc", *EXTRAS[backend]))
+    source = f"vitdeploy[{extras}] @ file:///app/{wheel}" if wheel else f"vitdeploy[{extras}]=={__version__}"
+    write_text(folder / "requirements.txt", f"{source}\n")
+    write_text(folder / "constraints.txt", "".join(f"{pin}\n" for pin in pins()))
+    write_text(folder / "Dockerfile", _dockerfile(job, wheel, _command(job, backend)))
+    ignored = ["*", *(f"!{name}" for name in ("requirements.txt", "constraints.txt", BUNDLE, wheel) if name)]
+    write_text(folder / ".dockerignore", "".join(f"{line}\n" for line in ignored))
+    tag = f"{label(job.name)}:{job.version}"
+    gpu = COMPOSE_GPU if backend in _NEEDS_GPU else ""
+    write_text(folder / "compose.yaml", render("docker.compose.yaml", tag=tag, gpu=gpu))
+    readme = render(
+        "docker.md",
+        name=job.name,
+        bundle=job.bundle.root.resolve().name,
+        artifact=f"{job.artifact.name} ({job.artifact.precision})",
+        backend=backend,
+        tag=tag,
+        gpus="--gpus all " if gpu else "",
+    )
+    write_text(folder / "README.md", readme)
+    return Outcome(_what(wheel), next=_next(job), notes=_notes(backend, wheel))
+
+
+def _backend_of(job: Job) -> str:
+    """The backend that reads the artifact's files: of an engine, the one named as its format."""
+    return job.artifact.format if job.artifact.format in _NEEDS_GPU else DEFAULT_BACKEND
+
+
+def pins() -> list[str]:
+    """``name==version`` of the libraries that decide the numbers, as they are installed here."""
+    found = []
+    for name in _PINNED:
+        try:
+            found.append(f"{name}=={version(name).partition('+')[0]}")  # a local build is on no index
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _what(wheel: str | None) -> dict[str, str]:
+    what = {
+        "Dockerfile": "no root, a health check, the run-time libraries only",
+        ".dockerignore": "what the image is built from, and nothing else",
+        "compose.yaml": "builds and starts it",
+        "README.md": "how to build, call and verify it",
+        "requirements.txt": "vitdeploy, its server and the backend",
+        "constraints.txt": "versions of the libraries that decide the numbers, as here",
+        f"{BUNDLE}/manifest.json": "the bundle, complete",
+    }
+    return {**what, wheel: "vitdeploy itself"} if wheel else what
+
+
+def _next(job: Job) -> tuple[str, ...]:
+    compose = shlex.quote(str(job.output / "compose.yaml"))
+    return (
+        f"docker compose -f {compose} up --build --wait",
+        f"vitdeploy verify {shlex.quote(str(job.bundle.root))} --url http://localhost:8000",
+    )
+
+
+def _notes(backend: str, wheel: str | None) -> tuple[str, ...]:
+    notes = []
+    if wheel is None:
+        notes.append(
+            f"the image installs vitdeploy {__version__} from your package index; --wheel takes a file"
+        )
+    if backend in _NEEDS_GPU:
+        notes.append(f"{backend} needs a GPU and its driver on the host, and NVIDIA's container toolkit")
+    return tuple(notes)
+
+
+def _command(job: Job, backend: str) -> list[str]:
+    settings = job.settings
+    command = ["vitdeploy", "serve", f"{job.name}@{job.version}={BUNDLE}"]
+    command += ["--host", "0.0.0.0", "--port", "8000", "--grpc-port", "8001"]
+    command += ["--backend", backend, "--artifact", job.artifact.name, "--fixed-models"]
+    for flag, value in (
+        ("--threads", settings.threads),
+        ("--instances", settings.instances),
+        ("--max-batch", settings.max_batch),
+        ("--max-delay-ms", settings.max_delay_ms),
+    ):
+        if value is not None:
+            command += [flag, f"{value:g}"]
+    return command
+
+
+def _dockerfile(job: Job, wheel: str | None, command: list[str]) -> str:
+    return render(
+        "docker.Dockerfile",
+        image=job.settings.image or IMAGE,
+        files=" ".join(filter(None, ("requirements.txt", "constraints.txt", wheel))),
+        bundle=BUNDLE,
+        command=json.dumps(command),
+    )
+
+
+def _copy_wheel(job: Job) -> str | None:
+    """Copy the wheel that is to be installed, and return its name.
+
+    Raises:
+        UsageError: it is not there, or no wheel of vitdeploy.
+    """
+    if job.settings.wheel is None:
+        return None
+    path = Path(job.settings.wheel)
+    if not path.is_file():
+        raise UsageError(f"--wheel {path}: there is no such file", hint="python -m build --wheel")
+    if not (path.name.startswith("vitdeploy-") and path.suffix == ".whl"):
+        raise UsageError(
+            f"--wheel {path}: not a wheel of vitdeploy", hint="vitdeploy-VERSION-py3-none-any.whl"
+        )
+    shutil.copyfile(path, job.folder / path.name)
+    return path.name

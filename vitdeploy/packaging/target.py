@@ -1,0 +1,133 @@
+"""What every package is: a folder made from a bundle for another server, written whole or not at all.
+
+To add a target: a module here with ``write(job) -> Outcome`` and ``SETTINGS``, and a line in the table below.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, Protocol
+
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.errors import UsageError, did_you_mean
+
+TARGETS = {
+    "triton-server": "vitdeploy.packaging.triton_server:write",
+    "kserve": "vitdeploy.packaging.kserve:write",
+    "docker": "vitdeploy.packaging.docker:write",
+    "ray": "vitdeploy.packaging.ray:write",
+}
+"""Each target's function; beside it in its module, ``SETTINGS`` names the settings that it takes."""
+
+Device = Literal["cpu", "gpu"]
+_DEVICES: Mapping[str, Device] = {"cpu": "cpu", "gpu": "gpu"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is to run there. None is the target's own choice; what it does not take is refused."""
+
+    backend: str | None = None
+    """The runtime inside of our own server."""
+    device: Device | None = None
+    threads: int | None = None
+    """CPU threads per model instance."""
+    instances: int | None = None
+    """Copies of the model in one server."""
+    max_batch: int | None = None
+    max_delay_ms: float | None = None
+    """How long a request waits for company."""
+    top_k: int | None = None
+    """Classes per image."""
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    storage_uri: str | None = None
+    """Where the cluster will find the model repository."""
+    namespace: str | None = None
+    image: str | None = None
+    """The container image to use instead of the target's own."""
+    wheel: str | None = None
+    """A wheel of vitdeploy to install in the image, in place of the package index's."""
+    tensors_only: bool | None = None
+    """Leave out what takes image files: tensors in, tensors out."""
+
+    def given(self) -> dict[str, object]:
+        """The settings that are not None, by name."""
+        return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One package to write."""
+
+    bundle: Bundle
+    """Opened, every hash checked."""
+    artifact: Artifact
+    """What is to run there."""
+    folder: Path
+    """An empty folder to write into; it is moved to ``output`` when all is written."""
+    output: Path
+    """Where the package will be: for what the user is told, not for writing."""
+    name: str
+    """The model's name there: letters, digits, ``_``, ``-``, ``.``, beginning with a letter or digit."""
+    version: int = 1
+    settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a target has to say about the files it wrote."""
+
+    what: Mapping[str, str]
+    """What a file is, by its path in the folder; files without a word here are listed all the same."""
+    next: tuple[str, ...] = ()
+    """Commands to type next."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: one line each."""
+
+
+class Write(Protocol):
+    """Fills ``job.folder``.
+
+    Raises:
+        UsageError: this bundle, artifact or setting is not for this target.
+        MissingDependency: a library that writes the target's format is not installed.
+    """
+
+    def __call__(self, job: Job) -> Outcome: ...
+
+
+def checked_device(name: str | None) -> Device | None:
+    """A device by its name.
+
+    Raises:
+        UsageError: neither cpu nor gpu.
+    """
+    if name is None:
+        return None
+    if name not in _DEVICES:
+        suggestion = did_you_mean(name, _DEVICES)
+        raise UsageError(f"unknown device {name!r}{suggestion}", hint=f"known: {', '.join(_DEVICES)}")
+    return _DEVICES[name]
+
+
+def target_names() -> tuple[str, ...]:
+    return tuple(TARGETS)
+
+
+def get_target(name: str) -> tuple[Write, frozenset[str]]:
+    """A target's function and the names of the settings it takes.
+
+    Raises:
+        UsageError: there is none (with a suggestion).
+    """
+    if name not in TARGETS:
+        known = ", ".join(TARGETS)
+        raise UsageError(f"unknown target {name!r}{did_you_mean(name, TARGETS)}", hint=f"known: {known}")
+    path, _, attribute = TARGETS[name].partition(":")
+    module = importlib.import_module(path)
+    return getattr(module, attribute), frozenset(module.SETTINGS)

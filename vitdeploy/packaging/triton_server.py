@@ -1,0 +1,109 @@
+"""``--target triton-server``: a model repository, and what starts NVIDIA's Triton Inference Server on it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib.metadata import version
+
+from vitdeploy.packaging.common import COMPOSE_GPU, label, render, write_text
+from vitdeploy.packaging.target import Job, Outcome
+from vitdeploy.packaging.triton_repository import IMAGE, MODELS, Repository, engine_record, takes_images
+
+SETTINGS = (
+    "device",
+    "threads",
+    "instances",
+    "max_batch",
+    "max_delay_ms",
+    "top_k",
+    "image",
+    "tensors_only",
+)
+
+
+def write(job: Job) -> Outcome:
+    """Write the repository, a README, and a compose file.
+
+    Raises:
+        UsageError: Triton cannot serve this artifact, or not with these settings.
+        MissingDependency: tritonclient is not installed.
+    """
+    refused = takes_images(job)
+    images = refused is None and not job.settings.tensors_only
+    repository = Repository(job, images=images)
+    repository.write()
+    base = job.settings.image or IMAGE
+    if images:
+        write_dockerfile(job, base)
+    write_text(job.folder / "compose.yaml", _compose(job, repository, base, images))
+    write_text(job.folder / "README.md", _readme(job, repository, images))
+    what = {
+        **repository.what,
+        "compose.yaml": "starts the server",
+        "README.md": "how to start, call and verify it",
+    }
+    if images:
+        what["Dockerfile"] = "the server with Pillow, which decodes images"
+    notes = [] if refused is None else [f"tensors in, tensors out only: {refused}"]
+    record = engine_record(job)
+    if record is not None:
+        notes.append(
+            f"the engine needs a server with TensorRT {record.version}; {base} may carry another: see its "
+            "release notes, and name one that fits with --image"
+        )
+    compose = shlex.quote(str(job.output / "compose.yaml"))
+    return Outcome(
+        what,
+        next=(
+            f"docker compose -f {compose} up --build --wait",
+            f"vitdeploy verify {shlex.quote(str(job.bundle.root))} --url http://localhost:8000",
+        ),
+        notes=tuple(notes),
+    )
+
+
+def write_dockerfile(job: Job, base: str) -> None:
+    """Write the Dockerfile of a server whose Python has the Pillow that is here."""
+    text = render("triton_server.Dockerfile", image=base, pillow=version("pillow"))
+    write_text(job.folder / "Dockerfile", text)
+
+
+def _compose(job: Job, repository: Repository, base: str, images: bool) -> str:
+    built = f"build: .\n    image: {label(job.name)}-triton" if images else f"image: {base}"
+    gpu = COMPOSE_GPU if repository.device == "gpu" else ""
+    return render("triton_server.compose.yaml", image=built, models=MODELS, gpu=gpu)
+
+
+def _readme(job: Job, repository: Repository, images: bool) -> str:
+    spec, output = job.artifact.inputs[0], job.artifact.outputs[0]
+    shape = [1 if isinstance(size, str) else size for size in spec.shape]
+    values = {
+        "name": job.name,
+        "bundle": job.bundle.root.resolve().name,
+        "artifact": f"{job.artifact.name} ({job.artifact.precision})",
+        "models": MODELS,
+        "input": spec.name,
+        "output": output.name,
+        "datatype": "UINT8" if spec.dtype == "uint8" else "FP32" if spec.dtype == "float32" else "FP16",
+        "dtype": spec.dtype,
+        "shape": json.dumps(shape),
+    }
+    text = render("triton_server.md", **values)
+    if images:
+        names = ["labels", "indices", "scores"] if repository.labels else [output.name]
+        fixed = repository.batching.fixed
+        form = json.dumps([fixed] if fixed else [1, 1])
+        model = repository.image_model
+        one = fixed in (None, 1)
+        text += render(
+            "triton_server_images.md",
+            image_model=model,
+            name=job.name,
+            outputs=", ".join(f"`{name}`" for name in names),
+            first=names[0],
+            shape=form,
+            wrapped="[[data]]" if fixed is None else f"[data] * {fixed}",
+            curl=render("triton_server_curl.md", image_model=model, shape=form) if one else "",
+        )
+    return text

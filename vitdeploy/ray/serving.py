@@ -1,0 +1,231 @@
+"""Ray Serve: an application that takes an image file and gives labels. What ``package --target ray`` starts.
+
+Beside ``data.py``, the only file that imports ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vitdeploy.backends.base import Array, Options
+from vitdeploy.errors import ImageError, MissingDependency, ParityError, UsageError, VitdeployError
+from vitdeploy.predictor import Predictor
+from vitdeploy.verification.parity import check_session
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+DEPLOYMENT = "Classifier"
+"""What the deployment is called in a Serve config."""
+
+_ROUTE = re.compile(r"/v1/models/(?P<name>[^/:]+)(/versions/(?P<version>[^/:]+))?(?P<verb>:predict)?/?")
+
+
+class Settings(BaseModel):
+    """The ``args`` of the application in ``serve_config.yaml``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """The model's, in its address."""
+    version: str = "1"
+    backend: str | None = None
+    artifact: str | None = None
+    provider: str | None = None
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of each replica; its ``num_cpus`` should be the same."""
+    max_batch: int = Field(default=8, ge=1)
+    """Images that are computed together."""
+    max_delay_ms: float = Field(default=5.0, ge=0, le=60_000)
+    """How long an image waits for others."""
+    top_k: int = Field(default=5, ge=1)
+    """Classes per image, where the request does not say."""
+    max_body_mb: float = Field(default=16.0, gt=0)
+    """Larger requests are refused."""
+
+
+def application(bundle: str | Path, args: Mapping[str, Any]) -> Any:
+    """The application, as Ray Serve runs it.
+
+    Args:
+        bundle: a folder that every machine of the cluster sees under this path.
+        args: what ``Settings`` has.
+
+    Raises:
+        MissingDependency: Ray Serve is not installed.
+        UsageError: an argument is not known, or has no such value.
+    """
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise MissingDependency("ray", extra="ray", purpose="Ray Serve") from error
+    deployment = serve.deployment(name=DEPLOYMENT)(Replica)
+    return deployment.bind(str(bundle), _settings(args).model_dump())
+
+
+def _settings(args: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings.model_validate(dict(args))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"args: {place}: {first['msg']}") from error
+
+
+class Refusal(Exception):
+    """A request that gets an error for an answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class Replica:
+    """One process with one session. Images of several requests are computed together.
+
+    It does not start where its answers are not the reference's, and asks to be replaced when its session
+    fails.
+    """
+
+    def __init__(self, bundle: str, args: Mapping[str, Any]) -> None:
+        from ray import serve
+
+        self._settings = settings = _settings(args)
+        self._predictor = Predictor.open(
+            bundle,
+            backend=settings.backend,
+            artifact=settings.artifact,
+            options=Options(threads=settings.threads, provider=settings.provider),
+        )
+        most = _batch(self._predictor, settings.max_batch)
+        _prove(self._predictor, most)
+        self._decoder = ThreadPoolExecutor(2, "decode")
+        self._runner = ThreadPoolExecutor(1, "session")
+        self._failure: str | None = None
+        gather = serve.batch(max_batch_size=most, batch_wait_timeout_s=settings.max_delay_ms / 1000)
+        self._together: Callable[[Array], Awaitable[Array]] = gather(self._run)
+
+    async def __call__(self, request: Request) -> Response:
+        from starlette.responses import JSONResponse
+
+        try:
+            return JSONResponse(await self._answer(request))
+        except Refusal as refusal:
+            return JSONResponse({"error": refusal.message}, refusal.status)
+        except ImageError as error:
+            return JSONResponse({"error": error.message}, 400)
+        except VitdeployError as error:
+            return JSONResponse({"error": error.message}, 500)
+
+    def check_health(self) -> None:
+        """Called by Serve now and then; an exception has the replica replaced."""
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+
+    async def _answer(self, request: Request) -> dict[str, Any]:
+        settings = self._settings
+        model = {"model_name": settings.name, "model_version": settings.version}
+        found = _ROUTE.fullmatch(request.url.path.removeprefix(request.scope.get("root_path", "")))
+        if not found:
+            raise Refusal(404, f"no such address; images go to /v1/models/{settings.name}:predict")
+        if found["name"] != settings.name or found["version"] not in (None, settings.version):
+            raise Refusal(404, f"no such model; this is {settings.name!r}, version {settings.version!r}")
+        wanted = "POST" if found["verb"] else "GET"
+        if request.method != wanted:
+            raise Refusal(405, f"{request.method} is not for this address, {wanted} is")
+        if not found["verb"]:
+            return {**model, "ready": self._failure is None}
+        top_k = _top_k(request.query_params.get("top_k"), settings.top_k)
+        return {**model, "predictions": [await self._classify(await self._body(request), top_k)]}
+
+    async def _body(self, request: Request) -> bytes:
+        """The image file, which must not be longer than is allowed, whatever its header says."""
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise Refusal(415, "send the image file itself as the body, not a form")
+        limit = int(self._settings.max_body_mb * 1e6)
+        said = request.headers.get("content-length", "")
+        body = bytearray()
+        if not said.isdecimal() or int(said) <= limit:
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    break
+            else:
+                return bytes(body)
+        raise Refusal(413, f"the body has more than {self._settings.max_body_mb:g} MB")
+
+    async def _classify(self, image: bytes, top_k: int) -> list[dict[str, Any]]:
+        loop = asyncio.get_running_loop()
+        tensor = await loop.run_in_executor(self._decoder, self._predictor.preprocess, image)
+        logits = await self._together(tensor)
+        best = self._predictor.best(logits, top_k)
+        return [{"label": p.label, "index": p.index, "score": p.score} for p in best]
+
+    async def _run(self, tensors: list[Array]) -> list[Array]:
+        """Logits (classes,) of each of some images."""
+        loop = asyncio.get_running_loop()
+        try:
+            return list(await loop.run_in_executor(self._runner, run_together, self._predictor, tensors))
+        except VitdeployError as error:
+            self._failure = error.message
+            raise
+
+
+def run_together(predictor: Predictor, tensors: list[Array]) -> Array:
+    """Logits (N, classes) of N prepared images; too few for the artifact are filled up, then cut."""
+    facts = predictor.session.facts
+    missing = max(0, facts.batch.min - len(tensors)) if facts.batch else 0
+    stacked = np.stack([*tensors, *([tensors[-1]] * missing)])
+    outputs = predictor.session.run({facts.inputs[0].name: stacked})
+    return outputs[facts.outputs[0].name][: len(tensors)]
+
+
+def _batch(predictor: Predictor, wanted: int) -> int:
+    """How many images are computed together at most.
+
+    Raises:
+        UsageError: the artifact does not take so many, or gives no classes.
+    """
+    manifest, facts = predictor.bundle.manifest, predictor.session.facts
+    if manifest.output != "logits":
+        raise UsageError(f"{predictor.bundle.root}: gives {manifest.output}, which are no classes")
+    if facts.batch is not None and wanted > facts.batch.max:
+        raise UsageError(f"max_batch {wanted}: {facts.artifact} takes at most {facts.batch.max}")
+    return wanted
+
+
+def _prove(predictor: Predictor, most: int) -> None:
+    """Hold the session against the reference, which warms it up, too.
+
+    Raises:
+        ParityError: it computes something else.
+    """
+    bundle, facts = predictor.bundle, predictor.session.facts
+    least = facts.batch.min if facts.batch else 1
+    sizes = sorted({least, max(least, most)})
+    max_abs = bundle.manifest.max_abs
+    for record in check_session(predictor.session, bundle.golden(), batches=sizes, max_abs=max_abs):
+        if not record.passed:
+            raise ParityError(
+                f"{bundle.root}: {record.artifact} on {record.backend} gives wrong outputs at batch "
+                f"{record.batch}: {record.failures[0]}",
+                hint=f"vitdeploy verify {bundle.root}",
+            )
+
+
+def _top_k(text: str | None, default: int) -> int:
+    if text is None:
+        return default
+    if not re.fullmatch("[1-9][0-9]{0,6}", text):
+        raise Refusal(400, f"top_k {text!r} is not a positive whole number")
+    return int(text)

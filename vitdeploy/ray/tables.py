@@ -1,0 +1,264 @@
+"""Parquet: reading images and earlier results, writing new ones. The only file that imports pyarrow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitdeploy.errors import ImageError, MissingDependency, UsageError, did_you_mean
+from vitdeploy.ray.work import COLUMNS, Item, Result, Stamp
+
+Table = Any
+"""A ``pyarrow.Table``."""
+
+_FAILURE = "failure"
+"""A column on the way from an actor only: why the whole job cannot go on, as JSON."""
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependency("pyarrow", extra="ray", purpose="reading and writing Parquet") from error
+    return pyarrow
+
+
+def results(rows: Sequence[Result]) -> Table:
+    """Rows of results as a table with ``COLUMNS``, and one for failures."""
+    best = [row.predictions[0] if row.predictions else None for row in rows]
+    columns: dict[str, list[Any]] = {
+        "path": [row.path for row in rows],
+        "label": [p and p.label for p in best],
+        "index": [p and p.index for p in best],
+        "score": [p and p.score for p in best],
+        "labels": [[p.label for p in row.predictions] for row in rows],
+        "indices": [[p.index for p in row.predictions] for row in rows],
+        "scores": [[p.score for p in row.predictions] for row in rows],
+        "error": [row.error for row in rows],
+        "source": [row.source for row in rows],
+        "row": [None if row.row < 0 else row.row for row in rows],
+        "size": [row.stamp.size for row in rows],
+        "modified": [row.stamp.modified for row in rows],
+        _FAILURE: [None] * len(rows),
+    }
+    return _arrow().Table.from_pydict(columns, schema=_schema())
+
+
+def failure(reason: str) -> Table:
+    """A row that is no result, but says why there are no more."""
+    schema = _schema()
+    columns = {name: [reason if name == _FAILURE else None] for name in schema.names}
+    return _arrow().Table.from_pydict(columns, schema=schema)
+
+
+def split(table: Table) -> tuple[Table, str | None]:
+    """What an actor gave: its results, with ``COLUMNS``, and its failure."""
+    reasons = table.column(_FAILURE)
+    failed = next((reason for reason in reasons.to_pylist() if reason is not None), None)
+    return table.filter(reasons.is_null()).select(COLUMNS), failed
+
+
+def _schema() -> Any:
+    pa = _arrow()
+    text, whole, real = pa.string(), pa.int32(), pa.float64()
+    types = {
+        "path": text,
+        "label": text,
+        "index": whole,
+        "score": real,
+        "labels": pa.list_(text),
+        "indices": pa.list_(whole),
+        "scores": pa.list_(real),
+        "error": text,
+        "source": text,
+        "row": pa.int64(),
+        "size": pa.int64(),
+        "modified": pa.int64(),
+        _FAILURE: text,
+    }
+    return pa.schema(list(types.items()))
+
+
+def errors_of(table: Table) -> list[str]:
+    """The errors among results."""
+    return [error for error in table.column("error").to_pylist() if error is not None]
+
+
+def pieces(items: Sequence[Item]) -> Table:
+    """Work as a table, one row for each item."""
+    columns = {
+        "source": [item.source for item in items],
+        "size": [item.stamp.size for item in items],
+        "modified": [item.stamp.modified for item in items],
+        "group": [item.group for item in items],
+        "first": [item.first for item in items],
+        "rows": [item.rows for item in items],
+        "done": [list(item.done) for item in items],
+    }
+    pa = _arrow()
+    types = {name: pa.int64() for name in columns} | {"source": pa.string(), "done": pa.list_(pa.int64())}
+    return pa.Table.from_pydict(columns, schema=pa.schema(list(types.items())))
+
+
+def items(table: Table) -> Iterator[Item]:
+    """What ``pieces`` put in."""
+    for row in table.to_pylist():
+        stamp = Stamp(row["size"], row["modified"])
+        yield Item(row["source"], stamp, row["group"], row["first"], row["rows"], tuple(row["done"]))
+
+
+def write(path: Path, tables: Iterable[Table]) -> None:
+    """Write a Parquet file that appears complete or not at all.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    pa = _arrow()
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("wb") as file:
+        pa.parquet.write_table(pa.concat_tables(tables), file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+Judge = Callable[[str, int, Stamp, bool], bool]
+"""Whether an earlier row stays: of its source, row (-1 without), stamp, and whether it has an error."""
+
+
+def sift(path: Path, stays: Judge) -> int:
+    """Drop the rows of an earlier file that ``stays`` does not want; the rows that remain.
+
+    Raises:
+        UsageError: it cannot be read, or is no file of results.
+        OSError: the disk refuses.
+    """
+    pa = _arrow()
+    try:
+        keys = pa.parquet.read_table(path, columns=["source", "row", "size", "modified", "error"])
+        rows = keys.to_pylist()
+        kept = [
+            stays(row["source"], _number(row["row"]), Stamp(row["size"], row["modified"]), bool(row["error"]))
+            for row in rows
+        ]
+        if all(kept):
+            return len(rows)
+        whole = pa.parquet.read_table(path)
+    except (pa.ArrowException, KeyError) as error:
+        hint = "remove it, and its images are computed again"
+        raise UsageError(f"{path}: is not a file of results: {_one_line(error)}", hint=hint) from error
+    if any(kept):
+        write(path, [whole.filter(pa.array(kept))])
+    else:
+        path.unlink()
+    return sum(kept)
+
+
+def _number(row: int | None) -> int:
+    return -1 if row is None else row
+
+
+def row_groups(path: Path) -> list[int]:
+    """How many rows each row group of a Parquet file has.
+
+    Raises:
+        UsageError: it is no Parquet file.
+    """
+    metadata = _opened(path).metadata
+    return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+
+
+def image_column(path: Path, wanted: str | None) -> str:
+    """The column of a Parquet file that has the images.
+
+    Args:
+        wanted: its name. Without one it is the only column of bytes, or of structs with ``bytes`` in them, as
+            Hugging Face's datasets have; else the one called ``path``.
+
+    Raises:
+        UsageError: there is no such column, or it can hold no images.
+    """
+    schema = _opened(path).schema_arrow
+    if wanted is not None:
+        if wanted not in schema.names:
+            known = f"it has {', '.join(schema.names)}"
+            raise UsageError(
+                f"{path}: has no column {wanted!r}{did_you_mean(wanted, schema.names)}", hint=known
+            )
+        if not _holds_images(schema.field(wanted).type):
+            kind = schema.field(wanted).type
+            raise UsageError(
+                f"{path}: column {wanted!r} has neither images nor paths, but {kind}",
+                hint="images are bytes, paths are strings",
+            )
+        return wanted
+    found = [field.name for field in schema if _holds_bytes(field.type)]
+    if not found and "path" in schema.names and _holds_images(schema.field("path").type):
+        found = ["path"]
+    if len(found) != 1:
+        many = f"columns {', '.join(found)} may all be images" if found else "no column of images"
+        raise UsageError(f"{path}: {many}", hint=f"--parquet-column NAME, one of {', '.join(schema.names)}")
+    return str(found[0])
+
+
+def _holds_images(kind: Any) -> bool:
+    types = _arrow().types
+    return _holds_bytes(kind) or types.is_string(kind) or types.is_large_string(kind)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    types = _arrow().types
+    if types.is_struct(kind):
+        names = [kind.field(number).name for number in range(kind.num_fields)]
+        return "bytes" in names and _holds_bytes(kind.field(names.index("bytes")).type)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def read_images(item: Item, column: str, batch: int) -> Iterator[list[tuple[int, str | None, bytes | str]]]:
+    """The images of a row group that are left to do, some at a time: row number, name, and bytes or path.
+
+    A path is taken relative to the Parquet file's folder; a null is no bytes at all.
+
+    Raises:
+        ImageError: the file is damaged, or gone.
+    """
+    pa = _arrow()
+    done, number = frozenset(item.done), item.first
+    folder = Path(item.source).parent
+    try:
+        for part in _opened(Path(item.source)).iter_batches(
+            batch_size=batch, row_groups=[item.group], columns=[column]
+        ):
+            cells = enumerate(part.column(0), number)
+            number += part.num_rows
+            yield [(row, *_image(cell.as_py(), folder)) for row, cell in cells if row not in done]
+    except UsageError as error:
+        raise ImageError(error.message) from error
+    except (pa.ArrowException, OSError) as error:
+        raise ImageError(f"{item.source} is damaged: {_one_line(error)}") from error
+
+
+def _image(cell: Any, folder: Path) -> tuple[str | None, bytes | str]:
+    """The name of an image, and where it is."""
+    if isinstance(cell, dict):
+        name, data = cell.get("path"), cell["bytes"]
+        return name, str(folder / name) if data is None and name else data or b""
+    if isinstance(cell, str):
+        path = str(folder / cell)
+        return path, path
+    return None, cell or b""
+
+
+def _opened(path: Path) -> Any:
+    pa = _arrow()
+    try:
+        return pa.parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{path}: cannot be read as Parquet: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,90 @@
+"""HTTP connections: uvicorn's, with bounds on the head of a request, and every error in the protocol's shape.
+
+The application only hears of a request once its head is whole, so what goes wrong before is answered here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from vitdeploy.server.service import Limits
+
+
+class Protocol(HttpToolsProtocol):
+    """What ``uvicorn.Config`` takes as ``http``, its limits bound."""
+
+    _begun = False
+    """Whether a head has begun and is not whole."""
+    _length = 0
+    """Bytes of that head so far, beyond those that came together with its first."""
+    _expiry: asyncio.TimerHandle | None = None
+
+    def __init__(self, *uvicorn: Any, limits: Limits, **more: Any) -> None:
+        super().__init__(*uvicorn, **more)
+        self._limits = limits
+
+    # uvicorn narrows asyncio's BaseTransport in the same way.
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._begun:
+            self._length += len(data)
+        super().data_received(data)
+        if not self._begun or self.transport.is_closing():
+            return
+        if self._length > self._limits.head_bytes:
+            self._refuse(431, f"the request's head has more than {self._limits.head_bytes} bytes")
+        elif self._expiry is None:
+            self._wait_for_head()
+
+    def on_message_begin(self) -> None:
+        self._begun, self._length = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._begun = False
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _wait_for_head(self) -> None:
+        self._expiry = self.loop.call_later(self._limits.head_seconds, self._expire)
+
+    def _stop_waiting(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+
+    def _expire(self) -> None:
+        answered = getattr(self.cycle, "response_complete", True)  # there is none before the first request
+        if not answered:
+            self._wait_for_head()  # the answer to the request before this one goes first
+        elif self._begun:
+            self._refuse(408, f"the request's head did not arrive within {self._limits.head_seconds:g} s")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._stop_waiting()
+        body = orjson.dumps({"error": message})
+        lines = (
+            f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "connection: close",
+        )
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()

@@ -1,0 +1,139 @@
+"""Image files in, labels out: ``POST /v1/models/{model}:predict``, with the bundle's own preprocessing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+from starlette.responses import Response
+
+from vitdeploy.errors import ImageError
+from vitdeploy.server.codec import parse_json
+from vitdeploy.server.http_answers import json_response
+from vitdeploy.server.http_io import read_body, unless_gone
+from vitdeploy.server.messages import Refusal
+from vitdeploy.server.service import Service
+
+TOP_K = 5
+
+
+async def predict(request: Request, service: Service) -> Response:
+    """Classify one image file, or several."""
+    name, version = request.path_params["model"], request.path_params.get("version", "")
+    service.require_open()
+    with service.repository.using(name, version) as model:
+        top_k = _top_k(request.query_params.get("top_k"))
+        images = await _images(request, service)
+        results = await unless_gone(request, model.classify([data for _, data in images], top_k))
+        predictions = []
+        for (title, _), result in zip(images, results, strict=True):
+            if isinstance(result, ImageError):
+                raise Refusal("invalid", f"{title}: {result.message}")
+            predictions.append([{"label": p.label, "index": p.index, "score": p.score} for p in result])
+        document = {"model_name": model.name, "model_version": model.version, "predictions": predictions}
+    return json_response(document)
+
+
+async def models(request: Request, service: Service) -> Response:
+    """The names of all models that are ready."""
+    return json_response({"models": sorted({model.name for model in service.repository.models})})
+
+
+async def model_ready(request: Request, service: Service) -> Response:
+    """Whether a model is ready, in the words of KServe's protocol v1."""
+    model = service.repository.get(request.path_params["model"])
+    return json_response({"name": model.name, "ready": True})
+
+
+def register_names() -> None:
+    """Tell starlette what a model's name looks like in a path: it ends where ``:predict`` begins."""
+
+    class Name(StringConvertor):
+        regex = "[^/:]+"
+
+    register_url_convertor("name", Name())
+
+
+ROUTES = [
+    ("GET", "/v1/models", models),
+    ("GET", "/v1/models/{model:name}", model_ready),
+    ("POST", "/v1/models/{model:name}:predict", predict),
+    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", predict),
+]
+
+
+def _top_k(text: str | None) -> int:
+    if text is None:
+        return TOP_K
+    if not text.isdecimal() or not text.isascii() or not 0 < len(text) < 10 or int(text) < 1:
+        raise Refusal("invalid", f"top_k {text[:40]!r} is not a positive number")
+    return int(text)
+
+
+async def _images(request: Request, service: Service) -> list[tuple[str, bytes]]:
+    """What to call each image in an error, and its bytes."""
+    body = await read_body(request, service.limits)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        images = await _parts(request, body, service.limits.images)
+    elif kind == "application/json":
+        images = _instances(parse_json(body), service.limits.images)
+    else:
+        images = [("the image", body)]
+    if not images:
+        raise Refusal("invalid", "the request has no image")
+    return images
+
+
+async def _parts(request: Request, body: bytes, most: int) -> list[tuple[str, bytes]]:
+    """The files of a form."""
+
+    class Parser(MultiPartParser):
+        ended = False
+
+        def on_end(self) -> None:
+            self.ended = True
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+        if not parser.ended:  # else its last file would be missing from the answer
+            raise MultiPartException("it has no end")
+
+    try:
+        parser = Parser(request.headers, stream(), max_files=most, max_fields=most)  # type: ignore[arg-type]
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
+        reason = getattr(error, "message", "") or str(error)
+        raise Refusal("invalid", f"the form cannot be read: {' '.join(reason.split())[:200]}") from error
+    images = []
+    for index, (_, value) in enumerate(form.multi_items()):
+        if isinstance(value, UploadFile):
+            title = f"file {index + 1} ({value.filename[:80]})" if value.filename else f"file {index + 1}"
+            images.append((title, await value.read()))
+    await form.close()
+    return images
+
+
+def _instances(document: dict[str, Any], most: int) -> list[tuple[str, bytes]]:
+    """``{"instances": [{"b64": ...}, ...]}``, as KServe's protocol v1 sends bytes."""
+    instances = document.get("instances")
+    if not isinstance(instances, list):
+        raise Refusal("invalid", 'the request has no array "instances"')
+    if len(instances) > most:
+        raise Refusal("invalid", f"{len(instances)} images, but a request may have {most}")
+    images = []
+    for index, instance in enumerate(instances):
+        text = instance.get("b64") if isinstance(instance, dict) else None
+        if not isinstance(text, str):
+            raise Refusal("invalid", f'instances[{index}] is not {{"b64": "..."}}')
+        try:
+            images.append((f"instances[{index}]", base64.b64decode(text, validate=True)))
+        except (binascii.Error, ValueError) as error:
+            raise Refusal("invalid", f"instances[{index}] is not base64: {error}") from error
+    return images

@@ -1,0 +1,115 @@
+"""Request bodies: read within limits of size and time, decompressed within the same limit."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from vitdeploy.server.messages import Refusal
+from vitdeploy.server.service import Limits
+
+_T = TypeVar("_T")
+_PATIENCE = 0.02
+"""Seconds: what is answered sooner is answered whether the client is there or not."""
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The whole body, decompressed where ``Content-Encoding`` says so.
+
+    Raises:
+        Refusal: too large, too slow, or not what its headers say.
+        ClientDisconnect: its end will not come.
+    """
+    announced = request.headers.get("content-length")
+    if announced is not None and announced.isdecimal() and int(announced[:19]) > limits.body_bytes:
+        raise _too_large(limits)
+    parts, size, more = list[bytes](), 0, True
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                parts.append(message.get("body", b""))
+                more = message.get("more_body", False)
+                size += len(parts[-1])
+                if size > limits.body_bytes:
+                    raise _too_large(limits)
+    except TimeoutError:
+        raise Refusal("too slow", f"the body did not arrive within {limits.body_seconds:g} s") from None
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    body = b"".join(parts)
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in _WINDOWS:
+        raise Refusal("invalid", f"Content-Encoding {encoding[:40]!r} is not supported: gzip and deflate are")
+    return _decompressed(body, encoding, limits)
+
+
+def compressed(body: bytes, accept: str) -> tuple[bytes, str]:
+    """The body as the client's ``Accept-Encoding`` asks for it, and the encoding; "" is as it is."""
+    offered = [part.partition(";") for part in accept.lower().split(",")]
+    names = [name.strip() for name, _, weight in offered if weight.replace(" ", "") not in ("q=0", "q=0.0")]
+    encoding = next((name for name in names if name in _WINDOWS), "")
+    if not encoding:
+        return body, ""
+    packer = zlib.compressobj(1, wbits=_WINDOWS[encoding])
+    return packer.compress(body) + packer.flush(), encoding
+
+
+async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
+    """Wait for ``work``, and cancel it when the client goes away. Call it once the body is read.
+
+    Raises:
+        ClientDisconnect: nobody is there to be answered.
+    """
+    own, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert own is not None, "called outside of a task"
+    watching: asyncio.Task[None] | None = None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        own.cancel()
+
+    def begin() -> None:
+        nonlocal watching
+        watching = loop.create_task(watch())
+
+    beginning = loop.call_later(_PATIENCE, begin)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not left:
+            raise
+        own.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        beginning.cancel()
+        if watching is not None:
+            watching.cancel()
+
+
+def _decompressed(body: bytes, encoding: str, limits: Limits) -> bytes:
+    unpacker = zlib.decompressobj(wbits=_WINDOWS[encoding])
+    try:
+        unpacked = unpacker.decompress(body, limits.body_bytes + 1)
+    except zlib.error as error:
+        raise Refusal("invalid", f"the body is not {encoding}: {error}") from error
+    if len(unpacked) > limits.body_bytes or unpacker.unconsumed_tail:
+        raise _too_large(limits)
+    if not unpacker.eof or unpacker.unused_data:
+        raise Refusal("invalid", f"the body is not one whole {encoding} stream")
+    return unpacked
+
+
+def _too_large(limits: Limits) -> Refusal:
+    return Refusal("too large", f"the body has more than {limits.body_bytes} bytes")

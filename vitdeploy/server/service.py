@@ -1,0 +1,80 @@
+"""What every transport of a server shares."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+from vitdeploy.server.messages import InferRequest, InferResponse, Refusal
+from vitdeploy.server.repository import Repository
+from vitdeploy.server.statistics import Metrics
+
+EXTENSIONS = (
+    *("binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"),
+    "parameters",
+)
+"""Of the v2 protocol, as Triton Inference Server names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a client may send."""
+
+    head_bytes: int = 64 * 2**10
+    """Of one request's line and headers, where they come in more than one piece."""
+    head_seconds: float = 30.0
+    """For sending these, and for a new connection to begin."""
+    body_bytes: int = 64 * 2**20
+    """Of one request, compressed and decompressed."""
+    body_seconds: float = 30.0
+    """For sending one."""
+    images: int = 64
+    """Files of one request."""
+
+
+@dataclass
+class Service:
+    """The models, the limits, and whether the server is on its way out."""
+
+    repository: Repository
+    metrics: Metrics
+    limits: Limits = field(default_factory=Limits)
+    draining: bool = False
+    control: bool = True
+    """Whether clients may load and unload models."""
+
+    def require_open(self) -> None:
+        """Raise a Refusal once the server is shutting down."""
+        if self.draining:
+            raise Refusal("unavailable", "the server is shutting down", retry_after=1.0)
+
+    def require_control(self) -> None:
+        """Raise a Refusal where clients may not change what is served."""
+        if not self.control:
+            raise Refusal("invalid", "this server's models are not for its clients to load and unload")
+
+    async def infer(self, name: str, version: str, request: InferRequest) -> InferResponse:
+        """Run a request on a model.
+
+        Raises:
+            Refusal: the model, the inputs, or the moment is wrong.
+        """
+        self.require_open()
+        with self.repository.using(name, version) as model:
+            return await model.infer(request)
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse what is new; wait until what was accepted is answered, this long at most.
+
+        What still waits for a session then is refused, too; returns whether nothing was.
+        """
+        self.draining, complete = True, True
+        for limit in (seconds, 1.0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit):
+                    while self.repository.busy:
+                        await asyncio.sleep(0.01)
+            complete = complete and not self.repository.busy
+            self.repository.abandon()
+        return complete

@@ -1,0 +1,254 @@
+"""Image files sent to a live server, and its classes and scores held against the bundle's own.
+
+The float64 reference exists for tensors only, so what is expected is computed here, by the most exact
+artifact that runs on this machine, from the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from PIL import Image
+
+from vitdeploy.backends.base import Array
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.golden import raw_images
+from vitdeploy.verification.live.client import AnswerError
+from vitdeploy.verification.live.image_endpoints import ImageEndpoint, Scored
+from vitdeploy.verification.live.labels import compare_labels
+from vitdeploy.verification.live.local import LocalModel
+from vitdeploy.verification.live.report import ImageRecord
+
+_TINY = 1e-30
+"""Probabilities below are taken for this: in float32 they become zero."""
+
+_UNEVEN = 3.0
+"""Rounding errors spread over the classes, so that k of n carry sqrt(k/n) of them; times this at most."""
+
+_MEDIA = {"PNG": "image/png", "JPEG": "image/jpeg"}
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file of known content."""
+
+    name: str
+    format: str
+    """PNG or JPEG."""
+    data: bytes
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} as {self.format}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the bundle makes of a file."""
+
+    file: ImageFile
+    logits: Array
+    """(classes,) float64."""
+    noise: float
+    """Relative change of the logits where every value of a JPEG is a level off, as decoders may differ;
+    0 of a PNG."""
+
+
+@dataclass
+class ImageCheck:
+    """What sending the files gave."""
+
+    records: list[ImageRecord] = field(default_factory=list)
+    answers: list[tuple[Expected, list[Scored]]] = field(default_factory=list)
+    """Those that have classes of the bundle in them."""
+    failures: list[str] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)
+
+
+def image_files(bundle: Bundle) -> list[ImageFile]:
+    """The bundle's raw golden images as PNG, and as JPEG with full colour at quality 95."""
+    golden = bundle.golden()
+    names = [name for name in sorted(golden) if f"{name}.pixel_values" in golden]
+    pictures = [(name, golden[name]) for name in names]
+    pictures = pictures or [(f"image.{i}", pixels) for i, pixels in enumerate(raw_images())]
+    files = []
+    for name, pixels in pictures:
+        for kind, how in (("PNG", {}), ("JPEG", {"quality": 95, "subsampling": 0})):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, kind, **how)
+            files.append(ImageFile(name, kind, buffer.getvalue()))
+    return files
+
+
+def expect(local: LocalModel, files: Sequence[ImageFile]) -> list[Expected]:
+    """Run the files through the bundle here.
+
+    Raises:
+        VitdeployError: the bundle cannot preprocess, or the runtime fails.
+    """
+    logits = local.run(np.stack([local.pixels(file.data) for file in files])).astype(np.float64)
+    noisy = local.run(np.stack([_shaken(local, file) for file in files])).astype(np.float64)
+    return [
+        Expected(file, own, centred_error(own, other) if file.format == "JPEG" else 0.0)
+        for file, own, other in zip(files, logits, noisy, strict=True)
+    ]
+
+
+def check_images(
+    endpoint: ImageEndpoint, expected: Sequence[Expected], labels: Sequence[str] | None, tolerance: float
+) -> ImageCheck:
+    """Send every file, and compare classes and scores.
+
+    Args:
+        tolerance: the relative error of logits that the precisions of both sides allow together.
+
+    Raises:
+        ServerError: the server cannot be asked.
+    """
+    check = ImageCheck()
+    for item in expected:
+        where = f"{item.file.title} sent to {endpoint.title}"
+        bound = tolerance + item.noise
+        try:
+            answer = endpoint.ask(item.file.data, _MEDIA[item.file.format], len(item.logits))
+            record, causes = judge(item, answer, labels, bound)
+            check.answers.append((item, answer))
+        except AnswerError as error:
+            best = _name(int(np.argmax(item.logits)), labels)
+            record = ImageRecord(item.file.name, item.file.format, 0, best, "", None, bound, (error.message,))
+            causes = ()
+        check.records.append(record)
+        check.failures += [f"{where}: {reason}" for reason in record.failures]
+        check.causes += [cause for cause in causes if cause not in check.causes]
+    return check
+
+
+def judge(
+    item: Expected, answer: Sequence[Scored], labels: Sequence[str] | None, bound: float
+) -> tuple[ImageRecord, tuple[str, ...]]:
+    """One answer: its names first, then its scores, then which classes it chose; with a likely cause.
+
+    Raises:
+        AnswerError: there are no classes in it.
+    """
+    if not answer:
+        raise AnswerError("the answer names no class")
+    best = int(np.argmax(item.logits))
+    record = ImageRecord(
+        image=item.file.name,
+        format=item.file.format,
+        classes=len(answer),
+        expected=_name(best, labels),
+        answered=answer[0].label,
+        error=None,
+        bound=bound,
+    )
+    indices, problems, causes = _indices(answer, labels, len(item.logits))
+    scores = np.array([scored.score for scored in answer])
+    if problem := _not_probabilities(scores):
+        problems += (problem,)
+    elif indices is not None:
+        error = score_error(item.logits, indices, scores)
+        record = replace(record, error=error)
+        if not error <= bound:
+            problems += (f"scores: relative error {error:.2g} exceeds {bound:.2g}",)
+        problems += _other_classes(item.logits, indices, bound, labels)
+    return replace(record, failures=problems), causes
+
+
+def score_error(
+    logits: Array, indices: Sequence[int], scores: Array, relative_to: Array | None = None
+) -> float:
+    """The relative error of the logits behind some softmax scores.
+
+    A softmax tells logits up to a constant. Without it the error is no larger than with it, so the bounds for
+    logits hold; of k classes out of n, in proportion.
+
+    Args:
+        logits: (n,) expected.
+        indices: the classes (k,) that the scores (k,) are of.
+        relative_to: (n,) logits whose norm counts instead of that of ``logits``.
+    """
+    expected = np.maximum(softmax(logits)[list(indices)], _TINY)
+    difference = np.log(np.maximum(scores, _TINY)) - np.log(expected)
+    # One score moves with its own logit and with the sum of all.
+    difference = difference - difference.mean() if len(difference) > 1 else difference / 2
+    share = min(1.0, _UNEVEN * float(np.sqrt(len(difference) / len(logits))))
+    norm = float(np.linalg.norm(logits if relative_to is None else relative_to))
+    return float(np.linalg.norm(difference)) / (max(norm, 1e-200) * share)
+
+
+def centred_error(expected: Array, actual: Array) -> float:
+    """``score_error`` of all classes, from logits."""
+    difference = actual - expected
+    return float(np.linalg.norm(difference - difference.mean())) / max(
+        float(np.linalg.norm(expected)), 1e-200
+    )
+
+
+def softmax(logits: Array) -> Array:
+    """Of one row, in float64."""
+    exponents = np.exp(logits - logits.max())
+    probabilities: Array = exponents / exponents.sum()
+    return probabilities
+
+
+def _shaken(local: LocalModel, file: ImageFile) -> Array:
+    """The input for a file whose every value is a level higher or lower, by lot."""
+    signs = np.random.default_rng(0).choice(np.array([-1, 1]), size=_pixels(file).shape)
+    shaken = np.clip(_pixels(file).astype(np.int16) + signs, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(shaken).save(buffer, "PNG")
+    return local.pixels(buffer.getvalue())
+
+
+def _pixels(file: ImageFile) -> Array:
+    with Image.open(io.BytesIO(file.data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _name(index: int, labels: Sequence[str] | None) -> str:
+    return labels[index] if labels else str(index)
+
+
+def _indices(
+    answer: Sequence[Scored], labels: Sequence[str] | None, classes: int
+) -> tuple[list[int] | None, tuple[str, ...], tuple[str, ...]]:
+    """The classes of an answer, None if they are not the bundle's; what is wrong with the names, and why."""
+    known = labels if labels is not None else [str(index) for index in range(classes)]
+    if all(scored.index is not None for scored in answer):
+        indices = [int(scored.index or 0) for scored in answer]
+        if len(set(indices)) < len(indices) or not all(0 <= index < classes for index in indices):
+            return None, ("the answer has classes that the bundle does not, or one twice",), ()
+        named = {index: scored.label for index, scored in zip(indices, answer, strict=True)}
+        return indices, *compare_labels(named, known)
+    strange = [scored.label for scored in answer if scored.label not in known]
+    if strange:
+        return None, (f"labels: the bundle has no class {strange[0]!r}",), ()
+    if len(set(known)) < len(known):
+        return None, (), ()  # names alone do not tell which class is meant
+    return [list(known).index(scored.label) for scored in answer], (), ()
+
+
+def _not_probabilities(scores: Array) -> str:
+    if not np.isfinite(scores).all():
+        return "scores: NaN or infinite"
+    if scores.min() < 0 or scores.sum() > 1.001:
+        return f"scores: from {scores.min():.3g} to {scores.max():.3g}, which are no probabilities"
+    if (np.diff(scores) > 0).any():
+        return "scores: the likeliest class is not first"
+    return ""
+
+
+def _other_classes(
+    logits: Array, indices: Sequence[int], bound: float, labels: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Whether the answer names the expected class first, where the margin is wider than rounding."""
+    order = np.argsort(-logits, kind="stable")
+    decided = np.sqrt(2) * bound * np.linalg.norm(logits)
+    if len(order) > 1 and indices[0] != order[0] and logits[order[0]] - logits[indices[0]] > decided:
+        return (f"another class first: {_name(indices[0], labels)}, not {_name(int(order[0]), labels)}",)
+    return ()

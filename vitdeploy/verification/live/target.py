@@ -1,0 +1,160 @@
+"""Finds the model that a live server serves from a bundle, and says what it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact, Precision
+from vitdeploy.errors import ServerError, UsageError, did_you_mean
+from vitdeploy.verification.live.client import AnswerError, Client, IndexEntry, ModelFacts, ServerFacts
+from vitdeploy.verification.parity import TOLERANCES
+
+IMAGE_SUFFIX = "_image"
+"""A packaged model's companion that takes image files is named after it, with this behind."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A served model."""
+
+    server: ServerFacts
+    model: ModelFacts
+    asked: str
+    """The version asked for; empty is the server's choice."""
+    index: tuple[IndexEntry, ...] | None
+    """Everything the server has, where it says so."""
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def title(self) -> str:
+        """``digits``, or ``digits version 2`` where a version was asked for."""
+        return f"{self.name} version {self.asked}" if self.asked else self.name
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What precision the server's numbers are judged by, and why."""
+
+    precision: Precision
+    artifact: Artifact | None
+    note: str = ""
+
+
+def find_target(client: Client, bundle: Bundle, name: str | None, version: str) -> Target:
+    """Ask the server for the model of a bundle.
+
+    Args:
+        name: the model's name there; None looks for the bundle's.
+        version: empty is the server's choice.
+
+    Raises:
+        ServerError: no v2 server, or the model is not ready.
+        UsageError: an unknown model or version (with a suggestion), or the name is not clear.
+    """
+    try:
+        server = client.server()
+    except AnswerError as error:
+        raise ServerError(
+            f"{client.address}: is no server of the Open Inference Protocol v2: {error.message}",
+            hint="is a path missing in the URL? the server's metadata is at /v2",
+        ) from error
+    index = client.index()
+    chosen = name or _name_of(bundle, index, str(client.address))
+    if index is not None:
+        _check_index(index, chosen, version, str(client.address))
+    try:
+        model = client.model(chosen, version)
+    except AnswerError as error:
+        what = f"{chosen} version {version}" if version else chosen
+        raise UsageError(
+            f"{client.address}: does not serve {what}: {error.message}", hint="--model NAME, --version V"
+        ) from error
+    if version and model.versions and version not in model.versions:
+        raise _unknown_version(str(client.address), chosen, version, model.versions)
+    if not model.name:
+        raise ServerError(f"{client.address}: its metadata of {chosen} has no name")
+    return Target(server, model, version, index)
+
+
+def judged_by(bundle: Bundle, target: Target, wanted: str | None) -> Judged:
+    """Whose tolerances hold: of the artifact named, else of the one the server names, else the loosest.
+
+    Raises:
+        UsageError: the bundle has no artifact ``wanted``.
+    """
+    if wanted is not None:
+        artifact = bundle.artifact(wanted)
+        return Judged(artifact.precision, artifact)
+    artifacts = bundle.manifest.artifacts
+    said = target.model.artifact
+    for artifact in artifacts:
+        if artifact.name == said:
+            return Judged(artifact.precision, artifact)
+    if not artifacts:
+        return Judged("fp32", None)
+    loosest = max(artifacts, key=lambda artifact: TOLERANCES[artifact.precision].relative)
+    if len({TOLERANCES[artifact.precision].relative for artifact in artifacts}) == 1:
+        return Judged(loosest.precision, loosest if len(artifacts) == 1 else None)
+    note = (
+        f"the server does not say which artifact it runs, so {loosest.precision} decides, the bundle's least "
+        f"exact (--artifact {artifacts[0].name} is stricter)"
+    )
+    return Judged(loosest.precision, None, note)
+
+
+def _name_of(bundle: Bundle, index: Sequence[IndexEntry] | None, where: str) -> str:
+    """What a bundle's model is called on a server, when nobody says."""
+    own = bundle.manifest.name
+    if index is None:
+        return own
+    served = list(dict.fromkeys(entry.name for entry in index))
+    for candidate in (own, bundle.root.resolve().stem):
+        for name in served:
+            if _plain(name) == _plain(candidate):
+                return name
+    alone = [name for name in served if not any(name.startswith(f"{other}_") for other in served)]
+    if len(alone) == 1:
+        return alone[0]
+    if not served:
+        raise ServerError(f"{where}: serves no model at all")
+    raise UsageError(
+        f"{where}: none of its models is named {own!r}, as the bundle is{did_you_mean(own, served)}",
+        hint=f"--model says which; it has {_some(served)}",
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.casefold())
+
+
+def _check_index(index: Sequence[IndexEntry], name: str, version: str, where: str) -> None:
+    served = list(dict.fromkeys(entry.name for entry in index))
+    entries = [entry for entry in index if entry.name == name]
+    if not entries:
+        raise UsageError(
+            f"{where}: has no model {name!r}{did_you_mean(name, served)}",
+            hint=f"it has {_some(served)}" if served else "it serves no model at all",
+        )
+    versions = [entry.version for entry in entries if entry.version]
+    if version and versions and version not in versions:
+        raise _unknown_version(where, name, version, versions)
+    wanted = [entry for entry in entries if not version or entry.version in ("", version)]
+    if not any(entry.ready for entry in wanted):
+        reason = next((entry.reason for entry in wanted if entry.reason), "")
+        raise ServerError(f"{where}: {name} is not ready{f': {reason}' if reason else ''}")
+
+
+def _unknown_version(where: str, name: str, version: str, versions: Sequence[str]) -> UsageError:
+    there = _some(list(dict.fromkeys(versions)))
+    return UsageError(f"{where}: {name} has no version {version!r}", hint=f"it has {there}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{', '.join(names[:8])}{more}"

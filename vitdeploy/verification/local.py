@@ -1,0 +1,269 @@
+"""A bundle on the machine it is on: every byte, the preprocessing, every artifact, accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitdeploy.backends.base import Backend, Options, Session, all_backends, get_backend, runs_nothing
+from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.manifest import Artifact, ParityRecord
+from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError
+from vitdeploy.predictor import EXACTNESS, Predictor
+from vitdeploy.progress import Progress
+from vitdeploy.verification.accuracy import Accuracy, LabelledImages, Places, find_labelled, measure, score
+from vitdeploy.verification.parity import PreprocessCheck, check_preprocess, check_session
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An artifact that a backend of this machine does not run."""
+
+    artifact: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a backend says of how it runs an artifact: which parts are fused, and which are not and why."""
+
+    artifact: str
+    backend: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was compared, and what did not hold."""
+
+    bundle: Path
+    files: int
+    """Whose hashes are right."""
+    preprocess: PreprocessCheck
+    parity: tuple[ParityRecord, ...]
+    skipped: tuple[Skipped, ...]
+    accuracy: tuple[Accuracy, ...]
+    unproven: tuple[str, ...]
+    """Artifacts that no backend ran; failures too, unless the backends were chosen by name."""
+    failures: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    fusion: tuple[Fusion, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def check(self) -> None:
+        """Raise what did not hold.
+
+        Raises:
+            ParityError: names the first failures.
+        """
+        if self.failures:
+            more = f" (and {len(self.failures) - 3} more)" if len(self.failures) > 3 else ""
+            raise ParityError(f"{self.bundle}: not proven: {'; '.join(self.failures[:3])}{more}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "ok": self.passed,
+            "bundle": str(self.bundle),
+            "files": self.files,
+            "preprocess": dataclasses.asdict(self.preprocess),
+            "parity": [record.model_dump(mode="json") for record in self.parity],
+            "skipped": [dataclasses.asdict(skipped) for skipped in self.skipped],
+            "accuracy": [dataclasses.asdict(accuracy) for accuracy in self.accuracy],
+            "unproven": list(self.unproven),
+            "failures": list(self.failures),
+            "notes": list(self.notes),
+            "fusion": [dataclasses.asdict(fusion) for fusion in self.fusion],
+        }
+
+
+def verify_bundle(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    backends: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Verify a bundle; ``vitdeploy.verify`` documents the arguments and the errors."""
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+    pairs = runnable(opened, backends)
+    images = find_labelled(Path(data), opened.manifest) if data is not None else None
+    job = _Verification(opened, options or Options(), batches, progress or Progress())
+    with job.progress.stage("hashes") as stage:
+        opened.verify()
+        stage.detail = f"{len(opened.manifest.files)} files"
+    with job.progress.stage("preprocess") as stage:
+        preprocess = check_preprocess(opened)
+        stage.detail = f"{preprocess.images} images, difference {preprocess.max_abs:.1e}"
+    job.failures += [f"preprocessing: {reason}" for reason in preprocess.failures]
+    job.run(pairs, images)
+    unproven = tuple(a.name for a in opened.manifest.artifacts if a.name not in job.run_here)
+    if backends is None:
+        job.require_proof(unproven)
+    return VerifyReport(
+        bundle=opened.root,
+        files=len(opened.manifest.files),
+        preprocess=preprocess,
+        parity=tuple(job.records),
+        skipped=tuple(job.skipped),
+        accuracy=tuple(job.accuracy),
+        unproven=unproven,
+        failures=tuple(job.failures),
+        notes=tuple(job.notes),
+        fusion=tuple(job.fusion),
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An artifact (None is the reference weights) and a backend, with the reason if it cannot run it."""
+
+    backend: Backend
+    artifact: Artifact | None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.artifact.name if self.artifact else WEIGHTS
+
+
+def runnable(bundle: Bundle, backends: Sequence[str] | None, *, models: bool = False) -> list[Pair]:
+    """Every pairing of an artifact with a backend, in the order of the artifacts.
+
+    Args:
+        backends: names; None is all. Those that run the weights without reading an artifact are paired
+            with each artifact for its precision; with the weights alone if they can run none.
+        models: whether None includes those too.
+
+    Raises:
+        UsageError: an unknown backend, or one asked for by name that can run nothing of this bundle.
+        DeviceUnavailable: a backend asked for by name does not work here, or its engines are for other GPUs.
+    """
+    pairs = []
+    for backend in all_backends() if backends is None else map(get_backend, dict.fromkeys(backends)):
+        if backends is not None:
+            pairs += _asked_for(bundle, backend)
+        else:
+            state = backend.availability()
+            missing = None if state.ok else state.reason
+            weights = backend.supports(bundle.manifest, None) is None
+            for artifact in bundle.manifest.artifacts:
+                reason = backend.supports(bundle.manifest, artifact)
+                if artifact.format in backend.formats or (models if weights else reason is None):
+                    pairs.append(Pair(backend, artifact, missing or reason))
+    order = [WEIGHTS, *(artifact.name for artifact in bundle.manifest.artifacts)]
+    return sorted(pairs, key=lambda pair: order.index(pair.name))
+
+
+def _asked_for(bundle: Bundle, backend: Backend) -> list[Pair]:
+    manifest, state = bundle.manifest, backend.availability()
+    if not state.ok:
+        message = f"the {backend.name} backend does not run here: {state.reason}"
+        raise DeviceUnavailable(message, hint=state.hint)
+    pairs = [Pair(backend, a, backend.supports(manifest, a)) for a in manifest.artifacts]
+    if any(pair.reason is None for pair in pairs):
+        return pairs
+    if backend.supports(manifest, None) is None:
+        return [Pair(backend, None)]
+    raise runs_nothing(backend, bundle)
+
+
+@dataclass
+class _Verification:
+    bundle: Bundle
+    options: Options
+    batches: Sequence[int] | None
+    progress: Progress
+    records: list[ParityRecord] = field(default_factory=list)
+    run_here: set[str] = field(default_factory=set)
+    """Artifacts that a backend has run, or has failed to."""
+    skipped: list[Skipped] = field(default_factory=list)
+    accuracy: list[Accuracy] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    fusion: list[Fusion] = field(default_factory=list)
+
+    def run(self, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
+        golden = self.bundle.golden()
+        answers: dict[str, tuple[str, Places]] = {}
+        for pair in pairs:
+            if pair.reason is not None:
+                self.skipped.append(Skipped(pair.name, pair.backend.name, pair.reason))
+                continue
+            reads = pair.artifact is not None and pair.artifact.format in pair.backend.formats
+            if reads:
+                self.run_here.add(pair.name)
+            try:
+                with self._load(pair) as session:
+                    if reads and not session.facts.uses_files:
+                        self.run_here.remove(pair.name)
+                        why = "its files are not for this machine; what was compared was compiled here"
+                        self.skipped.append(Skipped(pair.name, pair.backend.name, why))
+                    self._prove(pair, session, golden)
+                    if images is not None and pair.name not in answers:
+                        answers[pair.name] = pair.backend.name, self._answers(session, images)
+            except BundleError as error:
+                self.failures.append(f"{pair.name} on {pair.backend.name}: {error.message}")
+        if images is not None and answers:
+            self._score(answers, images)
+
+    def _load(self, pair: Pair) -> Session:
+        return pair.backend.load(self.bundle, pair.artifact, self.options)
+
+    def _prove(self, pair: Pair, session: Session, golden: Mapping[str, Any]) -> None:
+        with self.progress.stage(f"{pair.name}") as stage:
+            bound = self.bundle.manifest.max_abs
+            records = check_session(session, golden, batches=self.batches, max_abs=bound)
+            worst = [r.metrics.relative for r in records if r.metrics.relative is not None]
+            stage.detail = f"{pair.backend.name}, relative error {max(worst, default=float('nan')):.1e}"
+        self.records += records
+        if session.facts.fusion:
+            self.fusion.append(Fusion(pair.name, pair.backend.name, session.facts.fusion))
+        for record in records:
+            where = f"{pair.name} on {pair.backend.name}, batch {record.batch}"
+            self.failures += [f"{where}: {reason}" for reason in record.failures]
+
+    def require_proof(self, unproven: Sequence[str]) -> None:
+        """An artifact that nothing here can run is not proven, and neither is an empty bundle."""
+        for name in unproven:
+            reasons = [f"{s.backend}: {s.reason}" for s in self.skipped if s.artifact == name]
+            why = "; ".join(reasons) or "no backend reads its format"
+            self.failures.append(f"{name}: no backend here runs it ({why})")
+        if not self.records and not self.failures:
+            self.failures.append("nothing was compared: the bundle has no artifacts")
+
+    def _answers(self, session: Session, images: LabelledImages) -> Places:
+        with self.progress.stage("accuracy") as stage:
+            found = measure(Predictor(self.bundle, session), images)
+            stage.detail = f"{session.facts.artifact}, {len(images.labels)} images"
+        return found
+
+    def _score(self, answers: dict[str, tuple[str, Places]], images: LabelledImages) -> None:
+        reference = self._reference(answers, images)
+        for name, (backend, found) in answers.items():
+            self.accuracy.append(score(name, backend, found, reference, images.labels))
+
+    def _reference(self, answers: dict[str, tuple[str, Places]], images: LabelledImages) -> Places:
+        """What the reference model says; without torch, what the most exact artifact says."""
+        backend = get_backend("torch")
+        if backend.availability().ok and backend.supports(self.bundle.manifest, None) is None:
+            with backend.load(self.bundle, None, Options(threads=self.options.threads)) as session:
+                found = self._answers(session, images)
+            self.accuracy.append(score("reference", backend.name, found, found, images.labels))
+            return found
+        exact = min(
+            (a for a in self.bundle.manifest.artifacts if a.name in answers),
+            key=lambda artifact: EXACTNESS.index(artifact.precision),
+        )
+        self.notes.append(f"agreement is with {exact.name}: the reference model itself does not run here")
+        return answers[exact.name][1]

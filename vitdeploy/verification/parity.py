@@ -1,0 +1,306 @@
+"""Does an artifact compute what the checkpoint computes? Metrics, tolerances, verdicts.
+
+The reference is the unlowered model in float64 on the bundle's golden inputs, computed at export. Here
+is numpy only, so that a bundle can be verified where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitdeploy.backends.base import Session
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Precision, Tolerance
+from vitdeploy.config import Output
+from vitdeploy.errors import ParityError
+from vitdeploy.images.preprocess import apply, apply_uint8
+
+Array = NDArray[Any]
+Float = NDArray[np.float64]
+
+# Measured with random weights on the golden images, worst image, ONNX Runtime, OpenVINO and PyTorch:
+#            fp32            fp16 (LayerNorm in fp32; all in fp16)   bf16 (the same)
+# ViT-Ti/16  7e-7 to 9e-7    5.0e-4; 1.5e-3                          4.6e-3; 1.1e-2
+# ViT-B/16   1e-6 to 1.6e-6  7.7e-4; 1.8e-3                          5.9e-3; 1.4e-2
+# and planted faults: tanh-GELU for erf 1e-4 (Ti) to 2.7e-4 (B), LayerNorm eps 1e-5 for 1e-6 2.5e-3 to
+# 3.3e-3, no head bias 7.1e-2 to 3.8e-2.
+#
+# KL is about half the variance of the logits' errors: with a trained model's logits (norm 50 over 1000
+# classes, errors spread over them) the relative bounds below allow it 3e-9, 1e-4 and 3e-3. Its own bound
+# catches what a relative error hides: logits so large, or so far from zero, that a small share of them
+# changes probabilities.
+#
+# Company in a batch changes the order of sums, so an image's answer may move by rounding, that is by
+# what the precision itself may lose; rows that get mixed up differ by a multiple of it.
+TOLERANCES: Mapping[Precision, Tolerance] = {
+    # 30 times the worst measured: room for deeper models, and for trained ones, whose massive activations
+    # cost digits; half of the subtlest fault.
+    "fp32": Tolerance(relative=5e-5, kl=1e-6, batch_invariance=5e-5),
+    # 6 times the worst measured: trained weights spread wider than random ones and lose more.
+    "fp16": Tolerance(relative=1e-2, kl=1e-3, batch_invariance=1e-2),
+    # Islands only take rounding away from fp16.
+    "mixed": Tolerance(relative=1e-2, kl=1e-3, batch_invariance=1e-2),
+    # Three bits fewer than fp16 lose 8 times as much; less room, so that a lost head bias still shows.
+    "bf16": Tolerance(relative=5e-2, kl=1e-2, batch_invariance=5e-2),
+}
+
+# Outputs without classes; whatever else a user's own model calls its output is ranked as logits.
+_KINDS: Mapping[str, Output] = {"features": "features", "tokens": "tokens"}
+
+PREPROCESS_TOLERANCE = 1e-5
+"""Rounding of float32; one level of 256 off is 4e-3 or more."""
+
+
+def compare(reference: Array, outputs: Array, tolerance: Tolerance, output: Output) -> ParityMetrics:
+    """Measure outputs against the float64 reference, row by row.
+
+    Args:
+        reference: (R, ...), float64.
+        outputs: the same shape, any floating dtype.
+        tolerance: decides which of the reference's rankings are wider than rounding.
+        output: only logits have a softmax and a ranking.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if reference.shape != outputs.shape:
+        raise ValueError(f"outputs have the shape {outputs.shape}, the reference {reference.shape}")
+    rows = len(reference)
+    if not reference.size:
+        return ParityMetrics(rows=rows, elements=0)
+    expected, actual = (array.reshape(rows, -1).astype(np.float64) for array in (reference, outputs))
+    numbers = np.isfinite(actual)
+    finite = numbers.all(axis=1)
+    counts = {
+        "rows": rows,
+        "elements": int(expected.size),
+        "nonfinite": int((~numbers).sum()),
+        "worst": None if finite.all() else int(np.argmin(finite)),
+    }
+    if not finite.any():
+        return ParityMetrics(**counts)
+    expected, actual = expected[finite], actual[finite]
+    error, relative = np.abs(actual - expected), _relative(actual - expected, expected)
+    if counts["worst"] is None:
+        counts["worst"] = int(np.argmax(relative))
+    ranking = _ranking(expected, actual, tolerance) if output == "logits" else {}
+    return ParityMetrics(
+        **counts,
+        **ranking,
+        max_abs=float(error.max()),
+        mean_abs=float(error.mean()),
+        relative=float(relative.max()),
+        cosine=float(_cosine(expected, actual).min()),
+    )
+
+
+def _norm(rows: Float) -> Float:
+    norm: Float = np.linalg.norm(rows, axis=1)
+    return norm
+
+
+def _relative(difference: Float, expected: Float) -> Float:
+    tiny = np.finfo(np.float64).tiny  # a reference of zeros is refused by failures(), not here
+    return _norm(difference) / np.maximum(_norm(expected), tiny)
+
+
+def _cosine(expected: Float, actual: Float) -> Float:
+    norms = np.maximum(_norm(expected) * _norm(actual), np.finfo(np.float64).tiny)
+    cosine: Float = (expected * actual).sum(axis=1) / norms
+    return cosine
+
+
+def _log_softmax(logits: Float) -> Float:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: Float = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def _ranking(expected: Float, actual: Float, tolerance: Tolerance) -> dict[str, Any]:
+    """KL, and the rankings that an output within tolerance cannot change.
+
+    An error of norm e moves the difference of two logits by at most sqrt(2) e, so a reference margin
+    wider than that is decided; narrower ones (random weights, near ties) prove nothing either way.
+    """
+    logs = _log_softmax(expected), _log_softmax(actual)
+    kl = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1)
+    decided = np.sqrt(2) * tolerance.relative * _norm(expected)
+    order = np.sort(expected, axis=1)[:, ::-1]
+    found: dict[str, Any] = {"kl": max(0.0, float(kl.max()))}
+    if order.shape[1] > 1:
+        top1 = order[:, 0] - order[:, 1] > decided
+        agree = expected.argmax(axis=1) == actual.argmax(axis=1)
+        found |= {"top1_compared": int(top1.sum()), "top1_agree": int((agree & top1).sum())}
+    if order.shape[1] > 5:
+        top5 = order[:, 4] - order[:, 5] > decided
+        best = (np.argsort(-array, axis=1, kind="stable")[:, :5] for array in (expected, actual))
+        shares = [len(set(a) & set(b)) / 5 for a, b in zip(*best, strict=True)]
+        found["top5_compared"] = int(top5.sum())
+        found["top5_overlap"] = float(np.array(shares)[top5].mean()) if top5.any() else None
+    return found
+
+
+def failures(metrics: ParityMetrics, tolerance: Tolerance) -> tuple[str, ...]:
+    """Why the metrics are not within tolerance; empty if they are."""
+    image = "" if metrics.worst is None else f" (golden image {metrics.worst})"
+    if not metrics.elements:
+        return ("nothing was compared",)
+    if metrics.nonfinite:
+        return (f"{metrics.nonfinite} NaN or infinite values{image}",)
+    found = []
+    for name, value, limit in (
+        (f"relative error{image}", metrics.relative, tolerance.relative),
+        ("KL divergence", metrics.kl, tolerance.kl),
+        ("difference alone and in a batch", metrics.batch_invariance, tolerance.batch_invariance),
+        (f"max abs error{image}", metrics.max_abs, tolerance.max_abs),
+    ):
+        if value is not None and limit is not None and not value <= limit:
+            found.append(f"{name} {value:.2g} exceeds {limit:.2g}")
+    if metrics.top1_agree < metrics.top1_compared:
+        wrong = metrics.top1_compared - metrics.top1_agree
+        found.append(f"another top class on {wrong} of {metrics.top1_compared} decided rows")
+    if metrics.top5_overlap is not None and metrics.top5_overlap < 1:
+        found.append(f"other top five classes: {metrics.top5_overlap:.0%} found again")
+    return tuple(found)
+
+
+def passes(reference: Array, outputs: Array, tolerance: Tolerance, output: Output) -> bool:
+    """Whether outputs are within a tolerance, such as one of ``TOLERANCES``."""
+    return not failures(compare(reference, outputs, tolerance, output), tolerance)
+
+
+def check_session(
+    session: Session,
+    golden: Mapping[str, Array],
+    *,
+    batches: Sequence[int] | None = None,
+    max_abs: float | None = None,
+) -> list[ParityRecord]:
+    """Hold a session against the reference: one record per batch size, over every golden image.
+
+    A batch is filled by going round the golden images, and all its rows are compared.
+
+    Args:
+        golden: ``pixel_values`` (K, ...) as the session takes them, ``reference`` (K, ...) float64.
+        batches: batch sizes; by default the least, the optimal and the most the session serves.
+        max_abs: an absolute bound on top of the precision's tolerance.
+
+    Raises:
+        ParityError: no golden data, or a reference that cannot prove anything.
+        UsageError: a batch size that the session does not serve.
+    """
+    inputs, reference = _golden(golden)
+    facts = session.facts
+    tolerance = TOLERANCES[facts.precision].model_copy(update={"max_abs": max_abs})
+    least = facts.batch.min if facts.batch else 1
+    sizes = batches or (facts.batch.sizes if facts.batch else (1, 8))
+    # With other company than below: alone where the artifact allows it, else with other neighbours.
+    rolled = _outputs(session, np.roll(inputs, 1, axis=0), least)
+    alone = None if rolled is None else np.roll(rolled[: len(inputs)], -1, axis=0)
+    records = []
+    for size in sizes:
+        outputs = alone if size == least == 1 else _outputs(session, inputs, size)
+        metrics, found = _check_batch(outputs, alone, reference, facts.outputs[0].name, tolerance)
+        record = ParityRecord(
+            artifact=facts.artifact,
+            backend=facts.backend,
+            batch=size,
+            provider=facts.provider,
+            metrics=metrics,
+            tolerance=tolerance,
+            passed=not found,
+            failures=found,
+        )
+        records.append(record)
+    return records
+
+
+def _golden(golden: Mapping[str, Array]) -> tuple[Array, Array]:
+    """The golden inputs and their reference outputs, fit to prove something."""
+    if "pixel_values" not in golden or "reference" not in golden:
+        raise ParityError("the bundle has no golden data, so nothing proves its artifacts")
+    inputs, reference = golden["pixel_values"], golden["reference"]
+    if not len(inputs) or len(inputs) != len(reference) or not reference.size:
+        raise ParityError(f"{len(inputs)} golden inputs and {len(reference)} reference outputs prove nothing")
+    if not np.isfinite(reference).all():
+        bad = int(np.argmin(np.isfinite(reference.reshape(len(reference), -1)).all(axis=1)))
+        raise ParityError(f"the reference itself has NaN or infinite values (golden image {bad})")
+    empty = ~reference.reshape(len(reference), -1).any(axis=1)
+    if empty.any():
+        raise ParityError(
+            f"the reference's output is zero for golden image {int(np.argmax(empty))}, so it proves nothing",
+            hint="an untrained head? --output features leaves it out",
+        )
+    return inputs, reference
+
+
+def _outputs(session: Session, inputs: Array, size: int) -> Array | None:
+    """Outputs of all inputs in batches of ``size``, filled up by going round; None if misshapen."""
+    name, output = session.facts.inputs[0].name, session.facts.outputs[0].name
+    total = -(-len(inputs) // size) * size
+    order = np.arange(total) % len(inputs)
+    parts = [session.run({name: inputs[order[i : i + size]]})[output] for i in range(0, total, size)]
+    if any(part.shape != (size, *parts[0].shape[1:]) for part in parts):
+        return None
+    return np.concatenate(parts)
+
+
+def _check_batch(
+    outputs: Array | None, alone: Array | None, reference: Array, name: str, tolerance: Tolerance
+) -> tuple[ParityMetrics, tuple[str, ...]]:
+    if outputs is None or alone is None or outputs.shape[1:] != reference.shape[1:]:
+        shape = "of another batch size" if outputs is None or alone is None else str(outputs.shape[1:])
+        problem = f"outputs are {shape} per image, the reference {reference.shape[1:]}"
+        return ParityMetrics(rows=0, elements=0), (problem,)
+    order = np.arange(len(outputs)) % len(reference)
+    expected = reference[order]
+    metrics = compare(expected, outputs, tolerance, _KINDS.get(name, "logits"))
+    update: dict[str, Any] = {"worst": None if metrics.worst is None else int(order[metrics.worst])}
+    if outputs is not alone and not metrics.nonfinite and np.isfinite(alone).all():
+        rows = len(outputs), -1
+        difference = (outputs.astype(np.float64) - alone[order]).reshape(rows)
+        update["batch_invariance"] = float(_relative(difference, expected.reshape(rows)).max())
+    metrics = metrics.model_copy(update=update)
+    return metrics, failures(metrics, tolerance)
+
+
+@dataclass(frozen=True)
+class PreprocessCheck:
+    """Whether this machine makes the same pixels from the golden images as the exporting one."""
+
+    images: int
+    max_abs: float
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+def check_preprocess(bundle: Bundle) -> PreprocessCheck:
+    """Preprocess the bundle's raw images again and compare with what the export recorded."""
+    spec, golden = bundle.manifest.preprocess, bundle.golden()
+    names = [name for name in sorted(golden) if f"{name}.pixel_values" in golden]
+    if spec is None or not names:
+        missing = "no preprocessing" if spec is None else "no raw golden images"
+        return PreprocessCheck(0, 0.0, (f"the bundle has {missing}",))
+    uint8 = bundle.manifest.input == "uint8"
+    found, worst = [], 0.0
+    for name in names:
+        image = Image.fromarray(golden[name])
+        pixels: Array = apply_uint8(image, spec) if uint8 else apply(image, spec)
+        recorded = golden[f"{name}.pixel_values"]
+        if pixels.shape != recorded.shape or pixels.dtype != recorded.dtype:
+            found.append(f"{name}: {pixels.dtype} {pixels.shape}, recorded {recorded.dtype} {recorded.shape}")
+            continue
+        error = float(np.abs(pixels.astype(np.float64) - recorded.astype(np.float64)).max(initial=0.0))
+        worst = max(worst, error)
+        if not error <= PREPROCESS_TOLERANCE:
+            found.append(f"{name}: pixels differ by {error:.2g}")
+    return PreprocessCheck(len(names), worst, tuple(found))
