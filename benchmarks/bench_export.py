@@ -31,7 +31,7 @@ _MB = 1e6
 _CHILD = """
 import sys
 from vitdeploy.cli import main
-from vitdeploy.memory import peak_memory
+from vitdeploy.machine.memory import peak_memory
 code = main(sys.argv[1:])
 print(peak_memory())
 sys.exit(code)

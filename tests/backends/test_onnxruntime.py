@@ -170,7 +170,7 @@ def test_batches_beyond_the_range_are_refused(make_bundle: Any) -> None:
 def test_prediction_needs_no_torch(make_bundle: Any) -> None:
     script = f"""
 import sys, numpy as np
-from vitdeploy.bundle import Bundle
+from vitdeploy.bundle.folder import Bundle
 from vitdeploy.backends.base import Options, get_backend
 bundle = Bundle.open({str(make_bundle().root)!r})
 with get_backend("onnxruntime").load(bundle, bundle.artifact("fp32"), Options()) as session:

@@ -34,9 +34,9 @@ def seal(writer: BundleWriter, name: str) -> None:
 CHILD = """
 import os, signal, sys, shutil
 from pathlib import Path
-from vitdeploy import atomic
-from vitdeploy.bundle import Bundle, BundleWriter
-from vitdeploy.manifest import Manifest, Provenance
+from vitdeploy.bundle import staging
+from vitdeploy.bundle.folder import Bundle, BundleWriter
+from vitdeploy.bundle.manifest import Manifest, Provenance
 
 os.fsync = lambda handle: None  # a killed process loses nothing that the kernel has
 scratch, scenario, ending = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -68,7 +68,7 @@ def act(target):
         write(target, "new", scenario != "fresh")
 
 if scenario == "aside":
-    atomic._exchange = lambda one, other: False
+    staging._exchange = lambda one, other: False
 (scratch / "more").write_bytes(b"more")
 sys.addaudithook(hook)
 n = 0
@@ -135,8 +135,8 @@ def _state(parent: Path, scenario: str, ending: str) -> str:
 SLOW = """
 import os, random, signal, sys, time
 from pathlib import Path
-from vitdeploy.bundle import BundleWriter
-from vitdeploy.manifest import Manifest, Provenance
+from vitdeploy.bundle.folder import BundleWriter
+from vitdeploy.bundle.manifest import Manifest, Provenance
 
 target, rounds = Path(sys.argv[1]), int(sys.argv[2])
 

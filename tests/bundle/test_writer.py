@@ -229,7 +229,7 @@ class TestRefusals:
         script = f"""
             import resource
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-            from vitdeploy.bundle import BundleWriter
+            from vitdeploy.bundle.folder import BundleWriter
             from vitdeploy.errors import BundleError
             try:
                 with BundleWriter({str(target)!r}) as writer:

@@ -13,7 +13,7 @@ from vitdeploy.benchmark.lanes import Lane, Target, open_targets, own_environmen
 _SCRIPT = """
 import os, signal, sys, time
 import numpy as np
-from vitdeploy.bench.loop import Loaded, main
+from vitdeploy.benchmark.loop import Loaded, main
 
 WEIGHT = np.load({weight!r})
 

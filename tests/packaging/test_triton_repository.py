@@ -235,7 +235,10 @@ def test_external_data_that_is_elsewhere(bundle: Bundle, tmp_path: Path) -> None
 
 def test_the_image_modules_stand_alone(package: Make, bundle: Bundle) -> None:
     folder = package(bundle).folder / "models/linear_preprocess/1/vitdeploy_images"
-    assert sorted(path.stem for path in folder.iterdir()) == sorted(("__init__", *VENDORED))
+    assert {path.name for path in folder.iterdir()} == {
+        "__init__.py",
+        *(Path(file).name for file in VENDORED),
+    }
     for path in folder.iterdir():
         imports = [line for line in path.read_text().splitlines() if line.startswith(("from ", "import "))]
         assert not [line for line in imports if line.split()[1].partition(".")[0] == "vitdeploy"]

@@ -245,9 +245,9 @@ IMAGES = 250
 JOB = """
 import sys
 from pathlib import Path
-from vitdeploy.cluster import data
-from vitdeploy.cluster.job import run
-from vitdeploy.cluster.planning import Request
+from vitdeploy.ray import data
+from vitdeploy.ray.job import run
+from vitdeploy.ray.planning import Request
 
 bundle, folder, out = sys.argv[1:]
 run(Request(bundle=Path(bundle), inputs=(folder,), output=Path(out), workers=1, batch=4, part_seconds=0))

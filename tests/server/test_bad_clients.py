@@ -26,10 +26,10 @@ SOON = 8.0
 """Seconds that an answer may take on a busy machine."""
 IMPATIENT = f"""
 import sys
-from vitdeploy.serve.models import Settings
-from vitdeploy.serve.repository import parse_places
-from vitdeploy.serve.server import Endpoint, serve
-from vitdeploy.serve.service import Limits
+from vitdeploy.server.served_model import Settings
+from vitdeploy.server.repository import parse_places
+from vitdeploy.server.process import Endpoint, serve
+from vitdeploy.server.service import Limits
 
 endpoint = Endpoint(port=0, limits=Limits(body_seconds={PATIENCE}))
 serve(parse_places(sys.argv[1:]), Settings(), endpoint,

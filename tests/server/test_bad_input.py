@@ -19,10 +19,9 @@ import tritonclient.grpc
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
+from tests.helpers.asgi import application
 from tests.helpers.bundles import answer
 from tests.helpers.live_server import Live, Request, binary_request, json_request, logits_of, serving
-
-from .asgi import application
 
 INFER = "/v2/models/linear/infer"
 PIXELS = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.sessions import Observed, Session, begun, busy, queued, rows, with_batcher
 from vitdeploy.errors import BundleError
 from vitdeploy.server.batcher import Batcher, Rules
 from vitdeploy.server.messages import Refusal
-
-from .sessions import Observed, Session, begun, busy, queued, rows, with_batcher
 
 
 def test_what_waits_runs_together_in_the_order_of_its_arrival() -> None:

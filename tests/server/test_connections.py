@@ -23,10 +23,10 @@ GATHERING = 2.0
 """Seconds that an answer takes: longer than the patience."""
 SERVER = f"""
 import sys
-from vitdeploy.serve.models import Settings
-from vitdeploy.serve.repository import parse_places
-from vitdeploy.serve.server import Endpoint, serve
-from vitdeploy.serve.service import Limits
+from vitdeploy.server.served_model import Settings
+from vitdeploy.server.repository import parse_places
+from vitdeploy.server.process import Endpoint, serve
+from vitdeploy.server.service import Limits
 
 serve(parse_places(sys.argv[1:]), Settings(max_batch=8, max_delay={GATHERING}),
       Endpoint(port=0, limits=Limits(head_seconds={PATIENCE}, head_bytes={MOST})),

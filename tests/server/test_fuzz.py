@@ -15,15 +15,9 @@ import pytest
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
+from tests.helpers.asgi import Application, application
 from tests.helpers.bundles import answer
-from tests.helpers.live_server import Live, binary_request, logits_of, serving
-from vitdeploy import load
-from vitdeploy.errors import ImageError
-from vitdeploy.images.decode import load_image
-from vitdeploy.server.service import Limits
-
-from .asgi import Application, application
-from .fuzz import (
+from tests.helpers.fuzz import (
     ASKED_FOR,
     HOSTILE,
     Attempt,
@@ -34,6 +28,11 @@ from .fuzz import (
     mutated_image,
     rounding,
 )
+from tests.helpers.live_server import Live, binary_request, logits_of, serving
+from vitdeploy import load
+from vitdeploy.errors import ImageError
+from vitdeploy.images.decode import load_image
+from vitdeploy.server.service import Limits
 
 pytestmark = pytest.mark.slow
 PREDICT = "/v1/models/linear:predict"

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.asgi import application
 from tests.helpers.live_server import Live, serving
 from vitdeploy.server import http
-
-from .asgi import application
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 PAGES = {"/", "/docs", "/openapi.json", "/favicon.ico"}

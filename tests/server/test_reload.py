@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.asgi import application
 from tests.helpers.bundles import WEIGHT, answer, write_bundle
 from tests.helpers.commands import in_a_process
 from tests.helpers.live_server import Live, binary_request, json_request, logits_of, scaled, serving
 from tests.helpers.processes import wait_for
 from vitdeploy.bundle.folder import Bundle, BundleWriter
-
-from .asgi import application
 
 INFER = "/v2/models/linear/infer"
 PIXELS = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)

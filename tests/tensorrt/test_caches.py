@@ -17,7 +17,7 @@ from vitdeploy.tensorrt.caches import KernelCache, TimingCache
 WRITE = """
 import sys
 from pathlib import Path
-from vitdeploy.engines.caches import CacheFile
+from vitdeploy.machine.cache import CacheFile
 file, mine = CacheFile(Path(sys.argv[1])), sys.argv[2].encode()
 for count in range(50):
     with file.locked():

@@ -29,8 +29,8 @@ IMAGE = "nvcr.io/nvidia/tritonserver:26.04-py3"
 MAX_DELAY_MS = 2.0
 TOP_K = 5
 
-VENDORED = ("config", "errors", "images", "preprocess")
-"""Modules of vitdeploy that turn image files into pixels; they need numpy and Pillow only."""
+VENDORED = ("config.py", "errors.py", "images/decode.py", "images/preprocess.py")
+"""Files of vitdeploy that turn image files into pixels; they need numpy and Pillow only."""
 _VENDOR = "vitdeploy_images"
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
 _IMAGE_WORKERS = 2
@@ -180,8 +180,8 @@ class Repository:
         vendor(folder / _VENDOR)
         self._say(folder / "model.py", "image files to tensors; needs numpy and Pillow")
         self._say(folder / "preprocess.json", "the bundle's preprocessing")
-        for module in VENDORED:
-            self._say(folder / _VENDOR / f"{module}.py", "vitdeploy's own")
+        for file in VENDORED:
+            self._say(folder / _VENDOR / Path(file).name, "vitdeploy's own")
 
     def _write_labels(self) -> None:
         name = f"{self.job.name}_labels"
@@ -318,9 +318,12 @@ def vendor(folder: Path) -> None:
     source = resources.files("vitdeploy")
     name = folder.name
     write_text(folder / "__init__.py", '"""Parts of vitdeploy (Apache-2.0): image files to pixels."""\n')
-    for module in VENDORED:
-        text = (source / f"{module}.py").read_text(encoding="utf-8")
-        write_text(folder / f"{module}.py", text.replace("from vitdeploy.", f"from {name}."))
+    for file in VENDORED:
+        text = (source / file).read_text(encoding="utf-8")
+        flat = text.replace("from vitdeploy.images.", f"from {name}.").replace(
+            "from vitdeploy.", f"from {name}."
+        )
+        write_text(folder / Path(file).name, flat)
 
 
 def check_external_data(model: Path) -> None:
