@@ -20,7 +20,8 @@ A message is one line that says what was wrong and where; ``hint`` says what to 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class VitdeployError(Exception):
@@ -40,6 +41,19 @@ class VitdeployError(Exception):
 
     def as_dict(self) -> dict[str, str | None]:
         return {"kind": self.kind, "message": self.message, "hint": self.hint}
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> VitdeployError:
+        """The error whose ``as_dict`` this is, as it was raised in another process."""
+        kinds = {
+            name: kind
+            for name, kind in globals().items()
+            if isinstance(kind, type) and issubclass(kind, VitdeployError)
+        }
+        kind = kinds.get(record["kind"], VitdeployError)
+        error: VitdeployError = kind.__new__(kind)  # some kinds make their message out of other words
+        VitdeployError.__init__(error, record["message"], hint=record["hint"])
+        return error
 
 
 class UsageError(VitdeployError):

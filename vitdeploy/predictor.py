@@ -18,7 +18,7 @@ from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Choice
 from vitdeploy.errors import BundleError, ImageError, UsageError
 from vitdeploy.images.decode import ImageSource, load_image
-from vitdeploy.images.preprocess import apply, apply_uint8
+from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.identity import this_machine
 
 AnyImage = ImageSource | np.ndarray[Any, Any]
@@ -145,8 +145,7 @@ class Predictor:
         if manifest.preprocess is None:
             raise UsageError(f"{self.bundle.root}: says nothing of preprocessing, so it cannot take images")
         picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image)
-        convert = apply_uint8 if manifest.input == "uint8" else apply
-        return convert(picture, manifest.preprocess)
+        return pixel_values(picture, manifest.preprocess, manifest.input)
 
     def best(self, logits: Array, top_k: int) -> list[Prediction]:
         """The likeliest classes of one image's logits, (classes,), the likeliest first.

@@ -229,20 +229,24 @@ def other_filter(patch: pytest.MonkeyPatch) -> None:
 
 def changed_spec(**change: Any) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
-        real = preprocess.apply
-        patch.setattr(parity, "apply", lambda image, spec: real(image, dataclasses.replace(spec, **change)))
+        real = preprocess.pixel_values
+
+        def pixel_values(image: Image.Image, spec: Preprocess, kind: Any) -> Any:
+            return real(image, dataclasses.replace(spec, **change), kind)
+
+        patch.setattr(parity, "pixel_values", pixel_values)
 
     return plant
 
 
 def bgr_decoding(patch: pytest.MonkeyPatch) -> None:
-    real = preprocess.apply
+    real = preprocess.pixel_values
 
-    def apply(image: Image.Image, spec: Preprocess) -> Any:
+    def pixel_values(image: Image.Image, *how: Any) -> Any:
         red, green, blue = image.split()
-        return real(Image.merge("RGB", (blue, green, red)), spec)
+        return real(Image.merge("RGB", (blue, green, red)), *how)
 
-    patch.setattr(parity, "apply", apply)
+    patch.setattr(parity, "pixel_values", pixel_values)
 
 
 MACHINE: dict[str, Plant] = {

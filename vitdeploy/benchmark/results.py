@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vitdeploy.bundle.manifest import Precision
+from vitdeploy.bundle.manifest import Precision, first_problem
 from vitdeploy.config import Size
 from vitdeploy.errors import UsageError
 from vitdeploy.machine.identity import machine_name
@@ -289,9 +289,7 @@ def read_results(path: Path) -> Results:
     try:
         return Results.model_validate({k: v for k, v in document.items() if k in Results.model_fields})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path}: not a results.json: {place}: {first['msg']}") from error
+        raise UsageError(f"{path}: not a results.json: {first_problem(error)}") from error
 
 
 def schema() -> dict[str, Any]:

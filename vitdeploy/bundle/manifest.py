@@ -336,7 +336,7 @@ def seal(draft: Manifest, files: Mapping[str, FileRecord]) -> Manifest:
         sealed = plain.model_copy(update={"digest": digest_of(plain)})
         return parse(canonical(sealed), MANIFEST)
     except ValidationError as error:
-        raise BundleError(f"the manifest cannot be written: {_first_problem(error)}") from error
+        raise BundleError(f"the manifest cannot be written: {first_problem(error)}") from error
     except ValueError as error:  # a NaN or a lone surrogate: no JSON for it
         raise BundleError(f"the manifest cannot be written: {error}") from error
 
@@ -360,7 +360,7 @@ def parse(data: bytes, where: str) -> Manifest:
         manifest = Manifest.model_validate(document)
         intact = canonical(manifest) == data and digest_of(manifest) == manifest.digest
     except ValidationError as error:
-        raise BundleError(f"{where}: {_first_problem(error)}") from error
+        raise BundleError(f"{where}: {first_problem(error)}") from error
     except VitdeployError as error:  # our dataclasses check themselves
         raise BundleError(f"{where}: {error.message}") from error
     except ValueError as error:
@@ -383,9 +383,10 @@ def _load_json(data: bytes, where: str) -> dict[str, Any]:
     return document
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError, *within: str) -> str:
+    """What pydantic found, in one line: where, inside of ``within``, what, and how much more there is."""
     problems = error.errors(include_url=False, include_context=False)
-    place = ".".join(str(part) for part in problems[0]["loc"])
+    place = ".".join(map(str, (*within, *problems[0]["loc"])))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     detail = problems[0]["msg"].removeprefix("Value error, ")
     return f"{place}: {detail}{more}" if place else f"{detail}{more}"

@@ -32,7 +32,7 @@ from vitdeploy.exporter.proving import first_failure, prove_engines, prove_onnx,
 from vitdeploy.exporter.request import ExportRequest, default_folder
 from vitdeploy.exporter.subject import Subject, VitSubject
 from vitdeploy.exporter.tensorrt import write_engines
-from vitdeploy.images.preprocess import apply, apply_uint8
+from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.memory import release
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
@@ -109,7 +109,7 @@ def _preprocessed(raw: np.ndarray[Any, Any], subject: Subject) -> np.ndarray[Any
     from PIL import Image
 
     image = Image.fromarray(raw)
-    return (apply_uint8 if subject.input == "uint8" else apply)(image, subject.preprocess)
+    return pixel_values(image, subject.preprocess, subject.input)
 
 
 def _write_tensors(writer: BundleWriter, subject: Subject, arrays: Golden) -> int:

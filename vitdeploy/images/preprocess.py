@@ -32,6 +32,15 @@ _FILTERS: Mapping[_Resample, Image.Resampling] = {
 _CODES: Mapping[int, _Resample] = {int(code): name for name, code in _FILTERS.items()}
 
 
+def pixel_values(image: Image.Image, spec: Preprocess, kind: Literal["float", "uint8"]) -> NDArray[Any]:
+    """Return the network's input for one image: what ``apply`` gives, or ``apply_uint8`` for uint8 input.
+
+    Raises:
+        ImageError: as ``apply``.
+    """
+    return apply_uint8(image, spec) if kind == "uint8" else apply(image, spec)
+
+
 def apply(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
     """Return the network's input for one image: (3, H, W) float32, C-contiguous, H and W from ``spec.size``.
 

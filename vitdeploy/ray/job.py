@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vitdeploy import errors
 from vitdeploy.errors import VitdeployError
 from vitdeploy.progress import Progress, Stage
 from vitdeploy.ray import data, tables
@@ -157,7 +156,7 @@ def _compute(
                 answers, failure = tables.split(table)
                 parts.add(answers)
                 if failure is not None:
-                    raise _as_error(failure)
+                    raise VitdeployError.from_dict(json.loads(failure))
                 summary.seconds = time.perf_counter() - begin
                 report.tell()
 
@@ -191,12 +190,3 @@ class Parts:
 
     def __exit__(self, *_: object) -> None:
         self._write()
-
-
-def _as_error(failure: str) -> VitdeployError:
-    """The error that an actor had, as if it had happened here."""
-    fields = json.loads(failure)
-    kind = getattr(errors, fields["kind"], VitdeployError)
-    error: VitdeployError = kind.__new__(kind)  # some kinds make their message out of other words
-    VitdeployError.__init__(error, fields["message"], hint=fields["hint"])
-    return error

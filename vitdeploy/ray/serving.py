@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitdeploy.backends.base import Array, Options
+from vitdeploy.bundle.manifest import first_problem
 from vitdeploy.errors import ImageError, MissingDependency, ParityError, UsageError, VitdeployError
 from vitdeploy.predictor import Predictor
 from vitdeploy.verification.parity import check_session
@@ -76,9 +77,7 @@ def _settings(args: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(dict(args))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"args: {place}: {first['msg']}") from error
+        raise UsageError(f"args: {first_problem(error)}") from error
 
 
 class Refusal(Exception):

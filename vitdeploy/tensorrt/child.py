@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from vitdeploy import errors
 from vitdeploy.errors import ExportError, VitdeployError
 from vitdeploy.tensorrt.flavours import FLAVOURS
 from vitdeploy.tensorrt.records import BuildJob, BuildResult, Report
@@ -89,10 +88,7 @@ def _error(record: dict[str, Any]) -> Exception:
     """The error that the child raised, as it raised it."""
     if "errno" in record:
         return OSError(record["errno"], record["message"], record["filename"])
-    kind = getattr(errors, str(record["kind"]), ExportError)
-    error: VitdeployError = kind.__new__(kind)
-    VitdeployError.__init__(error, record["message"], hint=record["hint"])
-    return error
+    return VitdeployError.from_dict(record)
 
 
 def _death(title: str, code: int, words: IO[str]) -> ExportError:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from vitdeploy.bundle.manifest import REBUILD
+from vitdeploy.bundle.manifest import REBUILD, first_problem
 from vitdeploy.errors import BundleError, DeviceUnavailable
 from vitdeploy.machine.gpus import Gpu
 from vitdeploy.tensorrt.flavours import parse_version
@@ -34,9 +34,7 @@ def read_record(path: Path) -> EngineRecord:
     try:
         return EngineRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise BundleError(f"{path}: not the record of an engine ({place}: {problem['msg']})") from error
+        raise BundleError(f"{path}: not the record of an engine ({first_problem(error)})") from error
 
 
 def check_files(engine: Path, record: EngineRecord) -> None:

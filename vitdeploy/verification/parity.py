@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitdeploy.backends.base import Session
+from vitdeploy.backends.base import Session, run_in_batches
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Precision, Tolerance
 from vitdeploy.config import Output
 from vitdeploy.errors import ParityError
-from vitdeploy.images.preprocess import apply, apply_uint8
+from vitdeploy.images.preprocess import pixel_values
 
 Array = NDArray[Any]
 Float = NDArray[np.float64]
@@ -242,10 +242,7 @@ def _golden(golden: Mapping[str, Array]) -> tuple[Array, Array]:
 
 def _outputs(session: Session, inputs: Array, size: int) -> Array | None:
     """Outputs of all inputs in batches of ``size``, filled up by going round; None if misshapen."""
-    name, output = session.facts.inputs[0].name, session.facts.outputs[0].name
-    total = -(-len(inputs) // size) * size
-    order = np.arange(total) % len(inputs)
-    parts = [session.run({name: inputs[order[i : i + size]]})[output] for i in range(0, total, size)]
+    parts = run_in_batches(session, inputs, size)
     if any(part.shape != (size, *parts[0].shape[1:]) for part in parts):
         return None
     return np.concatenate(parts)
@@ -290,11 +287,10 @@ def check_preprocess(bundle: Bundle) -> PreprocessCheck:
     if spec is None or not names:
         missing = "no preprocessing" if spec is None else "no raw golden images"
         return PreprocessCheck(0, 0.0, (f"the bundle has {missing}",))
-    uint8 = bundle.manifest.input == "uint8"
     found, worst = [], 0.0
     for name in names:
         image = Image.fromarray(golden[name])
-        pixels: Array = apply_uint8(image, spec) if uint8 else apply(image, spec)
+        pixels = pixel_values(image, spec, bundle.manifest.input)
         recorded = golden[f"{name}.pixel_values"]
         if pixels.shape != recorded.shape or pixels.dtype != recorded.dtype:
             found.append(f"{name}: {pixels.dtype} {pixels.shape}, recorded {recorded.dtype} {recorded.shape}")

@@ -15,7 +15,8 @@ from tests.fakes.v2_server import V2Server
 from tests.helpers.bundles import LABELS, SIZE, write_bundle
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import Preprocess
-from vitdeploy.verification.live.images import image_files, score_error, softmax
+from vitdeploy.predictor import softmax
+from vitdeploy.verification.live.images import image_files, score_error
 from vitdeploy.verification.live.report import LiveReport
 from vitdeploy.verification.live.round import LiveRequest, verify_live
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from vitdeploy.bundle.manifest import first_problem
 from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, Source, linear, mapping
 from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
@@ -69,9 +70,7 @@ def _parse(kind: type[_Fields], values: Mapping[str, object], key: str) -> _Fiel
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, (key, *problem["loc"])))
-        raise CheckpointError(f"config.json: {where}: {problem['msg']}") from error
+        raise CheckpointError(f"config.json: {first_problem(error, key)}") from error
     except ConfigError as error:
         raise CheckpointError(f"config.json: {key}: {error.message}", hint=error.hint) from error
 

@@ -13,7 +13,7 @@ import triton_python_backend_utils as server  # type: ignore[import-not-found]
 from vitdeploy_images.config import Preprocess  # type: ignore[import-not-found]
 from vitdeploy_images.decode import load_image  # type: ignore[import-not-found]
 from vitdeploy_images.errors import ImageError  # type: ignore[import-not-found]
-from vitdeploy_images.preprocess import apply, apply_uint8  # type: ignore[import-not-found]
+from vitdeploy_images.preprocess import pixel_values  # type: ignore[import-not-found]
 
 
 class TritonPythonModel:
@@ -23,7 +23,7 @@ class TritonPythonModel:
         settings = json.loads(Path(__file__).with_name("preprocess.json").read_text(encoding="utf-8"))
         fields = settings["preprocess"].items()
         self.spec = Preprocess(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields})
-        self.convert = apply_uint8 if settings["input"] == "uint8" else apply
+        self.input = settings["input"]
         self.output = settings["output"]
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -36,7 +36,7 @@ class TritonPythonModel:
         for number, data in enumerate(files, 1):
             which = f"image {number} of {len(files)}: " if len(files) > 1 else ""
             try:
-                pixels.append(self.convert(load_image(bytes(data)), self.spec))
+                pixels.append(pixel_values(load_image(bytes(data)), self.spec, self.input))
             except ImageError as error:
                 return _refusal(f"{which}{error}")
             except MemoryError:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from vitdeploy.backends.base import Array
 from vitdeploy.config import InputKind, Preprocess
-from vitdeploy.images.preprocess import apply, apply_uint8
+from vitdeploy.images.preprocess import apply, pixel_values
+from vitdeploy.predictor import softmax
 
 Change = Callable[[Array], Array]
 
@@ -49,7 +50,10 @@ def tensor_mistakes(kind: InputKind, spec: Preprocess | None) -> Iterator[tuple[
 
 def image_mistakes(kind: InputKind, spec: Preprocess) -> Iterator[tuple[str, Callable[[Image.Image], Array]]]:
     """Wrong ways from an image to the model's input (the right one left out): a phrase, and the way."""
-    convert = apply_uint8 if kind == "uint8" else apply
+
+    def convert(image: Image.Image, spec: Preprocess) -> Array:
+        return pixel_values(image, spec, kind)
+
     yield "BGR pixels: red and blue are swapped", lambda image: convert(_bgr(image), spec)
     if kind == "float":
         yield from _value_mistakes(spec)
@@ -65,8 +69,8 @@ def image_mistakes(kind: InputKind, spec: Preprocess) -> Iterator[tuple[str, Cal
 
 def output_mistakes() -> Iterator[tuple[str, Change]]:
     """What a server may do to logits (N, classes): a sentence, and the same done here."""
-    yield "the server gives softmax probabilities, not logits", _softmax
-    yield "the server gives log-probabilities, not logits", lambda x: np.log(np.maximum(_softmax(x), 1e-300))
+    yield "the server gives softmax probabilities, not logits", softmax
+    yield "the server gives log-probabilities, not logits", lambda x: np.log(np.maximum(softmax(x), 1e-300))
     yield "the server gives sigmoid scores, not logits", lambda x: 1 / (1 + np.exp(-np.clip(x, -700, 700)))
     yield "the server gives the negated logits", lambda x: -x
 
@@ -155,9 +159,3 @@ def _resized_roughly(image: Image.Image, spec: Preprocess) -> Image.Image:
         ratio = min(ratios) if spec.resize == "cover" else max(ratios)
         height, width = max(1, round(height / ratio)), max(1, round(width / ratio))
     return without_antialiasing(image.convert("RGB"), width, height)
-
-
-def _softmax(logits: Array) -> Array:
-    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-    scores: Array = exponents / exponents.sum(axis=1, keepdims=True)
-    return scores

@@ -16,6 +16,7 @@ from PIL import Image
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import raw_images
+from vitdeploy.predictor import softmax
 from vitdeploy.verification.live.client import AnswerError
 from vitdeploy.verification.live.image_endpoints import ImageEndpoint, Scored
 from vitdeploy.verification.live.labels import compare_labels
@@ -187,13 +188,6 @@ def centred_error(expected: Array, actual: Array) -> float:
     return float(np.linalg.norm(difference - difference.mean())) / max(
         float(np.linalg.norm(expected)), 1e-200
     )
-
-
-def softmax(logits: Array) -> Array:
-    """Of one row, in float64."""
-    exponents = np.exp(logits - logits.max())
-    probabilities: Array = exponents / exponents.sum()
-    return probabilities
 
 
 def _shaken(local: LocalModel, file: ImageFile) -> Array:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from vitdeploy.backends.base import Array, Options, Session, all_backends, get_backend
+from vitdeploy.backends.base import Array, Options, Session, all_backends, get_backend, run_in_batches
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import Preprocess
 from vitdeploy.errors import VitdeployError
 from vitdeploy.images.decode import load_image
-from vitdeploy.images.preprocess import apply, apply_uint8
+from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.predictor import DEFAULT_BACKEND, choose_artifact
 from vitdeploy.verification.parity import TOLERANCES
 
@@ -57,12 +57,7 @@ class LocalModel:
         """
         facts = self.session.facts
         size = facts.batch.opt if facts.batch else 8
-        order = np.arange(-(-len(inputs) // size) * size) % len(inputs)
-        name, output = facts.inputs[0].name, facts.outputs[0].name
-        parts = [
-            self.session.run({name: inputs[order[i : i + size]]})[output] for i in range(0, len(order), size)
-        ]
-        return np.concatenate(parts)[: len(inputs)]
+        return np.concatenate(run_in_batches(self.session, inputs, size))[: len(inputs)]
 
     def pixels(self, data: bytes, spec: Preprocess | None = None) -> Array:
         """The model's input for an image file, as the bundle or another ``spec`` preprocesses.
@@ -73,8 +68,7 @@ class LocalModel:
         spec = spec or self.bundle.manifest.preprocess
         if spec is None:
             raise VitdeployError(f"{self.bundle.root}: says nothing of preprocessing")
-        convert = apply_uint8 if self.bundle.manifest.input == "uint8" else apply
-        return convert(load_image(data), spec)
+        return pixel_values(load_image(data), spec, self.bundle.manifest.input)
 
     def close(self) -> None:
         """Free what the runtime holds."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vitdeploy.backends.base import run_in_batches
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import ParityRecord, Precision
 from vitdeploy.config import BatchRange
@@ -214,10 +215,7 @@ def answers(
         ServerError, AnswerError: as :func:`measure_latency`.
     """
     session = LiveSession(client, target, signature, "fp32", batches.served, encoding)
-    name, output, size = signature.input.name, signature.output.name, batches.served.min
-    order = np.arange(-(-len(inputs) // size) * size) % len(inputs)
-    parts = [session.run({name: inputs[order[i : i + size]]})[output] for i in range(0, len(order), size)]
-    return np.concatenate(parts)[: len(inputs)]
+    return np.concatenate(run_in_batches(session, inputs, batches.served.min))[: len(inputs)]
 
 
 def _sizes(sizes: Sequence[int], encoding: Encoding, golden: Mapping[str, Array]) -> list[int]:
