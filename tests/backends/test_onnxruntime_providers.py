@@ -24,8 +24,8 @@ from vitdeploy.machine.gpus import Gpu
 pytestmark = pytest.mark.usefixtures("nvidia_machine")
 
 
-def options_of(bundle: Bundle, provider: str, library: Any, **arguments: Any) -> dict[str, str]:
-    setup = providers.set_up(library, bundle, bundle.manifest.artifacts[0], provider, **arguments)
+def options_of(bundle: Bundle, provider: str, library: Any) -> dict[str, str]:
+    setup = providers.set_up(library, bundle, bundle.manifest.artifacts[0], provider)
     name, options = setup.providers[0]
     assert name == providers.PROVIDERS[provider]
     assert all(isinstance(value, str) for value in options.values())
@@ -203,16 +203,6 @@ def test_rtx_that_is_built_in_needs_no_plugin(make_bundle: Any) -> None:
     assert not setup.plugin
     assert set(setup.providers[0][1]) <= RTX_OPTIONS | {"device_id"}
     assert setup.add_to(Settings()) == list(setup.providers)
-
-
-@pytest.mark.usefixtures("rtx_plugin")
-def test_rtx_for_another_architecture_needs_no_gpu_and_no_cache(
-    make_bundle: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(providers, "find_gpus", list)
-    options = options_of(make_bundle(), "tensorrt-rtx", Double(), arch="sm_120")
-    assert options["nv_target_sm"] == "sm120"
-    assert "nv_runtime_cache_path" not in options
 
 
 @pytest.mark.usefixtures("rtx_plugin")
