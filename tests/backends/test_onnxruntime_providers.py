@@ -24,8 +24,8 @@ from vitdeploy.machine.gpus import Gpu
 pytestmark = pytest.mark.usefixtures("nvidia_machine")
 
 
-def options_of(bundle: Bundle, provider: str, library: Any) -> dict[str, str]:
-    setup = providers.set_up(library, bundle, bundle.manifest.artifacts[0], provider)
+def options_of(bundle: Bundle, provider: str, library: Any, **arguments: Any) -> dict[str, str]:
+    setup = providers.set_up(library, bundle, bundle.manifest.artifacts[0], provider, **arguments)
     name, options = setup.providers[0]
     assert name == providers.PROVIDERS[provider]
     assert all(isinstance(value, str) for value in options.values())
