@@ -72,8 +72,8 @@ def export(
         fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16; else raise.
         seed: of random weights.
         force: replace an existing bundle.
-        engine: of engines: ``profiles``, a list of (min, opt, max) batch sizes; ``plugins``, True for our
-            attention kernel in TensorRT; and the fields of ``vitdeploy.tensorrt.records.BuildSettings``.
+        engine: of engines: ``profiles``, a list of (min, opt, max) batch sizes; and the fields of
+            ``vitdeploy.tensorrt.records.BuildSettings``.
         progress: receives the stages as they begin and finish.
 
     Raises:
@@ -124,8 +124,7 @@ def _engine_fields(engine: Mapping[str, Any]) -> dict[str, Any]:
 
     settings = dict(engine)
     profiles = tuple(map(_batch_range, settings.pop("profiles", ())))
-    plugins = bool(settings.pop("plugins", False))
-    return {"profiles": profiles, "plugins": plugins, "settings": BuildSettings.of(**settings)}
+    return {"profiles": profiles, "settings": BuildSettings.of(**settings)}
 
 
 def load(

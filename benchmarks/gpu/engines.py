@@ -32,7 +32,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "as it comes": (),
     "two profiles": ("--profile", "1,1,1", "--profile", "2,8,32"),
     "level 5": ("--opt-level", "5"),
-    "plugins": ("--plugins",),
     "refit": ("--weights", "refit"),
     "stripped": ("--weights", "stripped"),
     "hardware compatible": ("--hardware-compat", "ampere_plus"),
@@ -73,7 +72,7 @@ def steps(bundles: dict[str, Path | None], gpu: Gpu, work: Path) -> Iterator[Cha
         else:
             yield (Step(f"{model}: copy", ("cp", "-r", str(given), str(bundle))),)
         thorough = len(bundles) == 1 or model == "digits"
-        for name in list(VARIANTS)[: None if thorough else 4]:
+        for name in list(VARIANTS)[: None if thorough else 3]:
             yield from variant(model, bundle, name, gpu)
         yield from through_onnx_runtime(model, bundle)
 

@@ -206,16 +206,6 @@ def test_rtx_that_is_built_in_needs_no_plugin(make_bundle: Any) -> None:
 
 
 @pytest.mark.usefixtures("rtx_plugin")
-def test_rtx_for_another_architecture_needs_no_gpu_and_no_cache(
-    make_bundle: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(providers, "find_gpus", list)
-    options = options_of(make_bundle(), "tensorrt-rtx", Double(), arch="sm_120")
-    assert options["nv_target_sm"] == "sm120"
-    assert "nv_runtime_cache_path" not in options
-
-
-@pytest.mark.usefixtures("rtx_plugin")
 def test_a_plugin_that_takes_no_gpu_here(make_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "find_gpus", lambda: [Gpu("NVIDIA H200", (9, 0))])
     library = Double(register_execution_provider_library=lambda name, path: None)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.inliner
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
@@ -207,8 +206,8 @@ class OnnxParser(Played):
 
     def _parse(self, load: Any) -> bool:
         try:
-            model = onnx.inliner.inline_local_functions(load())
-        except (DecodeError, ValueError, RuntimeError) as error:
+            model = load()
+        except DecodeError as error:
             return self._fail([("MODEL_DESERIALIZE_FAILED", str(error), -1, None)])
         if self.network.layers:
             self.error("Parse was called with a non-empty network definition")

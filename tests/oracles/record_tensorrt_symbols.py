@@ -10,7 +10,7 @@ and ``readelf``, and the Python that the wheel is for.
 ``<version>.json`` holds ``classes`` with their bases, constructors and methods (one text for each overload:
 parameters without self, ``=`` behind those that have a default, ``arg0`` and so on for those that have no
 name), properties (``r`` or ``rw``), and constants; ``enums`` with the value of each member; ``functions``
-and ``constants`` of the module; and the public names of its ``plugin`` module.
+and ``constants`` of the module.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def read_elf(path: Path, table: str) -> str:
 def record_module(name: str, output: Path) -> None:
     """Write the symbols of one module."""
     module = importlib.import_module(name)
-    sys.modules.setdefault("tensorrt", module)  # its plugin module knows it under this name
     symbols = symbols_of(module)
     prefix = "rtx-" if "rtx" in name else ""
     path = output / f"{prefix}{module.__version__}.json"
@@ -100,7 +99,6 @@ def symbols_of(module: ModuleType) -> dict[str, Any]:
         if (owner := type(value).__name__) in symbols["enums"]:
             symbols["constants"][name] = f"{owner}.{value.name}"
     symbols["version"] = module.__version__
-    symbols["plugin"] = plugin_symbols(module.__name__)
     return symbols
 
 
@@ -175,19 +173,6 @@ def split(text: str) -> Sequence[str]:
                 break
         depth += (character in "([{<") - (character in ")]}>")
     return [part for part in parts if part]
-
-
-def plugin_symbols(module: str) -> dict[str, str]:
-    """The public functions and classes of its module for plugins; none if it has no such module."""
-    try:
-        plugin = importlib.import_module(f"{module}.plugin")
-    except ImportError:
-        return {}
-    found = {}
-    for name, value in public(vars(plugin)):
-        if callable(value) and getattr(value, "__module__", "").startswith(f"{module}.plugin"):
-            found[name] = format_signature(inspect.signature(value), bound=False)
-    return found
 
 
 def public(names: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,13 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         file.truncate(17 * 2**20)
     with pytest.raises(BundleError, match="too large for the record of an engine"):
         read_record(path)
+
+
+@pytest.mark.parametrize("plugins", [False, True])
+def test_a_record_that_says_whether_it_has_plugins_is_read(tmp_path: Path, plugins: bool) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(record().model_dump(mode="json") | {"plugins": plugins}))
+    assert "plugins" not in read_record(path).model_dump()
 
 
 @pytest.mark.parametrize(

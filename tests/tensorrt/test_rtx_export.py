@@ -128,19 +128,16 @@ def test_one_command_from_model_to_engine(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_names_the_engines(tmp_path: Path) -> None:
-    flags = ("--fp16", "--plugins", *RTX, "--arch", "sm_89,sm_80+sm_120", "--dry-run", "--json")
+    flags = ("--fp16", *RTX, "--arch", "sm_89,sm_80+sm_120", "--dry-run", "--json")
     result = in_a_process("export", "-m", "digits", *flags, "-o", tmp_path / "made.bundle")
     assert result.code == 0, result.err
     files = list(result.document["files"])
     assert files[2:] == [
         "model.fp16.onnx",
-        "model.fp16.plugins.onnx",
         "engines/sm_89-rtx/model.fp16.plan",
         "engines/sm_80+sm_120-rtx/model.fp16.plan",
     ]
-    assert result.document["notes"] == [
-        "TensorRT for RTX takes no plugins: its engines are of the plain graphs"
-    ]
+    assert result.document["notes"] == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -98,20 +98,11 @@ def has_gpu_provider(available: Sequence[str]) -> bool:
     return built_in or importlib.util.find_spec(PLUGIN) is not None
 
 
-def set_up(
-    library: Any,
-    bundle: Bundle,
-    artifact: Artifact,
-    provider: str,
-    device: int = 0,
-    *,
-    arch: str | None = None,
-) -> Setup:
+def set_up(library: Any, bundle: Bundle, artifact: Artifact, provider: str, device: int = 0) -> Setup:
     """How to run an artifact with a provider.
 
     Args:
         device: the GPU's number.
-        arch: compile for this architecture (``sm_89``) and not for a GPU of this machine; RTX only.
 
     Raises:
         DeviceUnavailable: the provider, its libraries or the GPU are not there.
@@ -126,7 +117,7 @@ def set_up(
     if provider == "tensorrt":
         return _tensorrt(library, bundle, artifact, device)
     if provider == "tensorrt-rtx":
-        return _tensorrt_rtx(library, bundle, artifact, device, arch, built_in)
+        return _tensorrt_rtx(library, bundle, artifact, device, built_in)
     if provider == "cuda":
         return Setup((_cuda(device),), executes=artifact.precision)
     fallen = "" if artifact.precision == "fp32" else ", in fp32 where this CPU has no kernel for it"
@@ -160,18 +151,13 @@ def _tensorrt(library: Any, bundle: Bundle, artifact: Artifact, device: int) -> 
     return Setup(((PROVIDERS["tensorrt"], options), _cuda(device)), executes=executes)
 
 
-def _tensorrt_rtx(
-    library: Any, bundle: Bundle, artifact: Artifact, device: int, arch: str | None, built_in: bool
-) -> Setup:
+def _tensorrt_rtx(library: Any, bundle: Bundle, artifact: Artifact, device: int, built_in: bool) -> Setup:
     _forbid_tf32()
     options = _profile("nv", artifact)
-    if arch is not None:
-        options["nv_target_sm"] = arch.replace("_", "")
-    else:
-        gpu = _gpu("tensorrt-rtx", device)
-        identity = _identity(bundle, artifact, options)
-        if kernels := _folder(library.__version__, "tensorrt-rtx", gpu.name, identity):
-            options["nv_runtime_cache_path"] = str(kernels)
+    gpu = _gpu("tensorrt-rtx", device)
+    identity = _identity(bundle, artifact, options)
+    if kernels := _folder(library.__version__, "tensorrt-rtx", gpu.name, identity):
+        options["nv_runtime_cache_path"] = str(kernels)
     name = PROVIDERS["tensorrt-rtx"]
     devices = _devices(library, name)
     if built_in and not devices:

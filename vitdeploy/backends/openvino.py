@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from vitdeploy.backends.base import (
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, TensorSpec
 from vitdeploy.errors import BundleError, MissingDependency, UsageError
-from vitdeploy.tensorrt.plugin_graph import with_plugins
 
 _HINTS: Mapping[Precision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 _NAMES = {"f32": "fp32", "f16": "fp16"}
@@ -112,8 +109,7 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
     try:
         # Asked by name: guessing the format would offer a broken file to every parser it has.
         reader = FrontEndManager().load_by_framework("onnx")
-        with _without_functions(path) as plain:
-            model = reader.convert(reader.load(str(plain)))
+        model = reader.convert(reader.load(str(path)))
         compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # its errors have no base class of their own
         raise BundleError(f"{path}: OpenVINO cannot load it: {one_line(error)}") from error
@@ -121,21 +117,6 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
         artifact, _dtypes(compiled.inputs, artifact.inputs), _dtypes(compiled.outputs, artifact.outputs)
     )
     return compiled
-
-
-@contextlib.contextmanager
-def _without_functions(path: Path) -> Iterator[Path]:
-    """The file; or, as OpenVINO knows no functions of a model's own, a copy that has them inlined."""
-    if not with_plugins(path.name):
-        yield path
-        return
-    import onnx
-    import onnx.inliner
-
-    with tempfile.TemporaryDirectory() as folder:
-        inlined = Path(folder, path.name)
-        onnx.save(onnx.inliner.inline_local_functions(onnx.load(path)), inlined)
-        yield inlined
 
 
 def _dtypes(values: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str]:

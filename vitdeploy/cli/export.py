@@ -92,9 +92,6 @@ Weights = Annotated[
         help="Engines: refit: weights can be replaced; stripped: taken from the ONNX file at load.",
     ),
 ]
-Plugins = Annotated[
-    bool, typer.Option("--plugins", help="tensorrt: engines also with our Triton kernels as plugins.")
-]
 Fp32 = Annotated[bool, typer.Option("--fp32", help="Add an fp32 artifact; the default.")]
 Fp16 = Annotated[bool, typer.Option("--fp16", help="Add an fp16 artifact.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Add a bf16 artifact.")]
@@ -149,7 +146,6 @@ def command(
     hardware_compat: HardwareCompat = "none",
     version_compatible: VersionCompatible = False,
     weights: Weights = "full",
-    plugins: Plugins = False,
     fp32: Fp32 = False,
     fp16: Fp16 = False,
     bf16: Bf16 = False,
@@ -178,7 +174,6 @@ def command(
     engines = _engine_request(
         (format, arch),
         profile,
-        plugins,
         workspace=parse.byte_count(workspace, "--workspace"),
         level=opt_level,
         timing_cache=timing_cache,
@@ -204,7 +199,6 @@ def command(
         architectures=engines.architectures,
         profiles=engines.profiles,
         settings=engines.settings,
-        plugins=plugins,
         image_size=pixels,
         batch=sizes,
         opset=opset,
@@ -226,7 +220,7 @@ def _is_bundle(model: str) -> bool:
 
 
 def _engine_request(
-    where: tuple[str, str | None], profile: list[str] | None, plugins: bool, **settings: Any
+    where: tuple[str, str | None], profile: list[str] | None, **settings: Any
 ) -> EngineRequest:
     """What the flags say of engines; ``where`` is ``--format`` and ``--arch``."""
     from vitdeploy.exporter.engine_request import EngineRequest
@@ -234,7 +228,7 @@ def _engine_request(
 
     formats, architectures = (parse.names(text) or () for text in where)
     profiles = parse.profiles(profile)
-    return EngineRequest(formats, architectures, profiles, BuildSettings.of(**settings), plugins)
+    return EngineRequest(formats, architectures, profiles, BuildSettings.of(**settings))
 
 
 def _add_engines(

@@ -20,7 +20,6 @@ _KINDS = {
     "linear_residual": "fused GEMM",
     "head_linear": "fused GEMM",
     "attention": "fused attention",
-    "fused_attention": "fused attention",
     "layernorm_attention": "fused attention",
     "absorbed_attention": "fused attention",
     "add_layernorm": "normalisation",

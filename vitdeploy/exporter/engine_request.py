@@ -16,8 +16,6 @@ from vitdeploy.tensorrt.records import BuildSettings
 
 FOLDER = "engines"
 AUTO = "auto"
-PLUGINS = "-plugins"
-"""What the names of artifacts with our kernels as operators end in."""
 Group = tuple[str, ...]
 """Architectures of one engine."""
 _LEVELS = range(6)
@@ -38,8 +36,6 @@ class EngineRequest:
     profiles: tuple[BatchRange, ...] = ()
     """Optimization profiles; the artifact's own batch sizes when empty."""
     settings: BuildSettings = field(default_factory=BuildSettings)
-    plugins: bool = False
-    """Whether ONNX artifacts are also made, and engines built, with our kernels as operators."""
 
     def __post_init__(self) -> None:
         level, workspace = self.settings.level, self.settings.workspace
@@ -89,10 +85,6 @@ def orders_of(request: EngineRequest) -> tuple[tuple[Order, ...], tuple[str, ...
                 orders.append(_order(flavour, request))
             except (MissingDependency, DeviceUnavailable, UsageError) as error:
                 notes.append(f"no {flavour.name} engine: {error.message} ({error.hint})")
-    if request.plugins and any(order.flavour.portable for order in orders):
-        notes.append(
-            f"{FLAVOURS['tensorrt-rtx'].title} takes no plugins: its engines are of the plain graphs"
-        )
     unused = AUTO in request.formats and not any(order.flavour.portable for order in orders)
     if request.architectures and unused:
         raise UsageError(f"nothing here builds for {', '.join(request.architectures)}", hint="; ".join(notes))
@@ -147,7 +139,7 @@ class Engine:
     order: Order
     group: Group
     kind: str
-    """What its ONNX artifact is called behind ``onnx-``: ``fp16``, ``fp16-plugins``."""
+    """What its ONNX artifact is called behind ``onnx-``: ``fp16``."""
 
     @property
     def targets(self) -> Group:
@@ -178,7 +170,5 @@ class Engine:
 
 
 def engines_of(order: Order, kind: str) -> tuple[Engine, ...]:
-    """What an order makes of one ONNX artifact; TensorRT for RTX takes no plugins."""
-    if order.flavour.portable and kind.endswith(PLUGINS):
-        return ()
+    """What an order makes of one ONNX artifact."""
     return tuple(Engine(order, group, kind) for group in order.groups)

@@ -12,11 +12,10 @@ from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, BundleWriter
 from vitdeploy.bundle.golden import GOLDEN_NAMES, raw_images
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.config import Size
-from vitdeploy.exporter.engine_request import PLUGINS, Order, engines_of, orders_of
+from vitdeploy.exporter.engine_request import Order, engines_of, orders_of
 from vitdeploy.exporter.onnx import FILES, INPUT
 from vitdeploy.exporter.request import ExportRequest, default_folder
 from vitdeploy.exporter.subject import Subject
-from vitdeploy.tensorrt.plugin_graph import FILE_SUFFIX
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -75,14 +74,10 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
 
 def _engine_files(request: ExportRequest, orders: Sequence[Order], subject: Subject) -> dict[str, int]:
     """An engine has about the size of its weights."""
-    files = {}
+    files: dict[str, int] = {}
     for precision in request.precisions:
         size = _BYTES[precision] * subject.parameters
-        twin = request.plugins and precision != "fp32"
-        if twin:
-            files[FILES[precision].removesuffix(".onnx") + FILE_SUFFIX] = size
-        for kind in (precision, f"{precision}{PLUGINS}") if twin else (precision,):
-            files |= {engine.path: size for order in orders for engine in engines_of(order, kind)}
+        files |= {engine.path: size for order in orders for engine in engines_of(order, precision)}
     return files
 
 

@@ -47,8 +47,6 @@ class ExportRequest:
     """Optimization profiles of engines; the batch range when empty."""
     settings: BuildSettings = field(default_factory=BuildSettings)
     """Of engines."""
-    plugins: bool = False
-    """Whether to make half-precision artifacts also with our kernels as operators, for TensorRT."""
     fallback: bool = True
     seed: int = 0
     command: str = ""
@@ -67,8 +65,6 @@ class ExportRequest:
         if self.atol is not None and not self.atol > 0:
             raise UsageError(f"atol must be positive, not {self.atol}")
         OnnxOptions(self.batch, self.opset)
-        if self.plugins and set(self.precisions) == {"fp32"}:
-            raise UsageError("the plugins' kernels compute in fp16 or bf16, not in fp32", hint="add --fp16")
         if not self.engines.formats and (self.profiles or self.settings != BuildSettings()):
             hint = "--format onnx,tensorrt-rtx, or tensorrt"
             raise UsageError(
@@ -95,7 +91,7 @@ class ExportRequest:
         """What is asked of engines."""
         formats = tuple(name for name in self.formats if name == AUTO or name in FLAVOURS)
         architectures = self._architectures(kernels=False)
-        return EngineRequest(formats, architectures, self.profiles, self.settings, self.plugins)
+        return EngineRequest(formats, architectures, self.profiles, self.settings)
 
     @property
     def kernel_architectures(self) -> tuple[str, ...]:

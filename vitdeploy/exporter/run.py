@@ -27,7 +27,6 @@ from vitdeploy.exporter import triton_aot
 from vitdeploy.exporter.engine_request import Order, orders_of
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
 from vitdeploy.exporter.onnx import INPUT, write_onnx
-from vitdeploy.exporter.plugins import add_twins, require_known
 from vitdeploy.exporter.proving import first_failure, prove_engines, prove_onnx, worst
 from vitdeploy.exporter.request import ExportRequest, default_folder
 from vitdeploy.exporter.subject import Subject, VitSubject
@@ -67,8 +66,6 @@ def run_export(
         with progress.stage("load") as stage:
             opened, subject = request.open()
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
-        if request.plugins:
-            require_known(subject.config)
         for note in (*opened.notes, *subject.notes):
             progress.note(note)
         provenance = _provenance(request, opened)
@@ -144,9 +141,6 @@ class _Job:
             if any(artifact.name == f"onnx-{precision}" for artifact in self.artifacts):
                 continue  # another precision fell back to this one
             self._build_one(requested)
-        if self.request.plugins:
-            twins = add_twins(self.artifacts, self._manifest(), self.writer, self.golden, self.progress)
-            self._accept(*twins)
         self._build_engines()
         for precision in self.request.kernel_precisions:
             self._build_kernels(precision)

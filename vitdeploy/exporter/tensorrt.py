@@ -10,12 +10,10 @@ from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import BundleError, UsageError, did_you_mean
 from vitdeploy.exporter.engine_request import AUTO, Engine, EngineRequest, Order, engines_of, orders_of
-from vitdeploy.exporter.plugins import add_twins
 from vitdeploy.exporter.proving import prove_engines
 from vitdeploy.progress import Progress
 from vitdeploy.tensorrt.child import build_engines
 from vitdeploy.tensorrt.flavours import FLAVOURS
-from vitdeploy.tensorrt.plugin_graph import with_plugins
 from vitdeploy.tensorrt.records import BuildJob, BuildResult, BuiltEngine, EngineRecord
 
 
@@ -30,8 +28,6 @@ def write_engines(
         MissingDependency, DeviceUnavailable: the library does not load, or the GPU is gone.
     """
     engines = engines_of(order, kind_of(source))
-    if not engines:
-        return ()
     job = BuildJob(
         flavour=order.flavour.name,
         onnx=str(writer.directory / source.path),
@@ -42,7 +38,6 @@ def write_engines(
         targets=order.groups,
         outputs=tuple(str(writer.file(engine.path)) for engine in engines),
         settings=order.request.settings,
-        plugins=with_plugins(source.path),
     )
     with progress.stage(f"{order.flavour.name} {kind_of(source)}") as stage:
 
@@ -84,7 +79,6 @@ def _keep(
         source_sha256=sources,
         profiles=job.profiles,
         settings=job.settings,
-        plugins=job.plugins,
         build_seconds=built.seconds,
         proof=result.proof,
         fusion=built.fusion or result.fusion,
@@ -152,9 +146,6 @@ def add_engines(
     kept = tuple(artifact for artifact in manifest.artifacts if artifact.name not in wanted)
     parity = tuple(record for record in manifest.parity if record.artifact not in wanted)
     with bundle.edit() as writer:
-        if request.plugins:
-            marked, proofs = add_twins(sources, manifest, writer, golden, progress)
-            sources, kept, parity = [*sources, *marked], (*kept, *marked), (*parity, *proofs)
         built = [a for order in orders for s in sources for a in write_engines(order, s, writer, progress)]
         draft = manifest.model_copy(update={"artifacts": (*kept, *built), "parity": parity})
         records = prove_engines(writer.seal(draft), built, golden, manifest.max_abs, progress)

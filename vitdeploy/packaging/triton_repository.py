@@ -19,7 +19,6 @@ from vitdeploy.errors import BundleError, UsageError
 from vitdeploy.packaging.common import copy_listed, template, write_text
 from vitdeploy.packaging.target import Device, Job
 from vitdeploy.packaging.triton_config import Batching, Document, config_text, tensor, tensor_of, warm_up
-from vitdeploy.tensorrt.plugin_graph import with_plugins
 from vitdeploy.tensorrt.records import EngineRecord
 
 MODELS = "models"
@@ -57,8 +56,6 @@ class Repository:
                 f"{self.artifact.name} is {self.artifact.format}, which Triton's server does not load",
                 hint=f"it loads {' and '.join(_PLATFORMS)}: name one with --artifact",
             )
-        if with_plugins(self.artifact.path):
-            raise UsageError(f"{self.artifact.name} holds our kernels as operators, which ONNX Runtime lacks")
         if job.settings.top_k is not None and not self.labels:
             raise UsageError("--top-k: this package has no step that gives labels")
 

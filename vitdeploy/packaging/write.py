@@ -18,7 +18,6 @@ from vitdeploy.bundle.staging import StagedFolder
 from vitdeploy.errors import ExportError, UsageError
 from vitdeploy.packaging.target import Job, Outcome, Settings, get_target
 from vitdeploy.predictor import DEFAULT_BACKEND, EXACTNESS
-from vitdeploy.tensorrt.plugin_graph import with_plugins
 
 MARKER = "vitdeploy-package.json"
 """Says what a folder was packaged from; a folder without it is never replaced."""
@@ -134,12 +133,11 @@ def choose(bundle: Bundle, wanted: str | None, backend: str | None) -> Artifact:
         return bundle.artifact(wanted)
     runtime = get_backend(backend or DEFAULT_BACKEND)
     ranked = sorted(bundle.manifest.artifacts, key=lambda artifact: EXACTNESS.index(artifact.precision))
-    plain = [artifact for artifact in ranked if not with_plugins(artifact.path)]
-    for artifact in plain:
+    for artifact in ranked:
         if artifact.format in runtime.formats:
             return artifact
-    if backend is not None and plain:  # a backend that takes only the precision and the batch sizes
-        return plain[0]
+    if backend is not None and ranked:  # a backend that takes only the precision and the batch sizes
+        return ranked[0]
     names = ", ".join(artifact.name for artifact in ranked)
     raise UsageError(
         f"{bundle.root}: has no artifact for {runtime.name}",

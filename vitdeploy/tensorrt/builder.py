@@ -5,9 +5,7 @@ Runs in a process of its own (``vitdeploy.tensorrt.child``): what crashes here t
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,9 +102,7 @@ class _Work:
             ExportError: names every operator that TensorRT cannot take, and where it stands.
         """
         name = Path(self.job.onnx).name
-        with self._readable() as path:
-            parsed = self.parser.parse_from_file(str(path))
-        if not parsed:
+        if not self.parser.parse_from_file(self.job.onnx):
             found = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
             places = dict.fromkeys(_place(error) for error in found if error.node_operator())
             if not places:
@@ -118,30 +114,6 @@ class _Work:
         if not self.network.num_layers or not self.network.num_outputs:
             raise ExportError(f"{name}: {self.flavour.title} read an empty network from it")
         return network_layers(self.network)
-
-    @contextlib.contextmanager
-    def _readable(self) -> Iterator[Path]:
-        """The file to parse: the job's; or, with plugins known to the parser, a copy without their bodies."""
-        path = Path(self.job.onnx)
-        if not self.job.plugins:
-            yield path
-            return
-        import onnx
-
-        from vitdeploy.tensorrt.plugin_graph import plugin_specs, strip_functions
-        from vitdeploy.tensorrt.plugin_kernels import compile_plugins
-        from vitdeploy.tensorrt.plugins import register_plugins
-
-        assert self.gpu is not None
-        model = onnx.load(path, load_external_data=False)
-        largest = max(self.job.profiles, key=lambda batch: batch.max)
-        register_plugins(self.library, compile_plugins(plugin_specs(model), self.gpu.arch, largest))
-        stripped = path.with_suffix(".stripped.onnx")  # beside its weights
-        try:
-            onnx.save(strip_functions(model), stripped)
-            yield stripped
-        finally:
-            stripped.unlink(missing_ok=True)
 
     def build(self, index: int, proof: PrecisionProof, fusion: FusionReport) -> BuiltEngine:
         """Build and write one engine.

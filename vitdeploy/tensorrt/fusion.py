@@ -88,7 +88,7 @@ def _attentions(layers: Sequence[Layer]) -> Iterator[Place]:
         for tensor in layer.reads:
             readers.setdefault(tensor, []).append(layer)
     for layer in layers:
-        if layer.kind in ("ATTENTION_INPUT", "PLUGIN_V3"):
+        if layer.kind == "ATTENTION_INPUT":
             yield Place(site=_site(layer), pattern="attention", nodes=_nodes(layer), fused=True)
         if layer.kind != "SOFTMAX":
             continue

@@ -19,7 +19,6 @@ _OPERATORS: Mapping[str, str] = {
     "NORMALIZATION": "LayerNormalization",
     "SOFTMAX": "Softmax",
     "REDUCE": "ReduceMean",
-    "PLUGIN_V3": "fused_attention",
 }
 """Kinds of layers whose dtype decides the answer, as the ONNX operators they come from."""
 _NARROW = ("int8", "float8e4m3fn")

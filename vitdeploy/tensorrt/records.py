@@ -78,8 +78,6 @@ class BuildJob(_Record):
     outputs: tuple[str, ...]
     """Where to write each engine."""
     settings: BuildSettings = BuildSettings()
-    plugins: bool = False
-    """Whether the graph holds our kernels as custom operators."""
 
 
 class BuiltEngine(_Record):
@@ -130,7 +128,8 @@ class EngineRecord(_Record):
     profiles: tuple[BatchRange, ...] = Field(min_length=1)
     """Batch sizes, one range for each optimization profile."""
     settings: BuildSettings
-    plugins: bool = False
+    plugins: bool = Field(default=False, exclude=True)
+    """Read in records of before our kernels stopped being plugins; written no more."""
     build_seconds: float
     proof: PrecisionProof
     fusion: FusionReport
