@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import http
+from collections import deque
 from typing import Any
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from vitdeploy.server.service import Limits
 
@@ -27,6 +28,8 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *uvicorn: Any, limits: Limits, **more: Any) -> None:
         super().__init__(*uvicorn, **more)
         self._limits = limits
+        self._cycles: deque[RequestResponseCycle] = deque()
+        """What is not answered yet, in the order of its arrival; answered ones in front go with the next."""
 
     # uvicorn narrows asyncio's BaseTransport in the same way.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -35,6 +38,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._give_up()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -56,6 +60,12 @@ class Protocol(HttpToolsProtocol):
         self._begun = False
         self._stop_waiting()
         super().on_headers_complete()
+        while self._cycles and self._cycles[0].response_complete:
+            self._cycles.popleft()
+        self._cycles.append(self.cycle)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing is logged: an offer to speak another protocol is no fault; the request is answered without it."""
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)
@@ -68,7 +78,23 @@ class Protocol(HttpToolsProtocol):
             self._expiry.cancel()
             self._expiry = None
 
+    def _give_up(self) -> None:
+        """End what is not answered: requests in hand hear that the client left, queued ones never begin.
+
+        uvicorn tells only the newest request, and only once the connection is lost. An older one would answer
+        after that, and uvloop's transport, unlike asyncio's, raises when it is closed and written to.
+        """
+        self.pipeline.clear()
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self._cycles.clear()
+        self.flow.resume_writing()  # for an answer that waits until there is room
+
     def _expire(self) -> None:
+        if self.transport.is_closing():
+            return  # there is an answer that the client has not taken yet, and nothing comes after it
         answered = getattr(self.cycle, "response_complete", True)  # there is none before the first request
         if not answered:
             self._wait_for_head()  # the answer to the request before this one goes first
@@ -86,5 +112,8 @@ class Protocol(HttpToolsProtocol):
             f"content-length: {len(body)}",
             "connection: close",
         )
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        # Half an answer cannot be followed by another.
+        if not any(cycle.response_started and not cycle.response_complete for cycle in self._cycles):
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self._give_up()
         self.transport.close()

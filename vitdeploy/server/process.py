@@ -186,6 +186,7 @@ def _uvicorn(service: Service, endpoint: Endpoint) -> Any:
     config = uvicorn.Config(
         http.build(service),
         http=protocol,
+        ws="none",
         proxy_headers=False,
         log_level="warning",
         access_log=False,
