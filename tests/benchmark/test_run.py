@@ -190,7 +190,8 @@ def test_batch_sizes_that_kill_leave_the_others_alone(tmp_path: Path, sizes: str
 def test_a_backend_that_does_not_come_up(tmp_path: Path, body: str, message: str) -> None:
     aim = target(tmp_path)
     lanes = [lane(aim, tmp_path, "broken", f"answer = right\n{body}"), lane(aim, tmp_path, "right", RIGHT)]
-    found = measure(lanes, limits=Limits(load=2, run=2))
+    # Only the one that hangs has to be waited for; a busy machine starts the others in its own time.
+    found = measure(lanes, limits=Limits(load=2 if "sleep" in body else 60, run=60))
     assert [cell.valid for cell in found.cells] == [False, False, True, True]
     assert all(message in cell.reason for cell in found.cells[:2])
     assert found.cells[0].startup is None

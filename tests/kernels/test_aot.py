@@ -232,7 +232,8 @@ def test_progress_and_one_compilation_for_many_batches() -> None:
 
 def test_no_warning_about_fusion(tmp_path: Path) -> None:
     code = (
-        "from kernel_launches import layernorm_linear_launch as make; from vitdeploy_kernels import aot;"
+        "from tests.helpers.kernel_launches import layernorm_linear_launch as make;"
+        "from vitdeploy_kernels import aot;"
         "print(aot.compile_launch(make(), 'sm_90').warps)"
     )
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
