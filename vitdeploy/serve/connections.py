@@ -65,7 +65,7 @@ class Protocol(HttpToolsProtocol):
         self._cycles.append(self.cycle)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing is logged: an offer to speak another protocol is no fault; the request is answered without it."""
+        """None: an offer to speak another protocol is no fault, and the request is answered without it."""
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)
