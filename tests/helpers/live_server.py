@@ -21,8 +21,11 @@ from typing import Any
 import numpy as np
 
 from tests.helpers.bundles import WEIGHT, golden_arrays, write_bundle
+from tests.helpers.processes import wait_for
 
 COMMAND = (sys.executable, "-m", "vitdeploy", "serve")
+PATIENCE = 60.0
+"""Seconds after which a test gives up on a server: it hangs. That a busy machine is slow is no failure."""
 _SERVING = re.compile(r"^serving (http://\S+?)(?:, gRPC (\S+))?$", re.MULTILINE)
 
 
@@ -60,6 +63,8 @@ class Live:
     process: subprocess.Popen[bytes]
     log: Path
     """Where its stderr goes."""
+    _begin: int = 0
+    """Where in it the test at hand begins."""
 
     @property
     def address(self) -> str:
@@ -70,9 +75,35 @@ class Live:
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
+    @contextmanager
+    def watched(self) -> Iterator[Live]:
+        """For one of the tests that share this server: what it said before is none of this test's business.
+
+        At the end it has to be alive still, and to have said nothing of a crash meanwhile.
+        """
+        self._begin = self.log.stat().st_size
+        yield self
+        self.require_well()
+
     def said(self) -> str:
-        """All of stderr so far."""
-        return self.log.read_text()
+        """Its stderr, from the beginning of the test at hand where others share it."""
+        return self.log.read_bytes()[self._begin :].decode(errors="replace")
+
+    def require_well(self) -> None:
+        """It lives, and in this test it said nothing of a crash."""
+        said = self.said()
+        assert self.process.poll() is None, said
+        assert "Traceback" not in said, said
+
+    def queued(self, model: str = "linear") -> int:
+        """How many of the model's images wait for a session."""
+        begin = f'vitdeploy_queue_images{{model="{model}",'
+        lines = self.ask("GET", "/metrics").body.decode().splitlines()
+        return sum(int(float(line.rpartition(" ")[2])) for line in lines if line.startswith(begin))
+
+    def require_queued(self, images: int, model: str = "linear") -> None:
+        """Wait until so many wait for a session."""
+        assert wait_for(lambda: self.queued(model) == images, PATIENCE), self.queued(model)
 
     def rss(self) -> int:
         """Resident memory in KiB."""
@@ -82,10 +113,10 @@ class Live:
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
-    def wait(self, seconds: float = 30.0) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         return self.process.wait(seconds)
 
-    def client(self, timeout: float = 30.0) -> Client:
+    def client(self, timeout: float = PATIENCE) -> Client:
         return Client(self.port, timeout)
 
     def ask(self, method: str, path: str, body: bytes = b"", **headers: str) -> Reply:
@@ -97,7 +128,7 @@ class Live:
 class Client:
     """One connection that stays open."""
 
-    def __init__(self, port: int, timeout: float = 30.0) -> None:
+    def __init__(self, port: int, timeout: float = PATIENCE) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
 
     def __enter__(self) -> Client:
@@ -143,6 +174,52 @@ def serving(
                 except subprocess.TimeoutExpired:
                     process.kill()
             process.wait()
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the sessions of a ``held`` server wait for."""
+
+    folder: Path
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+    def require_reached(self) -> None:
+        """Wait until a session has a batch in hand."""
+        assert wait_for((self.folder / "reached").exists, PATIENCE)
+
+
+_HELD = """
+import sys, time
+from pathlib import Path
+from vitdeploy.cli import main
+from vitdeploy.server import batcher
+
+gate, run = Path(sys.argv.pop(1)), batcher._run_together
+
+def held(*arguments):
+    (gate / "reached").touch()
+    while not (gate / "open").exists():
+        time.sleep(0.01)
+    return run(*arguments)
+
+batcher._run_together = held
+sys.exit(main())
+"""
+
+
+@contextmanager
+def held(*arguments: object) -> Iterator[tuple[Live, Gate]]:
+    """The same, with sessions that run nothing until the gate is open: requests stay in hand until then."""
+    with tempfile.TemporaryDirectory() as folder:
+        gate = Gate(Path(folder))
+        command = (sys.executable, "-c", _HELD, folder, "serve")
+        with serving(*arguments, "--port", 0, "--grpc-port", 0, command=command) as server:
+            try:
+                yield server, gate
+            finally:
+                gate.open()
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path, deadline: float) -> re.Match[str]:

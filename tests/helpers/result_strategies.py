@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from tests.helpers.sample_results import sample_results
 from vitdeploy.benchmark.results import Accuracy, Cell, Parity, Results, Skipped, Startup, Subject
-
-from .sample_results import sample_results
 
 HOSTILE = ("<script>alert(1)</script>", "a|b", "=1+1", "$x_1$", "@0@", "日本語", "a\nb", "", "&lt;", "</svg>")
 texts = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=12))

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.helpers.clock import Clock
+from tests.helpers.live_server import PATIENCE
 from vitdeploy.server.batcher import Answer, Batcher, Rules
 
 Array = np.ndarray[Any, Any]
@@ -49,7 +51,7 @@ class Session:
         array = inputs["x"]
         self.seen.append(array.copy())
         self.began.set()
-        assert self.open.wait(30)
+        assert self.open.wait(PATIENCE)
         time.sleep(self.seconds)
         if self.error is not None or (self.fails_on is not None and (array == self.fails_on).any()):
             raise self.error or RuntimeError("out of\norder")
@@ -68,14 +70,14 @@ def with_batcher(
     test: Callable[[Batcher, Observed], Awaitable[None]],
     *sessions: Session,
     rules: Rules | None = None,
-    seconds: float = 30.0,
+    clock: Clock | None = None,
 ) -> Observed:
-    """Run a test against a batcher, which ends with nothing left behind."""
+    """Run a test against a batcher, on its own clock if there is one; it ends with nothing left behind."""
     observed = Observed()
 
     async def main() -> None:
         batcher = Batcher(sessions, rules or Rules(gather=4, max_rows=8), observed)
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(PATIENCE):
             try:
                 await test(batcher, observed)
             finally:
@@ -85,13 +87,14 @@ def with_batcher(
         assert batcher.waiting == 0
         assert len(asyncio.all_tasks()) == 1
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=None if clock is None else lambda: clock) as runner:
+        runner.run(main())
     return observed
 
 
 async def begun(session: Session) -> None:
     """Wait until the session runs a batch."""
-    assert await asyncio.to_thread(session.began.wait, 30)
+    assert await asyncio.to_thread(session.began.wait, PATIENCE)
 
 
 async def busy(batcher: Batcher, session: Session) -> asyncio.Task[Answer]:

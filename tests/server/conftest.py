@@ -42,13 +42,28 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live(linear: Path, twice: Path) -> Iterator[Live]:
-    """``linear`` in version 1, ``both`` in versions 2 and 7, the latter with doubled logits."""
+def shared_live(linear: Path, twice: Path) -> Iterator[Live]:
     with serving(linear, f"both@2={linear}", f"both@7={twice}") as server:
         yield server
 
 
+@pytest.fixture
+def live(shared_live: Live) -> Iterator[Live]:
+    """``linear`` in version 1, ``both`` in versions 2 and 7, the latter with doubled logits.
+
+    A test answers for what the server says during it, and for nothing that others made it say.
+    """
+    with shared_live.watched() as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
-def live_digits(digits: Path) -> Iterator[Live]:
+def shared_digits(digits: Path) -> Iterator[Live]:
     with serving(digits) as server:
+        yield server
+
+
+@pytest.fixture
+def live_digits(shared_digits: Live) -> Iterator[Live]:
+    with shared_digits.watched() as server:
         yield server

@@ -8,22 +8,24 @@ import socket
 import struct
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc
 
 from tests.helpers.bundles import answer
-from tests.helpers.live_server import Live, binary_request, logits_of, serving
+from tests.helpers.live_server import PATIENCE, Live, binary_request, logits_of, serving
+from tests.helpers.processes import wait_for
 
 INFER = "/v2/models/linear/infer"
-PIXELS = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
-PATIENCE = 1.0
-SOON = 8.0
-"""Seconds that an answer may take on a busy machine."""
+FULL = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
+PIXELS = FULL[:2]
+GATHERING = ("--max-batch", 8, "--max-delay-ms", 60_000, "--timeout", "2m")
+"""Requests wait until there are eight images, so that one that is to be cancelled does not run before."""
+BODY_SECONDS = 1.0
 IMPATIENT = f"""
 import sys
 from vitdeploy.server.served_model import Settings
@@ -31,7 +33,7 @@ from vitdeploy.server.repository import parse_places
 from vitdeploy.server.process import Endpoint, serve
 from vitdeploy.server.service import Limits
 
-endpoint = Endpoint(port=0, limits=Limits(body_seconds={PATIENCE}))
+endpoint = Endpoint(port=0, limits=Limits(body_seconds={BODY_SECONDS}))
 serve(parse_places(sys.argv[1:]), Settings(), endpoint,
       started=lambda server: print("serving", server.url, file=sys.stderr, flush=True))
 """
@@ -39,20 +41,23 @@ serve(parse_places(sys.argv[1:]), Settings(), endpoint,
 
 
 @pytest.fixture(scope="module")
-def impatient(linear: Path) -> Iterator[Live]:
+def shared_impatient(linear: Path) -> Iterator[Live]:
     with serving(linear, command=(sys.executable, "-c", IMPATIENT)) as server:
         yield server
 
 
-def require_right(live: Live) -> None:
-    """The server lives, said nothing of a crash, and answers rightly, soon."""
-    assert live.process.poll() is None
-    assert "Traceback" not in live.said(), live.said()
-    request = binary_request(PIXELS)
-    begin = time.perf_counter()
+@pytest.fixture
+def impatient(shared_impatient: Live) -> Iterator[Live]:
+    with shared_impatient.watched() as server:
+        yield server
+
+
+def require_right(live: Live, pixels: np.ndarray[Any, Any] = PIXELS) -> None:
+    """The server lives, said nothing of a crash, and answers rightly."""
+    live.require_well()
+    request = binary_request(pixels)
     reply = live.ask("POST", INFER, request.body, **request.headers)
-    assert time.perf_counter() - begin < SOON
-    assert np.allclose(logits_of(reply), answer(PIXELS), rtol=1e-4, atol=1e-4)
+    assert np.allclose(logits_of(reply), answer(pixels), rtol=1e-4, atol=1e-4)
 
 
 def head(length: int | str, path: str = INFER, extra: str = "") -> bytes:
@@ -60,9 +65,7 @@ def head(length: int | str, path: str = INFER, extra: str = "") -> bytes:
 
 
 def connected(live: Live) -> socket.socket:
-    made = socket.create_connection(("127.0.0.1", live.port), 30)
-    made.settimeout(30)
-    return made
+    return socket.create_connection(("127.0.0.1", live.port), PATIENCE)
 
 
 def reset(connection: socket.socket) -> None:
@@ -87,12 +90,10 @@ def test_a_body_that_comes_one_byte_at_a_time(impatient: Live, path: str) -> Non
         thread = threading.Thread(target=trickle)
         thread.start()
         try:
-            begin = time.perf_counter()
             require_right(impatient)  # nobody else waits
             reply = http.client.HTTPResponse(slow)
             reply.begin()
             error = json.loads(reply.read())
-            assert PATIENCE * 0.5 < time.perf_counter() - begin < PATIENCE + SOON
         finally:
             over.set()
             thread.join()
@@ -111,43 +112,51 @@ def test_clients_that_vanish_while_they_send(live: Live, part: int) -> None:
     require_right(live)
 
 
-def test_clients_that_vanish_before_their_answer(linear: Path) -> None:
+@pytest.mark.parametrize("behind", [b"", b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["one", "two"])
+def test_clients_that_vanish_before_their_answer(linear: Path, behind: bytes) -> None:
     """Their places in the queue are free again, nothing is logged, and they are counted."""
-    with serving(linear, "--max-batch", 8, "--max-delay-ms", 300) as server:
+    with serving(linear, *GATHERING) as server:
         request = binary_request(PIXELS[:1])
         length = f"Inference-Header-Content-Length: {request.headers['Inference_Header_Content_Length']}\r\n"
         for leave in (socket.socket.close, reset):
             for _ in range(3):
                 gone = connected(server)
-                gone.sendall(head(len(request.body), extra=length) + request.body)
-                time.sleep(0.05)
+                gone.sendall(head(len(request.body), extra=length) + request.body + behind)
+                server.require_queued(1)
                 leave(gone)
-        time.sleep(0.5)
+                server.require_queued(0)
         stats = server.ask("GET", "/v2/models/linear/stats").document["model_stats"][0]
         assert stats["inference_stats"]["success"]["count"] == 0
         assert stats["inference_stats"]["fail"]["count"] == 6
         assert stats["inference_count"] == 0
         metrics = server.ask("GET", "/metrics").body.decode()
         assert 'vitdeploy_requests_total{model="linear",outcome="cancelled",version="1"} 6.0' in metrics
-        assert 'vitdeploy_queue_images{model="linear",version="1"} 0.0' in metrics
-        require_right(server)
+        require_right(server, FULL)
 
 
 def test_grpc_clients_that_cancel(linear: Path) -> None:
-    """And those whose channel breaks: nothing runs for them, and nothing is logged."""
+    """And those whose channel breaks, or whose time is over: nothing runs for them, and nothing is logged."""
     tensor = tritonclient.grpc.InferInput("pixel_values", [2, 3, 8, 8], "FP32").set_data_from_numpy(PIXELS)
-    with serving(linear, "--max-batch", 8, "--max-delay-ms", 400) as server:
-        for _ in range(3):
-            with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
-                call = client.async_infer("linear", [tensor], lambda result, error: None)
-                client.async_infer("linear", [tensor], lambda result, error: None, client_timeout=0.1)
-                time.sleep(0.2)
+
+    def ask(client: tritonclient.grpc.InferenceServerClient, **how: float) -> Any:
+        return client.async_infer("linear", [tensor], lambda result, error: None, **how)
+
+    with serving(linear, *GATHERING) as server:
+        with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+            calls = [ask(client) for _ in range(3)]
+            server.require_queued(6)
+            for call in calls:
                 call.cancel()
-        time.sleep(0.5)
+            server.require_queued(0)
+            ask(client, client_timeout=1.0)  # which may be over before the server hears of it
+        with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+            ask(client)
+            assert wait_for(lambda: server.queued() >= 2, PATIENCE)
+        server.require_queued(0)
         stats = server.ask("GET", "/v2/models/linear/stats").document["model_stats"][0]
-        assert stats["inference_stats"]["fail"]["count"] == 6
+        assert stats["inference_stats"]["fail"]["count"] in (4, 5)
         assert stats["inference_count"] == 0
-        require_right(server)
+        require_right(server, FULL)
 
 
 @pytest.mark.parametrize("text", [
@@ -164,9 +173,8 @@ def test_grpc_clients_that_cancel(linear: Path) -> None:
     b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000 + b"\r\n",
 ], ids=range(11))  # fmt: skip
 def test_no_http(live: Live, text: bytes) -> None:
-    """An error or a closed connection, soon."""
+    """An error or a closed connection."""
     with connected(live) as odd:
-        odd.settimeout(5)
         try:
             odd.sendall(text)
             found = odd.recv(65536)
@@ -233,6 +241,19 @@ def test_pipelined_requests_are_answered_in_order(live: Live) -> None:
         found = b"".join(iter(lambda: client.recv(65536), b""))
     statuses = [int(part[:3]) for part in found.split(b"HTTP/1.1 ")[1:]]
     assert statuses == [200, 404, 200, 404, 200] * 4 + [200]
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_an_offer_to_speak_another_protocol(live: Live, protocol: str) -> None:
+    """The server goes on as if it were not there, and says nothing of it."""
+    offer = f"Connection: upgrade\r\nUpgrade: {protocol}\r\nSec-WebSocket-Version: 13\r\n"
+    with connected(live) as client:
+        for extra in (offer, "", offer):
+            client.sendall(f"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n{extra}\r\n".encode())
+            reply = http.client.HTTPResponse(client)
+            reply.begin()
+            assert (reply.status, json.loads(reply.read())) == (200, {"live": True})
+    assert live.said() == ""
 
 
 def test_hundreds_of_idle_connections(live: Live) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 
 import vitdeploy
 from tests.helpers.chromium import Chromium, require_chromium
-from tests.helpers.live_server import Live
+from tests.helpers.live_server import PATIENCE, Live
+from tests.helpers.processes import wait_for
 from vitdeploy.predictor import Predictor
 
 pytestmark = pytest.mark.slow
@@ -57,11 +57,15 @@ def png() -> bytes:
 
 def eventually(browser: Chromium, expression: str) -> object:
     """The first value of an expression that is not empty."""
-    for _ in range(100):
-        if value := browser.evaluate(expression):
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"still empty: {expression}")
+    found: object = None
+
+    def look() -> object:
+        nonlocal found
+        found = browser.evaluate(expression)
+        return found
+
+    assert wait_for(look, PATIENCE), f"still empty: {expression}"
+    return found
 
 
 def give(browser: Chromium, script: str, data: bytes, kind: str) -> None:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -89,7 +89,7 @@ class _Waiting:
     inputs: Arrays
     rows: int
     future: asyncio.Future[Answer]
-    arrived: float = field(default_factory=time.perf_counter)
+    arrived: float
     queued: bool = True
 
 
@@ -136,7 +136,8 @@ class Batcher:
             raise Refusal("unavailable", "the model is being unloaded", retry_after=1.0)
         if self._rows + rows > self.rules.max_queue:
             raise Refusal("overloaded", "Exceeds maximum queue size", retry_after=self.busy_for())
-        entry = _Waiting(inputs, rows, asyncio.get_running_loop().create_future())
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        entry = _Waiting(inputs, rows, future, arrived=time.perf_counter())
         self._queue.append(entry)
         self._count(rows)
         self._arrival.set()
