@@ -216,7 +216,7 @@ class Choice(_Record):
     """What ``vitdeploy bench --pick`` found best on a machine."""
 
     machine: tuple[str, ...]
-    """As ``vitdeploy.cli.diagnosis.machine_name`` says."""
+    """As ``vitdeploy.machine.identity.machine_name`` says."""
     goal: Literal["latency", "throughput"]
     max_latency_ms: float | None = Field(default=None, gt=0)
     backend: str
