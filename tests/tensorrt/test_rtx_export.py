@@ -1,4 +1,4 @@
-"""``vitdeploy export --format tensorrt-rtx`` from the command line, on real models, without a GPU."""
+"""TensorRT for RTX engines by ``vitdeploy engine`` and ``export``, of real models, without a GPU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from tests.helpers.onnx_graphs import widen
 from vitdeploy.bundle.folder import Bundle, BundleWriter
 from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.config import BatchRange, Precision
-from vitdeploy.exporter.engine_request import EngineRequest, orders_of
-from vitdeploy.exporter.onnx import INPUT, OnnxOptions, write_onnx
-from vitdeploy.exporter.request import ExportRequest
+from vitdeploy.exporter.onnx import INPUT, write_onnx
+from vitdeploy.exporter.request import EngineRequest, ExportRequest, orders_of
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
@@ -63,7 +62,7 @@ def unchanged(bundle: Path) -> Iterator[Callable[[], bool]]:
 
 
 def add(bundle: Path, *flags: str) -> Result:
-    return in_a_process("export", "-m", bundle, *RTX, *flags)
+    return in_a_process("engine", bundle, *RTX, *flags)
 
 
 def record_of(bundle: Path, artifact: Artifact) -> EngineRecord:
@@ -179,7 +178,7 @@ def test_inspect_and_verify_tell_of_engines(bundle: Path) -> None:
 def test_engines_can_be_added_without_pytorch(bundle: Path) -> None:
     script = (
         "import sys; sys.modules['torch'] = None\nfrom vitdeploy.cli import main\n"
-        f"sys.exit(main(['export', '-m', {str(bundle)!r}, '--format', 'tensorrt-rtx', '--arch', 'sm_89']))"
+        f"sys.exit(main(['engine', {str(bundle)!r}, '--format', 'tensorrt-rtx', '--arch', 'sm_89']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -192,14 +191,15 @@ def test_engines_can_be_added_without_pytorch(bundle: Path) -> None:
 def test_vit_base(tmp_path: Path, precision: Precision, size: int, tokens: int) -> None:
     batch = BatchRange(1, 8, 64)
     request = ExportRequest(model="B/16", precisions=(precision,), image_size=(size, size), batch=batch)
-    _, subject = request.open()
+    _, subject = open_subject(request)
     (order,), _ = orders_of(EngineRequest(("tensorrt-rtx",), ("sm_89", "sm_80+sm_120")))
     with BundleWriter(tmp_path / "b.bundle") as writer:
         source = write_onnx(
             subject,
             PrecisionPlan.of(precision),
             writer,
-            OnnxOptions(batch),
+            batch=batch,
+            opset=20,
             example=torch.zeros(1, 3, size, size),
             requested=precision,
         )
@@ -252,7 +252,7 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
         2,
         "no profile serves batch sizes 2 to 3",
     ),
-    (("--arch", "sm_89", "--batch", "1,2,4"), 2, "engines are added to it, and --batch cannot change it"),
+    (("--arch", "sm_89", "--batch", "1,2,4"), 2, "no such option: --batch"),
     (("--format", "onnx"), 2, "'onnx' is no format of engines"),
     (("--format", "tensort"), 2, "'tensort' is no format of engines; did you mean 'tensorrt'?"),
     (("--arch", "sm_89", "--format", "tensorrt"), 3, "a TensorRT engine needs the library 'tensorrt'"),
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(bundle: Path, unchanged: Callab
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))\n"
         "from vitdeploy.cli import main\n"
-        f"sys.exit(main(['export', '-m', {str(bundle)!r}, '--format', 'tensorrt-rtx', '--arch', 'sm_89']))"
+        f"sys.exit(main(['engine', {str(bundle)!r}, '--format', 'tensorrt-rtx', '--arch', 'sm_89']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -309,7 +309,7 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(bundle: Path, unchanged: Callab
 def building(bundle: Path) -> subprocess.Popen[str]:
     """A build of many engines, at the moment when the first lies on the disk."""
     process = subprocess.Popen(
-        [*COMMAND, "export", "-m", bundle, *RTX, "--arch", "sm_75,sm_80,sm_86,sm_89", "--precision", "fp16"],
+        [*COMMAND, "engine", bundle, *RTX, "--arch", "sm_75,sm_80,sm_86,sm_89", "--precision", "fp16"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -27,12 +27,19 @@ from vitdeploy.checkpoint.families.base import Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.positions import fit_positions
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_json, read_shards, read_weights
-from vitdeploy.config import Preprocess, Size, ViTConfig, decode_variant, is_variant, variant_names
+from vitdeploy.config import (
+    DEFAULT_MODEL,
+    Preprocess,
+    Size,
+    ViTConfig,
+    decode_variant,
+    is_variant,
+    variant_names,
+)
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError, did_you_mean
 from vitdeploy.model.vit import expected_shapes
 
-DEFAULT_MODEL = "vit_base_patch16_224"
 DIGITS = "digits"
 
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

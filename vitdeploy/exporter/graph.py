@@ -16,10 +16,10 @@ from torch import nn
 
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ExportError
+from vitdeploy.exporter.request import OLDEST_OPSET
 from vitdeploy.model.deployed import LoweredViT
 from vitdeploy.model.vit import public_name
 
-OLDEST_OPSET, NEWEST_OPSET = 17, 23
 _NEWER_THAN_17 = 18
 _MARK = 1_000_003
 """A batch size, never allocated, that is prime and larger than any dimension of a model."""

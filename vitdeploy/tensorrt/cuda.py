@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-def installed() -> bool:
+def cuda_core_installed() -> bool:
     """Whether ``cuda.core`` is there; imports nothing."""
     try:
         return importlib.util.find_spec("cuda.core") is not None

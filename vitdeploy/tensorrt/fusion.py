@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from vitdeploy.tensorrt.layers import MOVING, Layer, operator_of
+from vitdeploy.tensorrt.proof import MOVING, Layer, operator_of
 
 Pattern = Literal["attention", "LayerNorm", "GELU"]
 _HALF = ("float16", "bfloat16", "float8e4m3fn", "int8")
@@ -21,7 +21,7 @@ _BETWEEN = MOVING | {"ELEMENTWISE", "CAST", "SCALE", "QUANTIZE", "DEQUANTIZE"}
 _GELU_OPERATORS = ("Gelu", "Erf")
 
 
-class Place(BaseModel):
+class FusionSite(BaseModel):
     """One place in the model where a fused kernel is to be expected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +43,7 @@ class FusionReport(BaseModel):
 
     source: Literal["network", "engine"]
     """``network``: what TensorRT can fuse; ``engine``: what the built engine does."""
-    places: tuple[Place, ...]
+    places: tuple[FusionSite, ...]
 
     def lines(self) -> tuple[str, ...]:
         """For people: ``11/12 attention can be fused``, then what cannot and why."""
@@ -57,7 +57,7 @@ class FusionReport(BaseModel):
         for place in self.places:
             if not place.fused:
                 reasons.setdefault(f"{place.pattern}: {place.reason}", []).append(place.site)
-        lines += [f"not fused, {reason} ({_some(sites)})" for reason, sites in reasons.items()]
+        lines += [f"not fused, {reason} ({_listed(sites)})" for reason, sites in reasons.items()]
         return tuple(lines)
 
 
@@ -81,7 +81,7 @@ def fused(engine: Sequence[Layer], network: FusionReport) -> FusionReport:
     return FusionReport(source="engine", places=tuple(places))
 
 
-def _attentions(layers: Sequence[Layer]) -> Iterator[Place]:
+def _attentions(layers: Sequence[Layer]) -> Iterator[FusionSite]:
     producers = {tensor: layer for layer in layers for tensor in layer.writes}
     readers: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -89,7 +89,7 @@ def _attentions(layers: Sequence[Layer]) -> Iterator[Place]:
             readers.setdefault(tensor, []).append(layer)
     for layer in layers:
         if layer.kind == "ATTENTION_INPUT":
-            yield Place(site=_site(layer), pattern="attention", nodes=_nodes(layer), fused=True)
+            yield FusionSite(site=_site(layer), pattern="attention", nodes=_nodes(layer), fused=True)
         if layer.kind != "SOFTMAX":
             continue
         scores, mixed = _before(layer, producers), _after(layer, readers)
@@ -97,7 +97,7 @@ def _attentions(layers: Sequence[Layer]) -> Iterator[Place]:
         reason = _objection(scores, layer, mixed)
         nodes = tuple(node for part in parts for node in _nodes(part))
         site = _site(scores or layer)
-        yield Place(site=site, pattern="attention", nodes=nodes, fused=not reason, reason=reason)
+        yield FusionSite(site=site, pattern="attention", nodes=nodes, fused=not reason, reason=reason)
 
 
 def _before(layer: Layer, producers: dict[str, Layer]) -> Layer | None:
@@ -133,19 +133,19 @@ def _objection(scores: Layer | None, softmax: Layer, mixed: Layer | None) -> str
     return ""
 
 
-def _norms(layers: Sequence[Layer]) -> Iterator[Place]:
+def _norms(layers: Sequence[Layer]) -> Iterator[FusionSite]:
     for layer in layers:
         if layer.kind == "NORMALIZATION":
-            yield Place(site=_site(layer), pattern="LayerNorm", nodes=_nodes(layer), fused=True)
+            yield FusionSite(site=_site(layer), pattern="LayerNorm", nodes=_nodes(layer), fused=True)
 
 
-def _gelus(layers: Sequence[Layer]) -> Iterator[Place]:
+def _gelus(layers: Sequence[Layer]) -> Iterator[FusionSite]:
     for layer in layers:
         if any(operator_of(node) in _GELU_OPERATORS for node in layer.nodes):
-            yield Place(site=_site(layer), pattern="GELU", nodes=_nodes(layer), fused=True)
+            yield FusionSite(site=_site(layer), pattern="GELU", nodes=_nodes(layer), fused=True)
 
 
-def _why(place: Place, kernels: int) -> str:
+def _why(place: FusionSite, kernels: int) -> str:
     if place.reason:
         return place.reason
     if not kernels:
@@ -162,5 +162,5 @@ def _site(layer: Layer) -> str:
     return _nodes(layer)[0].rsplit("/", 1)[0]
 
 
-def _some(sites: Sequence[str]) -> str:
+def _listed(sites: Sequence[str]) -> str:
     return ", ".join(sites[:3]) + (f" and {len(sites) - 3} more" if len(sites) > 3 else "")

@@ -17,7 +17,7 @@ from vitdeploy.verification import parity
 Golden = Mapping[str, np.ndarray[Any, Any]]
 
 
-def prove_onnx(
+def onnx_parity(
     bundle: Bundle, artifact: Artifact, golden: Golden, max_abs: float | None
 ) -> list[ParityRecord]:
     """Run an ONNX artifact at each of its batch sizes.
@@ -33,7 +33,7 @@ def prove_onnx(
     raise MissingDependency("openvino", extra="openvino", purpose=f"proving {artifact.path} on this machine")
 
 
-def prove_engines(
+def engines_parity(
     bundle: Bundle, engines: Sequence[Artifact], golden: Golden, max_abs: float | None, progress: Progress
 ) -> list[ParityRecord]:
     """Run every engine that this machine can run; note those that it cannot.
