@@ -1,6 +1,7 @@
 """vitdeploy carries a Vision Transformer checkpoint to production, and proves each step.
 
-``export`` writes a bundle, ``add_engines`` adds TensorRT engines to it, ``load`` runs it, ``verify`` proves it on this machine, ``bench`` measures it.
+``export`` writes a bundle, ``add_engines`` adds TensorRT engines to it, ``load`` runs it, ``verify`` proves
+it on this machine, ``bench`` measures it.
 Every error raised on purpose is a ``vitdeploy.errors.VitdeployError``.
 """
 
@@ -120,12 +121,12 @@ def add_engines(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Build TensorRT engines from a bundle's ONNX artifacts, prove them, and add them to it; needs no PyTorch.
+    """Build TensorRT engines from a bundle's ONNX artifacts, prove them, and add them; needs no PyTorch.
 
     Args:
         bundle: its folder, or an opened one; it stays as it was when anything fails.
-        format: ``"tensorrt"``, for the GPU that is here; ``"tensorrt-rtx"``, for ``arch``; ``"auto"``: each that
-            can be built here.
+        format: ``"tensorrt"``, for the GPU that is here; ``"tensorrt-rtx"``, for ``arch``; ``"auto"``: each
+            that can be built here.
         arch: GPUs to build for, ``"sm_89"``; ``"sm_80+sm_89"`` is one engine for both.
         precision: of the artifacts to build from; all of them when omitted.
         engine: ``profiles``, a list of (min, opt, max) batch sizes; and the fields of
@@ -153,7 +154,7 @@ def add_engines(
         precisions=_names(precision),
         **_engine_fields(engine or {}),
     )
-    opened = bundle if isinstance(bundle, BundleFolder) else BundleFolder.open(bundle)
+    opened = bundle if isinstance(bundle, BundleFolder) else BundleFolder.open(pathlib.Path(bundle))
     return add(opened, request, force=force, progress=progress)
 
 

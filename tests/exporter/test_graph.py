@@ -18,7 +18,8 @@ from tests.helpers.models import CONFIGS, pixels, random_vit
 from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, summarise, undeclared
 from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.errors import ExportError
-from vitdeploy.exporter.graph import NEWEST_OPSET, OLDEST_OPSET, trace
+from vitdeploy.exporter.graph import trace
+from vitdeploy.exporter.request import NEWEST_OPSET, OLDEST_OPSET
 from vitdeploy.model import vit as model
 from vitdeploy.model.precision import DTYPES, PrecisionPlan, island_names
 from vitdeploy.model.rewrites import lower

@@ -266,7 +266,7 @@ def test_an_engine_that_fails_while_it_runs(
 
 
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitdeploy.backends.tensorrt.installed", lambda flavour: False)
+    monkeypatch.setattr("vitdeploy.tensorrt.flavours.Flavour.is_installed", False)
 
 
 def no_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:

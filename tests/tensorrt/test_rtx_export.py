@@ -21,6 +21,7 @@ from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.exporter.onnx import INPUT, write_onnx
 from vitdeploy.exporter.request import EngineRequest, ExportRequest, orders_of
+from vitdeploy.exporter.subject import open_subject
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
