@@ -1,4 +1,4 @@
-"""Holding what was built against the reference, on a runtime of this machine. Needs no PyTorch."""
+"""The parity of what was built: run on this machine, held against the float64 reference. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def engines_parity(
             continue
         with progress.stage(f"parity {engine.precision}") as stage:
             with backend.load(bundle, artifact, Options()) as session:
-                found = parity.check_session(session, golden, max_abs=max_abs)
-            stage.detail = f"{engine.name}, {worst(found)}"
-        if trouble := first_failure(found):
+                measured = parity.check_session(session, golden, max_abs=max_abs)
+            stage.detail = f"{engine.name}, {worst(measured)}"
+        if trouble := first_failure(measured):
             raise ParityError(trouble, hint="build it from another precision")
-        records += found
+        records += measured
     return records
 
 

@@ -78,13 +78,13 @@ def run_build_job(job: BuildJob, report: Report) -> BuildResult:
 
 
 def _gpu(flavour: Flavour) -> Gpu:
-    found = find_gpus()
-    if not found:
+    gpus = find_gpus()
+    if not gpus:
         raise DeviceUnavailable(
             f"{flavour.title} builds for the GPU that is here, and there is none",
             hint="build where the GPU is, or --format tensorrt-rtx with --arch, which builds anywhere",
         )
-    return found[0]
+    return gpus[0]
 
 
 class _Work:
@@ -99,8 +99,8 @@ class _Work:
         try:
             self.builder: Builder = library.Builder(self.logger)
         except TypeError as error:  # how the bindings say that there is no CUDA
-            said = log.last_errors()
-            raise DeviceUnavailable(f"{flavour.title} does not start on this machine: {said}") from error
+            errors = log.last_errors()
+            raise DeviceUnavailable(f"{flavour.title} does not start on this machine: {errors}") from error
         flag = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         self.network: INetworkDefinition = self.builder.create_network(flag)
         self.parser: OnnxParser = library.OnnxParser(self.network, self.logger)
@@ -113,8 +113,8 @@ class _Work:
         """
         name = Path(self.job.onnx).name
         if not self.parser.parse_from_file(self.job.onnx):
-            found = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
-            places = dict.fromkeys(_place(error) for error in found if error.node_operator())
+            errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
+            places = dict.fromkeys(_place(error) for error in errors if error.node_operator())
             if not places:
                 raise ExportError(f"{self.flavour.title} cannot read {name}: {self.log.last_errors()}")
             what = f"{self.flavour.title} has no form of {', '.join(places)}"
@@ -147,9 +147,9 @@ class _Work:
         path = Path(self.job.outputs[index])
         with path.open("wb") as file:
             file.write(memoryview(engine))
-        found = self._inspect(engine, proof, fusion, path.name) if self.gpu else None
+        engine_fusion = self._inspect(engine, proof, fusion, path.name) if self.gpu else None
         seconds = round(time.perf_counter() - begin, 3)
-        return BuiltEngine(seconds=seconds, size=path.stat().st_size, fusion=found)
+        return BuiltEngine(seconds=seconds, size=path.stat().st_size, fusion=engine_fusion)
 
     def _configure(self, targets: tuple[str, ...]) -> IBuilderConfig:
         library, settings = self.library, self.job.settings

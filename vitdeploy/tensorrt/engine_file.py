@@ -100,17 +100,17 @@ def check_files(engine: Path, record: EngineRecord) -> None:
         header = read_header(file.read(HEADER_BYTES), str(engine))
     size = engine.stat().st_size
     check_size(header, size, str(engine))
-    said: dict[str, tuple[object, object]] = {
+    stated: dict[str, tuple[object, object]] = {
         "kind": (header.flavour.name, record.flavour),
         "version": (header.version, parse_version(record.version)),
         "size": (size, record.size),
     }
     if header.targets:
-        said["architectures"] = (set(header.targets), set(record.targets))
-    for what, (found, expected) in said.items():
-        if found != expected:
+        stated["architectures"] = (set(header.targets), set(record.targets))
+    for what, (actual, expected) in stated.items():
+        if actual != expected:
             raise BundleError(
-                f"{engine}: its {what} is {found}, and its record says {expected}", hint=REBUILD
+                f"{engine}: its {what} is {actual}, and its record says {expected}", hint=REBUILD
             )
 
 
@@ -143,11 +143,11 @@ def check_machine(record: EngineRecord, version: str, gpu: Gpu, rebuild: str) ->
 def runs_on(targets: Iterable[str], capability: tuple[int, int]) -> bool:
     """Whether one of an engine's targets is this compute capability; ``sm_80+`` is it and all later ones."""
     for target in targets:
-        found = _TARGET.fullmatch(target)
-        if found is None:  # nothing that was built here; whatever it is, it is not this GPU
+        match = _TARGET.fullmatch(target)
+        if match is None:  # nothing that was built here; whatever it is, it is not this GPU
             continue
-        wanted = (int(found["major"]), int(found["minor"]))
-        if capability == wanted or (found["later"] and capability >= wanted):
+        target_capability = (int(match["major"]), int(match["minor"]))
+        if capability == target_capability or (match["later"] and capability >= target_capability):
             return True
     return False
 
@@ -156,5 +156,5 @@ def foreign_to(targets: Sequence[str], gpus: Sequence[Gpu]) -> str | None:
     """Why none of the GPUs here runs an engine for these targets; None if one does, or if there is no GPU."""
     if not gpus or any(runs_on(targets, gpu.capability) for gpu in gpus):
         return None
-    here = ", ".join(dict.fromkeys(gpu.arch for gpu in gpus))
-    return f"it is for {', '.join(targets)}, and the GPU here is {here}"
+    archs = ", ".join(dict.fromkeys(gpu.arch for gpu in gpus))
+    return f"it is for {', '.join(targets)}, and the GPU here is {archs}"

@@ -79,9 +79,9 @@ def import_tensorrt(flavour: Flavour, purpose: str) -> TensorRt:
             )
         raise missing from error
     if parse_version(library.__version__)[0] not in flavour.majors:
-        known = " and ".join(str(major) for major in flavour.majors)
+        majors = " and ".join(str(major) for major in flavour.majors)
         raise UsageError(
-            f"{flavour.title} {library.__version__} is installed, and vitdeploy knows version {known}",
+            f"{flavour.title} {library.__version__} is installed, and vitdeploy knows version {majors}",
             hint=f'pip install "vitdeploy[{flavour.name}]"',
         )
     return library

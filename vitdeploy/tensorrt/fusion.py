@@ -50,9 +50,9 @@ class FusionReport(BaseModel):
         verb = "fused" if self.source == "engine" else "can be fused"
         lines = []
         for pattern in ("attention", "LayerNorm", "GELU"):
-            found = [place for place in self.places if place.pattern == pattern]
-            if found:
-                lines.append(f"{sum(place.fused for place in found)}/{len(found)} {pattern} {verb}")
+            sites = [place for place in self.places if place.pattern == pattern]
+            if sites:
+                lines.append(f"{sum(place.fused for place in sites)}/{len(sites)} {pattern} {verb}")
         reasons: dict[str, list[str]] = {}
         for place in self.places:
             if not place.fused:
@@ -71,13 +71,13 @@ def fused(engine: Sequence[Layer], network: FusionReport) -> FusionReport:
     kernels = [frozenset(layer.nodes) for layer in engine]
     places = []
     for place in network.places:
-        wanted = frozenset(place.nodes)
-        parts = [nodes for nodes in kernels if nodes & wanted]
+        nodes_of_place = frozenset(place.nodes)
+        parts = [nodes for nodes in kernels if nodes & nodes_of_place]
         # A LayerNorm is fused as soon as it is one kernel; a GELU when it rides on another operation's.
         company = place.pattern == "GELU"
-        ok = any(wanted <= nodes and (not company or nodes > wanted) for nodes in parts)
-        found = place.model_copy(update={"fused": ok, "reason": "" if ok else _why(place, len(parts))})
-        places.append(found)
+        ok = any(nodes_of_place <= nodes and (not company or nodes > nodes_of_place) for nodes in parts)
+        updated = place.model_copy(update={"fused": ok, "reason": "" if ok else _why(place, len(parts))})
+        places.append(updated)
     return FusionReport(source="engine", places=tuple(places))
 
 
@@ -102,23 +102,23 @@ def _attentions(layers: Sequence[Layer]) -> Iterator[FusionSite]:
 
 def _before(layer: Layer, producers: dict[str, Layer]) -> Layer | None:
     """The product whose result reaches a softmax."""
-    while layer.reads and (found := producers.get(layer.reads[0])):
-        if found.kind == "MATRIX_MULTIPLY":
-            return found
-        if found.kind not in _BETWEEN:
+    while layer.reads and (producer := producers.get(layer.reads[0])):
+        if producer.kind == "MATRIX_MULTIPLY":
+            return producer
+        if producer.kind not in _BETWEEN:
             return None
-        layer = found
+        layer = producer
     return None
 
 
 def _after(layer: Layer, readers: dict[str, list[Layer]]) -> Layer | None:
     """The product that reads a softmax."""
-    while layer.writes and (found := readers.get(layer.writes[0])):
-        if found[0].kind == "MATRIX_MULTIPLY":
-            return found[0]
-        if found[0].kind not in _BETWEEN:
+    while layer.writes and (followers := readers.get(layer.writes[0])):
+        if followers[0].kind == "MATRIX_MULTIPLY":
+            return followers[0]
+        if followers[0].kind not in _BETWEEN:
             return None
-        layer = found[0]
+        layer = followers[0]
     return None
 
 

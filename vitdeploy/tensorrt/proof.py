@@ -121,13 +121,13 @@ def onnx_nodes(metadata: str) -> tuple[str, ...]:
 
 
 def _inputs(layer: ILayer) -> Iterator[Any]:
-    found = (layer.get_input(index) for index in range(layer.num_inputs))
-    return (tensor for tensor in found if tensor is not None)
+    tensors = (layer.get_input(index) for index in range(layer.num_inputs))
+    return (tensor for tensor in tensors if tensor is not None)
 
 
 def _outputs(layer: ILayer) -> Iterator[Any]:
-    found = (layer.get_output(index) for index in range(layer.num_outputs))
-    return (tensor for tensor in found if tensor is not None)
+    tensors = (layer.get_output(index) for index in range(layer.num_outputs))
+    return (tensor for tensor in tensors if tensor is not None)
 
 
 def _dtype(tensor: Any) -> OpDType:
@@ -180,7 +180,7 @@ def prove_network(layers: Sequence[Layer], precision: Precision, islands: Collec
         precision: the default dtype of the graph it was parsed from.
         islands: its sites that may be in fp32.
     """
-    wanted = NAMES[precision]
+    default = NAMES[precision]
     ops = []
     for layer in layers:
         if layer.kind not in _OPERATORS or not layer.inputs:
@@ -188,7 +188,7 @@ def prove_network(layers: Sequence[Layer], precision: Precision, islands: Collec
         operator = _OPERATORS[layer.kind]
         name = layer.nodes[0] if layer.nodes else layer.name
         dtype = (layer.quantised if operator in GEMMS else None) or layer.inputs[0]
-        island = dtype == "float32" and dtype != wanted and declared(name, islands)
+        island = dtype == "float32" and dtype != default and declared(name, islands)
         ops.append(OpPrecision(name=name, op=operator, dtype=dtype, island=island))
     ok = any(op.op in GEMMS for op in ops) and not _wide(ops, precision)
     return PrecisionProof(ops=tuple(ops), ok=ok)

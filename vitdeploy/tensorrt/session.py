@@ -163,13 +163,13 @@ class Engine:
         spec = self._inputs[0]
         if not isinstance(spec.shape[0], str):
             return
-        found = []
+        ranges = []
         for index in range(self._engine.num_optimization_profiles):
             shapes = self._engine.get_tensor_profile_shape(spec.name, index)
-            found.append(tuple(int(shape[0]) for shape in shapes))
-        said = [(batch.min, batch.opt, batch.max) for batch in self._profiles]
-        if found != said:
-            raise BundleError(f"the engine's profiles are {found}, and its record says {said}")
+            ranges.append(tuple(int(shape[0]) for shape in shapes))
+        recorded = [(batch.min, batch.opt, batch.max) for batch in self._profiles]
+        if ranges != recorded:
+            raise BundleError(f"the engine's profiles are {ranges}, and its record says {recorded}")
 
     def _slot(self, batch: int) -> Slot:
         """The tightest profile that serves a batch size, with its context."""
@@ -251,8 +251,8 @@ class Engine:
         view = self._device.view(tensors[spec.name])
         batch = view.shape[0] if view.shape else 0
         if view.dtype != np.dtype(spec.dtype) or view.shape != tensor_shape(spec, batch):
-            wanted = ", ".join(str(size) for size in spec.shape)
-            raise UsageError(f"{spec.name} must be ({wanted}) {spec.dtype}, not {view.shape} {view.dtype}")
+            shape = ", ".join(str(size) for size in spec.shape)
+            raise UsageError(f"{spec.name} must be ({shape}) {spec.dtype}, not {view.shape} {view.dtype}")
         if not view.on_device or not view.contiguous:
             raise UsageError(f"{spec.name} must lie on the GPU, row by row without gaps")
         return view
