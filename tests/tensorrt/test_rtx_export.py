@@ -14,14 +14,14 @@ import pytest
 import tensorrt_rtx
 import torch
 
-from tests.helpers.commands import COMMAND, Result, in_a_process
+from tests.helpers.commands import COMMAND, Result, in_a_process, in_this_process
 from tests.helpers.onnx_graphs import widen
 from vitdeploy.bundle.folder import Bundle, BundleWriter
 from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.exporter.onnx import INPUT, write_onnx
 from vitdeploy.exporter.request import EngineRequest, ExportRequest, orders_of
-from vitdeploy.exporter.subject import open_subject
+from vitdeploy.exporter.subject import Subject, open_subject
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
@@ -33,20 +33,10 @@ RTX = ("--format", "tensorrt-rtx")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits model as ONNX in three precisions."""
-    folder = tmp_path_factory.mktemp("onnx") / "digits.bundle"
-    flags = ("--fp32", "--fp16", "--bf16", "--format", "onnx", "--batch", "1,8,64")
-    result = in_a_process("export", "-m", "digits", *flags, "-o", folder)
-    assert result.code == 0, result.err
-    return folder
-
-
 @pytest.fixture
-def bundle(exported: Path, tmp_path: Path) -> Path:
-    """A copy of it, to add to."""
-    return Path(shutil.copytree(exported, tmp_path / "digits.bundle"))
+def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
+    """The digits model as ONNX in three precisions, to add to."""
+    return Path(shutil.copytree(digits_onnx, tmp_path / "digits.bundle"))
 
 
 @pytest.fixture
@@ -185,14 +175,19 @@ def test_engines_can_be_added_without_pytorch(bundle: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def vit_base(request: pytest.FixtureRequest) -> Subject:
+    """A ViT-B/16 for square images of so many pixels, opened once for all precisions."""
+    return open_subject(ExportRequest(model="B/16", image_size=(request.param, request.param)))[1]
+
+
 @pytest.mark.parametrize(
-    "precision, size, tokens",
-    [("fp32", 224, 197), ("fp16", 224, 197), ("bf16", 224, 197), ("fp16", 384, 577)],
+    "vit_base, precision, size, tokens",
+    [(224, "fp32", 224, 197), (224, "fp16", 224, 197), (224, "bf16", 224, 197), (384, "fp16", 384, 577)],
+    indirect=["vit_base"],
 )
-def test_vit_base(tmp_path: Path, precision: Precision, size: int, tokens: int) -> None:
-    batch = BatchRange(1, 8, 64)
-    request = ExportRequest(model="B/16", precisions=(precision,), image_size=(size, size), batch=batch)
-    _, subject = open_subject(request)
+def test_vit_base(tmp_path: Path, vit_base: Subject, precision: Precision, size: int, tokens: int) -> None:
+    batch, subject = BatchRange(1, 8, 64), vit_base
     (order,), _ = orders_of(EngineRequest(("tensorrt-rtx",), ("sm_89", "sm_80+sm_120")))
     with BundleWriter(tmp_path / "b.bundle") as writer:
         source = write_onnx(
@@ -262,9 +257,14 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
 
 @pytest.mark.parametrize("flags, code, message", BAD)
 def test_bad_input_is_one_line_and_changes_nothing(
-    bundle: Path, unchanged: Callable[[], bool], flags: tuple[str, ...], code: int, message: str
+    bundle: Path,
+    unchanged: Callable[[], bool],
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    code: int,
+    message: str,
 ) -> None:
-    result = add(bundle, *flags)
+    result = in_this_process(capsys, "engine", bundle, *RTX, *flags)
     assert result.code == code, result.err
     errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -334,12 +334,12 @@ def test_ctrl_c_leaves_no_file(bundle: Path, unchanged: Callable[[], bool]) -> N
     assert unchanged()
 
 
-def test_a_killed_build_leaves_the_bundle_and_the_next_one_cleans_up(bundle: Path, exported: Path) -> None:
+def test_a_killed_build_leaves_the_bundle_and_the_next_one_cleans_up(bundle: Path, digits_onnx: Path) -> None:
     process = building(bundle)
     process.kill()
     process.communicate(timeout=60)
     Bundle.open(bundle).verify()
-    assert Bundle.open(bundle).manifest == Bundle.open(exported).manifest
+    assert Bundle.open(bundle).manifest == Bundle.open(digits_onnx).manifest
     result = add(bundle, "--precision", "fp16", "--arch", "sm_89")
     assert result.code == 0, result.err
     assert list(bundle.parent.iterdir()) == [bundle]
