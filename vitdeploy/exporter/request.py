@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 FORMATS: tuple[str, ...] = (AUTO, "onnx", *FLAVOURS, AOT)
-FOLDER = "engines"
+_FOLDER = "engines"
 OLDEST_OPSET, NEWEST_OPSET = 17, 23
 Group = tuple[str, ...]
 """Architectures of one engine."""
@@ -319,7 +319,7 @@ class PlannedEngine:
     @property
     def folder(self) -> str:
         """Where it lies; the engines of TensorRT for RTX apart from TensorRT's."""
-        return f"{FOLDER}/{'+'.join(self.targets)}{'-rtx' if self.order.flavour.portable else ''}"
+        return f"{_FOLDER}/{'+'.join(self.targets)}{'-rtx' if self.order.flavour.portable else ''}"
 
     @property
     def path(self) -> str:

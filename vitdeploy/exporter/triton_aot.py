@@ -23,7 +23,7 @@ from vitdeploy.progress import Progress
 if TYPE_CHECKING:
     from vitdeploy_kernels.launch import Launch
 
-FOLDER = "kernels"
+_FOLDER = "kernels"
 _OPERANDS = ("weight_ptr", "qkv_ptr", "queries_ptr", "x_ptr")
 
 
@@ -51,7 +51,7 @@ def write_kernels(
     for arch, table in chosen.items():
         plan = _launches(config, precision, batch, output, input_kind, table)
         needed[arch] = [launch for _, launch in plan]
-    root = writer.file(f"{FOLDER}/{precision}/{TABLE}").parent
+    root = writer.file(f"{_FOLDER}/{precision}/{TABLE}").parent
     with progress.stage(f"{AOT} {precision}") as stage:
         try:
             files = package.write_package(root, needed)

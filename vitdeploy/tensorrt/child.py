@@ -42,7 +42,7 @@ def build_engines(job: BuildJob, report: Report) -> BuildResult:
                 report(message["phase"], message["fraction"])
             return BuildResult.model_validate(message["result"])
     except WorkerFailure as failure:
-        hint = "--format onnx does without engines"
+        hint = "an export with --format onnx does without engines"
         if failure.killed:
             hint = "the system kills what takes too much memory: free some, or build on a larger machine"
         raise ExportError(str(failure), hint=hint) from failure
