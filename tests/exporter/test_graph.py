@@ -19,9 +19,9 @@ from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, summarise, 
 from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.errors import ExportError
 from vitdeploy.exporter.graph import NEWEST_OPSET, OLDEST_OPSET, trace
-from vitdeploy.model import vit as model
 from vitdeploy.model.precision import DTYPES, PrecisionPlan, island_names
-from vitdeploy.model.rewrites import lower
+from vitdeploy.model.rewrites import deploy
+from vitdeploy.model.vit import ViT, forward_float64
 
 NAMES = ("pixel_values", "logits")
 RANGE = BatchRange(1, 2, 8)
@@ -32,7 +32,7 @@ def emit(
 ):  # type: ignore[no-untyped-def]
     """Write the deployed model's graph; return the reference model and the file's proto."""
     vit = random_vit(config, spread=0.2)
-    deployed = lower(vit, PrecisionPlan(DTYPES[precision]))  # type: ignore[index]
+    deployed = deploy(vit, PrecisionPlan(DTYPES[precision]))  # type: ignore[index]
     ir.save(trace(deployed, pixels(config, 1), batch=batch, opset=opset, names=NAMES), path)
     return vit, onnx.load(path)
 
@@ -43,11 +43,11 @@ def largest_block(proto: onnx.ModelProto) -> int:
     return max(Counter(name[1] for name in names if name[0] == "blocks").values())
 
 
-def relative_error(path: Path, vit: model.ViT, config: ViTConfig, batch: int = 3) -> float:
+def relative_error(path: Path, vit: ViT, config: ViTConfig, batch: int = 3) -> float:
     x = pixels(config, batch)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     got = session.run(None, {"pixel_values": x.numpy()})[0]
-    expected = model.forward_float64(vit, x).numpy()
+    expected = forward_float64(vit, x).numpy()
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
@@ -132,7 +132,7 @@ def test_the_proof_lists_what_the_file_holds(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     emit(config, tmp_path / "m.onnx", precision="fp16")
     plan = PrecisionPlan.of("fp16")
-    islands = island_names(lower(random_vit(config), plan), plan)
+    islands = island_names(deploy(random_vit(config), plan), plan)
     proof = prove_precision(read_graph(tmp_path / "m.onnx"), "fp16", islands)
     gemms = [row for row in proof.ops if row.op in ("MatMul", "Gemm")]
     norms = [row for row in proof.ops if row.op == "LayerNormalization"]
@@ -146,7 +146,7 @@ def test_the_proof_lists_what_the_file_holds(tmp_path: Path) -> None:
 def test_the_proof_finds_a_gemm_that_silently_stayed_in_fp32(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     plan = PrecisionPlan.of("fp16").with_islands(frozenset({"blocks.1.mlp.fc1"}))
-    deployed = lower(random_vit(config), plan)
+    deployed = deploy(random_vit(config), plan)
     ir.save(trace(deployed, pixels(config, 1), batch=RANGE, opset=20, names=NAMES), tmp_path / "m.onnx")
     proto = read_graph(tmp_path / "m.onnx")
     assert prove_precision(proto, "fp16", island_names(deployed, plan)).ok

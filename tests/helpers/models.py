@@ -49,7 +49,7 @@ def random_state(config: ViTConfig, seed: int = 0, spread: float = 0.3) -> dict[
 
 
 def random_vit(config: ViTConfig, seed: int = 0, spread: float = 0.3) -> vit.ViT:
-    return vit.build(config, random_state(config, seed, spread))
+    return vit.build_vit(config, random_state(config, seed, spread))
 
 
 def pixels(config: ViTConfig, count: int = 3, seed: int = 1) -> Tensor:

@@ -232,13 +232,13 @@ def load_vit(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from vitdeploy.model.vit import Attention, build
+    from vitdeploy.model.vit import Attention, build_vit
 
     config, path = bundle.manifest.model, bundle.path(WEIGHTS)
     assert config is not None
     try:
         state = {name: tensor.to(device, dtype) for name, tensor in load_file(path).items()}
-        return build(config, state, attention or Attention)
+        return build_vit(config, state, attention or Attention)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise BundleError(f"{path}: not the weights of this model: {one_line(error)}") from error
 

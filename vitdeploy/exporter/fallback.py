@@ -50,7 +50,7 @@ class _Search:
 
 @torch.inference_mode()
 def smallest_islands(
-    model: deployed.LoweredViT, plan: PrecisionPlan, inputs: Tensor, accepts: Verdict
+    model: deployed.DeployedViT, plan: PrecisionPlan, inputs: Tensor, accepts: Verdict
 ) -> Proposal | None:
     """Find the fewest islands with which ``plan`` gives an acceptable output.
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ExportError
-from vitdeploy.model.deployed import LoweredViT
+from vitdeploy.model.deployed import DeployedViT
 from vitdeploy.model.vit import public_name
 
 OLDEST_OPSET, NEWEST_OPSET = 17, 23
@@ -41,7 +41,7 @@ def trace(
     Raises:
         ExportError: PyTorch cannot trace the module, or ONNX has no form of it at this opset.
     """
-    marked = isinstance(module, LoweredViT) and not batch.fixed
+    marked = isinstance(module, DeployedViT) and not batch.fixed
     rows = batch.min if batch.fixed else _MARK if marked else 2
     image = torch.zeros((1, *example.shape[1:]), dtype=example.dtype).expand(rows, *example.shape[1:])
     symbolic = None if batch.fixed or marked else ({0: torch.export.Dim("N", min=1, max=max(batch.max, 2))},)

@@ -294,7 +294,7 @@ class _Job:
         with self.progress.stage(f"parity {plan.name}") as stage:
             draft = self._manifest([*self.artifacts, artifact])
             bundle = self.writer.seal(draft)
-            self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what lowering has read
+            self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what the rewrites have read
             release()
             records = prove_onnx(bundle, bundle.artifact(artifact.name), self.golden, self.request.atol)
             release()

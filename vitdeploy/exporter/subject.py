@@ -18,9 +18,9 @@ from vitdeploy.errors import ExportError, UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
 from vitdeploy.exporter.user_module import island_norms, only_tensor, rehearse, wrap
 from vitdeploy.model import vit
-from vitdeploy.model.deployed import LoweredViT
+from vitdeploy.model.deployed import DeployedViT
 from vitdeploy.model.precision import PrecisionPlan, island_names
-from vitdeploy.model.rewrites import applied_rewrites, forward_flops, lower, normalisation
+from vitdeploy.model.rewrites import applied_rewrites, deploy, forward_flops, normalisation
 
 
 class Subject(ABC):
@@ -43,7 +43,7 @@ class Subject(ABC):
 
     @abstractmethod
     def reference(self, inputs: Tensor) -> Tensor:
-        """The float64 outputs of the unlowered model; inputs are what artifacts read."""
+        """The float64 outputs of the original model; inputs are what artifacts read."""
 
     @abstractmethod
     def deployed(self, plan: PrecisionPlan) -> nn.Module:
@@ -84,14 +84,14 @@ class VitSubject(Subject):
         self.input = input_kind
         self.rewrites = applied_rewrites(config, self.output, input_kind)
         self.flops = forward_flops(config)
-        self._vit = vit.build(config, checkpoint.state)
+        self._vit = vit.build_vit(config, checkpoint.state)
 
     @property
     def state(self) -> Mapping[str, Tensor]:
         return vit.state_of(self._vit)
 
     def reload(self, path: Path) -> None:
-        self._vit = vit.build(self._vit.config, load_file(path))
+        self._vit = vit.build_vit(self._vit.config, load_file(path))
 
     def reference(self, inputs: Tensor) -> Tensor:
         if self.input == "uint8":
@@ -99,8 +99,8 @@ class VitSubject(Subject):
             inputs = (inputs.double() * scale + shift).permute(0, 3, 1, 2)
         return vit.forward_float64(self._vit, inputs, self.output)
 
-    def deployed(self, plan: PrecisionPlan) -> LoweredViT:
-        return lower(self._vit, plan, output=self.output, input_kind=self.input, preprocess=self.preprocess)
+    def deployed(self, plan: PrecisionPlan) -> DeployedViT:
+        return deploy(self._vit, plan, output=self.output, input_kind=self.input, preprocess=self.preprocess)
 
     def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
         return emulate(self.deployed(plan).float(), plan, inputs)

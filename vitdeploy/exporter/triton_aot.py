@@ -115,9 +115,9 @@ def _launches(
     table: Any,
 ) -> list[tuple[str, Launch]]:
     """The launches of all batch buckets, those of the largest last, with their sites."""
-    from vitdeploy.model.fused import buckets_of, shape_of
+    from vitdeploy.model.fused import buckets_of, kernel_shape
 
-    shape, dtype = shape_of(config, output, input_kind), DTYPES[precision]
+    shape, dtype = kernel_shape(config, output, input_kind), DTYPES[precision]
     planner = _library("planner")
     return [pair for size in buckets_of(batch) for pair in planner.launches(shape, dtype, size, table)]
 

@@ -3,7 +3,8 @@
 Every module computes in the dtype its parameters have and casts what reaches it; where dtypes agree,
 no cast is traced. Linear weights lie as (in, out), so that a GEMM is one MatMul with a named weight.
 Shapes that are known at export are constants, the batch is the -1 of a reshape: no Shape operator is
-traced. :mod:`vitdeploy.model.rewrites` builds these modules from the reference model.
+traced. ``DeployedX`` is the counterpart of ``X`` in :mod:`vitdeploy.model.vit`, and
+:mod:`vitdeploy.model.rewrites` makes it from that.
 
 Shapes in comments: N images, C channels, P patch, T tokens, Q tokens that are read at the end,
 D width, h heads, d columns of a head.
@@ -86,7 +87,7 @@ class Softmax(nn.Module):
         return scores.to(self.dtype or scores.dtype).softmax(dim=-1)
 
 
-class Attention(nn.Module):
+class DeployedAttention(nn.Module):
     """Self-attention with one GEMM for queries, keys and values; ``qkv`` has columns (3, h, d)."""
 
     def __init__(self, qkv: Linear, proj: Linear, heads: int, scale: float) -> None:
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(-1, tokens, width))  # (N, T, D)
 
 
-class Mlp(nn.Module):
+class DeployedMlp(nn.Module):
     """Two GEMMs with an activation between them, gated where the model is."""
 
     def __init__(self, fc1: Linear, fc2: Linear, activation: Activation, gated: bool) -> None:
@@ -122,10 +123,10 @@ class Mlp(nn.Module):
         return self.fc2(ACTIVATIONS[self.activation](x))
 
 
-class Block(nn.Module):
+class DeployedBlock(nn.Module):
     """Pre-norm block; layer scale is already part of ``attn.proj`` and ``mlp.fc2``."""
 
-    def __init__(self, norm1: Norm, attn: nn.Module, norm2: Norm, mlp: Mlp) -> None:
+    def __init__(self, norm1: Norm, attn: nn.Module, norm2: Norm, mlp: DeployedMlp) -> None:
         super().__init__()
         self.norm1, self.attn, self.add1 = norm1, attn, Add()
         self.norm2, self.mlp, self.add2 = norm2, mlp, Add()
@@ -168,7 +169,7 @@ def first_tokens(x: Tensor, count: int) -> Tensor:
     return x[:, 0] if count == 1 else x[:, :count].reshape(-1, x.shape[2])
 
 
-class AbsorbedBlock(Block):
+class AbsorbedBlock(DeployedBlock):
     """The last block when only the first Q tokens are read: (N, T, D) -> (N Q, D)."""
 
     attn: AbsorbedAttention
@@ -189,7 +190,7 @@ class Tokens(nn.Module):
         return x.to(self.value.dtype) + self.value
 
 
-class Embedding(nn.Module):
+class DeployedEmbedding(nn.Module):
     """Pixels to tokens by one GEMM; prefix tokens, positions and bias are one constant (T, D).
 
     The prefix rows enter as rows of zeros below which the constant lies, so no token is expanded at run time.
@@ -232,7 +233,7 @@ class Pool(nn.Module):
         return torch.cat([x[:, 0], mean], dim=1) if self.both else mean
 
 
-class Readout(nn.Module):
+class DeployedReadout(nn.Module):
     """Final LayerNorm, pooling and head. An absorbed block hands over rows, the pooled tokens alone."""
 
     def __init__(
@@ -263,10 +264,12 @@ class Readout(nn.Module):
         return x if self.head is None else self.head(x)
 
 
-class LoweredViT(nn.Module):
+class DeployedViT(nn.Module):
     """A ViT in its deployed form: pixels in, one output, float32 out whatever runs inside."""
 
-    def __init__(self, embedding: Embedding, blocks: list[Block], readout: Readout) -> None:
+    def __init__(
+        self, embedding: DeployedEmbedding, blocks: list[DeployedBlock], readout: DeployedReadout
+    ) -> None:
         super().__init__()
         self.embedding, self.blocks, self.readout = embedding, nn.ModuleList(blocks), readout
         self.output_dtype = torch.float32

@@ -247,7 +247,7 @@ def parameter_count(config: ViTConfig) -> int:
     return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
 
 
-def build(config: ViTConfig, state: Mapping[str, Tensor], attention: type[Attention] = Attention) -> ViT:
+def build_vit(config: ViTConfig, state: Mapping[str, Tensor], attention: type[Attention] = Attention) -> ViT:
     """Return the reference model holding ``state``'s tensors as they are: no copy, no conversion.
 
     Args:

@@ -1,6 +1,6 @@
 """Does an artifact compute what the checkpoint computes? Metrics, tolerances, verdicts.
 
-The reference is the unlowered model in float64 on the bundle's golden inputs, computed at export. Here
+The reference is the original model in float64 on the bundle's golden inputs, computed at export. Here
 is numpy only, so that a bundle can be verified where it runs.
 """
 
