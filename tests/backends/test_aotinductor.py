@@ -20,7 +20,7 @@ from vitdeploy.bundle.manifest import Precision
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
 from vitdeploy.machine.cache import cache_folder
-from vitdeploy.model.vit import forward_float64
+from vitdeploy.model.reference import forward_float64
 from vitdeploy.verification.local import runnable
 from vitdeploy.verification.parity import check_session
 

@@ -21,7 +21,7 @@ from vitdeploy.backends.torch_compile import TorchCompile
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Precision
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency, UsageError
-from vitdeploy.model.vit import forward_float64
+from vitdeploy.model.reference import forward_float64
 from vitdeploy.verification.parity import check_session
 
 Make = Callable[..., Bundle]

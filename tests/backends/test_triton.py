@@ -23,7 +23,7 @@ from vitdeploy.bundle.manifest import Precision
 from vitdeploy.cli import main
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
 from vitdeploy.machine.gpus import Gpu
-from vitdeploy.model.vit import forward_float64
+from vitdeploy.model.reference import forward_float64
 from vitdeploy.verification.parity import check_session
 
 Make = Callable[..., Bundle]

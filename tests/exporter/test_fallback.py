@@ -10,8 +10,9 @@ from tests.helpers.models import CONFIGS, pixels, random_vit
 from vitdeploy.exporter.fallback import Proposal, Verdict, emulate, smallest_islands
 from vitdeploy.model.deployed import DeployedViT
 from vitdeploy.model.precision import PrecisionPlan
+from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.rewrites import deploy
-from vitdeploy.model.vit import ViT, forward_float64
+from vitdeploy.model.vit import ViT
 
 CONFIG = CONFIGS["vit"]
 FP16 = PrecisionPlan.of("fp16")

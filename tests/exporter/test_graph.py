@@ -20,8 +20,9 @@ from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.errors import ExportError
 from vitdeploy.exporter.graph import NEWEST_OPSET, OLDEST_OPSET, trace
 from vitdeploy.model.precision import DTYPES, PrecisionPlan, island_names
+from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.rewrites import deploy
-from vitdeploy.model.vit import ViT, forward_float64
+from vitdeploy.model.vit import ViT
 
 NAMES = ("pixel_values", "logits")
 RANGE = BatchRange(1, 2, 8)

@@ -24,7 +24,8 @@ from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
-from vitdeploy.model.vit import build_vit, forward_float64
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.registry import build_reference
 from vitdeploy.progress import Progress
 from vitdeploy.tensorrt.records import BuildSettings
 
@@ -88,7 +89,7 @@ def test_a_bundle_holds_everything_it_promises(tmp_path: Path) -> None:
 def test_golden_outputs_are_the_float64_references(tmp_path: Path) -> None:
     bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2))
     golden = bundle.golden()
-    vit = build_vit(SHALLOW, {n: t.double() for n, t in random_state(SHALLOW, spread=0.2).items()})
+    vit = build_reference(SHALLOW, {n: t.double() for n, t in random_state(SHALLOW, spread=0.2).items()})
     with torch.inference_mode():
         expected = vit(torch.from_numpy(golden["pixel_values"]).double())
     np.testing.assert_allclose(golden["reference"], expected.numpy(), rtol=0, atol=1e-12)
@@ -109,7 +110,7 @@ def test_input_kinds_agree_on_the_same_images(tmp_path: Path, kind: str) -> None
 
     raw = np.stack(golden_images((32, 48))).astype(np.float64)
     normalised = (raw / 255 - np.array(spec.mean)) / np.array(spec.std)
-    vit = build_vit(SHALLOW, random_state(SHALLOW, spread=0.2))
+    vit = build_reference(SHALLOW, random_state(SHALLOW, spread=0.2))
     expected = forward_float64(vit, torch.from_numpy(normalised).permute(0, 3, 1, 2))
     np.testing.assert_allclose(golden["reference"], expected.numpy(), rtol=0, atol=1e-5)
 

@@ -13,7 +13,7 @@ from tests.helpers.models import CONFIGS, pixels, random_state, random_vit
 from vitdeploy.bundle.folder import WEIGHTS, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, Provenance, TensorSpec
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig
-from vitdeploy.model.vit import forward_float64
+from vitdeploy.model.reference import forward_float64
 
 CONFIG = CONFIGS["vit"]
 SPEC = Preprocess(size=CONFIG.image_size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))

@@ -13,7 +13,8 @@ from tests.helpers.models import CONFIGS, SMALL, pixels, random_vit
 from vitdeploy.config import Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
 from vitdeploy.model import fused, rewrites
-from vitdeploy.model.vit import Block, forward_float64
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.vit import Block
 
 EXACT = 1e-12
 

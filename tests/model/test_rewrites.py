@@ -14,8 +14,9 @@ from vitdeploy.config import Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
 from vitdeploy.model import rewrites
 from vitdeploy.model.precision import PrecisionPlan, island_names, sites
+from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.rewrites import deploy
-from vitdeploy.model.vit import Block, forward_float64
+from vitdeploy.model.vit import Block
 
 EXACT = 1e-12
 

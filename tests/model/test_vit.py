@@ -10,15 +10,9 @@ import torch
 
 from tests.helpers.models import CONFIGS, SMALL, pixels, random_state, random_vit
 from vitdeploy.config import ViTConfig, decode_variant
-from vitdeploy.model.vit import (
-    Attention,
-    FusedAttention,
-    build_vit,
-    forward_float64,
-    parameter_count,
-    sincos2d,
-    state_of,
-)
+from vitdeploy.model.reference import forward_float64, state_of
+from vitdeploy.model.registry import build_reference, parameter_count
+from vitdeploy.model.vit import Attention, FusedAttention, sincos2d
 
 
 @pytest.mark.parametrize(
@@ -32,7 +26,7 @@ def test_parameter_counts_are_the_papers(name: str, millions: float) -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_streamed_float64_is_the_whole_model_in_float64(config: ViTConfig) -> None:
     vit, x = random_vit(config), pixels(config)
-    whole = build_vit(config, {name: t.double() for name, t in random_state(config).items()})
+    whole = build_reference(config, {name: t.double() for name, t in random_state(config).items()})
     with torch.inference_mode():
         for output in config.outputs:
             torch.testing.assert_close(
@@ -43,7 +37,8 @@ def test_streamed_float64_is_the_whole_model_in_float64(config: ViTConfig) -> No
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_fused_attention_is_the_same_function(config: ViTConfig) -> None:
     state = {name: t.double() for name, t in random_state(config).items()}
-    plain, fused = (build_vit(config, state, kind) for kind in (Attention, FusedAttention))
+    plain, fused = (build_reference(config, state, fused_attention=fused) for fused in (False, True))
+    assert {type(block.attn) for block in plain.blocks} == {Attention}
     assert {type(block.attn) for block in fused.blocks} == {FusedAttention}
     x = pixels(config).double()
     with torch.inference_mode():
@@ -107,7 +102,7 @@ def test_sinusoidal_table_by_its_formula() -> None:
 
 def test_building_shares_the_weights() -> None:
     state = random_state(CONFIGS["vit"])
-    held = state_of(build_vit(CONFIGS["vit"], state))
+    held = state_of(build_reference(CONFIGS["vit"], state))
     assert set(held) == set(state)
     assert all(held[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items())
 

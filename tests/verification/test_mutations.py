@@ -40,7 +40,8 @@ from vitdeploy.model.deployed import (
     DeployedReadout,
     Norm,
 )
-from vitdeploy.model.vit import Block, Embedding, Mlp, Readout, build_vit
+from vitdeploy.model.registry import build_reference
+from vitdeploy.model.vit import Block, Embedding, Mlp, Readout
 from vitdeploy.verification import parity
 from vitdeploy.verification.local import verify_bundle
 
@@ -219,7 +220,7 @@ def test_one_nan_weight_is_named_when_it_is_loaded(tmp_path: Path) -> None:
 
 
 def test_one_nan_weight_is_named_when_it_appears_later() -> None:
-    vit = build_vit(CONFIG, random_state(CONFIG))
+    vit = build_reference(CONFIG, random_state(CONFIG))
     vit.blocks[1].mlp.fc2.weight[3, 5] = float("nan")
     with pytest.raises(PrecisionError, match=r"blocks\.1\.mlp\.fc2\.weight"):
         rewrites.deploy(vit, run.PrecisionPlan.of("fp32"))

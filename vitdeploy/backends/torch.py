@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from vitdeploy.model.vit import Attention, ViT
+    from vitdeploy.model.reference import Reference
 
 Forward = Callable[["Tensor"], "Tensor"]
 
@@ -88,9 +88,8 @@ class Torch:
         self, bundle: Bundle, precision: Precision, batch: BatchRange | None, device: str
     ) -> Forward:
         """The function of a session: the network's input to float32 output."""
-        from vitdeploy.model.vit import FusedAttention
-
-        return forward_of(load_vit(bundle, dtype_of(precision), device, FusedAttention), bundle.manifest)
+        model = load_reference(bundle, dtype_of(precision), device, fused_attention=True)
+        return forward_of(model, bundle.manifest)
 
 
 def reference_session(bundle: Bundle) -> Session:
@@ -104,7 +103,7 @@ def reference_session(bundle: Bundle) -> Session:
     torch = library(Torch.name)
     require_support(Torch(), bundle, None)
     bundle.verify_hashes([WEIGHTS])
-    vit, manifest = load_vit(bundle, torch.float64), bundle.manifest
+    model, manifest = load_reference(bundle, torch.float64), bundle.manifest
     facts = SessionFacts(
         backend=Torch.name,
         artifact=WEIGHTS,
@@ -113,11 +112,11 @@ def reference_session(bundle: Bundle) -> Session:
         device="cpu",
         provider="cpu",
         batch=None,
-        inputs=(input_spec(vit.config, manifest.input),),
-        outputs=(output_spec(vit.config, manifest.output),),
+        inputs=(input_spec(model.config, manifest.input),),
+        outputs=(output_spec(model.config, manifest.output),),
         versions={"torch": str(torch.__version__)},
     )
-    return TorchSession(facts, forward_of(vit, manifest), None)
+    return TorchSession(facts, forward_of(model, manifest), None)
 
 
 class TorchSession(Session):
@@ -218,12 +217,13 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return dtype
 
 
-def load_vit(
+def load_reference(
     bundle: Bundle,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    attention: type[Attention] | None = None,
-) -> ViT:
+    *,
+    fused_attention: bool = False,
+) -> Reference:
     """The model with the bundle's weights, as they are or rounded once; the reference itself by default.
 
     Raises:
@@ -232,25 +232,25 @@ def load_vit(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from vitdeploy.model.vit import Attention, build_vit
+    from vitdeploy.model.registry import build_reference
 
     config, path = bundle.manifest.model, bundle.path(WEIGHTS)
     assert config is not None
     try:
         state = {name: tensor.to(device, dtype) for name, tensor in load_file(path).items()}
-        return build_vit(config, state, attention or Attention)
+        return build_reference(config, state, fused_attention=fused_attention)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise BundleError(f"{path}: not the weights of this model: {one_line(error)}") from error
 
 
-def forward_of(vit: nn.Module, manifest: Manifest) -> Forward:
+def forward_of(model: nn.Module, manifest: Manifest) -> Forward:
     """The model as a function of what artifacts read; uint8 images are normalised in float32."""
     import torch
 
-    weight, output = next(vit.parameters()), manifest.output
+    weight, output = next(model.parameters()), manifest.output
 
     def forward(pixels: Tensor) -> Tensor:
-        outputs: Tensor = vit(pixels.to(weight.dtype), output)
+        outputs: Tensor = model(pixels.to(weight.dtype), output)
         return outputs.to(torch.float32)
 
     if manifest.input == "float" or manifest.preprocess is None:

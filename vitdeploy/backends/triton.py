@@ -21,7 +21,7 @@ from vitdeploy.backends.base import (
     refuse,
     require_support,
 )
-from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_vit
+from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_reference
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 from vitdeploy.config import BatchRange
@@ -73,6 +73,8 @@ class Triton:
             return "it builds a ViT from its configuration, and this bundle holds a module of the user's own"
         if WEIGHTS not in manifest.files:
             return f"the bundle has no {WEIGHTS}"
+        if not manifest.model.fused_kernels:
+            return f"it has no kernels for a model of the kind {manifest.model.kind!r}"
         if artifact is not None and artifact.format == AOT and _interpreted():
             return "its kernels are a GPU's, and the interpreter runs none of them"
         if artifact is not None and artifact.precision == "mixed":
@@ -233,13 +235,14 @@ def _runner(
         DeviceUnavailable: this GPU among several is too old.
         BundleError: the kernels fail, or the memory does not suffice.
     """
-    from vitdeploy.model.fused import buckets_of, fuse
+    from vitdeploy.model.fused import buckets_of
+    from vitdeploy.model.registry import architecture_of
     from vitdeploy_kernels.runner import VitRunner
     from vitdeploy_kernels.support import UnsupportedError
 
-    manifest = bundle.manifest
-    model = fuse(
-        load_vit(bundle),
+    manifest, reference = bundle.manifest, load_reference(bundle)
+    model = architecture_of(reference.config).fuse(
+        reference,
         getattr(torch, DTYPES[precision]),
         output=manifest.output,
         input_kind=manifest.input,

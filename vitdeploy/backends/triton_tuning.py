@@ -101,7 +101,8 @@ def _search(
 ) -> tuple[Table, list[Finding], int, list[str]]:
     import torch
 
-    from vitdeploy.model.fused import buckets_of, kernel_shape
+    from vitdeploy.model.fused import buckets_of
+    from vitdeploy.model.registry import architecture_of
     from vitdeploy_kernels import tuner
     from vitdeploy_kernels.config import shipped_table
     from vitdeploy_kernels.warming import Warmer
@@ -112,7 +113,8 @@ def _search(
     sizes = batches or sorted({size for each in served for size in buckets_of(each)})
     dtype = getattr(torch, dtype_name)
     start = shipped_table(target.capability, target.name)
-    shape = kernel_shape(manifest.model, manifest.output, manifest.input)
+    model = manifest.model
+    shape = architecture_of(model).kernel_shape(model, manifest.output, manifest.input)
     specs = tuner.specs_of([shape], sizes, dtype, start)
     lines: list[str] = []
     with progress.stage("tune") as stage, Warmer(dtype, os.cpu_count() or 1) as warmer:

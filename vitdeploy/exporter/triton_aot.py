@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vitdeploy.backends.triton import AOT, TABLE
 from vitdeploy.bundle.folder import BundleWriter
 from vitdeploy.bundle.manifest import Artifact, OpPrecision, PrecisionProof, input_spec, output_spec
-from vitdeploy.config import BatchRange, InputKind, Output, Precision, ViTConfig
+from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Precision
 from vitdeploy.errors import ExportError, MissingDependency, UsageError, did_you_mean
 from vitdeploy.model.precision import DTYPES
 from vitdeploy.progress import Progress
@@ -53,7 +53,7 @@ def known_architectures() -> tuple[str, ...]:
 
 
 def write_kernels(
-    config: ViTConfig,
+    config: ModelConfig,
     precision: Precision,
     writer: BundleWriter,
     *,
@@ -107,7 +107,7 @@ def write_kernels(
 
 
 def _launches(
-    config: ViTConfig,
+    config: ModelConfig,
     precision: Precision,
     batch: BatchRange,
     output: Output,
@@ -115,9 +115,11 @@ def _launches(
     table: Any,
 ) -> list[tuple[str, Launch]]:
     """The launches of all batch buckets, those of the largest last, with their sites."""
-    from vitdeploy.model.fused import buckets_of, kernel_shape
+    from vitdeploy.model.fused import buckets_of
+    from vitdeploy.model.registry import architecture_of
 
-    shape, dtype = kernel_shape(config, output, input_kind), DTYPES[precision]
+    shape = architecture_of(config).kernel_shape(config, output, input_kind)
+    dtype = DTYPES[precision]
     planner = _library("planner")
     return [pair for size in buckets_of(batch) for pair in planner.launches(shape, dtype, size, table)]
 

@@ -1,9 +1,9 @@
-"""The deployed form of a ViT: the modules whose graph is the one a person would draw.
+"""The deployed form of a model: the modules whose graph is the one a person would draw.
 
 Every module computes in the dtype its parameters have and casts what reaches it; where dtypes agree,
 no cast is traced. Linear weights lie as (in, out), so that a GEMM is one MatMul with a named weight.
 Shapes that are known at export are constants, the batch is the -1 of a reshape: no Shape operator is
-traced. ``DeployedX`` is the counterpart of ``X`` in :mod:`vitdeploy.model.vit`, and
+traced. ``DeployedX`` is a ViT's counterpart of ``X`` in :mod:`vitdeploy.model.vit`, and
 :mod:`vitdeploy.model.rewrites` makes it from that.
 
 Shapes in comments: N images, C channels, P patch, T tokens, Q tokens that are read at the end,
@@ -12,19 +12,33 @@ D width, h heads, d columns of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdeploy.config import Activation, Output, ViTConfig
-from vitdeploy.model.vit import ACTIVATIONS
+from vitdeploy.model.reference import ACTIVATIONS
 
 
 def constant(value: Tensor | None) -> nn.Parameter | None:
     return None if value is None else nn.Parameter(value, requires_grad=False)
 
 
-class Linear(nn.Module):
+class Site(nn.Module):
+    """A module that computes something and has a dtype of its own in a precision plan."""
+
+    always_fp32: ClassVar[bool] = False
+    """An island of every reduced precision: its sums lose too much below fp32."""
+    follows_input: ClassVar[bool] = False
+    """Without a dtype of its own, unless it is an island."""
+    dtype: torch.dtype | None = None
+    """What a site without weights computes in; None is what reaches it."""
+
+
+class Linear(Site):
     """``x @ weight + bias`` with weight (in, out); over rows (R, in) that is a single Gemm operator."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -39,7 +53,7 @@ class Linear(nn.Module):
         return torch.addmm(self.bias, x, self.weight) if x.dim() == 2 else x @ self.weight + self.bias
 
 
-class HeadLinear(nn.Module):
+class HeadLinear(Site):
     """One GEMM per head: ``x @ weight`` with weight (h, in, out) and x (N, h, rows, in)."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -50,8 +64,10 @@ class HeadLinear(nn.Module):
         return x.to(self.weight.dtype) @ self.weight
 
 
-class Norm(nn.Module):
+class Norm(Site):
     """LayerNorm over the last axis."""
+
+    always_fp32 = True
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
         super().__init__()
@@ -64,24 +80,18 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-class Add(nn.Module):
+class Add(Site):
     """A residual addition, a module of its own so that it has a name and a dtype."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         dtype = self.dtype or x.dtype
         return x.to(dtype) + branch.to(dtype)
 
 
-class Softmax(nn.Module):
+class Softmax(Site):
     """Softmax over the last axis, in its own dtype when it has one."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtype: torch.dtype | None = None
+    follows_input = True
 
     def forward(self, scores: Tensor) -> Tensor:
         return scores.to(self.dtype or scores.dtype).softmax(dim=-1)
@@ -179,7 +189,7 @@ class AbsorbedBlock(DeployedBlock):
         return self.add2(pooled, self.mlp(self.norm2(pooled)))
 
 
-class Tokens(nn.Module):
+class Tokens(Site):
     """What the embedding adds to every image: prefix tokens, positions, the patch projection's bias."""
 
     def __init__(self, value: Tensor) -> None:
@@ -219,13 +229,14 @@ class DeployedEmbedding(nn.Module):
         return self.tokens(x)
 
 
-class Pool(nn.Module):
+class Pool(Site):
     """Tokens to one vector, for the ways of pooling that read every token."""
+
+    always_fp32 = True
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.prefix, self.both = config.prefix_tokens, config.pool == "cls_mean"
-        self.dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype or x.dtype)
@@ -264,12 +275,13 @@ class DeployedReadout(nn.Module):
         return x if self.head is None else self.head(x)
 
 
-class DeployedViT(nn.Module):
-    """A ViT in its deployed form: pixels in, one output, float32 out whatever runs inside."""
+class DeployedModel(nn.Module):
+    """A model in its deployed form: pixels in, one output, float32 out whatever runs inside.
 
-    def __init__(
-        self, embedding: DeployedEmbedding, blocks: list[DeployedBlock], readout: DeployedReadout
-    ) -> None:
+    The batch is every tensor's first axis, and no part computes with its size (see ``exporter.graph.trace``).
+    """
+
+    def __init__(self, embedding: nn.Module, blocks: Iterable[nn.Module], readout: nn.Module) -> None:
         super().__init__()
         self.embedding, self.blocks, self.readout = embedding, nn.ModuleList(blocks), readout
         self.output_dtype = torch.float32

@@ -16,8 +16,8 @@ from torch import nn
 
 from vitdeploy.config import Precision
 from vitdeploy.errors import PrecisionError
-from vitdeploy.model import deployed
-from vitdeploy.model.vit import public_name
+from vitdeploy.model.deployed import Site
+from vitdeploy.model.reference import public_name
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -63,26 +63,14 @@ class PrecisionPlan:
     def with_islands(self, islands: frozenset[str]) -> PrecisionPlan:
         return replace(self, islands=islands)
 
-    def dtype(self, site: str, module: nn.Module) -> torch.dtype:
-        always = isinstance(module, deployed.Norm | deployed.Pool)
-        return self.island_dtype if always or site in self.islands else self.default
+    def dtype(self, name: str, site: Site) -> torch.dtype:
+        return self.island_dtype if site.always_fp32 or name in self.islands else self.default
 
 
-_SITES = (
-    deployed.Tokens,
-    deployed.Linear,
-    deployed.HeadLinear,
-    deployed.Norm,
-    deployed.Add,
-    deployed.Softmax,
-    deployed.Pool,
-)
-
-
-def sites(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def sites(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Site]]:
     """Every site of a deployed model or of a part of it, with its public name, in order of execution."""
     for name, module in model.named_modules():
-        if isinstance(module, _SITES):
+        if isinstance(module, Site):
             yield public_name(f"{prefix}.{name}" if prefix else name), module
 
 
@@ -104,10 +92,7 @@ def assign_dtypes(part: Part, prefix: str, plan: PrecisionPlan) -> Part:
         dtype = plan.dtype(name, module)
         for key, parameter in module.named_parameters(recurse=False):
             setattr(module, key, _rounded(parameter, dtype, f"{name}.{key}", overflowing))
-        if isinstance(module, deployed.Softmax):
-            module.dtype = dtype if name in plan.islands else None
-        elif isinstance(module, deployed.Add | deployed.Pool):
-            module.dtype = dtype
+        module.dtype = None if module.follows_input and name not in plan.islands else dtype
     if overflowing:
         raise PrecisionError(
             f"weights do not fit into {str(plan.default).removeprefix('torch.')}: {', '.join(overflowing)}",

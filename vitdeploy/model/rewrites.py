@@ -23,8 +23,8 @@ from vitdeploy.model.deployed import (
     DeployedBlock,
     DeployedEmbedding,
     DeployedMlp,
+    DeployedModel,
     DeployedReadout,
-    DeployedViT,
     HeadLinear,
     Linear,
     Norm,
@@ -266,7 +266,7 @@ def deploy(
     output: Output = "logits",
     input_kind: InputKind = "float",
     preprocess: Preprocess | None = None,
-) -> DeployedViT:
+) -> DeployedModel:
     """Return the deployed form of ``vit`` in the dtypes of ``plan``; ``vit`` is not changed.
 
     Args:
@@ -292,6 +292,6 @@ def deploy(
         deployed = absorb_last_block(block, queries) if last and queries else merge_qkv(block)
         blocks.append(assign_dtypes(deployed, f"blocks.{i}", plan))
     readout = assign_dtypes(read_out(doubled(vit.readout), output), "readout", plan)
-    result = DeployedViT(embedding, blocks, readout)
+    result = DeployedModel(embedding, blocks, readout)
     result.output_dtype = plan.output_dtype
     return result.eval()

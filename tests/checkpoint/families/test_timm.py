@@ -17,7 +17,8 @@ from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.families.timm import FAMILY
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.errors import CheckpointError, MissingDependency
-from vitdeploy.model.vit import build_vit, forward_float64
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.registry import build_reference
 
 RECORDED = ORACLES / "timm"
 CASES = sorted(folder.name for folder in RECORDED.iterdir() if folder.is_dir())
@@ -31,7 +32,7 @@ def load(folder: Path, **keywords: Any) -> Checkpoint:
 
 
 def run(opened: Checkpoint, pixels: Tensor) -> Tensor:
-    return forward_float64(build_vit(opened.config, opened.state), pixels)
+    return forward_float64(build_reference(opened.config, opened.state), pixels)
 
 
 def copy(case: str, tmp_path: Path, **config: Any) -> Path:
@@ -195,7 +196,7 @@ def test_pre_logits_of_elder_timm_are_a_tanh_layer(tmp_path: Path) -> None:
     save_file(state, folder / "model.safetensors")
     opened = load(folder)
     pixels = torch.randn(2, 3, 16, 16)
-    features = forward_float64(build_vit(opened.config, opened.state), pixels, "features")
+    features = forward_float64(build_reference(opened.config, opened.state), pixels, "features")
     hidden = torch.tanh(features @ state["pre_logits.fc.weight"].double().T + state["pre_logits.fc.bias"])
     expected = hidden @ state["head.weight"].double().T + state["head.bias"]
     torch.testing.assert_close(run(opened, pixels), expected, rtol=0, atol=1e-12)

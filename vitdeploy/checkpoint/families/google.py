@@ -12,7 +12,7 @@ import re
 import torch
 from torch import Tensor
 
-from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, Source, flat, rename
+from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, Source, flat, rename_tensors
 from vitdeploy.checkpoint.families.infer import infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import Preprocess, Size, ViTConfig
@@ -82,7 +82,7 @@ def _claims(foreign: Foreign) -> bool:
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     # A training checkpoint keeps the weights under opt/target/, beside the optimizer's state.
-    state, originals = rename(foreign.state, lambda name: name.removeprefix("opt/target/"))
+    state, originals = rename_tensors(foreign.state, lambda name: name.removeprefix("opt/target/"))
     name = f"{_ATTENTION}/query/kernel".format(i=0)
     query = state.get(name)
     if query is None or query.ndim != 3:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitdeploy.checkpoint.families.base import Layout, count_blocks, find
+from vitdeploy.checkpoint.families.base import Layout, count_blocks, find_tensor
 from vitdeploy.config import Pool, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
 
@@ -111,14 +111,14 @@ class _Shapes:
         self.layout, self.state, self.source = layout, state, source
 
     def have(self, ours: str) -> bool:
-        return find(self.layout, self.state, ours.format(i=0)) is not None
+        return find_tensor(self.layout, self.state, ours.format(i=0)) is not None
 
     def rows(self, ours: str) -> int:
         """Rows of a matrix that not every model has."""
         return self.of(ours, 2)[0] if self.have(ours) else 0
 
     def of(self, ours: str, dimensions: int) -> tuple[int, ...]:
-        tensor = find(self.layout, self.state, ours.format(i=0))
+        tensor = find_tensor(self.layout, self.state, ours.format(i=0))
         name = self.layout[ours].name.format(i=0)
         if tensor is None:
             raise CheckpointError(f"{self.source}: the tensor {name} is missing")
