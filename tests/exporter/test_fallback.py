@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.helpers.models import CONFIGS, pixels, random_vit
 from vitdeploy.exporter.fallback import Proposal, Verdict, emulate, smallest_islands
-from vitdeploy.model.deployed import DeployedViT
+from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.rewrites import deploy
@@ -37,7 +37,7 @@ def planted(block: int, value: float) -> ViT:
     return vit
 
 
-def search(vit: ViT, plan: PrecisionPlan = FP16) -> tuple[Proposal | None, DeployedViT, Tensor]:
+def search(vit: ViT, plan: PrecisionPlan = FP16) -> tuple[Proposal | None, DeployedModel, Tensor]:
     x = pixels(CONFIG)
     deployed = deploy(vit, PrecisionPlan.of("fp32"))
     return smallest_islands(deployed, plan, x, accepts(vit, x)), deployed, x

@@ -55,7 +55,7 @@ class Checkpoint:
 
     config: ModelConfig
     state: Mapping[str, Tensor]
-    """Exactly the names and shapes of ``model.registry.expected_shapes(config)``; dtypes as in the file. A position
+    """Exactly the names and shapes of ``registry.expected_shapes(config)``; dtypes as in the file. A position
     table that was interpolated is float64, or float32 where its family computes it so."""
     preprocess: Preprocess
     labels: tuple[str, ...] | None

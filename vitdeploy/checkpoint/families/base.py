@@ -40,8 +40,8 @@ Pick = Callable[[Tensor], Tensor]
 class Source:
     """Where one of our parameters lies: a foreign name, and what to take of it.
 
-    ``{i}`` in a name is the number of the block; where blocks lie in stages, ``{i}`` is the stage and ``{j}`` the
-    block in it: ``layers.{i}.blocks.{j}.norm1.weight``.
+    ``{i}`` in a name is the number of the block; where blocks lie in stages, ``{i}`` is the stage and ``{j}``
+    the block in it: ``layers.{i}.blocks.{j}.norm1.weight``.
     """
 
     name: str
@@ -256,8 +256,8 @@ def expected_of(config: ModelConfig, tensors: int, source: str) -> dict[str, tup
     """The parameters to look for, with their shapes.
 
     Raises:
-        CheckpointError: the configuration is out of all proportion to a file of so many tensors, which is found
-            out before it costs memory.
+        CheckpointError: the configuration is out of all proportion to a file of so many tensors; this is seen
+            before it costs memory.
     """
     if config.depth > tensors:
         raise CheckpointError(

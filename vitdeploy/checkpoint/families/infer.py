@@ -111,15 +111,15 @@ class _Shapes:
         self.layout, self.state, self.source = layout, state, source
 
     def have(self, ours: str) -> bool:
-        return find_tensor(self.layout, self.state, ours.format(i=0)) is not None
+        return find_tensor(self.layout, self.state, ours.format(i=0, j=0)) is not None
 
     def rows(self, ours: str) -> int:
         """Rows of a matrix that not every model has."""
         return self.of(ours, 2)[0] if self.have(ours) else 0
 
     def of(self, ours: str, dimensions: int) -> tuple[int, ...]:
-        tensor = find_tensor(self.layout, self.state, ours.format(i=0))
-        name = self.layout[ours].name.format(i=0)
+        tensor = find_tensor(self.layout, self.state, ours.format(i=0, j=0))
+        name = self.layout[ours].name.format(i=0, j=0)
         if tensor is None:
             raise CheckpointError(f"{self.source}: the tensor {name} is missing")
         if tensor.ndim != dimensions or not tensor.numel():

@@ -1,8 +1,8 @@
-"""The reference model's names: a bundle's ``weights.safetensors``, folders of ``config.json`` and weights.
+"""The reference models' names: ``weights.safetensors`` of bundles, folders of ``config.json`` and weights.
 
 ``config.json`` is ``{"model_type": "vitdeploy", "model": {...}, "preprocess": {...}, "labels": [...]}``: the
-fields of a model's configuration (``ViTConfig``, where ``kind`` names no other) and of ``Preprocess``, and one
-label for each class or null.
+fields of a ``ModelConfig`` (of ``ViTConfig`` where no ``kind`` stands among them) and of ``Preprocess``, and
+one label for each class or null.
 """
 
 from __future__ import annotations
