@@ -35,10 +35,13 @@ class ModelConfig(ABC):
 
     image_size: Size
     channels: int
-    depth: int
-    """Blocks, of all stages together."""
     classes: int
     """Columns of the logits; 0 is a model without a head."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Blocks, of all stages together."""
 
     @property
     @abstractmethod
