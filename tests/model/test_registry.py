@@ -34,10 +34,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     with pytest.MonkeyPatch.context() as patch:
         toy.register(patch)
         save_folder(toy.toy_checkpoint(), root / "checkpoint")
-        wanted = ExportRequest(
+        request = ExportRequest(
             model=root / "checkpoint", precisions=("fp32", "fp16"), batch=RANGE, output="logits"
         )
-        return run_export(wanted, root / "toy.bundle")
+        return run_export(request, root / "toy.bundle")
 
 
 @pytest.fixture

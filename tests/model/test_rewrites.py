@@ -108,8 +108,8 @@ def test_deployed_dtypes_are_the_plans(precision: str) -> None:
     deployed = deploy(random_vit(config), plan)
     islands = island_names(deployed, plan)
     for name, module in sites(deployed):
-        wanted = torch.float32 if name in islands else plan.default
-        assert all(p.dtype == wanted for p in module.parameters(recurse=False)), name
+        dtype = torch.float32 if name in islands else plan.default
+        assert all(p.dtype == dtype for p in module.parameters(recurse=False)), name
     norms = {"norm", *(f"blocks.{i}.norm{k}" for i in range(config.depth) for k in (1, 2))}
     assert set(islands) == (set() if precision == "fp32" else norms)
     assert deployed(pixels(config)).dtype == torch.float32

@@ -173,14 +173,14 @@ def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
 
 def _folder_weights(folder: Path, source: str) -> Weights:
     index = folder / "model.safetensors.index.json"
-    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if index.is_file() and (found is None or found.name != "model.safetensors"):
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if index.is_file() and (weights is None or weights.name != "model.safetensors"):
         return read_shards(index)
-    if found is None:
+    if weights is None:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
         hint = f"give the file itself: {source}/{others[0]}" if others else "a folder needs model.safetensors"
         raise CheckpointError(f"{source}: none of {', '.join((*_WEIGHTS, index.name))} is there", hint=hint)
-    return read_weights(found)
+    return read_weights(weights)
 
 
 def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None, dict[str, str]]:
@@ -209,9 +209,9 @@ def _from_hub(name: str) -> tuple[Foreign, Weights]:
     if name.startswith(("/", ".", "~")) or Path(name).suffix in SUFFIXES:
         raise CheckpointError(f"{name}: no such file or folder")
     if not _HUB_ID.fullmatch(name):
-        known = (*variant_names(), DIGITS)
+        names = (*variant_names(), DIGITS)
         raise UsageError(
-            f"unknown model {name!r}{did_you_mean(name, known)}",
+            f"unknown model {name!r}{did_you_mean(name, names)}",
             hint="a named variant, a folder or file, a hub id (owner/name), timm:NAME or module:function",
         )
     try:

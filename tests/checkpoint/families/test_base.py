@@ -43,13 +43,13 @@ def test_numbers_leave_a_name_and_return_to_it(
     first: str, second: str, leaf: str, numbers: tuple[int, int]
 ) -> None:
     i, j = map(str, numbers)
-    for name, template, found in (
+    for name, template, texts in (
         (leaf, leaf, ()),
         (f"{first}.{i}.{leaf}", f"{first}.{{i}}.{leaf}", (i,)),
         (f"{first}.{i}.{second}.{j}.{leaf}", f"{first}.{{i}}.{second}.{{j}}.{leaf}", (i, j)),
     ):
-        assert template_of(name) == (template, found)
-        assert filled(template, found) == name
+        assert template_of(name) == (template, texts)
+        assert filled(template, texts) == name
 
 
 @given(

@@ -77,8 +77,8 @@ def test_bare_weights_tell_all_but_heads_and_activation(case: str, tmp_path: Pat
     shutil.copy(RECORDED / case / "model.safetensors", tmp_path / "weights.safetensors")
     bare = open_model(checkpoint=tmp_path / "weights.safetensors")
     assert isinstance(bare, Checkpoint)
-    known = {"heads": whole.config.heads, "activation": whole.config.activation}
-    assert {**vars(bare.config), **known} == vars(whole.config)
+    told = {"heads": whole.config.heads, "activation": whole.config.activation}
+    assert {**vars(bare.config), **told} == vars(whole.config)
     assert any("heads" in note for note in bare.notes)
     assert any("preprocessing" in note for note in bare.notes)
 

@@ -86,8 +86,8 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     name = f"{_ATTENTION}/query/kernel".format(i=0)
     query = state.get(name)
     if query is None or query.ndim != 3:
-        found = "missing" if query is None else f"of shape {tuple(query.shape)}"
-        raise CheckpointError(f"{foreign.source}: {name} must be (width, heads, head width); it is {found}")
+        actual = "missing" if query is None else f"of shape {tuple(query.shape)}"
+        raise CheckpointError(f"{foreign.source}: {name} must be (width, heads, head width); it is {actual}")
     heads, (_, sizes) = query.shape[1], what_is_open(template)
     config = infer_config(
         _LAYOUT, state, foreign.source, heads=lambda width: heads, sizes=sizes, activation="gelu_tanh"

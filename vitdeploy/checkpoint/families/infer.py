@@ -20,14 +20,14 @@ def infer_config(
     *,
     heads: Callable[[int], int],
     sizes: Sequence[Size],
-    **known: Any,
+    **stated: Any,
 ) -> ViTConfig:
     """Return the configuration that the shapes in ``state`` describe.
 
     Args:
         heads: attention heads for a width; no shape tells them.
         sizes: image sizes the position table may be for, likeliest first; otherwise its grid is square.
-        known: fields of ``ViTConfig`` that shapes cannot tell, or that the caller knows better.
+        stated: fields of ``ViTConfig`` that shapes cannot tell, or that the caller knows better.
 
     Raises:
         CheckpointError: a tensor everything depends on is missing or has an impossible shape.
@@ -57,11 +57,11 @@ def infer_config(
     }
     if gated:
         fields["activation"] = "silu"
-    if known.get("position", "learned") == "learned":
+    if stated.get("position", "learned") == "learned":
         fields |= _table(shapes, patch, sizes)
     else:
         fields |= {"position_prefix": 0, "image_size": sizes[0] if sizes else (224, 224)}
-    return ViTConfig(**(fields | known))
+    return ViTConfig(**(fields | stated))
 
 
 def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     _refuse_unsupported(architecture, arguments)
     state, originals = rename_tensors(foreign.state, _modern_name)
     layout = _layout("fc_norm" if "fc_norm.weight" in state else "norm")
-    known = _known(foreign.source, architecture, config, state)
+    stated = _stated_fields(foreign.source, architecture, config, state)
     heads, sizes = what_is_open(template)
     result = infer_config(
         layout,
@@ -110,7 +110,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         foreign.source,
         heads=_heads(architecture, arguments) or heads,
         sizes=[*_sizes(arguments, pretrained), *sizes],
-        **known,
+        **stated,
     )
     notes = [] if architecture or template else [heads_note(result)]
     if not pretrained:
@@ -127,27 +127,27 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     )
 
 
-def _known(
+def _stated_fields(
     source: str, architecture: str, config: Mapping[str, object], state: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """What the configuration says, and what the presence of a tensor means in timm."""
     arguments, late = config_object(config, "model_args"), "fc_norm.weight" in state
-    known: dict[str, Any] = {"norm_after_pool": late, "norm_eps": config_number(arguments, "norm_eps", 1e-6)}
+    fields: dict[str, Any] = {"norm_after_pool": late, "norm_eps": config_number(arguments, "norm_eps", 1e-6)}
     if (activation := _activation(architecture, arguments)) is not None:
-        known["activation"] = activation
+        fields["activation"] = activation
     pool = arguments.get("global_pool") or config.get("global_pool") or ("avg" if late else None)
     if pool not in (None, "avg", "token"):
         raise CheckpointError(f"{source}: pooling by {pool!r} is not supported")
     if "dist_token" in state:
-        known["pool"] = "both_heads"
+        fields["pool"] = "both_heads"
     elif pool is not None:
-        known["pool"] = "mean" if pool == "avg" else "cls"
+        fields["pool"] = "mean" if pool == "avg" else "cls"
     if arguments.get("pos_embed") in ("", "none"):
-        known["position"] = "none"
+        fields["position"] = "none"
     for ours, theirs in (("classes", "num_classes"), ("depth", "depth")):
-        if (stated := arguments.get(theirs, config.get(theirs))) is not None:
-            known[ours] = config_integer({theirs: stated}, theirs, 0)
-    return known
+        if (value := arguments.get(theirs, config.get(theirs))) is not None:
+            fields[ours] = config_integer({theirs: value}, theirs, 0)
+    return fields
 
 
 def _refuse_unsupported(architecture: str, arguments: Mapping[str, object]) -> None:
@@ -238,9 +238,9 @@ def from_library(name: str) -> Foreign:
         import timm
     except ImportError as error:
         raise MissingDependency("timm", extra="hub", purpose=f"--model timm:{name}") from error
-    known = timm.list_models() + timm.list_models(pretrained=True)
-    if name not in known:
-        raise CheckpointError(f"timm has no model {name!r}{did_you_mean(name, known)}")
+    names = timm.list_models() + timm.list_models(pretrained=True)
+    if name not in names:
+        raise CheckpointError(f"timm has no model {name!r}{did_you_mean(name, names)}")
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever the download raises: HTTP, offline, disk, no weights published
