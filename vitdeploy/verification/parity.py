@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
 }
 
 # Outputs without classes; whatever else a user's own model calls its output is ranked as logits.
-_KINDS: Mapping[str, Output] = {"features": "features", "tokens": "tokens"}
+_KINDS: Mapping[str, Output] = {name: name for name in get_args(Output) if name != "logits"}
 
 PREPROCESS_TOLERANCE = 1e-5
 """Rounding of float32; one level of 256 off is 4e-3 or more."""
