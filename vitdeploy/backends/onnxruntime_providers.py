@@ -2,7 +2,7 @@
 
 TensorRT comes with onnxruntime-gpu; TensorRT for RTX with builds that have it, else with NVIDIA's plugin
 package. Neither has been run on a GPU by this project yet: the names of their options are held against what
-their libraries read, and the plugin has compiled models behind a stand-in for the CUDA driver.
+their libraries read.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from vitdeploy.backends.base import (
 )
 from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_reference
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
+from vitdeploy.bundle.manifest import AOT, Artifact, Manifest, Precision, input_spec, output_spec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 from vitdeploy.machine.gpus import find_gpus
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 DTYPES: Mapping[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}
 """Precisions that the kernels compute in, by PyTorch's names."""
-AOT = "triton-aot"
-"""The format of artifacts that hold the kernels themselves."""
 TABLE = "table.json"
 """Beside the kernels of each architecture: the configurations they were compiled with."""
 TUNED = "kernels/tuned"

@@ -33,6 +33,8 @@ SCHEMA_VERSION: Final = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
 """Nothing longer is parsed; the manifest of a model with 1000 labels has some 100 KB."""
 
+AOT = "triton-aot"
+"""The format of artifacts that hold the fused kernels, compiled ahead of time."""
 REBUILD = "copy or export the bundle again"
 
 Precision = Literal["fp32", "fp16", "bf16", "mixed"]
