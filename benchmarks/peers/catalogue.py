@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitdeploy.benchmark.lanes import Lane, Target, own_environment
-from vitdeploy.bundle.manifest import Precision
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Peer:
     artifact: str
     title: str
     """For people."""
-    precision: Precision = "fp32"
+    precision: ArtifactPrecision = "fp32"
     environment: str | None = None
     """One of ``environments.NAMES``; None is vitdeploy's own."""
     spin: bool = False

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitdeploy.bundle.manifest import OpDType
+from vitdeploy.bundle.dtypes import OpDType
 from vitdeploy.errors import ExportError
 from vitdeploy.tensorrt.api import ILayer, INetworkDefinition
 

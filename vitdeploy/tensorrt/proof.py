@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES
 from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
-from vitdeploy.bundle.onnx_graph import GEMMS, NAMES, declared, undeclared
+from vitdeploy.bundle.onnx_graph import GEMMS, declared, undeclared
 from vitdeploy.config import Precision
 from vitdeploy.errors import PrecisionError
 from vitdeploy.tensorrt.layers import Layer, operator_of
@@ -33,7 +34,7 @@ def prove_network(layers: Sequence[Layer], precision: Precision, islands: Collec
         precision: the default dtype of the graph it was parsed from.
         islands: its sites that may be in fp32.
     """
-    wanted = NAMES[precision]
+    wanted = PRECISION_DTYPES[precision]
     ops = []
     for layer in layers:
         if layer.kind not in _OPERATORS or not layer.inputs:
