@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitdeploy.benchmark.lanes import Lane, Target
-from vitdeploy.bundle.manifest import Precision
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.machine.child import child_environment
 
 
@@ -24,7 +24,7 @@ class Peer:
     artifact: str
     title: str
     """For people."""
-    precision: Precision = "fp32"
+    precision: ArtifactPrecision = "fp32"
     environment: str | None = None
     """One of ``environments.NAMES``; None is vitdeploy's own."""
     spin: bool = False

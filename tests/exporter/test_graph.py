@@ -20,9 +20,10 @@ from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.errors import ExportError
 from vitdeploy.exporter.graph import trace
 from vitdeploy.exporter.request import NEWEST_OPSET, OLDEST_OPSET
-from vitdeploy.model import vit as model
 from vitdeploy.model.precision import DTYPES, PrecisionPlan, island_names
-from vitdeploy.model.rewrites import lower
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.rewrites import deploy
+from vitdeploy.model.vit import ViT
 
 
 def emit(
@@ -40,11 +41,11 @@ def largest_block(proto: onnx.ModelProto) -> int:
     return max(Counter(name[1] for name in names if name[0] == "blocks").values())
 
 
-def relative_error(path: Path, vit: model.ViT, config: ViTConfig, batch: int = 3) -> float:
+def relative_error(path: Path, vit: ViT, config: ViTConfig, batch: int = 3) -> float:
     x = pixels(config, batch)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     got = session.run(None, {"pixel_values": x.numpy()})[0]
-    expected = model.forward_float64(vit, x).numpy()
+    expected = forward_float64(vit, x).numpy()
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
@@ -141,7 +142,7 @@ def test_the_proof_lists_what_the_file_holds(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     emit(config, tmp_path / "m.onnx", precision="fp16")
     plan = PrecisionPlan.of("fp16")
-    islands = island_names(lower(random_vit(config), plan), plan)
+    islands = island_names(deploy(random_vit(config), plan), plan)
     proof = prove_precision(read_graph(tmp_path / "m.onnx"), "fp16", islands)
     gemms = [row for row in proof.ops if row.op in ("MatMul", "Gemm")]
     norms = [row for row in proof.ops if row.op == "LayerNormalization"]
@@ -155,7 +156,7 @@ def test_the_proof_lists_what_the_file_holds(tmp_path: Path) -> None:
 def test_the_proof_finds_a_gemm_that_silently_stayed_in_fp32(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     plan = PrecisionPlan.of("fp16").with_islands(frozenset({"blocks.1.mlp.fc1"}))
-    deployed = lower(random_vit(config), plan)
+    deployed = deploy(random_vit(config), plan)
     (tmp_path / "m.onnx").write_bytes(traced(config, plan))
     proto = read_graph(tmp_path / "m.onnx")
     assert prove_precision(proto, "fp16", island_names(deployed, plan)).ok

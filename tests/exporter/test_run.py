@@ -24,7 +24,8 @@ from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
-from vitdeploy.model import vit as model
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.registry import build_reference
 from vitdeploy.progress import Progress
 from vitdeploy.tensorrt.records import BuildSettings
 
@@ -97,7 +98,7 @@ def test_a_bundle_holds_everything_it_promises(shallow: tuple[Bundle, Recorder])
 @pytest.mark.slow
 def test_golden_outputs_are_the_float64_references(shallow: tuple[Bundle, Recorder]) -> None:
     golden = shallow[0].golden()
-    vit = model.build(SHALLOW, {n: t.double() for n, t in random_state(SHALLOW, spread=0.2).items()})
+    vit = build_reference(SHALLOW, {n: t.double() for n, t in random_state(SHALLOW, spread=0.2).items()})
     with torch.inference_mode():
         expected = vit(torch.from_numpy(golden["pixel_values"]).double())
     np.testing.assert_allclose(golden["reference"], expected.numpy(), rtol=0, atol=1e-12)
@@ -122,8 +123,8 @@ def test_input_kinds_agree_on_the_same_images(
 
     raw = np.stack(golden_images((32, 48))).astype(np.float64)
     normalised = (raw / 255 - np.array(spec.mean)) / np.array(spec.std)
-    vit = model.build(SHALLOW, random_state(SHALLOW, spread=0.2))
-    expected = model.forward_float64(vit, torch.from_numpy(normalised).permute(0, 3, 1, 2))
+    vit = build_reference(SHALLOW, random_state(SHALLOW, spread=0.2))
+    expected = forward_float64(vit, torch.from_numpy(normalised).permute(0, 3, 1, 2))
     np.testing.assert_allclose(golden["reference"], expected.numpy(), rtol=0, atol=1e-5)
 
 

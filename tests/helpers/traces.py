@@ -12,7 +12,7 @@ from tests.helpers.models import pixels, random_vit
 from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.exporter.graph import trace
 from vitdeploy.model.precision import PrecisionPlan
-from vitdeploy.model.rewrites import lower
+from vitdeploy.model.rewrites import deploy
 
 NAMES = ("pixel_values", "logits")
 RANGE = BatchRange(1, 2, 8)
@@ -23,7 +23,7 @@ SPREAD = 0.2
 @functools.cache
 def traced(config: ViTConfig, plan: PrecisionPlan, opset: int = 20, batch: BatchRange = RANGE) -> bytes:
     """The deployed model's ONNX file; the reference model is ``random_vit(config, spread=SPREAD)``."""
-    deployed = lower(random_vit(config, spread=SPREAD), plan)
+    deployed = deploy(random_vit(config, spread=SPREAD), plan)
     graph = trace(deployed, pixels(config, 1), batch=batch, opset=opset, names=NAMES)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")

@@ -14,8 +14,9 @@ from pydantic import TypeAdapter
 
 from vitdeploy.backends.base import Array, Session, SessionFacts
 from vitdeploy.benchmark.results import Skipped, Subject
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, Precision, TensorSpec
+from vitdeploy.bundle.manifest import Artifact, TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.machine.child import Worker, child_environment
@@ -60,7 +61,7 @@ class Lane:
     target: Target
     backend: str
     artifact: str
-    precision: Precision
+    precision: ArtifactPrecision
     threads: int | None
     concurrency: int
     command: tuple[str, ...]

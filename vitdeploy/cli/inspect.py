@@ -93,9 +93,7 @@ def _facts(manifest: Manifest) -> None:
         ("parameters", f"{manifest.parameters / 1e6:.1f} M"),
     ]
     if config:
-        height, width = config.image_size
-        shape = f"width {config.width}, depth {config.depth}, heads {config.heads}, patch {config.patch_size}"
-        rows.append(("model", f"{shape}, {height}x{width} pixels, {config.tokens} tokens"))
+        rows.append(("model", config.summary))
     if manifest.flops:
         rows.append(("compute", f"{output.flops(manifest.flops)} per image"))
     rows.append(("input", manifest.input))

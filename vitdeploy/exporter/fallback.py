@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vitdeploy.model import deployed
+from vitdeploy.model.deployed import Add
 from vitdeploy.model.precision import PrecisionPlan, sites
 
 MOST_BRANCHES = 8
@@ -50,12 +50,12 @@ class _Search:
 
 @torch.inference_mode()
 def smallest_islands(
-    model: deployed.LoweredViT, plan: PrecisionPlan, inputs: Tensor, accepts: Verdict
+    model: nn.Module, plan: PrecisionPlan, inputs: Tensor, accepts: Verdict
 ) -> Proposal | None:
     """Find the fewest islands with which ``plan`` gives an acceptable output.
 
     Args:
-        model: the deployed model in fp32.
+        model: the deployed model in fp32, made of sites.
         inputs: what the model reads, (K, ...).
         accepts: whether an output (K, ...) is close enough to the reference.
 
@@ -63,13 +63,9 @@ def smallest_islands(
         None when not even a small set of islands helps.
     """
     search = _Search(model, plan, inputs, accepts)
-    named = [
-        (name, module)
-        for name, module in sites(model)
-        if not isinstance(module, deployed.Norm | deployed.Pool)
-    ]
-    adds = [name for name, module in named if isinstance(module, deployed.Add)]
-    others = [name for name, module in named if not isinstance(module, deployed.Add)]
+    named = [(name, site) for name, site in sites(model) if not site.always_fp32]
+    adds = [name for name, module in named if isinstance(module, Add)]
+    others = [name for name, module in named if not isinstance(module, Add)]
     branches = _needed(search, others, frozenset(adds))
     if branches is None:
         return None

@@ -17,8 +17,8 @@ from torch import nn
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ExportError
 from vitdeploy.exporter.request import OLDEST_OPSET
-from vitdeploy.model.deployed import LoweredViT
-from vitdeploy.model.vit import public_name
+from vitdeploy.model.deployed import DeployedModel
+from vitdeploy.model.reference import public_name
 
 _NEWER_THAN_17 = 18
 _MARK = 1_000_003
@@ -32,7 +32,7 @@ def trace(
     """Trace ``module(example)`` and return its graph.
 
     Args:
-        module: a deployed ViT is traced at one batch size, which is then set free: half the time of a trace
+        module: a deployed model is traced at one batch size, which is then set free: half the time of a trace
             with a symbolic batch, which any other module gets.
         example: one input with the batch as its first axis; only its shape and dtype matter.
         batch: a fixed batch is traced as a constant, otherwise the first axis is ``N``.
@@ -41,7 +41,7 @@ def trace(
     Raises:
         ExportError: PyTorch cannot trace the module, or ONNX has no form of it at this opset.
     """
-    marked = isinstance(module, LoweredViT) and not batch.fixed
+    marked = isinstance(module, DeployedModel) and not batch.fixed
     rows = batch.min if batch.fixed else _MARK if marked else 2
     image = torch.zeros((1, *example.shape[1:]), dtype=example.dtype).expand(rows, *example.shape[1:])
     symbolic = None if batch.fixed or marked else ({0: torch.export.Dim("N", min=1, max=max(batch.max, 2))},)

@@ -108,7 +108,7 @@ def write_onnx(
 
 def _describe(model: ir.Model, subject: Subject, precision: str) -> None:
     model.producer_name, model.producer_version = "vitdeploy", __version__
-    model.graph.name = "vit" if subject.config else "model"
+    model.graph.name = subject.config.kind if subject.config else "model"
     model.metadata_props.update({"vitdeploy.precision": precision, "vitdeploy.input": subject.input})
 
 

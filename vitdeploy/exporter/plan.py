@@ -11,7 +11,7 @@ from typing import Any
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, BundleWriter
 from vitdeploy.bundle.golden import GOLDEN_NAMES, raw_images
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import Size
+from vitdeploy.config import Size, model_fields
 from vitdeploy.exporter.onnx import FILES, INPUT
 from vitdeploy.exporter.request import ExportRequest, Order, engines_of, orders_of
 from vitdeploy.exporter.subject import Subject, open_subject
@@ -59,7 +59,7 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
     shape = ("N", *size, 3) if channels_last else ("N", 3, *size)
     return ExportPlan(
         source=opened.source,
-        config=dataclasses.asdict(subject.config) if subject.config else {},
+        config=model_fields(subject.config) if subject.config else {},
         parameters=subject.parameters,
         flops=subject.flops,
         input=f"{INPUT} {'uint8' if channels_last else 'float32'} ({', '.join(map(str, shape))})",

@@ -27,7 +27,7 @@ from vitdeploy.exporter.artifact_parity import engines_parity, first_failure, on
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
 from vitdeploy.exporter.onnx import INPUT, write_onnx
 from vitdeploy.exporter.request import ExportRequest, Order, orders_of
-from vitdeploy.exporter.subject import Subject, VitSubject, open_subject
+from vitdeploy.exporter.subject import Subject, open_subject
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.memory import release
@@ -183,6 +183,8 @@ class _Job:
         config, name = self.subject.config, f"{AOT}-{precision}"
         if config is None:
             raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
+        if not config.fused_kernels:
+            raise UsageError(f"there are no fused kernels for a model of the kind {config.kind!r}")
         onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]
         rehearsed = onnx or self._rehearse(PrecisionPlan.of(precision))
         records = [record.model_copy(update={"artifact": name}) for record in rehearsed]
@@ -259,7 +261,7 @@ class _Job:
         return parity.TOLERANCES[plan.name].model_copy(update={"max_abs": self.request.atol})
 
     def _search(self, plan: PrecisionPlan) -> Proposal | None:
-        if not isinstance(self.subject, VitSubject):
+        if not self.subject.searches_islands:
             return None
         with self.progress.stage("bisect") as stage:
             deployed = self.subject.deployed(PrecisionPlan.of("fp32"))
@@ -293,7 +295,7 @@ class _Job:
         with self.progress.stage(f"parity {plan.name}") as stage:
             draft = self._manifest([*self.artifacts, artifact])
             bundle = self.writer.seal(draft)
-            self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what lowering has read
+            self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what the rewrites have read
             release()
             records = onnx_parity(bundle, bundle.artifact(artifact.name), self.golden, self.request.atol)
             release()

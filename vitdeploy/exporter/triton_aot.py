@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vitdeploy.backends.triton import TABLE
 from vitdeploy.bundle.folder import BundleWriter
 from vitdeploy.bundle.manifest import AOT, Artifact, OpPrecision, PrecisionProof, input_spec, output_spec
-from vitdeploy.config import BatchRange, InputKind, Output, Precision, ViTConfig
+from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Precision
 from vitdeploy.errors import ExportError
 from vitdeploy.exporter.request import kernels_library
 from vitdeploy.model.precision import DTYPES
@@ -28,7 +28,7 @@ _OPERANDS = ("weight_ptr", "qkv_ptr", "queries_ptr", "x_ptr")
 
 
 def write_kernels(
-    config: ViTConfig,
+    config: ModelConfig,
     precision: Precision,
     writer: BundleWriter,
     *,
@@ -82,7 +82,7 @@ def write_kernels(
 
 
 def _launches(
-    config: ViTConfig,
+    config: ModelConfig,
     precision: Precision,
     batch: BatchRange,
     output: Output,
@@ -90,9 +90,10 @@ def _launches(
     table: Any,
 ) -> list[tuple[str, Launch]]:
     """The launches of all batch buckets, those of the largest last, with their sites."""
-    from vitdeploy.model.fused import buckets_of, shape_of
+    from vitdeploy.model.fused import buckets_of
+    from vitdeploy.model.registry import architecture_of
 
-    shape, dtype = shape_of(config, output, input_kind), DTYPES[precision]
+    shape, dtype = architecture_of(config).kernel_shape(config, output, input_kind), DTYPES[precision]
     planner = kernels_library("planner")
     return [pair for size in buckets_of(batch) for pair in planner.launches(shape, dtype, size, table)]
 

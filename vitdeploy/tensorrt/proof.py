@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitdeploy.bundle.manifest import OpDType, OpPrecision, PrecisionProof
-from vitdeploy.bundle.onnx_graph import GEMMS, NAMES, declared, undeclared
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES, OpDType
+from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
+from vitdeploy.bundle.onnx_graph import GEMMS, declared, undeclared
 from vitdeploy.config import Precision
 from vitdeploy.errors import ExportError, PrecisionError
 from vitdeploy.tensorrt.api import ILayer, INetworkDefinition
@@ -180,7 +181,7 @@ def prove_network(layers: Sequence[Layer], precision: Precision, islands: Collec
         precision: the default dtype of the graph it was parsed from.
         islands: its sites that may be in fp32.
     """
-    default = NAMES[precision]
+    default = PRECISION_DTYPES[precision]
     ops = []
     for layer in layers:
         if layer.kind not in _OPERATORS or not layer.inputs:
