@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from vitdeploy.errors import ConfigError, UsageError, did_you_mean
 
+DEFAULT_MODEL = "vit_base_patch16_224"
+"""The named variant that is meant where a user names none."""
 Size = tuple[int, int]
 """Height, width."""
 

@@ -59,9 +59,19 @@ class Recorder(Progress):
         self.notes.append(text)
 
 
-def test_a_bundle_holds_everything_it_promises(tmp_path: Path) -> None:
-    state = random_state(SHALLOW, spread=0.2)
-    bundle = export(tmp_path, SHALLOW, state, precisions=("fp32", "fp16", "bf16"), command="vitdeploy export")
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Recorder]:
+    """A small model, exported in three precisions, for all who only look at it."""
+    path, recorder = tmp_path_factory.mktemp("shallow"), Recorder()
+    source = folder(path / "checkpoint", SHALLOW, random_state(SHALLOW, spread=0.2))
+    precisions = ("fp32", "fp16", "bf16")
+    request = ExportRequest(model=source, batch=RANGE, precisions=precisions, command="vitdeploy export")
+    return run_export(request, path / "out.bundle", progress=recorder), recorder
+
+
+@pytest.mark.slow
+def test_a_bundle_holds_everything_it_promises(shallow: tuple[Bundle, Recorder]) -> None:
+    bundle, state = shallow[0], random_state(SHALLOW, spread=0.2)
     bundle.verify()
     manifest = bundle.manifest
     assert sorted(manifest.files) == [
@@ -86,9 +96,8 @@ def test_a_bundle_holds_everything_it_promises(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_golden_outputs_are_the_float64_references(tmp_path: Path) -> None:
-    bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2))
-    golden = bundle.golden()
+def test_golden_outputs_are_the_float64_references(shallow: tuple[Bundle, Recorder]) -> None:
+    golden = shallow[0].golden()
     vit = build_reference(SHALLOW, {n: t.double() for n, t in random_state(SHALLOW, spread=0.2).items()})
     with torch.inference_mode():
         expected = vit(torch.from_numpy(golden["pixel_values"]).double())
@@ -97,8 +106,12 @@ def test_golden_outputs_are_the_float64_references(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "uint8"])
-def test_input_kinds_agree_on_the_same_images(tmp_path: Path, kind: str) -> None:
-    bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2), input=kind)
+def test_input_kinds_agree_on_the_same_images(
+    tmp_path: Path, shallow: tuple[Bundle, Recorder], kind: str
+) -> None:
+    bundle = shallow[0]
+    if kind == "uint8":
+        bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2), input=kind)
     golden = bundle.golden()
     if kind == "uint8":
         assert golden["pixel_values"].dtype == np.uint8
@@ -282,11 +295,11 @@ def test_an_absolute_bound_gates_the_rehearsal_before_anything_is_built(tmp_path
 
 
 @pytest.mark.slow
-def test_stages_are_told_in_order(tmp_path: Path) -> None:
-    recorder = Recorder()
-    source = folder(tmp_path / "checkpoint", SHALLOW, random_state(SHALLOW, spread=0.2))
-    run_export(ExportRequest(model=source, batch=RANGE), tmp_path / "out.bundle", progress=recorder)
-    assert recorder.stages == ["load", "reference", "weights", "onnx fp32", "parity fp32"]
+def test_stages_are_told_in_order(shallow: tuple[Bundle, Recorder]) -> None:
+    assert shallow[1].stages == [
+        *("load", "reference", "weights", "onnx fp32", "parity fp32"),
+        *("round as fp16", "onnx fp16", "parity fp16", "round as bf16", "onnx bf16", "parity bf16"),
+    ]
 
 
 def _names(where: Path) -> list[str]:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.models import CONFIGS, pixels, random_state, random_vit
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle, BundleWriter
-from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, Provenance, TensorSpec
+from vitdeploy.bundle.manifest import Artifact, Manifest, Provenance, TensorSpec
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.model.reference import forward_float64
 
@@ -38,7 +39,7 @@ def write_weights(
         return writer.commit()
 
 
-def artifact(precision: Precision) -> Artifact:
+def artifact(precision: ArtifactPrecision) -> Artifact:
     """Something exported in this precision; its file is never opened."""
     height, width = CONFIG.image_size
     return Artifact(

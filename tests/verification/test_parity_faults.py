@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.models import pixels, random_state
 from vitdeploy.backends.base import Array
-from vitdeploy.bundle.manifest import Precision
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.config import ViTConfig
 from vitdeploy.model.registry import build_reference
 from vitdeploy.verification.parity import TOLERANCES, passes
@@ -74,7 +74,7 @@ ROUNDED = [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bflo
 
 
 @pytest.mark.parametrize("precision, dtype", ROUNDED)
-def test_honest_rounding_passes(precision: Precision, dtype: torch.dtype) -> None:
+def test_honest_rounding_passes(precision: ArtifactPrecision, dtype: torch.dtype) -> None:
     vit = build_reference(CONFIG, {name: tensor.to(dtype) for name, tensor in STATE.items()})
     with torch.inference_mode():
         outputs = vit(IMAGES.to(dtype)).float().numpy()

@@ -21,8 +21,9 @@ from vitdeploy.backends.base import (
     require_support,
     split_device,
 )
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES, ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
+from vitdeploy.bundle.manifest import Artifact, Manifest, input_spec, output_spec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from vitdeploy.model.reference import Reference
 
 Forward = Callable[["Tensor"], "Tensor"]
-
-_DTYPES: Mapping[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Torch:
@@ -56,7 +55,7 @@ class Torch:
             return f"the bundle has no {WEIGHTS}"
         if artifact is not None and artifact.format == "triton-aot":
             return f"{artifact.name} holds kernels for the triton backend"
-        if artifact is not None and artifact.precision not in _DTYPES:
+        if artifact is not None and artifact.precision not in PRECISION_DTYPES:
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
         return None
 
@@ -66,7 +65,7 @@ class Torch:
         require_support(self, bundle, artifact)
         device = cuda_device(torch, options.device or "cpu")
         bundle.verify_hashes([WEIGHTS])
-        precision: Precision = artifact.precision if artifact else "fp32"
+        precision: ArtifactPrecision = artifact.precision if artifact else "fp32"
         manifest = bundle.manifest
         assert manifest.model is not None
         batch = artifact.batch if artifact else None
@@ -85,7 +84,7 @@ class Torch:
         return TorchSession(facts, self._forward(bundle, precision, batch, device), options.threads)
 
     def _forward(
-        self, bundle: Bundle, precision: Precision, batch: BatchRange | None, device: str
+        self, bundle: Bundle, precision: ArtifactPrecision, batch: BatchRange | None, device: str
     ) -> Forward:
         """The function of a session: the network's input to float32 output."""
         model = load_reference(bundle, dtype_of(precision), device, fused_attention=True)
@@ -209,11 +208,11 @@ def cuda_device(torch: Any, wanted: str) -> str:
     return f"cuda:{index}"
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
+def dtype_of(precision: ArtifactPrecision) -> torch.dtype:
     """What the model computes in throughout."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _DTYPES[precision])
+    dtype: torch.dtype = getattr(torch, PRECISION_DTYPES[precision])
     return dtype
 
 

@@ -22,9 +22,10 @@ from vitdeploy.backends.base import (
     require_support,
 )
 from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_reference
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES, ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
-from vitdeploy.config import BatchRange
+from vitdeploy.bundle.manifest import AOT, Artifact, Manifest, input_spec, output_spec
+from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 from vitdeploy.machine.gpus import find_gpus
 
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
     from vitdeploy_kernels.package import Package
     from vitdeploy_kernels.runner import VitRunner
 
-DTYPES: Mapping[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}
-"""Precisions that the kernels compute in, by PyTorch's names."""
-AOT = "triton-aot"
-"""The format of artifacts that hold the kernels themselves."""
+PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
+"""What the kernels compute in."""
 TABLE = "table.json"
 """Beside the kernels of each architecture: the configurations they were compiled with."""
 TUNED = "kernels/tuned"
@@ -79,7 +78,7 @@ class Triton:
             return "its kernels are a GPU's, and the interpreter runs none of them"
         if artifact is not None and artifact.precision == "mixed":
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
-        if artifact is not None and artifact.precision not in DTYPES:
+        if artifact is not None and artifact.precision not in PRECISIONS:
             return f"it computes in fp16 or bf16, and {artifact.name} is {artifact.precision}"
         return None
 
@@ -91,7 +90,7 @@ class Triton:
         require_support(self, bundle, artifact)
         device = self._device(torch, options.device)
         bundle.verify_hashes([WEIGHTS])
-        precision: Precision = artifact.precision if artifact else "fp16"
+        precision: ArtifactPrecision = artifact.precision if artifact else "fp16"
         batch = artifact.batch if artifact else BatchRange()
         kernels = _Kernels.of(bundle, artifact, device)
         runner = _runner(torch, bundle, precision, batch, device, kernels)
@@ -227,7 +226,12 @@ class _Kernels:
 
 
 def _runner(
-    torch: Any, bundle: Bundle, precision: Precision, batch: BatchRange, device: str, kernels: _Kernels
+    torch: Any,
+    bundle: Bundle,
+    precision: ArtifactPrecision,
+    batch: BatchRange,
+    device: str,
+    kernels: _Kernels,
 ) -> VitRunner:
     """The folded model and its plans.
 
@@ -243,7 +247,7 @@ def _runner(
     manifest, reference = bundle.manifest, load_reference(bundle)
     model = architecture_of(reference.config).fuse(
         reference,
-        getattr(torch, DTYPES[precision]),
+        getattr(torch, PRECISION_DTYPES[precision]),
         output=manifest.output,
         input_kind=manifest.input,
         preprocess=manifest.preprocess,

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, OpDType
 from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, model_fields, model_type
 from vitdeploy.errors import BundleError, VitdeployError
 
@@ -33,11 +34,10 @@ SCHEMA_VERSION: Final = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
 """Nothing longer is parsed; the manifest of a model with 1000 labels has some 100 KB."""
 
+AOT = "triton-aot"
+"""The format of artifacts that hold the fused kernels, compiled ahead of time."""
 REBUILD = "copy or export the bundle again"
 
-Precision = Literal["fp32", "fp16", "bf16", "mixed"]
-DType = Literal["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int32", "int64"]
-OpDType = DType | Literal["float8e4m3fn", "undefined"]
 Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 Count = Annotated[int, Field(ge=0)]
 
@@ -128,8 +128,8 @@ class Artifact(_Record):
     name: str = Field(min_length=1)
     """Unique within the bundle: ``onnx-fp16``."""
     format: str = Field(min_length=1)
-    precision: Precision
-    requested: Precision
+    precision: ArtifactPrecision
+    requested: ArtifactPrecision
     """The precision asked for; ``fallback`` says why it is another one, where it is."""
     path: SafePath
     files: tuple[SafePath, ...]

@@ -27,6 +27,7 @@ from vitdeploy.checkpoint.families.base import Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_json, read_shards, read_weights
 from vitdeploy.config import (
+    DEFAULT_MODEL,
     ModelConfig,
     Preprocess,
     Size,
@@ -40,7 +41,6 @@ from vitdeploy.data import digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError, did_you_mean
 from vitdeploy.model.registry import expected_shapes
 
-DEFAULT_MODEL = "vit_base_patch16_224"
 DIGITS = "digits"
 
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -133,8 +133,7 @@ def _onnx(path: Path, as_json: bool) -> None:
 
 
 def _engine(path: Path, as_json: bool) -> None:
-    from vitdeploy.tensorrt.engine_file import check_files, read_record
-    from vitdeploy.tensorrt.header import HEADER_BYTES, check_size, read_header
+    from vitdeploy.tensorrt.engine_file import HEADER_BYTES, check_files, check_size, read_header, read_record
 
     with path.open("rb") as file:
         header = read_header(file.read(HEADER_BYTES), str(path))

@@ -38,14 +38,14 @@ class _Search:
     plan: PrecisionPlan
     inputs: Tensor
     accepts: Verdict
-    known: dict[frozenset[str], bool] = field(default_factory=dict)
+    verdicts: dict[frozenset[str], bool] = field(default_factory=dict)
 
     def passes(self, islands: frozenset[str]) -> bool:
-        if islands not in self.known:
-            self.known[islands] = self.accepts(
+        if islands not in self.verdicts:
+            self.verdicts[islands] = self.accepts(
                 emulate(self.model, self.plan.with_islands(islands), self.inputs)
             )
-        return self.known[islands]
+        return self.verdicts[islands]
 
 
 @torch.inference_mode()
@@ -78,21 +78,21 @@ def smallest_islands(
 
 def _needed(search: _Search, names: list[str], residual: frozenset[str]) -> frozenset[str] | None:
     """The sites that cannot leave fp32 while the whole residual stream stays in it."""
-    found: frozenset[str] = frozenset()
-    while not search.passes(residual | found):
-        if len(found) == MOST_BRANCHES or not search.passes(residual | frozenset(names)):
+    needed: frozenset[str] = frozenset()
+    while not search.passes(residual | needed):
+        if len(needed) == MOST_BRANCHES or not search.passes(residual | frozenset(names)):
             return None
         # The least k with which the first k sites, reduced, fail: the k-th is what breaks.
         low, high = 0, len(names)
         while high - low > 1:
             middle = (low + high) // 2
-            good = search.passes(residual | found | frozenset(names[middle:]))
+            good = search.passes(residual | needed | frozenset(names[middle:]))
             low, high = (middle, high) if good else (low, middle)
-        found |= {names[high - 1]}
-    for name in sorted(found):
-        if search.passes(residual | (found - {name})):
-            found -= {name}
-    return found
+        needed |= {names[high - 1]}
+    for name in sorted(needed):
+        if search.passes(residual | (needed - {name})):
+            needed -= {name}
+    return needed
 
 
 def _stretch(search: _Search, adds: list[str], branches: frozenset[str]) -> list[str]:

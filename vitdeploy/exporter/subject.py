@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.checkpoint.opening import Checkpoint, UserModule
+from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model
 from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess
 from vitdeploy.errors import ExportError, UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
+from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.user_module import island_norms, only_tensor, rehearse, wrap
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan, island_names
@@ -171,6 +172,25 @@ class ModuleSubject(Subject):
 
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
         return island_norms(deployed) if plan.default != torch.float32 else ()
+
+
+def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subject]:
+    """Load the model that is asked for.
+
+    Raises:
+        UsageError, CheckpointError, MissingDependency: it cannot be opened, or not so.
+    """
+    if isinstance(request.model, nn.Module):
+        name, size = type(request.model).__name__, request.image_size or (224, 224)
+        opened: Checkpoint | UserModule = UserModule(request.model, name, size)
+    else:
+        opened = open_model(
+            None if request.model is None else str(request.model),
+            checkpoint=request.checkpoint,
+            image_size=request.image_size,
+            seed=request.seed,
+        )
+    return opened, subject_of(opened, request.output, request.input)
 
 
 def subject_of(opened: Checkpoint | UserModule, output: str | None, input_kind: str) -> Subject:

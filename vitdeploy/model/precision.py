@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import nn
 
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES, ArtifactPrecision
 from vitdeploy.config import Precision
 from vitdeploy.errors import PrecisionError
 from vitdeploy.model.deployed import Site
 from vitdeploy.model.reference import public_name
 
 DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
+    precision: getattr(torch, PRECISION_DTYPES[precision]) for precision in get_args(Precision)
 }
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -54,7 +53,7 @@ class PrecisionPlan:
         return cls(torch.float64, island_dtype=torch.float64, output_dtype=torch.float64)
 
     @property
-    def name(self) -> Precision | Literal["mixed"]:
+    def name(self) -> ArtifactPrecision:
         """What artifacts of this plan are called."""
         return (
             "mixed" if self.islands else next(name for name, dtype in DTYPES.items() if dtype == self.default)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitdeploy.backends.base import Session, run_in_batches
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Precision, Tolerance
+from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Tolerance
 from vitdeploy.config import Output
 from vitdeploy.errors import ParityError
 from vitdeploy.images.preprocess import pixel_values
@@ -38,7 +39,7 @@ Float = NDArray[np.float64]
 #
 # Company in a batch changes the order of sums, so an image's answer may move by rounding, that is by
 # what the precision itself may lose; rows that get mixed up differ by a multiple of it.
-TOLERANCES: Mapping[Precision, Tolerance] = {
+TOLERANCES: Mapping[ArtifactPrecision, Tolerance] = {
     # 30 times the worst measured: room for deeper models, and for trained ones, whose massive activations
     # cost digits; half of the subtlest fault.
     "fp32": Tolerance(relative=5e-5, kl=1e-6, batch_invariance=5e-5),
