@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,8 +23,10 @@ from vitdeploy.model.vit import Block
 EXACT = 1e-12
 
 
-def double_block(config: ViTConfig, index: int = 0) -> Block:
-    block = random_vit(config).blocks[index]
+@functools.cache
+def double_block(config: ViTConfig) -> Block:
+    """A block that the tests share: no rewrite changes it."""
+    block = random_vit(config).blocks[0]
     assert isinstance(block, Block)
     return block.double()
 
