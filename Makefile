@@ -35,7 +35,7 @@ lint: $(READY)  ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-peers: $(READY)  ## measure against other tools, for README's tables (more than half an hour, on a quiet machine)
+bench-peers: $(READY)  ## measure against other tools, for the documents' tables (more than half an hour, on a quiet machine)
 	$(BIN)/python -m benchmarks.peers.run
 	$(BIN)/python -m benchmarks.peers.table --write
 
