@@ -7,8 +7,8 @@ prints. Measured numbers may differ; words, columns, labels and counts may not.
 A command that ends with ``&`` stays in the background once it has printed what is shown; ``kill %1`` ends it,
 and shows what it printed since. Its ports are any free ones. Besides ``vitdeploy``, ``curl`` is run.
 
-The folder has the images of the digits model, and what README takes for granted: ``my-vit``, a fine-tuned model
-as transformers saves it, and ``photo.png``. An export that several documents show is run once.
+The folder has the images of the digits model, and what README takes for granted: ``my-vit``, a fine-tuned
+model as transformers saves it, and ``photo.png``. An export that several documents show is run once.
 """
 
 from __future__ import annotations

@@ -136,9 +136,9 @@ def summary(results: Results) -> str:
     best = [found and ratio(found[0], found[1]) for found in (picked(results, batch) for batch in batches)]
     rows.append(["our fastest against the fastest other tool", *(_said(one) if one else "" for one in best)])
     words = (
-        f"{subject.model}, median ms, {results.environment.cpu.name}, {_threads(results)}. A peer's time is followed",
-        "by how many times as fast vitdeploy is (quartiles over the rounds). More models and tools, and what exports",
-        "cost: [docs/performance.md](docs/performance.md).",
+        f"{subject.model}, median ms, {results.environment.cpu.name}, {_threads(results)}. A peer's time is",
+        "followed by how many times as fast vitdeploy is (quartiles over the rounds). More models and tools,",
+        "and what an export costs: [docs/performance.md](docs/performance.md).",
     )
     return "\n".join([*words, "", *_lines(["", *(f"batch {b}" for b in batches)], rows)])
 
