@@ -68,7 +68,8 @@ def test_every_page_is_reached_from_the_readme() -> None:
 def test_the_map_names_files_that_are_there() -> None:
     """docs/architecture.md names files by their last parts."""
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    files = [f"/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("vitdeploy/**/*.py")]
+    paths = [*ROOT.glob("vitdeploy/**/*.py"), *ROOT.glob("docs/*.py")]
+    files = [f"/{path.relative_to(ROOT).as_posix()}" for path in paths]
     named = set(re.findall(r"[\w/]+\.py\b", text))
     assert len(named) > 20
     assert [name for name in sorted(named) if not any(file.endswith(f"/{name}") for file in files)] == []

@@ -109,6 +109,19 @@ def test_the_action_fails_where_there_is_no_bundle(tmp_path: Path) -> None:
     assert step("Verify", tmp_path, bundle="missing").returncode == 2
 
 
+def test_the_example_gives_the_action_what_it_takes() -> None:
+    (used,) = (
+        one
+        for one in read(ROOT / "examples/verify-workflow.yml")["jobs"]["verify"]["steps"]
+        if "/vitdeploy@" in one.get("uses", "")
+    )
+    inputs = read(ROOT / "action.yml")["inputs"]
+    assert used["with"].keys() <= inputs.keys()
+    assert {name for name, field in inputs.items() if field.get("required")} <= used["with"].keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(used["with"]["extras"].split(",")) <= project["optional-dependencies"].keys()
+
+
 @pytest.mark.parametrize("extras", ["", "openvino,export"])
 def test_the_action_installs_its_own_version(extras: str, tmp_path: Path) -> None:
     done = step("Install vitdeploy", tmp_path, bundle="any", extras=extras)

@@ -80,7 +80,10 @@ def test_it_is_served(folder: Path, tmp_path: Path) -> None:
 def test_it_is_inspected(folder: Path) -> None:
     document = in_a_process("inspect", folder, "--json").document
     assert document["ok"] is True
-    assert document["manifest"] == json.loads((folder / "manifest.json").read_text())
+    recorded = json.loads((folder / "manifest.json").read_text())
+    assert {key: document["manifest"][key] for key in ("digest", "files", "labels", "parity")} == {
+        key: recorded[key] for key in ("digest", "files", "labels", "parity")
+    }
     shown = in_a_process("inspect", folder)
     assert shown.code == 0
     assert "cat, dog, owl" in shown.out
