@@ -175,7 +175,7 @@ def link(distribution: metadata.Distribution, site: Path) -> None:
 def test_public_names_are_pinned() -> None:
     import vitdeploy
 
-    assert sorted(vitdeploy.__all__) == ["__version__", "bench", "export", "load", "verify"]
+    assert sorted(vitdeploy.__all__) == ["__version__", "add_engines", "bench", "export", "load", "verify"]
     assert all(hasattr(vitdeploy, name) for name in vitdeploy.__all__)
 
 

@@ -14,18 +14,6 @@ from vitdeploy.verification.live.address import Address
 
 Array = np.ndarray[Any, Any]
 
-DATATYPES: Mapping[str, str] = {
-    "float64": "FP64",
-    "float32": "FP32",
-    "float16": "FP16",
-    "bfloat16": "BF16",
-    "uint8": "UINT8",
-    "int8": "INT8",
-    "int32": "INT32",
-    "int64": "INT64",
-}
-"""The protocol's names of dtypes."""
-
 
 class AnswerError(Exception):
     """The server answered, but with an error, or with what the protocol does not allow.

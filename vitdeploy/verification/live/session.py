@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from vitdeploy.backends.base import Array, Session, SessionFacts
-from vitdeploy.bundle.manifest import Precision
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.config import BatchRange
 from vitdeploy.verification.live.client import AnswerError, Client
 from vitdeploy.verification.live.signature import Signature
@@ -27,7 +27,7 @@ class LiveSession(Session):
         client: Client,
         target: Target,
         signature: Signature,
-        precision: Precision,
+        precision: ArtifactPrecision,
         batch: BatchRange,
         encoding: Encoding,
     ) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vitdeploy.bundle.dtypes import DATATYPES
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import TensorSpec, input_spec, output_spec
 from vitdeploy.errors import UsageError
-from vitdeploy.verification.live.client import DATATYPES, LiveTensor, ModelFacts
+from vitdeploy.verification.live.client import LiveTensor, ModelFacts
 
 
 @dataclass(frozen=True)

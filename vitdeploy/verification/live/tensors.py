@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vitdeploy.backends.base import run_in_batches
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import ParityRecord, Precision
+from vitdeploy.bundle.manifest import ParityRecord
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
 from vitdeploy.progress import Progress
@@ -59,9 +60,9 @@ class Replay:
     """One that the server takes; None if it takes none."""
 
     @property
-    def fits(self) -> Precision | None:
+    def fits(self) -> ArtifactPrecision | None:
         """The most exact precision whose tolerances every answer keeps; None if there is none."""
-        order: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # mixed has fp16's
+        order: tuple[ArtifactPrecision, ...] = ("fp32", "fp16", "bf16")  # mixed has fp16's
         for precision in order:
             bounds = TOLERANCES[precision]
             if self.records and not any(failures(record.metrics, bounds) for record in self.records):
