@@ -182,7 +182,7 @@ def _print_local(report: VerifyReport) -> None:
     for text in report.notes:
         output.line(f"note: {text}")
     if report.passed:
-        compared = f"{len(report.parity)} comparisons"
+        compared = output.count(len(report.parity), "comparison")
         output.line()
         if report.unproven:
             output.line(f"not verified, as no named backend runs it: {', '.join(report.unproven)}")

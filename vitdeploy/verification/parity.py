@@ -236,7 +236,7 @@ def _golden(golden: Mapping[str, Array]) -> tuple[Array, Array]:
     empty = ~reference.reshape(len(reference), -1).any(axis=1)
     if empty.any():
         raise ParityError(
-            f"the reference's output is zero for golden image {int(np.argmax(empty))}, so nothing is compared",
+            f"nothing to compare: the reference's output is zero for golden image {int(np.argmax(empty))}",
             hint="an untrained head? --output features leaves it out",
         )
     return inputs, reference

@@ -33,9 +33,9 @@ def run(
         if done.number == rounds:
             raise KeyboardInterrupt
 
-    request = LiveRequest(url, calls=5, batches=[1], timeout=5)
+    request = LiveRequest(url, calls=5, batches=[1])
     with LiveVerification(bundle, request) as whole, contextlib.suppress(KeyboardInterrupt):
-        watch(whole, 0.5, ended=ended, metrics=metrics, total=total)
+        watch(whole, 0.01, ended=ended, metrics=metrics, total=total)
     return total
 
 

@@ -7,7 +7,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -199,31 +199,22 @@ def watch(
     thread, so that an interruption is heard at once; the round that it meets is given up.
 
     Args:
-        ended: is called after every round.
+        ended: is called after every round, before the next.
         total: every round is counted in it.
 
     Raises:
         BundleError, MissingDependency, ParityError: the bundle, or this machine, cannot go on.
         KeyboardInterrupt: that is how it ends.
     """
-    stop = threading.Event()
-
-    def rounds() -> Iterator[WatchRound]:
-        for number in itertools.count(1):
-            begin = time.monotonic()
-            yield _round(verification, number)
-            if stop.wait(max(0.0, seconds - (time.monotonic() - begin))):
-                return
-
     total = total if total is not None else WatchSummary()
-    try:
-        for done in _in_one_thread(rounds()):
-            total.count(done)
-            if metrics is not None:
-                metrics.record(done)
-            ended(done)
-    finally:
-        stop.set()
+    begin = time.monotonic()
+    for done in _in_one_thread(_round(verification, number) for number in itertools.count(1)):
+        total.count(done)
+        if metrics is not None:
+            metrics.record(done)
+        ended(done)
+        time.sleep(max(0.0, seconds - (time.monotonic() - begin)))
+        begin = time.monotonic()
 
 
 def in_a_thread(work: Callable[[], _T]) -> _T:
@@ -235,25 +226,33 @@ def in_a_thread(work: Callable[[], _T]) -> _T:
 
 
 def _in_one_thread(results: Iterator[_T]) -> Iterator[_T]:
-    """The same items, each made in one other thread, which does not keep the process alive."""
-    made: queue.SimpleQueue[tuple[list[_T], BaseException | None]] = queue.SimpleQueue()
+    """The same items, each made when it is asked for, all in one other thread.
+
+    One thread for all, because the HTTP client keeps an event loop for each that it meets. It does not keep
+    the process alive.
+    """
+    asked = queue.SimpleQueue[bool]()
+    made = queue.SimpleQueue[tuple[Sequence[_T], BaseException | None]]()
 
     def run() -> None:
-        try:
-            for result in results:
-                made.put(([result], None))
-            made.put(([], None))
-        except BaseException as error:
-            made.put(([], error))
+        while asked.get():
+            try:
+                made.put((list(itertools.islice(results, 1)), None))
+            except BaseException as error:
+                made.put(((), error))
 
     threading.Thread(target=run, name="live verification", daemon=True).start()
-    while True:
-        items, error = made.get()
-        if error is not None:
-            raise error
-        if not items:
-            return
-        yield items[0]
+    try:
+        while True:
+            asked.put(True)
+            items, error = made.get()
+            if error is not None:
+                raise error
+            if not items:
+                return
+            yield items[0]
+    finally:
+        asked.put(False)
 
 
 def _round(verification: LiveVerification, number: int) -> WatchRound:
