@@ -102,6 +102,7 @@ def test_errors(run: Run, bundle: Bundle, flags: list[str], code: int, message: 
     assert message in result.err
 
 
+@pytest.mark.slow
 def test_the_digits_bundle_is_verified(run: Run, digits: Exported) -> None:
     from vitdeploy.data import digits_images
 

@@ -107,7 +107,7 @@ class Replica:
             options=Options(threads=settings.threads, provider=settings.provider),
         )
         most = _batch(self._predictor, settings.max_batch)
-        _prove(self._predictor, most)
+        _check_parity(self._predictor, most)
         self._decoder = ThreadPoolExecutor(2, "decode")
         self._runner = ThreadPoolExecutor(1, "session")
         self._failure: str | None = None
@@ -195,7 +195,7 @@ def _batch(predictor: Predictor, wanted: int) -> int:
     return wanted
 
 
-def _prove(predictor: Predictor, most: int) -> None:
+def _check_parity(predictor: Predictor, most: int) -> None:
     """Hold the session against the reference, which warms it up, too.
 
     Raises:

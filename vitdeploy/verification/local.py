@@ -36,7 +36,7 @@ class SkippedArtifact:
 
 
 @dataclass(frozen=True)
-class FusionReport:
+class Fusion:
     """What a backend says of how it runs an artifact: which parts are fused, and which are not and why."""
 
     artifact: str
@@ -59,7 +59,7 @@ class VerifyReport:
     """Artifacts that no backend ran; failures too, unless the backends were chosen by name."""
     failures: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    fusion: tuple[FusionReport, ...] = ()
+    fusion: tuple[Fusion, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -198,7 +198,7 @@ class _Verification:
     accuracy: list[AccuracyRecord] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    fusion: list[FusionReport] = field(default_factory=list)
+    fusion: list[Fusion] = field(default_factory=list)
 
     def run(self, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
         golden = self.bundle.golden()
@@ -234,7 +234,7 @@ class _Verification:
             stage.detail = f"{pair.backend.name}, relative error {max(worst, default=float('nan')):.1e}"
         self.records += records
         if session.facts.fusion:
-            self.fusion.append(FusionReport(pair.name, pair.backend.name, session.facts.fusion))
+            self.fusion.append(Fusion(pair.name, pair.backend.name, session.facts.fusion))
         for record in records:
             where = f"{pair.name} on {pair.backend.name}, batch {record.batch}"
             self.failures += [f"{where}: {reason}" for reason in record.failures]

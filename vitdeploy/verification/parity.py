@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitdeploy.backends.base import Session, run_in_batches
+from vitdeploy.backends.base import Array, Session, run_in_batches
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Precision, Tolerance
 from vitdeploy.config import Output
 from vitdeploy.errors import ParityError
 from vitdeploy.images.preprocess import pixel_values
 
-Array = NDArray[Any]
 Float = NDArray[np.float64]
 
 # Measured with random weights on the golden images, worst image, ONNX Runtime, OpenVINO and PyTorch:
