@@ -105,7 +105,7 @@ def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -
 def test_public_names_are_pinned() -> None:
     import vitdeploy
 
-    assert sorted(vitdeploy.__all__) == ["__version__", "bench", "export", "load", "verify"]
+    assert sorted(vitdeploy.__all__) == ["__version__", "add_engines", "bench", "export", "load", "verify"]
     assert all(hasattr(vitdeploy, name) for name in vitdeploy.__all__)
 
 

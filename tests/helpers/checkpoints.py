@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.errors import CheckpointError
-from vitdeploy.model.vit import expected_shapes
+from vitdeploy.model.registry import expected_shapes
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

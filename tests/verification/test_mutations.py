@@ -35,9 +35,17 @@ from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
 from vitdeploy.images import preprocess
 from vitdeploy.images.preprocess import apply
-from vitdeploy.model import deployed as lowered
 from vitdeploy.model import rewrites
-from vitdeploy.model import vit as model
+from vitdeploy.model.deployed import (
+    AbsorbedBlock,
+    DeployedBlock,
+    DeployedEmbedding,
+    DeployedMlp,
+    DeployedReadout,
+    Norm,
+)
+from vitdeploy.model.registry import build_reference
+from vitdeploy.model.vit import Block, Embedding, Mlp, Readout
 from vitdeploy.verification import parity
 from vitdeploy.verification.local import verify_bundle
 
@@ -79,7 +87,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def replace_rewrite(name: str, faulty: Callable[[model.Block], model.Block]) -> Plant:
+def replace_rewrite(name: str, faulty: Callable[[Block], Block]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         real = tuple(faulty if r.__name__ == name else r for r in rewrites.BLOCK_REWRITES)
         patch.setattr(rewrites, "BLOCK_REWRITES", real)
@@ -92,7 +100,7 @@ def replace_rewrite(name: str, faulty: Callable[[model.Block], model.Block]) -> 
 def swapped_q_and_k(patch: pytest.MonkeyPatch) -> None:
     real = rewrites.merge_qkv
 
-    def merge(block: model.Block) -> lowered.Block:
+    def merge(block: Block) -> DeployedBlock:
         block = copy.copy(block)
         attn = copy.copy(block.attn)
         attn._modules = {**attn._modules, "q": attn.k, "k": attn.q}
@@ -102,26 +110,26 @@ def swapped_q_and_k(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rewrites, "merge_qkv", merge)
 
 
-def missing_scale(block: model.Block) -> model.Block:
+def missing_scale(block: Block) -> Block:
     block = copy.deepcopy(block)
     block.attn.scale = 1.0
     return block
 
 
-def lost_value_bias(block: model.Block) -> model.Block:
+def lost_value_bias(block: Block) -> Block:
     block = copy.deepcopy(block)
     block.attn.v.register_parameter("bias", None)
     return block
 
 
 def wrong_eps(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(rewrites, "_norm", lambda norm: lowered.Norm(norm.weight, norm.bias, 1e-3))
+    patch.setattr(rewrites, "_norm", lambda norm: Norm(norm.weight, norm.bias, 1e-3))
 
 
 def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
     real = rewrites._mlp
 
-    def mlp(part: model.Mlp) -> lowered.Mlp:
+    def mlp(part: Mlp) -> DeployedMlp:
         deployed = real(part)
         deployed.activation = "gelu_tanh"
         return deployed
@@ -132,7 +140,7 @@ def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
 def transposed_positions(patch: pytest.MonkeyPatch) -> None:
     real = rewrites.patches_to_gemm
 
-    def patches(embedding: model.Embedding) -> lowered.Embedding:
+    def patches(embedding: Embedding) -> DeployedEmbedding:
         deployed = real(embedding)
         rows, columns = CONFIG.grid
         tokens = deployed.tokens.value.data
@@ -146,7 +154,7 @@ def transposed_positions(patch: pytest.MonkeyPatch) -> None:
 def dropped_head_bias(patch: pytest.MonkeyPatch) -> None:
     real = rewrites.read_out
 
-    def read_out(readout: model.Readout, output: Any) -> lowered.Readout:
+    def read_out(readout: Readout, output: Any) -> DeployedReadout:
         deployed = real(readout, output)
         assert deployed.head is not None
         deployed.head.bias = None
@@ -156,12 +164,12 @@ def dropped_head_bias(patch: pytest.MonkeyPatch) -> None:
 
 
 def dropped_residual(patch: pytest.MonkeyPatch) -> None:
-    def forward(self: lowered.AbsorbedBlock, x: torch.Tensor) -> torch.Tensor:
+    def forward(self: AbsorbedBlock, x: torch.Tensor) -> torch.Tensor:
         pooled = self.attn(self.norm1(x))
         result: torch.Tensor = self.add2(pooled, self.mlp(self.norm2(pooled)))
         return result
 
-    patch.setattr(lowered.AbsorbedBlock, "forward", forward)
+    patch.setattr(AbsorbedBlock, "forward", forward)
 
 
 def swapped_mean_and_std(patch: pytest.MonkeyPatch) -> None:
@@ -173,7 +181,7 @@ def swapped_mean_and_std(patch: pytest.MonkeyPatch) -> None:
 def bgr(patch: pytest.MonkeyPatch) -> None:
     real = rewrites.patches_to_gemm
 
-    def patches(embedding: model.Embedding) -> lowered.Embedding:
+    def patches(embedding: Embedding) -> DeployedEmbedding:
         embedding = copy.deepcopy(embedding)
         embedding.patch_embed.weight = nn.Parameter(embedding.patch_embed.weight.flip(1), requires_grad=False)
         return real(embedding)
@@ -232,10 +240,10 @@ def test_one_nan_weight_is_named_when_it_is_loaded(tmp_path: Path) -> None:
 
 
 def test_one_nan_weight_is_named_when_it_appears_later() -> None:
-    vit = model.build(CONFIG, random_state(CONFIG))
+    vit = build_reference(CONFIG, random_state(CONFIG))
     vit.blocks[1].mlp.fc2.weight[3, 5] = float("nan")
     with pytest.raises(PrecisionError, match=r"blocks\.1\.mlp\.fc2\.weight"):
-        rewrites.lower(vit, run.PrecisionPlan.of("fp32"))
+        rewrites.deploy(vit, run.PrecisionPlan.of("fp32"))
 
 
 def other_filter(patch: pytest.MonkeyPatch) -> None:

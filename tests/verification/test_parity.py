@@ -19,8 +19,9 @@ from scipy.spatial.distance import cosine
 from scipy.special import rel_entr, softmax
 
 from vitdeploy.backends.base import Array, Session, SessionFacts
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import GOLDEN, Bundle, BundleWriter
-from vitdeploy.bundle.manifest import Manifest, ParityMetrics, Precision, Provenance, TensorSpec
+from vitdeploy.bundle.manifest import Manifest, ParityMetrics, Provenance, TensorSpec
 from vitdeploy.config import BatchRange, Preprocess
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.images.preprocess import apply, apply_uint8
@@ -45,7 +46,7 @@ class Computed(Session):
         self,
         function: Callable[[Array], Array],
         batch: BatchRange | None = None,
-        precision: Precision = "fp32",
+        precision: ArtifactPrecision = "fp32",
         output: str = "logits",
     ) -> None:
         pixel_values = TensorSpec(name="pixel_values", dtype="float32", shape=("N", 4))

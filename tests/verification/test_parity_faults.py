@@ -10,9 +10,9 @@ import torch
 
 from tests.helpers.models import pixels, random_state
 from vitdeploy.backends.base import Array
-from vitdeploy.bundle.manifest import Precision
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.config import ViTConfig
-from vitdeploy.model import vit as reference_model
+from vitdeploy.model.registry import build_reference
 from vitdeploy.verification.parity import TOLERANCES, passes
 
 CONFIG = ViTConfig(
@@ -23,7 +23,7 @@ IMAGES = pixels(CONFIG, 4)
 
 
 def _computed(config: ViTConfig, state: dict[str, torch.Tensor]) -> Array:
-    vit = reference_model.build(config, {name: tensor.double() for name, tensor in state.items()})
+    vit = build_reference(config, {name: tensor.double() for name, tensor in state.items()})
     with torch.inference_mode():
         outputs: Array = vit(IMAGES.double()).numpy()
     return outputs
@@ -80,8 +80,8 @@ ROUNDED = [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bflo
 
 
 @pytest.mark.parametrize("precision, dtype", ROUNDED)
-def test_honest_rounding_passes(precision: Precision, dtype: torch.dtype, reference: Array) -> None:
-    vit = reference_model.build(CONFIG, {name: tensor.to(dtype) for name, tensor in STATE.items()})
+def test_honest_rounding_passes(precision: ArtifactPrecision, dtype: torch.dtype, reference: Array) -> None:
+    vit = build_reference(CONFIG, {name: tensor.to(dtype) for name, tensor in STATE.items()})
     with torch.inference_mode():
         outputs = vit(IMAGES.to(dtype)).float().numpy()
     assert passes(reference, outputs, TOLERANCES[precision], "logits")

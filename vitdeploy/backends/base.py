@@ -14,8 +14,9 @@ from typing import Any, Protocol, Self, cast
 
 import numpy as np
 
+from vitdeploy.bundle.dtypes import ArtifactPrecision, DType
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, DType, Manifest, Precision, TensorSpec
+from vitdeploy.bundle.manifest import Artifact, Manifest, TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError, did_you_mean
 
@@ -65,7 +66,7 @@ class SessionFacts:
     backend: str
     artifact: str
     """The artifact's name, or the weights file's where the model runs without an artifact."""
-    precision: Precision
+    precision: ArtifactPrecision
     """What the artifact is declared to be in."""
     executes: str
     """What the runtime computes in; a backend that widens or narrows the artifact says so here."""

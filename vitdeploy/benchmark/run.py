@@ -18,7 +18,6 @@ from vitdeploy.benchmark.lanes import (
     Target,
     lanes_of,
     open_targets,
-    own_environment,
     serves,
 )
 from vitdeploy.benchmark.machine import Moment, Watch, environment
@@ -27,6 +26,7 @@ from vitdeploy.benchmark.metronome import Metronome, metronome
 from vitdeploy.benchmark.results import Accuracy, Beat, Cell, Results, Settings, Skipped
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import UsageError
+from vitdeploy.machine.child import child_environment
 from vitdeploy.progress import Progress, Stage
 from vitdeploy.verification.accuracy import (
     LabelledImages,
@@ -107,7 +107,7 @@ def run_plan(plan: Plan, *, progress: Progress | None = None, counters: Counters
     partial, notes = False, list[str]()
     try:
         _prove(runs, cells, progress)
-        with metronome(own_environment()) as beat:
+        with metronome(child_environment()) as beat:
             beats.append(beat)
             _time(referee, cells, beat, progress)
         for cell in cells:

@@ -12,7 +12,6 @@ from vitdeploy.errors import ParityError
 if TYPE_CHECKING:
     from vitdeploy.bundle.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
 
-_SHORT = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _KINDS = {
     "Softmax": "softmax",
     "patch_embed": "fused GEMM",
@@ -113,7 +112,9 @@ def print_parity(records: Sequence[ParityRecord]) -> None:
 
 def count_ops(ops: Sequence[OpPrecision]) -> list[dict[str, Any]]:
     """How many operations of each kind compute in each dtype."""
-    counts = Counter((_kind(op), _SHORT.get(op.dtype, op.dtype), op.island) for op in ops)
+    from vitdeploy.bundle.dtypes import DATATYPES
+
+    counts = Counter((_kind(op), DATATYPES.get(op.dtype, op.dtype).lower(), op.island) for op in ops)
     return [
         {"kind": kind, "dtype": dtype, "count": count, "declared_island": island}
         for (kind, dtype, island), count in counts.items()

@@ -1,6 +1,6 @@
 """Parity: does an artifact compute what the checkpoint computes? Metrics, tolerances, verdicts.
 
-The reference is the unlowered model in float64 on the bundle's golden inputs, computed at export. Here
+The reference is the original model in float64 on the bundle's golden inputs, computed at export. Here
 is numpy only, so that a bundle can be verified where it runs.
 """
 
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from vitdeploy.backends.base import Array, Session, run_in_batches
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Precision, Tolerance
+from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Tolerance
 from vitdeploy.config import Output
 from vitdeploy.errors import ParityError
 from vitdeploy.images.preprocess import pixel_values
@@ -37,7 +38,7 @@ Float = NDArray[np.float64]
 #
 # Company in a batch changes the order of sums, so an image's answer may move by rounding, that is by
 # what the precision itself may lose; rows that get mixed up differ by a multiple of it.
-TOLERANCES: Mapping[Precision, Tolerance] = {
+TOLERANCES: Mapping[ArtifactPrecision, Tolerance] = {
     # 30 times the worst measured: room for deeper models, and for trained ones, whose massive activations
     # cost digits; half of the subtlest fault.
     "fp32": Tolerance(relative=5e-5, kl=1e-6, batch_invariance=5e-5),
@@ -50,7 +51,7 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
 }
 
 # Outputs without classes; whatever else a user's own model calls its output is ranked as logits.
-_KINDS: Mapping[str, Output] = {"features": "features", "tokens": "tokens"}
+_KINDS: Mapping[str, Output] = {name: name for name in get_args(Output) if name != "logits"}
 
 PREPROCESS_TOLERANCE = 1e-5
 """Rounding of float32; one level of 256 off is 4e-3 or more."""

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact, Precision
+from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.errors import ServerError, UsageError, did_you_mean
 from vitdeploy.verification.live.client import AnswerError, Client, IndexEntry, ModelFacts, ServerFacts
 from vitdeploy.verification.parity import TOLERANCES
@@ -41,7 +42,7 @@ class LiveModel:
 class ExpectedPrecision:
     """The precision by whose tolerances the server's numbers are judged, and why."""
 
-    precision: Precision
+    precision: ArtifactPrecision
     artifact: Artifact | None
     note: str = ""
 

@@ -10,23 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vitdeploy.backends.base import Array
+from vitdeploy.bundle.dtypes import DATATYPES
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import TensorSpec, input_spec, output_spec
 from vitdeploy.errors import UsageError
 from vitdeploy.verification.live.client import AnswerError, Client, LiveTensor, ModelFacts
 from vitdeploy.verification.live.discovery import LiveModel
-
-_DATATYPES: Mapping[str, str] = {
-    "float64": "FP64",
-    "float32": "FP32",
-    "float16": "FP16",
-    "bfloat16": "BF16",
-    "uint8": "UINT8",
-    "int8": "INT8",
-    "int32": "INT32",
-    "int64": "INT64",
-}
-"""The protocol's names of dtypes."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +87,9 @@ def _varying(spec: TensorSpec) -> TensorSpec:
 
 def _differences(kind: str, spec: TensorSpec, tensor: LiveTensor) -> list[str]:
     differences = []
-    if tensor.datatype != _DATATYPES[spec.dtype]:
+    if tensor.datatype != DATATYPES[spec.dtype]:
         differences.append(
-            f"the {kind} {spec.name} is {tensor.datatype}, the bundle's {_DATATYPES[spec.dtype]}"
+            f"the {kind} {spec.name} is {tensor.datatype}, the bundle's {DATATYPES[spec.dtype]}"
         )
     want = [size if isinstance(size, int) else -1 for size in spec.shape]
     have = list(tensor.shape)

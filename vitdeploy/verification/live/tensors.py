@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 
 from vitdeploy.backends.base import Array, Session, SessionFacts, run_in_batches
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import ParityRecord, Precision
+from vitdeploy.bundle.manifest import ParityRecord
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
 from vitdeploy.progress import Progress
@@ -55,7 +56,7 @@ class LiveSession(Session):
         client: Client,
         model: LiveModel,
         signature: ModelSignature,
-        precision: Precision,
+        precision: ArtifactPrecision,
         batch: BatchRange,
         encoding: Encoding,
     ) -> None:
@@ -129,9 +130,9 @@ class Replay:
     """In the first encoding that the server takes; None if it takes none."""
 
     @property
-    def fits(self) -> Precision | None:
+    def fits(self) -> ArtifactPrecision | None:
         """The most exact precision whose tolerances every answer keeps; None if there is none."""
-        order: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # mixed has fp16's
+        order: tuple[ArtifactPrecision, ...] = ("fp32", "fp16", "bf16")  # mixed has fp16's
         for precision in order:
             bounds = TOLERANCES[precision]
             if self.records and not any(
