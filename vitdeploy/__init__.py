@@ -1,6 +1,6 @@
 """vitdeploy carries a Vision Transformer checkpoint to production, and proves each step.
 
-``export`` writes a bundle, ``add_engines`` adds TensorRT engines to it, ``load`` runs it, ``verify`` proves
+``export`` writes a bundle, ``add_engines`` adds TensorRT engines to it, ``load`` runs it, ``verify`` verifies
 it on this machine, ``bench`` measures it.
 Every error raised on purpose is a ``vitdeploy.errors.VitdeployError``.
 """
@@ -49,7 +49,7 @@ def export(
     engine: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a model into a new bundle and prove every artifact against its float64 reference.
+    """Export a model into a new bundle, with the parity of every artifact with its float64 reference.
 
     Args:
         model: a named variant (``"vit_base_patch16_224"``, ``"B/16"``, ``"digits"``), a folder or hub id of
@@ -223,12 +223,12 @@ def verify(
     provider: str | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Prove a bundle on this machine: every byte, the preprocessing, every artifact on every backend.
+    """Verify a bundle on this machine: every byte, the preprocessing, every artifact on every backend.
 
     Args:
         bundle: its folder, or an opened one.
         backends: names; every one here that runs exported artifacts when omitted. Then an artifact that
-            none of them can run is not proven, and fails; of named ones, what they cannot run is skipped.
+            none of them can run is not verified, and fails; of named ones, what they cannot run is skipped.
         batches: batch sizes; each artifact's least, optimal and largest when omitted.
         data: a folder of labelled images (a sub-folder per label, or files named ``<label>_*.png``), for
             the accuracy of every artifact.

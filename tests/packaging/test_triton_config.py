@@ -73,7 +73,7 @@ def test_what_is_written_reads_back(
 
 
 @given(batches(), st.integers(1, 600))
-def test_the_batch_is_within_what_was_proven(batch: BatchRange, most: int) -> None:
+def test_the_batch_is_within_what_was_verified(batch: BatchRange, most: int) -> None:
     try:
         batching = Batching.of(batch, most, "a")
     except UsageError:
@@ -91,7 +91,7 @@ def test_the_batch_is_within_what_was_proven(batch: BatchRange, most: int) -> No
     "batch, most, message",
     [
         (BatchRange(2, 4, 8), None, "batches from 2 on"),
-        (BatchRange(1, 4, 8), 9, "proven up to 8"),
+        (BatchRange(1, 4, 8), 9, "verified up to 8"),
         (BatchRange(4, 4, 4), 8, "fixed batch size 4"),
     ],
 )

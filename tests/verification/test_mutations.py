@@ -15,14 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from tests.helpers import bundles
+from tests.helpers.bundles import SIZE, answer, write_bundle
 from tests.helpers.models import CONFIGS, random_state
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.golden import golden_images
+from vitdeploy.bundle.golden import golden_images, raw_images
 from vitdeploy.bundle.manifest import canonical, digest_of
 from vitdeploy.checkpoint.opening import Checkpoint, open_model, save_folder
 from vitdeploy.config import BatchRange, Preprocess
@@ -31,6 +34,7 @@ from vitdeploy.exporter import run
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
 from vitdeploy.images import preprocess
+from vitdeploy.images.preprocess import apply
 from vitdeploy.model import rewrites
 from vitdeploy.model.deployed import (
     AbsorbedBlock,
@@ -64,7 +68,18 @@ def export(folder: Path, **request: Any) -> Bundle:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    bundle = export(tmp_path_factory.mktemp("good"))
+    """The linear classifier with this file's preprocessing and labels."""
+    spec = dataclasses.replace(SPEC, size=(SIZE, SIZE))
+    inputs = np.stack([apply(Image.fromarray(image), spec) for image in golden_images(spec.size)])
+    golden = {"pixel_values": inputs, "reference": answer(inputs)}
+    for index, image in enumerate(raw_images()):
+        golden |= {
+            f"image.{index}": image,
+            f"image.{index}.pixel_values": apply(Image.fromarray(image), spec),
+        }
+    labels = LABELS[: len(bundles.LABELS)]
+    folder = tmp_path_factory.mktemp("good") / "linear.bundle"
+    bundle = write_bundle(folder, preprocess=spec, labels=labels, golden=golden)
     verify_bundle(bundle, backends=["onnxruntime"]).check()
     return bundle
 
@@ -189,6 +204,11 @@ DEPLOYMENT: dict[str, tuple[Plant, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
+def test_nothing_is_found_where_nothing_is_planted(tmp_path: Path) -> None:
+    verify_bundle(export(tmp_path), backends=["onnxruntime"]).check()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", DEPLOYMENT)
 def test_a_fault_of_deployment_is_caught_by_export_and_by_verify(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -289,12 +309,14 @@ def test_permuted_labels_do_not_open(good: Bundle, tmp_path: Path) -> None:
 def test_permuted_labels_under_a_forged_digest_fail_on_labelled_images(good: Bundle, tmp_path: Path) -> None:
     root = shutil.copytree(good.root, tmp_path / "copy")
     reference = good.golden()["reference"]
-    for i, image in enumerate(golden_images(CONFIG.image_size)):
-        folder = tmp_path / "data" / LABELS[int(reference[i].argmax())]
+    labels = good.manifest.labels
+    assert labels is not None
+    for i, image in enumerate(golden_images((SIZE, SIZE))):
+        folder = tmp_path / "data" / labels[int(reference[i].argmax())]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{i}.png")
     straight = verify_bundle(good, backends=["onnxruntime"], data=tmp_path / "data")
-    permuted = good.manifest.model_copy(update={"labels": LABELS[1:] + LABELS[:1]})
+    permuted = good.manifest.model_copy(update={"labels": labels[1:] + labels[:1]})
     forged = permuted.model_copy(update={"digest": digest_of(permuted)})
     (root / "manifest.json").write_bytes(canonical(forged))
     shifted = verify_bundle(Bundle.open(root), backends=["onnxruntime"], data=tmp_path / "data")

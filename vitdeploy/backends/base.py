@@ -80,7 +80,7 @@ class SessionFacts:
     """Of the libraries that compute."""
     uses_files: bool = True
     """Whether it runs the artifact's own files, where the backend reads its format; what it makes itself in
-    their place proves nothing about them."""
+    their place says nothing about them."""
     fusion: tuple[str, ...] = ()
     """Which parts of the model run fused, and which do not and why; from backends that know."""
     rebuild: str = "export with --batch MIN,OPT,MAX"

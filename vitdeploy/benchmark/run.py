@@ -31,9 +31,9 @@ from vitdeploy.progress import Progress, Stage
 from vitdeploy.verification.accuracy import (
     LabelledImages,
     bundled_images,
-    compare,
+    compare_accuracy,
     find_labelled,
-    reference_places,
+    reference_top_classes,
 )
 
 _BAR = 20
@@ -168,14 +168,14 @@ def _score(
         return []
     images, notes = plan.images[name], list[str]()
     with progress.stage("accuracy") as stage:
-        reference = reference_places(own[0].lane.target.bundle, images)
+        reference = reference_top_classes(own[0].lane.target.bundle, images)
         if reference is None:
             return [
                 f"{name}: no accuracy, because the float64 reference needs PyTorch and the model's weights"
             ]
         for run in right:
             try:
-                found = compare(run.places(images), reference, images.labels)
+                found = compare_accuracy(run.places(images), reference, images.labels)
                 run.accuracy = Accuracy.model_validate(asdict(found))
             except CellFailure as error:
                 notes.append(f"{run.lane.name}: no accuracy: {error}")

@@ -79,10 +79,10 @@ def print_rewrites(rewrites: Sequence[Rewrite], flops: int | None) -> None:
 
 
 def print_proofs(manifest: Manifest) -> None:
-    proven = [artifact for artifact in manifest.artifacts if artifact.proof]
-    if proven:
+    audited = [artifact for artifact in manifest.artifacts if artifact.proof]
+    if audited:
         output.heading("precision proof")
-    for artifact in proven:
+    for artifact in audited:
         if artifact.proof:
             verdict = "" if artifact.proof.ok else "  NOT as declared"
             output.line(f"  {artifact.path}: {proof_line(artifact.proof.ops)}{verdict}")

@@ -241,8 +241,8 @@ class _Job:
             output = self.subject.rehearse(plan, torch.from_numpy(self.golden[INPUT])).numpy()
             release()
             tolerance = self._tolerance(plan)
-            metrics = parity.compare(self.golden["reference"], output, tolerance, self.subject.output)
-            failures = parity.failures(metrics, tolerance)
+            metrics = parity.measure_parity(self.golden["reference"], output, tolerance, self.subject.output)
+            failures = parity.tolerance_failures(metrics, tolerance)
             record = ParityRecord(
                 artifact=f"onnx-{precision}",
                 backend=EMULATION,

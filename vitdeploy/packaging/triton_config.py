@@ -52,7 +52,7 @@ class Batching:
             )
         if most is not None and most > batch.max:
             raise UsageError(
-                f"--max-batch {most}: {artifact} is proven up to {batch.max}",
+                f"--max-batch {most}: {artifact} is verified up to {batch.max}",
                 hint=f"export with --batch 1,{min(batch.opt, most)},{most}",
             )
         limit = most or batch.max
