@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from tests.helpers.bundles import write_bundle
+from vitdeploy.backends.aotinductor import AotInductor
+from vitdeploy.backends.base import all_backends
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
@@ -75,6 +77,24 @@ def test_a_gpu(bundle: Bundle) -> None:
     (app,) = document["applications"]
     assert app["args"]["provider"] == "cuda"
     assert app["deployments"][0]["ray_actor_options"]["num_gpus"] == 1
+
+
+def test_every_backend_brings_its_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in all_backends():
+        monkeypatch.setattr(type(backend), "supports", lambda *_: None)
+        output, document = packaged(bundle, backend=backend.name)
+        extras = ",".join(("ray", *backend.traits.extras))
+        assert f'pip install "vitdeploy[{extras}]"\n' in (output / "README.md").read_text()
+        (app,) = document["applications"]
+        gpus = app["deployments"][0]["ray_actor_options"]["num_gpus"]
+        assert (app["args"]["backend"], gpus) == (backend.name, int(backend.traits.needs_gpu))
+
+
+def test_the_next_command_installs_the_backend(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AotInductor, "supports", lambda *_: None)
+    settings = Wishes(backend="aotinductor")
+    made = write_package(bundle, "ray", bundle.root.parent / "package", settings=settings)
+    assert made.next[0] == 'pip install "vitdeploy[ray,export]"'
 
 
 @pytest.mark.parametrize(

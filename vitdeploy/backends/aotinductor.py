@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,8 +40,11 @@ class AotInductor(Torch):
     one process take turns. ``load`` compiles where the cache has nothing for this model on this machine.
     """
 
-    name = "aotinductor"
-    summary = "PyTorch compiled ahead of time (AOTInductor), dynamic batch"
+    traits = replace(
+        Torch.traits,
+        name="aotinductor",
+        summary="PyTorch compiled ahead of time (AOTInductor), dynamic batch",
+    )
 
     def availability(self) -> Availability:
         return with_compiler(super().availability(), "AOTInductor")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from vitdeploy.backends import onnxruntime_providers as providers
 from vitdeploy.backends.base import (
     Array,
-    Availability,
+    Backend,
     Options,
     Session,
     SessionFacts,
+    Traits,
     check_signature,
     one_line,
     require_support,
@@ -37,17 +38,17 @@ if TYPE_CHECKING:
 _NO_BF16 = "ONNX Runtime's CPU provider has no bf16 kernels"
 
 
-class OnnxRuntime:
+class OnnxRuntime(Backend):
     """The backend. Its sessions may be shared between threads."""
 
-    name = "onnxruntime"
-    summary = "ONNX Runtime, CPU by default; providers cuda, tensorrt and tensorrt-rtx"
-    formats: tuple[str, ...] = ("onnx",)
-
-    def availability(self) -> Availability:
-        if importlib.util.find_spec("onnxruntime") is None:
-            return Availability(False, "onnxruntime is not installed", "pip install onnxruntime")
-        return Availability(True)
+    traits = Traits(
+        name="onnxruntime",
+        summary="ONNX Runtime, CPU by default; providers cuda, tensorrt and tensorrt-rtx",
+        libraries=("onnxruntime",),
+        formats=("onnx",),
+        devices=("cpu", "cuda"),
+        providers=tuple(PROVIDERS),
+    )
 
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         if artifact is None or artifact.format != "onnx":

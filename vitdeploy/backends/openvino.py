@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import numpy as np
 
 from vitdeploy.backends.base import (
     Array,
-    Availability,
+    Backend,
     Options,
     Session,
     SessionFacts,
+    Traits,
     check_signature,
     one_line,
     refuse,
@@ -23,24 +23,23 @@ from vitdeploy.backends.base import (
 )
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, TensorSpec
-from vitdeploy.errors import BundleError, MissingDependency, UsageError
+from vitdeploy.errors import BundleError, UsageError
 
 _HINTS: Mapping[Precision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 _NAMES = {"f32": "fp32", "f16": "fp16"}
 _GEMMS = ("FullyConnected", "MatMul", "Convolution")
 
 
-class OpenVino:
+class OpenVino(Backend):
     """The backend. A session serves one thread at a time."""
 
-    name = "openvino"
-    summary = "Intel's OpenVINO on the CPU"
-    formats: tuple[str, ...] = ("onnx",)
-
-    def availability(self) -> Availability:
-        if importlib.util.find_spec("openvino") is None:
-            return Availability(False, "openvino is not installed", 'pip install "vitdeploy[openvino]"')
-        return Availability(True)
+    traits = Traits(
+        name="openvino",
+        summary="Intel's OpenVINO on the CPU",
+        libraries=("openvino",),
+        extras=("openvino",),
+        formats=("onnx",),
+    )
 
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         return None if artifact is not None and artifact.format == "onnx" else "it runs ONNX artifacts only"
@@ -92,7 +91,7 @@ def _library() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise MissingDependency("openvino", extra="openvino", purpose="the openvino backend") from error
+        raise OpenVino.traits.missing("openvino") from error
     return openvino
 
 

@@ -6,16 +6,16 @@ An artifact only says which precision to run in, and which batch sizes.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from vitdeploy.backends.base import (
     Array,
-    Availability,
+    Backend,
     Options,
     Session,
     SessionFacts,
+    Traits,
     one_line,
     refuse,
     require_support,
@@ -24,7 +24,7 @@ from vitdeploy.backends.base import (
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 from vitdeploy.config import BatchRange
-from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
+from vitdeploy.errors import BundleError, DeviceUnavailable
 
 if TYPE_CHECKING:
     import torch
@@ -37,17 +37,17 @@ Forward = Callable[["Tensor"], "Tensor"]
 _DTYPES: Mapping[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-class Torch:
+class Torch(Backend):
     """The backend, in eager mode. A session serves one thread at a time."""
 
-    name = "torch"
-    summary = "PyTorch, eager, with fused attention, on the CPU or CUDA"
-    formats: tuple[str, ...] = ()
-
-    def availability(self) -> Availability:
-        if importlib.util.find_spec("torch") is None:
-            return Availability(False, "torch is not installed", 'pip install "vitdeploy[export]"')
-        return Availability(True)
+    traits = Traits(
+        name="torch",
+        summary="PyTorch, eager, with fused attention, on the CPU or CUDA",
+        libraries=("torch",),
+        extras=("export",),
+        precisions=tuple(_DTYPES),
+        devices=("cpu", "cuda"),
+    )
 
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         if manifest.model is None:
@@ -56,13 +56,13 @@ class Torch:
             return f"the bundle has no {WEIGHTS}"
         if artifact is not None and artifact.format == "triton-aot":
             return f"{artifact.name} holds kernels for the triton backend"
-        if artifact is not None and artifact.precision not in _DTYPES:
+        if artifact is not None and artifact.precision not in self.traits.precisions:
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         refuse(self.name, provider=options.provider)
-        torch = library(self.name)
+        torch = library(self.traits)
         require_support(self, bundle, artifact)
         device = cuda_device(torch, options.device or "cpu")
         bundle.verify_hashes([WEIGHTS])
@@ -101,12 +101,12 @@ def reference_session(bundle: Bundle) -> Session:
         UsageError: the bundle has no weights of a model that is known here.
         BundleError: they are damaged.
     """
-    torch = library(Torch.name)
+    torch = library(Torch.traits)
     require_support(Torch(), bundle, None)
     bundle.verify_hashes([WEIGHTS])
     vit, manifest = load_vit(bundle, torch.float64), bundle.manifest
     facts = SessionFacts(
-        backend=Torch.name,
+        backend=Torch.traits.name,
         artifact=WEIGHTS,
         precision="fp32",
         executes="fp64",
@@ -182,8 +182,8 @@ class DeviceTimer:
         return float(start.elapsed_time(end)) / 1000
 
 
-def library(backend: str, extra: str = "export") -> Any:
-    """PyTorch.
+def library(traits: Traits) -> Any:
+    """PyTorch, for the backend with these traits.
 
     Raises:
         MissingDependency: it is not installed; names the extra.
@@ -191,7 +191,7 @@ def library(backend: str, extra: str = "export") -> Any:
     try:
         import torch
     except ImportError as error:
-        raise MissingDependency("torch", extra=extra, purpose=f"the {backend} backend") from error
+        raise traits.missing("torch") from error
     return torch
 
 

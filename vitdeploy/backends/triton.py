@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Self
 from vitdeploy.backends.base import (
     Array,
     Availability,
+    Backend,
     Options,
     Session,
     SessionFacts,
+    Traits,
     one_line,
     refuse,
     require_support,
@@ -25,7 +27,7 @@ from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_vit
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 from vitdeploy.config import BatchRange
-from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
+from vitdeploy.errors import BundleError, DeviceUnavailable
 from vitdeploy.machine.gpus import find_gpus
 
 if TYPE_CHECKING:
@@ -46,19 +48,23 @@ _OLDEST = (8, 0)
 """Compute capability; ``vitdeploy_kernels.support.OLDEST`` is the same, and importing it needs torch."""
 
 
-class Triton:
+class Triton(Backend):
     """The backend. A session serves one thread at a time."""
 
-    name = "triton"
-    summary = "fused Triton kernels with CUDA graphs, from the weights"
-    formats: tuple[str, ...] = (AOT,)
+    traits = Traits(
+        name="triton",
+        summary="fused Triton kernels with CUDA graphs, from the weights",
+        libraries=("torch", "triton"),
+        extras=("kernels",),
+        formats=(AOT,),
+        precisions=tuple(DTYPES),
+        devices=("cuda",),
+    )
 
     def availability(self) -> Availability:
-        for module in ("torch", "triton"):
-            if importlib.util.find_spec(module) is None:
-                return Availability(False, f"{module} is not installed", 'pip install "vitdeploy[kernels]"')
-        if _interpreted():
-            return Availability(True)
+        libraries = super().availability()
+        if not libraries.ok or _interpreted():
+            return libraries
         found = [gpu.capability for gpu in find_gpus()]
         if not found:
             hint = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to check small models"
@@ -77,15 +83,15 @@ class Triton:
             return "its kernels are a GPU's, and the interpreter runs none of them"
         if artifact is not None and artifact.precision == "mixed":
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
-        if artifact is not None and artifact.precision not in DTYPES:
+        if artifact is not None and artifact.precision not in self.traits.precisions:
             return f"it computes in fp16 or bf16, and {artifact.name} is {artifact.precision}"
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         refuse(self.name, provider=options.provider)
-        torch = library(self.name, "kernels")
+        torch = library(self.traits)
         if importlib.util.find_spec("triton") is None:
-            raise MissingDependency("triton", extra="kernels", purpose=f"the {self.name} backend")
+            raise self.traits.missing("triton")
         require_support(self, bundle, artifact)
         device = self._device(torch, options.device)
         bundle.verify_hashes([WEIGHTS])

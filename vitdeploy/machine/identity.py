@@ -13,18 +13,11 @@ from pathlib import Path
 LIBRARIES: dict[str, str] = {
     "numpy": "",
     "onnx": "",
-    "onnxruntime": "",
     "onnxruntime-gpu": "gpu",
     "pillow": "",
     "pydantic": "",
     "safetensors": "",
-    "torch": "export",
     "onnxscript": "export",
-    "openvino": "openvino",
-    "tensorrt": "tensorrt",
-    "cuda-core": "tensorrt",
-    "tensorrt-rtx": "tensorrt-rtx",
-    "triton": "kernels",
     "transformers": "hub",
     "huggingface-hub": "hub",
     "timm": "hub",
@@ -32,7 +25,7 @@ LIBRARIES: dict[str, str] = {
     "tritonclient": "client",
     "ray": "ray",
 }
-"""Distributions that matter, and the extra that installs each; the core's have none."""
+"""Distributions that matter besides the backends' own, and the extra that installs each; none is the core."""
 
 # Instructions that decide how fast a CPU runs each precision, by their names in /proc/cpuinfo.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")

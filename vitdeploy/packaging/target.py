@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Protocol
 
+from vitdeploy.backends.base import Backend, get_backend, reader_of, require_support
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.errors import UsageError, did_you_mean
@@ -76,6 +77,17 @@ class Job:
     """The model's name there: letters, digits, ``_``, ``-``, ``.``, beginning with a letter or digit."""
     version: int = 1
     settings: Settings = field(default_factory=Settings)
+
+    def backend(self) -> Backend:
+        """The runtime inside of our own server: the one asked for, else the first that reads the artifact.
+
+        Raises:
+            UsageError: there is no such backend, or it cannot run the artifact.
+        """
+        name = self.settings.backend
+        backend = get_backend(name) if name else reader_of(self.artifact)
+        require_support(backend, self.bundle, self.artifact)
+        return backend
 
 
 @dataclass(frozen=True)

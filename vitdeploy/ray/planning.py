@@ -19,8 +19,6 @@ _PIECES_PER_WORKER = 16
 """A job is cut into so many pieces for each actor, so that none is busy long after the others are done ..."""
 _MOST_IN_A_PIECE = 128
 """... but into no larger ones than this, so that results arrive while a long job runs."""
-_GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "triton")
-_GPU_PROVIDERS = ("cuda", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def make_plan(request: Request) -> tuple[Plan, str]:
 
 def on_gpu(plan: Plan) -> bool:
     """Whether each session takes a GPU."""
-    return plan.backend in _GPU_BACKENDS or plan.provider in _GPU_PROVIDERS
+    return get_backend(plan.backend).traits.uses_gpu(plan.provider)
 
 
 def allot(
