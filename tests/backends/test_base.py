@@ -29,7 +29,6 @@ from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
 
-
 FROM_WEIGHTS = ("torch", "torch-compile", "aotinductor", "triton")
 
 

@@ -15,8 +15,7 @@ from tests.helpers.bundles import write_bundle
 from tests.helpers.small_bundles import artifact, draft, flip, siblings
 from vitdeploy.bundle.folder import Bundle, BundleWriter
 from vitdeploy.errors import BundleError, ExportError, UsageError, VitdeployError
-from vitdeploy.packaging.common import label, render
-from vitdeploy.packaging.target import TARGETS, Settings, get_target, target_names
+from vitdeploy.packaging.target import TARGETS, Settings, get_target, label, render, target_names
 from vitdeploy.packaging.write import MARKER, MAX_NAME, Package, model_name, write_package
 
 Make = Callable[..., Package]

@@ -16,7 +16,7 @@ from vitdeploy.errors import ImageError, UsageError
 from vitdeploy.predictor import Prediction
 from vitdeploy.ray import tables
 from vitdeploy.ray.folder import JOB, JobFolder
-from vitdeploy.ray.inputs import find_inputs
+from vitdeploy.ray.tables import find_inputs
 from vitdeploy.ray.work import COLUMNS, Item, Result, Stamp
 
 DOCUMENTATION = ROOT / "docs" / "ray.md"

@@ -29,8 +29,7 @@ from vitdeploy.cli import main
 from vitdeploy.errors import BundleError, UsageError
 from vitdeploy.predictor import Predictor
 from vitdeploy.ray import data
-from vitdeploy.ray.job import Summary, run
-from vitdeploy.ray.planning import Request
+from vitdeploy.ray.job import Request, Summary, run
 
 pytestmark = pytest.mark.slow
 
@@ -247,7 +246,7 @@ import sys
 from pathlib import Path
 from vitdeploy.ray import data
 from vitdeploy.ray.job import run
-from vitdeploy.ray.planning import Request
+from vitdeploy.ray.job import Request
 
 bundle, folder, out = sys.argv[1:]
 run(Request(bundle=Path(bundle), inputs=(folder,), output=Path(out), workers=1, batch=4, part_seconds=0))

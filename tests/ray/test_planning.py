@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers.bundles import write_bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError
-from vitdeploy.ray.planning import Request, allot, cut, make_plan
+from vitdeploy.ray.job import Request, allot, cut, make_plan
 from vitdeploy.ray.work import Item, Resources, Stamp
 
 STAMP = Stamp(1, 2)

@@ -1,7 +1,7 @@
 """What every runtime looks like from outside: ``Backend`` opens an artifact, ``Session`` runs it.
 
-To add one: a module here with a class derived from ``Backend``, and a line in the table below. All that others
-need to know of it (to install, package, plan or list it) are its ``Traits``.
+To add one: a module here with a class derived from ``Backend``, and a line in the table below. All that
+others need to know of it, to install, package, plan or list it, are its ``Traits``.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ from vitdeploy.errors import ImageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from vitdeploy.predictor import Prediction, Predictor
-    from vitdeploy.ray.job import Summary
-    from vitdeploy.ray.planning import Request
+    from vitdeploy.ray.job import Request, Summary
 
 SUMMARY = "Classify images."
 EXAMPLES = (
@@ -88,7 +87,7 @@ def command(
     if engine == "ray":
         if out is None:
             raise UsageError("--engine ray writes its results into a folder", hint="-o DIR")
-        from vitdeploy.ray.planning import Request
+        from vitdeploy.ray.job import Request
 
         request = Request(
             bundle=bundle,

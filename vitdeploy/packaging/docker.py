@@ -11,8 +11,7 @@ from pathlib import Path
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import Traits
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.common import COMPOSE_GPU, copy_bundle, label, render, write_text
-from vitdeploy.packaging.target import Job, Outcome
+from vitdeploy.packaging.target import COMPOSE_GPU, Job, Outcome, copy_bundle, label, render, write_text
 
 SETTINGS = ("backend", "threads", "instances", "max_batch", "max_delay_ms", "image", "wheel")
 

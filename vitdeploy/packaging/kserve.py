@@ -9,8 +9,7 @@ import shlex
 from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
-from vitdeploy.packaging.common import MAX_LABEL, label, render, write_text
-from vitdeploy.packaging.target import Job, Outcome
+from vitdeploy.packaging.target import MAX_LABEL, Job, Outcome, label, render, write_text
 from vitdeploy.packaging.triton_repository import IMAGE, MODELS, Repository, takes_images
 from vitdeploy.packaging.triton_server import write_dockerfile
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from vitdeploy.backends.base import Traits
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.common import copy_bundle, render, template, write_text
-from vitdeploy.packaging.target import Job, Outcome
+from vitdeploy.packaging.target import Job, Outcome, copy_bundle, render, template, write_text
 
 SETTINGS = (
     "backend",

@@ -16,8 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from vitdeploy.backends.onnxruntime_providers import has_bf16
 from vitdeploy.errors import BundleError, UsageError
-from vitdeploy.packaging.common import copy_listed, template, write_text
-from vitdeploy.packaging.target import Device, Job
+from vitdeploy.packaging.target import Device, Job, copy_listed, template, write_text
 from vitdeploy.packaging.triton_config import Batching, Document, config_text, tensor, tensor_of, warm_up
 from vitdeploy.tensorrt.records import EngineRecord
 

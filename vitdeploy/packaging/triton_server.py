@@ -6,8 +6,7 @@ import json
 import shlex
 from importlib.metadata import version
 
-from vitdeploy.packaging.common import COMPOSE_GPU, label, render, write_text
-from vitdeploy.packaging.target import Job, Outcome
+from vitdeploy.packaging.target import COMPOSE_GPU, Job, Outcome, label, render, write_text
 from vitdeploy.packaging.triton_repository import IMAGE, MODELS, Repository, engine_record, takes_images
 
 SETTINGS = (

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vitdeploy.errors import UsageError
+from vitdeploy.machine.atomic import atomic_write
 from vitdeploy.ray import tables
 from vitdeploy.ray.work import Stamp
 
@@ -125,9 +126,8 @@ class JobFolder:
             unfinished.unlink()
 
     def _introduce(self) -> None:
-        unfinished = self.path / f".{JOB}.tmp"
-        unfinished.write_text(json.dumps(self._identity, indent=2) + "\n")
-        unfinished.rename(self.path / JOB)
+        with atomic_write(self.path / JOB) as file:
+            file.write(f"{json.dumps(self._identity, indent=2)}\n".encode())
 
     def _compare(self) -> None:
         try:
