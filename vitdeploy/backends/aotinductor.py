@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import Availability, numpy_dtype, one_line
 from vitdeploy.backends.compiled_cache import load_or_compile
-from vitdeploy.backends.torch import Forward, Torch, dtype_of, forward_of, load_vit
+from vitdeploy.backends.torch import Forward, Torch, forward_of, load_vit, torch_dtype
 from vitdeploy.backends.torch_compile import with_compiler
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Precision, input_spec
@@ -134,7 +134,7 @@ class _Job:
 
         from vitdeploy.model.vit import FusedAttention
 
-        vit = load_vit(self.bundle, dtype_of(self.precision), self.device, FusedAttention)
+        vit = load_vit(self.bundle, torch_dtype(self.precision), self.device, FusedAttention)
         forward_ = forward_of(vit, self.bundle.manifest)
 
         class Session(torch.nn.Module):

@@ -238,8 +238,8 @@ def get_backend(name: str) -> Backend:
         UsageError: there is none (with a suggestion).
     """
     if name not in _BACKENDS:
-        known = ", ".join(_BACKENDS)
-        raise UsageError(f"unknown backend {name!r}{did_you_mean(name, _BACKENDS)}", hint=f"known: {known}")
+        hint = f"known: {', '.join(_BACKENDS)}"
+        raise UsageError(f"unknown backend {name!r}{did_you_mean(name, _BACKENDS)}", hint=hint)
     module, _, attribute = _BACKENDS[name].partition(":")
     return cast(Backend, getattr(importlib.import_module(module), attribute)())
 
@@ -264,11 +264,11 @@ def reader_of(artifact: Artifact) -> Backend:
 
 def library_extras() -> dict[str, str]:
     """The distributions that matter, and the extra that installs each; the core's have none."""
-    known = dict(LIBRARIES)
+    extras = dict(LIBRARIES)
     for backend in all_backends():
         for library in backend.traits.libraries:
-            known.setdefault(library, ",".join(backend.traits.extras))
-    return known
+            extras.setdefault(library, ",".join(backend.traits.extras))
+    return extras
 
 
 def require_support(backend: Backend, bundle: Bundle, artifact: Artifact | None) -> None:
@@ -340,8 +340,8 @@ def _check_tensor(spec: TensorSpec, array: Array, sizes: dict[str, int], artifac
         for have, want in zip(array.shape, spec.shape, strict=True)
     )
     if not fits:
-        wanted, given = (", ".join(str(size) for size in shape) for shape in (spec.shape, array.shape))
-        raise UsageError(f"{artifact}: {spec.name} must have the shape ({wanted}), not ({given})")
+        expected, given = (", ".join(str(size) for size in shape) for shape in (spec.shape, array.shape))
+        raise UsageError(f"{artifact}: {spec.name} must have the shape ({expected}), not ({given})")
 
 
 def run_in_batches(session: Session, inputs: Array, size: int) -> list[Array]:
@@ -351,16 +351,16 @@ def run_in_batches(session: Session, inputs: Array, size: int) -> list[Array]:
     return [session.run({name: inputs[order[i : i + size]]})[output] for i in range(0, len(order), size)]
 
 
-def check_signature(artifact: Artifact, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-    """Hold what a runtime found in a file, names to dtypes, against what the manifest says of it.
+def check_declared(artifact: Artifact, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+    """Hold what a runtime sees in a file, names to dtypes, against what the manifest says of it.
 
     Raises:
         BundleError: they differ.
     """
-    for kind, specs, found in (("input", artifact.inputs, inputs), ("output", artifact.outputs, outputs)):
+    for kind, specs, seen in (("input", artifact.inputs, inputs), ("output", artifact.outputs, outputs)):
         said = {spec.name: spec.dtype for spec in specs}
-        if said != dict(found):
-            raise BundleError(f"{artifact.path}: its {kind}s are {dict(found)}, but the manifest says {said}")
+        if said != dict(seen):
+            raise BundleError(f"{artifact.path}: its {kind}s are {dict(seen)}, but the manifest says {said}")
 
 
 def one_line(error: BaseException) -> str:

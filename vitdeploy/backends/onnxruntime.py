@@ -14,14 +14,14 @@ from vitdeploy.backends.base import (
     Session,
     SessionFacts,
     Traits,
-    check_signature,
+    check_declared,
     one_line,
     require_support,
 )
 from vitdeploy.backends.onnxruntime_providers import (
     PROVIDERS,
     Setup,
-    choose,
+    choose_provider,
     has_bf16,
     has_gpu_provider,
     set_up,
@@ -58,8 +58,8 @@ class OnnxRuntime(Backend):
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
-        provider, device = choose(options)
-        library = providers.open_library()
+        provider, device = choose_provider(options)
+        library = providers.import_onnxruntime()
         require_support(self, bundle, artifact)
         assert artifact is not None
         if provider == "cpu" and has_bf16(artifact):
@@ -106,7 +106,7 @@ def available_providers() -> tuple[str, ...]:
     """The execution providers of the installed ONNX Runtime, by its own names; none where it is missing."""
     if importlib.util.find_spec("onnxruntime") is None:
         return ()
-    return tuple(providers.open_library().get_available_providers())
+    return tuple(providers.import_onnxruntime().get_available_providers())
 
 
 def session_settings(library: Any, bundle: Bundle, provider: str) -> Any:
@@ -145,7 +145,7 @@ def _open(
     if used != PROVIDERS[provider]:
         message = f"asked for {PROVIDERS[provider]}, but ONNX Runtime fell back to {used}"
         raise DeviceUnavailable(message, hint="its log above names the library it could not load")
-    check_signature(
+    check_declared(
         artifact,
         {value.name: _dtype(value) for value in session.get_inputs()},
         {value.name: _dtype(value) for value in session.get_outputs()},

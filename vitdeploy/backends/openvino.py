@@ -15,7 +15,7 @@ from vitdeploy.backends.base import (
     Session,
     SessionFacts,
     Traits,
-    check_signature,
+    check_declared,
     one_line,
     refuse,
     require_support,
@@ -112,7 +112,7 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
         compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # its errors have no base class of their own
         raise BundleError(f"{path}: OpenVINO cannot load it: {one_line(error)}") from error
-    check_signature(
+    check_declared(
         artifact, _dtypes(compiled.inputs, artifact.inputs), _dtypes(compiled.outputs, artifact.outputs)
     )
     return compiled
@@ -120,9 +120,9 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
 
 def _dtypes(values: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str]:
     """Names to dtypes; a value that a fused cast left with several names goes by the one in the manifest."""
-    known = {spec.name for spec in specs}
+    names = {spec.name for spec in specs}
     return {
-        next(iter(known & value.get_names()), value.get_any_name()): value.get_element_type().to_dtype().name
+        next(iter(names & value.get_names()), value.get_any_name()): value.get_element_type().to_dtype().name
         for value in values
     }
 
@@ -140,7 +140,7 @@ def _precision(core: Any, precision: Precision) -> str:
 def _executes(compiled: Any) -> str:
     """The precisions of the GEMMs that will run, read back from the compiled graph."""
     infos = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
-    found = {
+    precisions = {
         info["runtimePrecision"].astype(str) for info in infos if info["layerType"].astype(str) in _GEMMS
     }
-    return "+".join(sorted(_NAMES.get(name, name) for name in found)) or "no GEMM"
+    return "+".join(sorted(_NAMES.get(name, name) for name in precisions)) or "no GEMM"

@@ -62,7 +62,7 @@ class Torch(Backend):
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         refuse(self.name, provider=options.provider)
-        torch = library(self.traits)
+        torch = import_torch(self.traits)
         require_support(self, bundle, artifact)
         device = cuda_device(torch, options.device or "cpu")
         bundle.verify_hashes([WEIGHTS])
@@ -90,7 +90,7 @@ class Torch(Backend):
         """The function of a session: the network's input to float32 output."""
         from vitdeploy.model.vit import FusedAttention
 
-        return forward_of(load_vit(bundle, dtype_of(precision), device, FusedAttention), bundle.manifest)
+        return forward_of(load_vit(bundle, torch_dtype(precision), device, FusedAttention), bundle.manifest)
 
 
 def reference_session(bundle: Bundle) -> Session:
@@ -101,7 +101,7 @@ def reference_session(bundle: Bundle) -> Session:
         UsageError: the bundle has no weights of a model that is known here.
         BundleError: they are damaged.
     """
-    torch = library(Torch.traits)
+    torch = import_torch(Torch.traits)
     require_support(Torch(), bundle, None)
     bundle.verify_hashes([WEIGHTS])
     vit, manifest = load_vit(bundle, torch.float64), bundle.manifest
@@ -150,11 +150,11 @@ class TorchSession(Session):
 class DeviceTimer:
     """Context manager: seconds of what is queued inside, between two events on the GPU's current stream.
 
-    Measures nothing on the CPU, or where ``wanted`` is false.
+    Measures nothing on the CPU, or where ``timed`` is false.
     """
 
-    def __init__(self, device: str, wanted: bool) -> None:
-        self._device = device if wanted and device != "cpu" else None
+    def __init__(self, device: str, timed: bool) -> None:
+        self._device = device if timed and device != "cpu" else None
         self._events: list[torch.cuda.Event] = []
 
     def __enter__(self) -> Self:
@@ -182,7 +182,7 @@ class DeviceTimer:
         return float(start.elapsed_time(end)) / 1000
 
 
-def library(traits: Traits) -> Any:
+def import_torch(traits: Traits) -> Any:
     """PyTorch, for the backend with these traits.
 
     Raises:
@@ -195,22 +195,22 @@ def library(traits: Traits) -> Any:
     return torch
 
 
-def cuda_device(torch: Any, wanted: str) -> str:
+def cuda_device(torch: Any, device: str) -> str:
     """The device as PyTorch names it: ``cpu`` or ``cuda:N``.
 
     Raises:
         DeviceUnavailable: there is no such GPU.
     """
-    kind, index = split_device(wanted)
+    kind, index = split_device(device)
     if kind == "cpu":
         return "cpu"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
-        raise DeviceUnavailable(f"PyTorch {torch.__version__} finds {count} CUDA devices, not {wanted}")
+        raise DeviceUnavailable(f"PyTorch {torch.__version__} finds {count} CUDA devices, not {device}")
     return f"cuda:{index}"
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
+def torch_dtype(precision: Precision) -> torch.dtype:
     """What the model computes in throughout."""
     import torch
 

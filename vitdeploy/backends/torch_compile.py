@@ -36,9 +36,11 @@ class TorchCompile(Torch):
         assert isinstance(forward, FunctionType)
         # The compiler limits its versions of one code object: each session brings its own.
         code, scope = forward.__code__.replace(), forward.__globals__
-        own = FunctionType(code, scope, closure=forward.__closure__)
+        copy = FunctionType(code, scope, closure=forward.__closure__)
         # Freezing packs the weights for the CPU's GEMMs; fullgraph turns a silent fallback into an error.
-        compiled = torch.compile(own, fullgraph=True, options={"freezing": True} if device == "cpu" else None)
+        compiled = torch.compile(
+            copy, fullgraph=True, options={"freezing": True} if device == "cpu" else None
+        )
 
         def run(pixels: Tensor) -> Tensor:
             if len(pixels) > 1:  # one is always compiled by itself

@@ -23,7 +23,7 @@ from vitdeploy.backends.base import (
     refuse,
     require_support,
 )
-from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_vit
+from vitdeploy.backends.torch import DeviceTimer, cuda_device, import_torch, load_vit
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
 from vitdeploy.config import BatchRange
@@ -65,12 +65,12 @@ class Triton(Backend):
         libraries = super().availability()
         if not libraries.ok or _interpreted():
             return libraries
-        found = [gpu.capability for gpu in find_gpus()]
-        if not found:
+        capabilities = [gpu.capability for gpu in find_gpus()]
+        if not capabilities:
             hint = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to check small models"
             return Availability(False, "no NVIDIA GPU answers", hint)
-        if max(found) < _OLDEST:
-            newest, needed = (".".join(map(str, pair)) for pair in (max(found), _OLDEST))
+        if max(capabilities) < _OLDEST:
+            newest, needed = (".".join(map(str, pair)) for pair in (max(capabilities), _OLDEST))
             return Availability(False, f"the kernels need compute capability {needed}, this GPU has {newest}")
         return Availability(True)
 
@@ -89,7 +89,7 @@ class Triton(Backend):
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         refuse(self.name, provider=options.provider)
-        torch = library(self.traits)
+        torch = import_torch(self.traits)
         if importlib.util.find_spec("triton") is None:
             raise self.traits.missing("triton")
         require_support(self, bundle, artifact)
@@ -117,7 +117,7 @@ class Triton(Backend):
         )
         return TritonSession(facts, runner)
 
-    def _device(self, torch: Any, wanted: str | None) -> str:
+    def _device(self, torch: Any, device: str | None) -> str:
         """The GPU, or the CPU where the interpreter was asked for."""
         if _interpreted():
             return "cpu"
@@ -125,11 +125,11 @@ class Triton(Backend):
         if not state.ok:
             message = f"the {self.name} backend does not run here: {state.reason}"
             raise DeviceUnavailable(message, hint=state.hint)
-        if wanted == "cpu":
+        if device == "cpu":
             raise DeviceUnavailable(
                 f"the {self.name} backend needs a GPU", hint="TRITON_INTERPRET=1 runs the kernels on the CPU"
             )
-        return cuda_device(torch, wanted or "cuda")
+        return cuda_device(torch, device or "cuda")
 
 
 class TritonSession(Session):

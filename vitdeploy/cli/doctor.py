@@ -17,7 +17,7 @@ EXAMPLES = ("vitdeploy doctor", "vitdeploy doctor --json > machine.json")
 
 
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> int:
     """Show this machine, the libraries, and which backends run here; why not, and what would help.
 

@@ -47,11 +47,11 @@ class Cpu:
 def find_cpu(root: Path = Path("/")) -> Cpu:
     """Describe the processor; ``root`` is where /proc and /sys are."""
     info = cpu_info(root / "proc/cpuinfo")
-    known = set((info.get("flags") or info.get("Features") or "").split())
+    flags = set((info.get("flags") or info.get("Features") or "").split())
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Cpu(
         name=info.get("model name") or platform.processor() or platform.machine(),
-        flags=tuple(flag for flag in (*_FLAGS, *_ARM_FLAGS) if flag in known),
+        flags=tuple(flag for flag in (*_FLAGS, *_ARM_FLAGS) if flag in flags),
         threads=threads,
         memory=_memory(root),
     )

@@ -11,7 +11,15 @@ from pathlib import Path
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import Traits
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.target import COMPOSE_GPU, Job, Outcome, copy_bundle, label, render, write_text
+from vitdeploy.packaging.target import (
+    COMPOSE_GPU,
+    Job,
+    Outcome,
+    copy_bundle,
+    fill_template,
+    label,
+    write_text,
+)
 
 SETTINGS = ("backend", "threads", "instances", "max_batch", "max_delay_ms", "image", "wheel")
 
@@ -42,8 +50,8 @@ def write(job: Job) -> Outcome:
     write_text(folder / ".dockerignore", "".join(f"{line}\n" for line in ignored))
     tag = f"{label(job.name)}:{job.version}"
     gpu = COMPOSE_GPU if backend.traits.needs_gpu else ""
-    write_text(folder / "compose.yaml", render("docker.compose.yaml", tag=tag, gpu=gpu))
-    readme = render(
+    write_text(folder / "compose.yaml", fill_template("docker.compose.yaml", tag=tag, gpu=gpu))
+    readme = fill_template(
         "docker.md",
         name=job.name,
         bundle=job.bundle.root.resolve().name,
@@ -116,7 +124,7 @@ def _command(job: Job, backend: str) -> list[str]:
 
 
 def _dockerfile(job: Job, wheel: str | None, command: list[str]) -> str:
-    return render(
+    return fill_template(
         "docker.Dockerfile",
         image=job.settings.image or IMAGE,
         files=" ".join(filter(None, ("requirements.txt", "constraints.txt", wheel))),

@@ -9,7 +9,7 @@ from typing import Any
 
 from vitdeploy.backends.base import Traits
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.target import Job, Outcome, copy_bundle, render, template, write_text
+from vitdeploy.packaging.target import Job, Outcome, copy_bundle, fill_template, template, write_text
 
 SETTINGS = (
     "backend",
@@ -43,7 +43,7 @@ def write(job: Job) -> Outcome:
         _config(job, arguments, gpu=backend.traits.uses_gpu(arguments["provider"])),
     )
     extras = ",".join(("ray", *backend.traits.extras))
-    readme = render("ray.md", name=job.name, version=job.version, bundle=BUNDLE, extras=extras)
+    readme = fill_template("ray.md", name=job.name, version=job.version, bundle=BUNDLE, extras=extras)
     write_text(job.folder / "README.md", readme)
     return Outcome(
         what={
@@ -60,7 +60,7 @@ def write(job: Job) -> Outcome:
 
 
 def _arguments(job: Job, backend: Traits) -> dict[str, Any]:
-    """What ``vitdeploy.ray.serving.Settings`` takes."""
+    """What ``vitdeploy.ray.serving.DeploymentSettings`` takes."""
     settings, artifact = job.settings, job.artifact
     gpu_provider = "cuda" if "cuda" in backend.providers else None
     if settings.device == "cpu" and backend.needs_gpu:
@@ -90,7 +90,7 @@ def _config(job: Job, arguments: Mapping[str, Any], *, gpu: bool) -> str:
     settings = job.settings
     low = 1 if settings.min_replicas is None else settings.min_replicas
     batch = arguments["max_batch"]
-    return render(
+    return fill_template(
         "ray_serve_config.yaml",
         num_gpus=int(gpu),
         min_replicas=low,

@@ -48,7 +48,7 @@ COMPOSE_GPU = """\
 
 
 @dataclass(frozen=True)
-class Settings:
+class PackageSettings:
     """How the model is to run there. None is the target's own choice; what it does not take is refused."""
 
     backend: str | None = None
@@ -95,7 +95,7 @@ class Job:
     name: str
     """The model's name there: letters, digits, ``_``, ``-``, ``.``, beginning with a letter or digit."""
     version: int = 1
-    settings: Settings = field(default_factory=Settings)
+    settings: PackageSettings = field(default_factory=PackageSettings)
 
     def backend(self) -> Backend:
         """The runtime inside of our own server: the one asked for, else the first that reads the artifact.
@@ -193,7 +193,7 @@ def template(name: str) -> str:
     return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
 
 
-def render(name: str, /, **values: object) -> str:
+def fill_template(name: str, /, **values: object) -> str:
     """A template with ``${name}`` filled in; ``$$`` is a dollar sign. Every value has to have a place.
 
     Raises:

@@ -93,7 +93,7 @@ class JobFolder:
             raise self.refused(error) from error
         return done
 
-    def write(self, some: Sequence[tables.Table]) -> None:
+    def write(self, results: Sequence[tables.Table]) -> None:
         """Write results as the next part.
 
         Raises:
@@ -102,7 +102,7 @@ class JobFolder:
         parts = self.parts()
         number = int(parts[-1].stem.partition("-")[2]) + 1 if parts else 0
         try:
-            tables.write(self.path / f"part-{number:06d}.parquet", some)
+            tables.write_parquet(self.path / f"part-{number:06d}.parquet", results)
         except OSError as error:
             raise self.refused(error) from error
 
@@ -131,16 +131,16 @@ class JobFolder:
 
     def _compare(self) -> None:
         try:
-            found = json.loads((self.path / JOB).read_text())
+            recorded = json.loads((self.path / JOB).read_text())
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
+            recorded = None
+        if not isinstance(recorded, dict):
             raise UsageError(f"{self.path / JOB}: is damaged", hint="choose another folder")
-        for name in {**self._identity, **found}:
-            if found.get(name) != self._identity.get(name):
+        for name in {**self._identity, **recorded}:
+            if recorded.get(name) != self._identity.get(name):
                 raise UsageError(
                     f"{self.path}: has results of another job: {name.replace('_', ' ')} "
-                    f"{found.get(name)!r}, not {self._identity.get(name)!r}",
+                    f"{recorded.get(name)!r}, not {self._identity.get(name)!r}",
                     hint="choose another folder",
                 )
 

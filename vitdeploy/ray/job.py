@@ -1,4 +1,4 @@
-"""A job over many images: how it is planned, what is left to do, and the parts that are written as it is done."""
+"""A job over many images: how it is planned, what is left to do, and the parts written as it is done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vitdeploy.progress import Progress, Stage
 from vitdeploy.ray import data, tables
 from vitdeploy.ray.folder import JobFolder
 from vitdeploy.ray.tables import Inputs, find_inputs
-from vitdeploy.ray.work import Item, Plan, Resources
+from vitdeploy.ray.work import ActorPlan, Item, RayResources
 
 _PART_ROWS = 50_000
 """A part is written when it has so many rows, or after ``part_seconds``; a kill costs no more than that."""
@@ -33,7 +33,7 @@ _MOST_IN_A_PIECE = 128
 
 
 @dataclass(frozen=True)
-class Request:
+class JobRequest:
     """What to classify, with what, and where the results go."""
 
     bundle: Path
@@ -82,13 +82,13 @@ class Summary:
         return (self.images + self.failed) / self.seconds if self.seconds else 0.0
 
     def count(self, table: tables.Table) -> None:
-        found = tables.errors_of(table)
-        self.errors += found[: _ERRORS_SHOWN - len(self.errors)]
-        self.failed += len(found)
-        self.images += table.num_rows - len(found)
+        errors = tables.errors_of(table)
+        self.errors += errors[: _ERRORS_SHOWN - len(self.errors)]
+        self.failed += len(errors)
+        self.images += table.num_rows - len(errors)
 
 
-def make_plan(request: Request) -> tuple[Plan, str]:
+def make_plan(request: JobRequest) -> tuple[ActorPlan, str]:
     """What every actor will run, and one line on why, where the bundle says so.
 
     Raises:
@@ -104,7 +104,7 @@ def make_plan(request: Request) -> tuple[Plan, str]:
     for name, value in (("workers", request.workers), ("batch", request.batch)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
-    plan = Plan(
+    plan = ActorPlan(
         bundle=str(bundle.root.absolute()),
         digest=bundle.manifest.digest,
         backend=request.backend or DEFAULT_BACKEND,
@@ -130,13 +130,13 @@ def make_plan(request: Request) -> tuple[Plan, str]:
     return replace(plan, artifact=chosen.name, batch=plan.batch or chosen.batch.opt), note
 
 
-def on_gpu(plan: Plan) -> bool:
+def on_gpu(plan: ActorPlan) -> bool:
     """Whether each session takes a GPU."""
     return get_backend(plan.backend).traits.uses_gpu(plan.provider)
 
 
 def allot(
-    resources: Resources, workers: int | None, threads: int | None, *, gpu: bool, most: int
+    resources: RayResources, workers: int | None, threads: int | None, *, gpu: bool, most: int
 ) -> tuple[int, int]:
     """How many sessions, and how many threads for each, so that together they take each processor once.
 
@@ -183,7 +183,7 @@ def cut(items: Sequence[Item], workers: int, batch: int) -> Iterator[list[Item]]
     yield from ([item] for item in items if item.group >= 0)
 
 
-def run(request: Request, progress: Progress | None = None) -> Summary:
+def run_job(request: JobRequest, progress: Progress | None = None) -> Summary:
     """Classify images on Ray and write the results as Parquet; images that are done already are left out.
 
     Raises:
@@ -213,7 +213,7 @@ def run(request: Request, progress: Progress | None = None) -> Summary:
     return summary
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
+def _identity(plan: ActorPlan) -> dict[str, Any]:
     """What all parts in a folder have in common."""
     return {
         "bundle_digest": plan.digest,
@@ -244,12 +244,12 @@ class Reporter:
     def __init__(self, progress: Progress, stage: Stage, todo: int, summary: Summary) -> None:
         self._progress, self._stage, self._todo, self._summary = progress, stage, todo, summary
 
-    def wait(self, resources: Resources) -> None:
+    def wait(self, resources: RayResources) -> None:
         """Say so where others on this Ray have to end first."""
-        wanted = self._summary.workers * self._summary.threads
-        if wanted > resources.free:
+        needed = self._summary.workers * self._summary.threads
+        if needed > resources.free:
             self._progress.note(
-                f"{resources.free} of Ray's {sum(resources.cpus)} CPUs are free, the job takes {wanted}: "
+                f"{resources.free} of Ray's {sum(resources.cpus)} CPUs are free, the job takes {needed}: "
                 "it goes on as others end"
             )
 
@@ -264,7 +264,12 @@ class Reporter:
 
 
 def _compute(
-    request: Request, plan: Plan, items: Sequence[Item], folder: JobFolder, summary: Summary, report: Reporter
+    request: JobRequest,
+    plan: ActorPlan,
+    items: Sequence[Item],
+    folder: JobFolder,
+    summary: Summary,
+    report: Reporter,
 ) -> None:
     gpu, batch = on_gpu(plan), plan.batch or 8
     with data.connected() as resources:

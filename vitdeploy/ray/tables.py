@@ -109,14 +109,14 @@ def pieces(items: Sequence[Item]) -> Table:
     return pa.Table.from_pydict(columns, schema=pa.schema(list(types.items())))
 
 
-def items(table: Table) -> Iterator[Item]:
+def items_of(table: Table) -> Iterator[Item]:
     """What ``pieces`` put in."""
     for row in table.to_pylist():
         stamp = Stamp(row["size"], row["modified"])
         yield Item(row["source"], stamp, row["group"], row["first"], row["rows"], tuple(row["done"]))
 
 
-def write(path: Path, tables: Iterable[Table]) -> None:
+def write_parquet(path: Path, tables: Iterable[Table]) -> None:
     """Write a Parquet file that appears complete or not at all.
 
     Raises:
@@ -153,7 +153,7 @@ def sift(path: Path, stays: Judge) -> int:
         hint = "remove it, and its images are computed again"
         raise UsageError(f"{path}: is not a file of results: {_one_line(error)}", hint=hint) from error
     if any(kept):
-        write(path, [whole.filter(pa.array(kept))])
+        write_parquet(path, [whole.filter(pa.array(kept))])
     else:
         path.unlink()
     return sum(kept)
@@ -173,37 +173,35 @@ def row_groups(path: Path) -> list[int]:
     return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
 
-def image_column(path: Path, wanted: str | None) -> str:
+def image_column(path: Path, name: str | None) -> str:
     """The column of a Parquet file that has the images.
 
     Args:
-        wanted: its name. Without one it is the only column of bytes, or of structs with ``bytes`` in them, as
-            Hugging Face's datasets have; else the one called ``path``.
+        name: the column's. Without one it is the only column of bytes, or of structs with ``bytes`` in them,
+            as Hugging Face's datasets have; else the one called ``path``.
 
     Raises:
         UsageError: there is no such column, or it can hold no images.
     """
     schema = _opened(path).schema_arrow
-    if wanted is not None:
-        if wanted not in schema.names:
-            known = f"it has {', '.join(schema.names)}"
+    if name is not None:
+        if name not in schema.names:
+            hint = f"it has {', '.join(schema.names)}"
+            raise UsageError(f"{path}: has no column {name!r}{did_you_mean(name, schema.names)}", hint=hint)
+        if not _holds_images(schema.field(name).type):
+            kind = schema.field(name).type
             raise UsageError(
-                f"{path}: has no column {wanted!r}{did_you_mean(wanted, schema.names)}", hint=known
-            )
-        if not _holds_images(schema.field(wanted).type):
-            kind = schema.field(wanted).type
-            raise UsageError(
-                f"{path}: column {wanted!r} has neither images nor paths, but {kind}",
+                f"{path}: column {name!r} has neither images nor paths, but {kind}",
                 hint="images are bytes, paths are strings",
             )
-        return wanted
-    found = [field.name for field in schema if _holds_bytes(field.type)]
-    if not found and "path" in schema.names and _holds_images(schema.field("path").type):
-        found = ["path"]
-    if len(found) != 1:
-        many = f"columns {', '.join(found)} may all be images" if found else "no column of images"
+        return name
+    candidates = [field.name for field in schema if _holds_bytes(field.type)]
+    if not candidates and "path" in schema.names and _holds_images(schema.field("path").type):
+        candidates = ["path"]
+    if len(candidates) != 1:
+        many = f"columns {', '.join(candidates)} may all be images" if candidates else "no column of images"
         raise UsageError(f"{path}: {many}", hint=f"--parquet-column NAME, one of {', '.join(schema.names)}")
-    return str(found[0])
+    return str(candidates[0])
 
 
 def _holds_images(kind: Any) -> bool:
@@ -319,15 +317,15 @@ def _images(paths: Iterable[str]) -> Inputs:
     return Inputs(tuple(items.values()), None, tuple(problems))
 
 
-def _parquet(paths: Iterable[str], wanted: str | None) -> Inputs:
+def _parquet(paths: Iterable[str], named: str | None) -> Inputs:
     items: dict[str, Sequence[Item]] = {}
     problems: list[ImageError] = []
     column: str | None = None
     for path in paths:
         try:
-            for found in _find_parquet(Path(path)):
-                column = image_column(found, wanted or column)
-                items[_text(found)] = _row_groups(found)
+            for file in _find_parquet(Path(path)):
+                column = image_column(file, named or column)
+                items[_text(file)] = _row_groups(file)
         except ImageError as error:
             problems.append(error)
     return Inputs(tuple(item for groups in items.values() for item in groups), column, tuple(problems))
@@ -348,13 +346,13 @@ def _find_parquet(path: Path) -> list[Path]:
         raise ImageError(f"{path} does not exist", hint="check the path")
     if not path.is_dir():
         return [path]
-    found: list[Path] = []
+    files: list[Path] = []
     for parent, folders, names in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if name.endswith(PARQUET) and not name.startswith(".")]
-    if not found:
+        files += [Path(parent, name) for name in names if name.endswith(PARQUET) and not name.startswith(".")]
+    if not files:
         raise ImageError(f"no Parquet file in directory {path}", hint=f"they end in {' or '.join(PARQUET)}")
-    return sorted(found)
+    return sorted(files)
 
 
 def _text(path: Path) -> str:
