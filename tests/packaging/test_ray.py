@@ -11,6 +11,7 @@ import yaml
 from tests.helpers.bundles import write_bundle
 from vitdeploy.backends.aotinductor import AotInductor
 from vitdeploy.backends.base import all_backends
+from vitdeploy.backends.triton import Triton
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
@@ -88,6 +89,12 @@ def test_every_backend_brings_its_extra(bundle: Bundle, monkeypatch: pytest.Monk
         (app,) = document["applications"]
         gpus = app["deployments"][0]["ray_actor_options"]["num_gpus"]
         assert (app["args"]["backend"], gpus) == (backend.name, int(backend.traits.needs_gpu))
+
+
+def test_a_backend_for_gpus_only(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Triton, "supports", lambda *_: None)
+    with pytest.raises(UsageError, match="onnx-fp32: the triton backend runs on a GPU only"):
+        packaged(bundle, backend="triton", device="cpu")
 
 
 def test_the_next_command_installs_the_backend(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

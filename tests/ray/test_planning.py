@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.helpers.bundles import write_bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError
-from vitdeploy.ray.job import JobRequest, allot, cut, make_plan
-from vitdeploy.ray.work import Item, RayResources, Stamp
+from vitdeploy.ray.job import JobRequest, allot, cut, make_plan, on_gpu
+from vitdeploy.ray.work import ActorPlan, Item, RayResources, Stamp
 
 STAMP = Stamp(1, 2)
 
@@ -107,6 +107,24 @@ def test_the_plan_says_what_actors_run(tmp_path: Path) -> None:
     assert (plan.digest, note) == (made.manifest.digest, "")
     assert Path(plan.bundle).is_absolute()
     assert make_plan(request(made.root, artifact="fp16", batch=16))[0].artifact == "onnx-fp16"
+
+
+@pytest.mark.parametrize(
+    "backend, provider, takes_gpu",
+    [
+        ("onnxruntime", None, False),
+        ("onnxruntime", "cpu", False),
+        ("onnxruntime", "cuda", True),
+        ("onnxruntime", "tensorrt-rtx", True),
+        ("openvino", None, False),
+        ("torch", None, False),
+        ("triton", None, True),
+        ("tensorrt", None, True),
+        ("tensorrt-rtx", None, True),
+    ],
+)
+def test_who_takes_a_gpu(backend: str, provider: str | None, takes_gpu: bool) -> None:
+    assert on_gpu(ActorPlan("/b", "d", backend, None, provider, 1, None, 5)) == takes_gpu
 
 
 @pytest.mark.parametrize(
