@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitdeploy._version import __version__
+from vitdeploy.backends.base import library_extras
 from vitdeploy.benchmark.results import Cpu, Environment, Git
 from vitdeploy.machine.gpus import query_gpus
-from vitdeploy.machine.identity import LIBRARIES, find_cpu, installed_version
+from vitdeploy.machine.identity import find_cpu, installed_version
 
 FOREIGN = 0.05
 """Share of the processors that other programs may take before a measurement counts as disturbed."""
@@ -39,7 +40,7 @@ def environment(folder: Path) -> Environment:
             governor=governor(),
         ),
         gpus=query_gpus()[0],
-        libraries={name: installed_version(name) for name in LIBRARIES},
+        libraries={name: installed_version(name) for name in library_extras()},
         git=git(folder),
     )
 
