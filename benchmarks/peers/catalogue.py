@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitdeploy.benchmark.lanes import Lane, Target, own_environment
+from vitdeploy.benchmark.cases import BenchTarget, Case, child_environment
 from vitdeploy.bundle.manifest import Precision
 
 
@@ -62,8 +62,10 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-def lane_of(peer: Peer, target: Target, checkpoint: Path, threads: int, python: Path | None = None) -> Lane:
-    """The peer as a lane of a measurement.
+def case_of(
+    peer: Peer, target: BenchTarget, checkpoint: Path, threads: int, python: Path | None = None
+) -> Case:
+    """The peer as a case of a measurement.
 
     Args:
         peer: one of ``PEERS``.
@@ -72,7 +74,7 @@ def lane_of(peer: Peer, target: Target, checkpoint: Path, threads: int, python: 
         threads: of the runtime.
         python: the interpreter of the peer's environment; this one when omitted.
     """
-    return Lane(
+    return Case(
         target=target,
         backend=peer.backend,
         artifact=peer.artifact,
@@ -91,5 +93,5 @@ def lane_of(peer: Peer, target: Target, checkpoint: Path, threads: int, python: 
             "spin": peer.spin,
         },
         provider=peer.runtime,
-        environment=own_environment(),
+        environment=child_environment(),
     )

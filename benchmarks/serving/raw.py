@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.subjects import Subject
-from vitdeploy.benchmark.lanes import own_environment
-from vitdeploy.benchmark.loop import Array, Caller, Loaded, main
+from vitdeploy.benchmark.cases import child_environment
+from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, run_process
 from vitdeploy.machine.child import Worker
 
 _LIMIT = 300.0
@@ -78,14 +78,14 @@ def raw_session(subject: Subject, kind: str, threads: int, folder: Path) -> Iter
         "device": None,
         "concurrency": 1,
     }
-    module = "vitdeploy.benchmark.lane"
+    module = "vitdeploy.benchmark.backend_process"
     if kind == "image":
         module, job["images"] = "benchmarks.serving.raw", []
         for index, data in enumerate(subject.images):
             path = folder / f"raw-{index}.jpg"
             path.write_bytes(data)
             job["images"].append(str(path))
-    worker = Worker((sys.executable, "-P", "-m", module), job, own_environment(), _LIMIT)
+    worker = Worker((sys.executable, "-P", "-m", module), job, child_environment(), _LIMIT)
     try:
         worker.answer()
         yield Raw(worker, subject, folder)
@@ -113,7 +113,7 @@ def per_second(batches: Mapping[int, int], seconds: Mapping[int, float]) -> floa
     return sum(size * count for size, count in batches.items()) / total
 
 
-def load(job: dict[str, Any]) -> Loaded:
+def load(job: dict[str, Any]) -> LoadedModel:
     """Open a session and keep a pool decoding for it; a batch's pixels only say how many images it has."""
     import vitdeploy
 
@@ -133,8 +133,8 @@ def load(job: dict[str, Any]) -> Loaded:
         return predictor.session.run({name: np.stack(tensors)})[output], None
 
     callers: list[Caller] = [call]
-    return Loaded(callers, {})
+    return LoadedModel(callers, {})
 
 
 if __name__ == "__main__":
-    main(load)
+    run_process(load)

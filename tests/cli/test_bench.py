@@ -17,7 +17,7 @@ import pytest
 from tests.helpers.bundles import WEIGHT, write_bundle
 from tests.helpers.commands import Exported, Run
 from tests.helpers.paths import ROOT
-from vitdeploy.benchmark import machine
+from vitdeploy.benchmark import disturbances
 from vitdeploy.benchmark.results import Results, read_results, schema
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Choice
@@ -31,7 +31,7 @@ SCHEMA = ROOT / "docs/results.schema.json"
 @pytest.fixture(autouse=True)
 def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests run beside these: nothing here is about what the machine does meanwhile."""
-    monkeypatch.setattr(machine.Watch, "now", lambda self, workers: machine.NO_TIME)
+    monkeypatch.setattr(disturbances.CounterReader, "read", lambda self, workers: disturbances.ZERO)
 
 
 def test_table_and_files(run: Run, bundle: Bundle, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def _children(pid: int) -> list[str]:
 
 
 def test_choices_of_other_machines_stay(bundle: Bundle) -> None:
-    from vitdeploy.benchmark.choice import write_choice
+    from vitdeploy.benchmark.ranking import write_choice
 
     given: dict[str, Any] = {
         "goal": "latency", "backend": "openvino", "provider": None, "artifact": "onnx-fp16", "batch": 1,

@@ -1,4 +1,4 @@
-"""A fixed piece of work that takes its turn with the cells: how fast the machine itself is meanwhile.
+"""Control work: a fixed piece of it runs in every round, and says how fast the machine itself is meanwhile.
 
 A shared or a hot machine is some per cent slower from one hour to the next, and so is everything on it.
 Two measurements are compared after that has been taken out.
@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from vitdeploy.benchmark.loop import Array, Caller, Loaded, main
-from vitdeploy.benchmark.measure import CellFailure, Timing, Visit
+from vitdeploy.benchmark.cases import child_environment
+from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, run_process
+from vitdeploy.benchmark.rounds import CellFailure, RoundSamples, Timing
 from vitdeploy.machine.child import Worker, WorkerFailure
 
 _WIDTH = 384
@@ -28,28 +29,28 @@ _LIMIT = 60.0
 
 
 @dataclass
-class Metronome:
-    """Its process, and its times."""
+class ControlRun:
+    """Its process, and its times; ``metronome`` in the results."""
 
     timing: Timing
     pids: list[int]
 
 
 @contextlib.contextmanager
-def metronome(root_environment: dict[str, str]) -> Iterator[Metronome]:
-    """Start it on every processor that is ours; one that does not come up fails as a cell does."""
+def control_work() -> Iterator[ControlRun]:
+    """Run it on every processor that is ours; where it does not come up, it fails as a cell does."""
     callers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # One thread of work per caller: a pool's threads would spin into the next cell's turn.
+    # One thread of work per caller: a pool's threads would spin into the next cell's time.
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    command = (sys.executable, "-P", "-m", "vitdeploy.benchmark.metronome")
-    worker = Worker(command, {"callers": callers}, {**root_environment, **single}, _LIMIT)
+    command = (sys.executable, "-P", "-m", "vitdeploy.benchmark.control")
+    worker = Worker(command, {"callers": callers}, {**child_environment(), **single}, _LIMIT)
 
-    def probe(count: int, untimed: int) -> Visit:
+    def probe(count: int, untimed: int) -> RoundSamples:
         try:
             answer = worker.ask("sample", batch=1, count=count, untimed=untimed)
         except WorkerFailure as error:
             raise CellFailure(str(error)) from error
-        return Visit(tuple(answer["samples"]), float(answer["wall"]))
+        return RoundSamples(tuple(answer["samples"]), float(answer["wall"]))
 
     timing = Timing(probe)
     try:
@@ -61,14 +62,14 @@ def metronome(root_environment: dict[str, str]) -> Iterator[Metronome]:
                 worker.ask("prepare", batch=1, inputs=str(nothing))
             except WorkerFailure as error:
                 timing.failure = str(error)
-        yield Metronome(timing, [worker.pid])
+        yield ControlRun(timing, [worker.pid])
     finally:
         worker.close()
 
 
-def load(job: dict[str, Any]) -> Loaded:
+def open_control(job: dict[str, Any]) -> LoadedModel:
     """A caller for each processor."""
-    return Loaded([_caller(seed) for seed in range(job["callers"])], {})
+    return LoadedModel([_caller(seed) for seed in range(job["callers"])], {})
 
 
 def _caller(seed: int) -> Caller:
@@ -85,4 +86,4 @@ def _caller(seed: int) -> Caller:
 
 
 if __name__ == "__main__":
-    main(load)
+    run_process(open_control)
