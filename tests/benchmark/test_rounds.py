@@ -94,7 +94,7 @@ def test_a_visit_is_long_enough(seconds: float, count: int, untimed: int) -> Non
     cell = world.cell("a", lambda _: seconds)
     world.measure([cell], budget=10)
     assert (cell.count, cell.untimed) == (count, untimed)
-    assert {len(visit.samples) for visit in cell.measurement.rounds} == {count}
+    assert {len(one.samples) for one in cell.measurement.rounds} == {count}
 
 
 def test_short_cells_run_more_often_beside_long_ones() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +298,35 @@ def test_a_case_names_itself(tmp_path: Path) -> None:
     made = case(aim, tmp_path, "a", RIGHT, threads=2, concurrency=3)
     assert made.name == "a onnx-fp32 2 threads 3 callers"
     assert dataclasses.replace(made, threads=None, concurrency=1).name == "a onnx-fp32"
+
+
+HEAVY = {"torch", "openvino", "tensorrt", "tensorrt_rtx", "triton", "transformers", "onnx", "matplotlib"}
+IMPORTS = """
+import json, sys
+from vitdeploy.benchmark.backend_process import open_sessions
+from vitdeploy.cli import main
+
+if sys.argv[1] == "bench":
+    assert main(sys.argv[1:]) == 0
+else:
+    open_sessions(json.loads(sys.argv[1]))
+print(json.dumps(list(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("process", ["measuring", "measured"])
+def test_a_benchmark_of_one_backend_imports_only_that_backend(tmp_path: Path, process: str) -> None:
+    root = str(write_bundle(tmp_path / "b").root)
+    job = dict.fromkeys(("threads", "provider", "device")) | {"bundle": root, "backend": "onnxruntime"}
+    arguments = {
+        "measuring": ["bench", root, "--backend", "onnxruntime", "--batch", "1", "--budget", "0.1s"],
+        "measured": [json.dumps({**job, "artifact": "onnx-fp32", "concurrency": 1})],
+    }[process]
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = set(json.loads(done.stderr.splitlines()[-1]))
+    backends = {name for name in imported if name.startswith("vitdeploy.backends.")}
+    others = backends - {f"vitdeploy.backends.{n}" for n in ("base", "onnxruntime", "onnxruntime_providers")}
+    assert others == set()
+    assert imported & HEAVY == set()
+    assert ("onnxruntime" in imported) == (process == "measured")

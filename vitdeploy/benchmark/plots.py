@@ -359,8 +359,8 @@ def _for_page(svg: str, name: str, title: str, labels: Mapping[str, str]) -> str
                 part.set("d", " ".join(part.attrib["d"].split()))
             if part.get("id", "").startswith(_CLASS):
                 part.set("class", part.attrib["id"].removeprefix(_CLASS))
-            if parent.tag != "defs":
-                part.attrib.pop("id", None)
+            # What uses a marker has its style, too; on the marker itself no rule of the page would reach it.
+            part.attrib.pop("style" if parent.tag == "defs" else "id", None)
             if part.text:
                 part.text = labels.get(part.text, part.text)
     page.set("aria-labelledby", f"{name}-title")
