@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.helpers.result_strategies import measurements
 from tests.helpers.sample_results import SUBJECT, cell, failed_parity, parity, sample_results
-from vitdeploy.benchmark.compare import ComparedCell, ResultsComparison, Verdict
+from vitdeploy.benchmark.compare import ComparedCell, ResultsComparison, SpeedVerdict
 from vitdeploy.benchmark.plots import COLOURS
 from vitdeploy.benchmark.report import html_text
 from vitdeploy.benchmark.results import Results
@@ -215,7 +215,7 @@ def test_several_models_threads_and_callers() -> None:
     assert "onnxruntime onnx-fp32, 2 threads, 4 callers" in page.of("span")
 
 
-def compared(label: str, verdict: Verdict, *ratio: float, reason: str = "") -> ComparedCell:
+def compared(label: str, verdict: SpeedVerdict, *ratio: float, reason: str = "") -> ComparedCell:
     """A cell whose ratio and interval these are, if they are given."""
     value, low, high = ratio or (None, None, None)
     return ComparedCell(

@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+import vitdeploy
 from tests.helpers.bundles import WEIGHT, write_bundle
 from tests.helpers.commands import Exported, Run
 from tests.helpers.paths import ROOT
@@ -59,6 +60,7 @@ def test_the_schema_is_the_documented_one() -> None:
     assert json.loads(SCHEMA.read_text()) == schema()
 
 
+@pytest.mark.slow
 def test_the_digits_in_full(run: Run, digits: Exported, tmp_path: Path) -> None:
     flags = ("--backend", "onnxruntime,openvino", "--batch", "1,8", "--budget", "2s", "--json")
     result = run("bench", digits.folder, *flags)
@@ -105,14 +107,16 @@ def test_pick_is_kept_and_used(run: Run, bundle: Bundle, tmp_path: Path) -> None
     assert said.code == 0
     assert f"onnxruntime {choice.artifact}: picked for throughput on this machine" in said.err
     assert "picked" not in run("predict", bundle.root, image, "--backend", "onnxruntime").err
-    assert run("verify", bundle.root).code == 0
+    assert run("verify", bundle.root, "--backend", "onnxruntime").code == 0
     again = run("bench", bundle.root, *QUICK, "--batch", "1", "--pick", "latency")
     assert "picked for latency: onnxruntime" in again.out
     assert [c.goal for c in Bundle.open(bundle.root).manifest.choices] == ["latency"], "one per machine"
 
 
 def test_nothing_fast_enough(run: Run, bundle: Bundle) -> None:
-    result = run("bench", bundle.root, *QUICK, "--pick", "throughput", "--max-latency-ms", "1e-9")
+    result = run(
+        "bench", bundle.root, *QUICK, "--batch", "1", "--pick", "throughput", "--max-latency-ms", "1e-9"
+    )
     assert result.code == 2
     assert "no cell stays within 1e-09 ms" in result.err
     assert "the lowest is" in result.err
@@ -132,14 +136,23 @@ def slowed(path: Path, factor: float) -> Path:
     return other
 
 
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A bundle, and its results at batch 1."""
+    folder = tmp_path_factory.mktemp("earlier")
+    root, path = write_bundle(folder / "linear.bundle").root, folder / "old.json"
+    found = vitdeploy.bench(root, backends=["onnxruntime"], batches=(1,), budget=0.3)
+    path.write_text(json.dumps(found.as_dict()))
+    return root, path
+
+
 @pytest.mark.parametrize("factor, code, verdict", [(0.05, 6, "slower"), (20, 0, "faster")])
-def test_compare(run: Run, bundle: Bundle, tmp_path: Path, factor: float, code: int, verdict: str) -> None:
-    old, summary = tmp_path / "old.json", tmp_path / "summary.md"
-    flags = ("--batch", "1", "--artifact", "fp32")
-    assert run("bench", bundle.root, *QUICK, *flags, "-o", old).code == 0
-    result = run(
-        "bench", bundle.root, *QUICK, *flags, "--compare", slowed(old, factor), "--markdown", summary
-    )
+def test_compare(
+    run: Run, earlier: tuple[Path, Path], tmp_path: Path, factor: float, code: int, verdict: str
+) -> None:
+    (root, old), summary = earlier, tmp_path / "summary.md"
+    flags = ("--batch", "1", "--compare", slowed(old, factor), "--markdown", summary)
+    result = run("bench", root, *QUICK, *flags)
     assert f"Compared, tolerance 5%: 1 {verdict}." in result.out, result.out
     assert result.code == code
     assert f"| {verdict} |" in summary.read_text()

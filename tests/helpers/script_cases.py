@@ -1,4 +1,4 @@
-"""Lanes whose process is a script of the test's own: a backend that lies, hangs, or dies."""
+"""Cases whose process is a script of the test's own: a backend that lies, hangs, or dies."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Cases and cells while they are measured: started, proven, timed, started again where their process died."""
+"""Cases, cells and the control work while they are measured: started, proven, timed, started again."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from vitdeploy.backends.base import Array, Session, SessionFacts
-from vitdeploy.benchmark.cases import Case
+from vitdeploy.benchmark.cases import Case, child_environment
 from vitdeploy.benchmark.disturbances import device_memory
 from vitdeploy.benchmark.results import CellAccuracy, Parity, Startup
 from vitdeploy.benchmark.rounds import CellFailure, RoundSamples, Timing
@@ -26,6 +28,8 @@ from vitdeploy.verification.accuracy import LabelledImages, Places, measure
 from vitdeploy.verification.parity import TOLERANCES, check_session
 
 _FACTS = TypeAdapter(SessionFacts)
+_CONTROL_LIMIT = 60.0
+"""Seconds for an answer of the control work's process."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,45 @@ class CellRun:
         if not distance <= 2 * TOLERANCES[self.run.case.precision].relative:
             failure = f"the timed runs give other outputs than the proven ones: relative error {distance:.2g}"
             self.parity = self.parity.model_copy(update={"passed": False, "failures": (failure,)})
+
+
+@dataclass
+class ControlRun:
+    """Its process, and its times; ``metronome`` in the results."""
+
+    timing: Timing
+    pids: list[int]
+
+
+@contextlib.contextmanager
+def control_work() -> Iterator[ControlRun]:
+    """Run it on every processor that is ours; where it does not come up, it fails as a cell does."""
+    callers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # One thread of work per caller: a pool's threads would spin into the next cell's time.
+    single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    command = (sys.executable, "-P", "-m", "vitdeploy.benchmark.control")
+    worker = Worker(command, {"callers": callers}, {**child_environment(), **single}, _CONTROL_LIMIT)
+
+    def probe(count: int, untimed: int) -> RoundSamples:
+        try:
+            answer = worker.ask("sample", batch=1, count=count, untimed=untimed)
+        except WorkerFailure as error:
+            raise CellFailure(str(error)) from error
+        return RoundSamples(tuple(answer["samples"]), float(answer["wall"]))
+
+    timing = Timing(probe)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vitdeploy-bench-") as folder:
+            nothing = Path(folder, "nothing.npy")
+            np.save(nothing, np.zeros(1, np.float32))
+            try:
+                worker.answer()
+                worker.ask("prepare", batch=1, inputs=str(nothing))
+            except WorkerFailure as error:
+                timing.failure = str(error)
+        yield ControlRun(timing, [worker.pid])
+    finally:
+        worker.close()
 
 
 def _relative(outputs: Array, expected: Array) -> float:

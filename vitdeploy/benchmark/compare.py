@@ -27,7 +27,7 @@ _COMMON_CELLS = 4
 _DRIFT = 0.005
 """Of the machine, that is worth a word."""
 
-Verdict = Literal["faster", "same", "slower", "not comparable"]
+SpeedVerdict = Literal["faster", "same", "slower", "not comparable"]
 Rounds = NDArray[np.float64]
 
 
@@ -57,7 +57,7 @@ class ComparedCell(BaseModel):
     ratio: float | None = None
     low: float | None = None
     high: float | None = None
-    verdict: Verdict
+    verdict: SpeedVerdict
     reason: str = ""
 
 
@@ -169,7 +169,7 @@ def _row(
     found = None
     if old is not None and not reason:
         found = ratio_of(round_medians(new), round_medians(old), percentile=FLOOR, control=control)
-    verdict: Verdict = "not comparable"
+    verdict: SpeedVerdict = "not comparable"
     if found:
         verdict = "slower" if found.low > 1 + tolerance else "same"
         verdict = "faster" if found.high < 1 / (1 + tolerance) else verdict
@@ -196,7 +196,7 @@ def _summary(rows: list[ComparedCell], machine: str, drift: float | None) -> str
     if machine:
         return f"Not comparable: {machine}."
     counts = Counter(row.verdict for row in rows)
-    order: tuple[Verdict, ...] = ("slower", "faster", "same", "not comparable")
+    order: tuple[SpeedVerdict, ...] = ("slower", "faster", "same", "not comparable")
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict]) or "nothing"
     if drift is not None and abs(drift - 1) >= _DRIFT:
         said += f". The machine itself was {abs(drift - 1):.0%} {_way(drift)}, which is taken out"

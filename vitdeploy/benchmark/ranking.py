@@ -26,19 +26,19 @@ EAGER: Final = "torch"
 """The backend that runs the model as PyTorch does without any deployment: what a speed-up is over."""
 
 
-class Group(NamedTuple):
+class CellGroup(NamedTuple):
     """Cells that answer the same question: one bundle at one image size."""
 
     subject: str
     image_size: Size
 
 
-def groups(results: Results) -> tuple[Group, ...]:
+def groups(results: Results) -> tuple[CellGroup, ...]:
     """Bundles and image sizes with at least one cell, in the order of the cells."""
-    return tuple(dict.fromkeys(Group(cell.subject, cell.image_size) for cell in results.cells))
+    return tuple(dict.fromkeys(CellGroup(cell.subject, cell.image_size) for cell in results.cells))
 
 
-def members(results: Results, group: Group) -> tuple[Cell, ...]:
+def members(results: Results, group: CellGroup) -> tuple[Cell, ...]:
     """The cells of a group, in their order."""
     return tuple(c for c in results.cells if (c.subject, c.image_size) == group)
 

@@ -19,8 +19,7 @@ from vitdeploy.benchmark.cases import (
     open_targets,
     serves,
 )
-from vitdeploy.benchmark.cells import CaseRun, CellRun, TimeLimits
-from vitdeploy.benchmark.control import ControlRun, control_work
+from vitdeploy.benchmark.cells import CaseRun, CellRun, ControlRun, TimeLimits, control_work
 from vitdeploy.benchmark.disturbances import CounterReader, Counters
 from vitdeploy.benchmark.environment import find_environment
 from vitdeploy.benchmark.results import (

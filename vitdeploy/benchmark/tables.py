@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from vitdeploy.benchmark.compare import ComparedCell
 from vitdeploy.benchmark.ranking import (
-    Group,
+    CellGroup,
     batches,
     best_by_batch,
     eager,
@@ -77,16 +77,16 @@ def series_name(results: Results, cell: Cell) -> str:
     """A cell's name across batch sizes: its label, with threads and callers where they vary."""
     words = [cell.label]
     if len({c.threads for c in results.cells}) > 1:
-        words.append(f"{cell.threads or 'default'} thread{'' if cell.threads == 1 else 's'}")
+        words.append(_counted(cell.threads, "thread") if cell.threads else "default threads")
     if len({c.concurrency for c in results.cells}) > 1:
-        words.append(f"{cell.concurrency} caller{'' if cell.concurrency == 1 else 's'}")
+        words.append(_counted(cell.concurrency, "caller"))
     return plain_text(", ".join(words))
 
 
 def machine_facts(environment: Environment) -> list[tuple[str, str]]:
     """Names and values of what was measured on, the most telling first."""
     cpu, git = environment.cpu, environment.git
-    lines = [("CPU", f"{cpu.name}, {cpu.threads} thread{'' if cpu.threads == 1 else 's'}")]
+    lines = [("CPU", f"{cpu.name}, {_counted(cpu.threads, 'thread')}")]
     lines += [("GPU", ", ".join(gpu.values())) for gpu in environment.gpus]
     lines.append(("Memory", bytes_text(cpu.memory)))
     if cpu.governor:
@@ -111,7 +111,7 @@ def library_versions(environment: Environment) -> list[tuple[str, str]]:
 def machine_line(environment: Environment) -> str:
     """What was measured on, in one line."""
     cpu, git = environment.cpu, environment.git
-    words = [f"{cpu.name}, {cpu.threads} thread{'' if cpu.threads == 1 else 's'}"]
+    words = [f"{cpu.name}, {_counted(cpu.threads, 'thread')}"]
     words += [", ".join(gpu.values()) for gpu in environment.gpus]
     words += [environment.platform, f"Python {environment.python}", f"vitdeploy {environment.vitdeploy}"]
     words += [f"{name} {version}" for name, version in library_versions(environment)]
@@ -120,12 +120,12 @@ def machine_line(environment: Environment) -> str:
     return plain_text("; ".join(words))
 
 
-Kind = Literal["", "best", "wrong", "failed", "faster", "slower"]
+RowKind = Literal["", "best", "wrong", "failed", "faster", "slower"]
 """What is to be seen of a row or an entry at first sight: ``wrong`` is struck through."""
 Entry = str | int | float | bool | None
 
 
-class Column(NamedTuple):
+class TableColumn(NamedTuple):
     header: str
     unit: str = ""
     words: bool = False
@@ -140,8 +140,8 @@ class Column(NamedTuple):
 class TableRow(NamedTuple):
     entries: tuple[Entry, ...]
     """One for each column."""
-    kind: Kind = ""
-    marks: tuple[Kind, ...] = ()
+    kind: RowKind = ""
+    marks: tuple[RowKind, ...] = ()
     """Kinds of the entries, where they differ from the row's."""
     note: str = ""
     """A sentence about the row."""
@@ -151,7 +151,7 @@ class TableRow(NamedTuple):
 
 class Table(NamedTuple):
     title: str
-    columns: tuple[Column, ...]
+    columns: tuple[TableColumn, ...]
     rows: tuple[TableRow, ...]
     notes: tuple[str, ...] = ()
     """Sentences about the whole."""
@@ -160,11 +160,11 @@ class Table(NamedTuple):
 class _Field(NamedTuple):
     """A column of a table of cells; left out where it would be empty."""
 
-    column: Column
+    column: TableColumn
     text: Callable[[Cell], str]
 
 
-def group_title(results: Results, group: Group) -> str:
+def group_title(results: Results, group: CellGroup) -> str:
     """A group's name: the model, the bundle where another one has the same model, and the image size."""
     height, width = group.image_size
     models = {subject.name: subject.model for subject in results.subjects}
@@ -189,21 +189,21 @@ def summary(results: Results, subject: str) -> Table:
         return f"WRONG: {'; '.join(cell.parity.failures)}" if wrong and cell.parity else ""
 
     fields = (
-        _Field(Column("backend", words=True), backend),
-        _Field(Column("artifact", words=True), lambda c: c.artifact),
-        _Field(Column("batch"), lambda c: str(c.batch)),
-        _Field(Column("p50", "ms"), lambda c: _fixed(c.p50_ms, 2)),
-        _Field(Column("p90", "ms"), lambda c: _fixed(c.p90_ms, 2)),
-        _Field(Column("p99", "ms"), lambda c: _fixed(c.p99_ms, 2)),
-        _Field(Column("images/s"), lambda c: _fixed(c.images_per_s, 1)),
-        _Field(Column("error"), lambda c: error_text(c.parity.relative if c.parity else None)),
-        _Field(Column("top-1"), lambda c: f"{c.accuracy.top1:.1%}" if c.accuracy else NONE),
+        _Field(TableColumn("backend", words=True), backend),
+        _Field(TableColumn("artifact", words=True), lambda c: c.artifact),
+        _Field(TableColumn("batch"), lambda c: str(c.batch)),
+        _Field(TableColumn("p50", "ms"), lambda c: _fixed(c.p50_ms, 2)),
+        _Field(TableColumn("p90", "ms"), lambda c: _fixed(c.p90_ms, 2)),
+        _Field(TableColumn("p99", "ms"), lambda c: _fixed(c.p99_ms, 2)),
+        _Field(TableColumn("images/s"), lambda c: _fixed(c.images_per_s, 1)),
+        _Field(TableColumn("error"), lambda c: error_text(c.parity.relative if c.parity else None)),
+        _Field(TableColumn("top-1"), lambda c: f"{c.accuracy.top1:.1%}" if c.accuracy else NONE),
     )
     cells = [cell for cell in results.cells if cell.subject == subject]
     return _table(subject, cells, fields, note=remark)
 
 
-def by_batch(results: Results, group: Group) -> Table:
+def by_batch(results: Results, group: CellGroup) -> Table:
     """A row for each series and columns for each batch size: the shortest table that has it all."""
     cells = members(results, group)
     sizes, best = batches(cells), [answer.cell for answer in best_by_batch(cells, results)]
@@ -214,9 +214,9 @@ def by_batch(results: Results, group: Group) -> Table:
         while cell.batch in rows.get((*name, number), {}):
             number += 1
         rows.setdefault((*name, number), {})[cell.batch] = cell
-    columns = [Column("backend, artifact", words=True), Column("precision", words=True)]
+    columns = [TableColumn("backend, artifact", words=True), TableColumn("precision", words=True)]
     for size in sizes:
-        columns += [Column(f"batch {size}: p50", "ms"), Column("images/s"), Column("error")]
+        columns += [TableColumn(f"batch {size}: p50", "ms"), TableColumn("images/s"), TableColumn("error")]
     return Table(
         group_title(results, group),
         tuple(columns),
@@ -241,12 +241,12 @@ def _at_batch(cell: Cell | None) -> tuple[str, str, str]:
     return number_text(cell.p50_ms) + warning, number_text(cell.images_per_s), relative
 
 
-def _marks(cell: Cell | None, best: Sequence[Cell | None]) -> tuple[Kind, Kind, Kind]:
+def _marks(cell: Cell | None, best: Sequence[Cell | None]) -> tuple[RowKind, RowKind, RowKind]:
     kind = "" if cell is None else _kind(cell, best)
     return ("wrong", "wrong", "wrong") if kind == "wrong" else (kind, "", "")
 
 
-def measurements(results: Results, group: Group) -> Table:
+def measurements(results: Results, group: CellGroup) -> Table:
     """Every cell of a group: by batch, the fastest right one first, those that are not ranked last."""
     cells = members(results, group)
     order: list[Cell] = []
@@ -262,16 +262,16 @@ def measurements(results: Results, group: Group) -> Table:
 
     fields = (
         _series(results),
-        _Field(Column("batch"), lambda c: str(c.batch)),
-        _Field(Column("p50", "ms"), lambda c: number_text(c.p50_ms)),
-        _Field(Column("over eager"), gain),
-        _Field(Column("images/s"), lambda c: number_text(c.images_per_s)),
-        _Field(Column("p90", "ms"), lambda c: number_text(c.p90_ms)),
-        _Field(Column("p99", "ms"), lambda c: number_text(c.p99_ms)),
-        _Field(Column("mean", "ms"), lambda c: number_text(c.mean_ms)),
-        _Field(Column("spread"), lambda c: NONE if c.spread is None else f"±{100 * c.spread:.1f} %"),
-        _Field(Column("device p50", "ms"), lambda c: number_text(c.device_p50_ms)),
-        _Field(Column("computes in", words=True), lambda c: plain_text(c.executes or c.precision)),
+        _Field(TableColumn("batch"), lambda c: str(c.batch)),
+        _Field(TableColumn("p50", "ms"), lambda c: number_text(c.p50_ms)),
+        _Field(TableColumn("over eager"), gain),
+        _Field(TableColumn("images/s"), lambda c: number_text(c.images_per_s)),
+        _Field(TableColumn("p90", "ms"), lambda c: number_text(c.p90_ms)),
+        _Field(TableColumn("p99", "ms"), lambda c: number_text(c.p99_ms)),
+        _Field(TableColumn("mean", "ms"), lambda c: number_text(c.mean_ms)),
+        _Field(TableColumn("spread"), lambda c: NONE if c.spread is None else f"±{100 * c.spread:.1f} %"),
+        _Field(TableColumn("device p50", "ms"), lambda c: number_text(c.device_p50_ms)),
+        _Field(TableColumn("computes in", words=True), lambda c: plain_text(c.executes or c.precision)),
     )
     return _table(group_title(results, group), order, fields, best=best, note=_remarks)
 
@@ -284,10 +284,10 @@ def parity_table(results: Results) -> Table:
 
     fields = (
         *_place(results),
-        _Field(Column("relative error"), of(lambda p: error_text(p.relative))),
-        _Field(Column("allowed"), of(lambda p: error_text(p.tolerance))),
-        _Field(Column("verdict", words=True), of(lambda p: "passed" if p.passed else "FAILED")),
-        _Field(Column("largest absolute"), of(lambda p: error_text(p.max_abs))),
+        _Field(TableColumn("relative error"), of(lambda p: error_text(p.relative))),
+        _Field(TableColumn("allowed"), of(lambda p: error_text(p.tolerance))),
+        _Field(TableColumn("verdict", words=True), of(lambda p: "passed" if p.passed else "FAILED")),
+        _Field(TableColumn("largest absolute"), of(lambda p: error_text(p.max_abs))),
     )
     explained = (
         "Outputs held against the model in float64, at the cell's own batch size. Relative error: "
@@ -315,14 +315,14 @@ def accuracy_table(results: Results) -> Table:
 
     fields = (
         *_place(results)[:-1],
-        _Field(Column("batch"), lambda c: ", ".join(str(one.batch) for one in together[id(c)])),
-        _Field(Column("images"), of(lambda a: f"{a.images:,}")),
-        _Field(Column("top-1"), of(lambda a: percent_text(a.top1))),
-        _Field(Column("reference"), of(lambda a: percent_text(a.reference_top1))),
-        _Field(Column("difference"), of(lambda a: percent_text(a.top1_difference, signed=True))),
-        _Field(Column("95 % interval"), of(interval)),
-        _Field(Column("top-5"), of(lambda a: percent_text(a.top5))),
-        _Field(Column("reference top-5"), of(lambda a: percent_text(a.reference_top5))),
+        _Field(TableColumn("batch"), lambda c: ", ".join(str(one.batch) for one in together[id(c)])),
+        _Field(TableColumn("images"), of(lambda a: f"{a.images:,}")),
+        _Field(TableColumn("top-1"), of(lambda a: percent_text(a.top1))),
+        _Field(TableColumn("reference"), of(lambda a: percent_text(a.reference_top1))),
+        _Field(TableColumn("difference"), of(lambda a: percent_text(a.top1_difference, signed=True))),
+        _Field(TableColumn("95 % interval"), of(interval)),
+        _Field(TableColumn("top-5"), of(lambda a: percent_text(a.top5))),
+        _Field(TableColumn("reference top-5"), of(lambda a: percent_text(a.reference_top5))),
     )
     explained = (
         "Right answers on labelled images, beside those of the model in float64 on the same images, with the "
@@ -339,13 +339,13 @@ def footprint(results: Results) -> Table:
 
     fields = (
         *_place(results),
-        _Field(Column("import", "s"), second("import_s")),
-        _Field(Column("load", "s"), second("load_s")),
-        _Field(Column("first answer", "s"), second("first_s")),
-        _Field(Column("from nothing", "s"), second("total_s")),
-        _Field(Column("peak memory"), lambda c: bytes_text(c.peak_memory_bytes)),
-        _Field(Column("peak GPU memory"), lambda c: bytes_text(c.peak_device_bytes)),
-        _Field(Column("artifact"), lambda c: bytes_text(c.size_bytes)),
+        _Field(TableColumn("import", "s"), second("import_s")),
+        _Field(TableColumn("load", "s"), second("load_s")),
+        _Field(TableColumn("first answer", "s"), second("first_s")),
+        _Field(TableColumn("from nothing", "s"), second("total_s")),
+        _Field(TableColumn("peak memory"), lambda c: bytes_text(c.peak_memory_bytes)),
+        _Field(TableColumn("peak GPU memory"), lambda c: bytes_text(c.peak_device_bytes)),
+        _Field(TableColumn("artifact"), lambda c: bytes_text(c.size_bytes)),
     )
     known = [
         c
@@ -361,7 +361,7 @@ def footprint(results: Results) -> Table:
 
 def skipped_table(results: Results) -> Table:
     """What this machine or a bundle has no cell for."""
-    columns = tuple(Column(header, words=True) for header in ("backend, artifact", "bundle", "why"))
+    columns = tuple(TableColumn(header, words=True) for header in ("backend, artifact", "bundle", "why"))
     rows = [(f"{s.backend} {s.artifact}", s.subject, s.reason) for s in results.skipped]
     return Table(
         "Not measured here", columns, tuple(TableRow(tuple(plain_text(text) for text in row)) for row in rows)
@@ -379,18 +379,18 @@ def compared_table(rows: Sequence[ComparedCell]) -> Table:
         return plain_text(", ".join(words))
 
     columns = (
-        Column("backend, artifact", words=True),
-        Column("batch"),
-        Column("then", "ms"),
-        Column("now", "ms"),
-        Column("ratio"),
-        Column("95 % interval"),
-        Column("verdict", words=True),
-        Column("why", words=True),
+        TableColumn("backend, artifact", words=True),
+        TableColumn("batch"),
+        TableColumn("then", "ms"),
+        TableColumn("now", "ms"),
+        TableColumn("ratio"),
+        TableColumn("95 % interval"),
+        TableColumn("verdict", words=True),
+        TableColumn("why", words=True),
     )
     made = []
     for row in rows:
-        kind: Kind = row.verdict if row.verdict in ("faster", "slower") else ""
+        kind: RowKind = row.verdict if row.verdict in ("faster", "slower") else ""
         interval = NONE if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
         times = _fixed(row.old_ms, 2), _fixed(row.new_ms, 2), _fixed(row.ratio, 3)
         entries = (name(row), str(row.batch), *times, interval, row.verdict, plain_text(row.reason))
@@ -413,7 +413,7 @@ def every_value(results: Results) -> Table:
     names = ["model", *_names(Cell), "samples", "valid"]
     return Table(
         "",
-        tuple(Column(name) for name in names),
+        tuple(TableColumn(name) for name in names),
         tuple(
             TableRow((models.get(c.subject, ""), *_values(Cell, c), len(c.samples_ms), c.valid))
             for c in results.cells
@@ -444,16 +444,16 @@ def _values(record: type[BaseModel], value: BaseModel | None) -> Iterator[Any]:
 
 
 def _series(results: Results) -> _Field:
-    return _Field(Column("backend, artifact", words=True), lambda c: series_name(results, c))
+    return _Field(TableColumn("backend, artifact", words=True), lambda c: series_name(results, c))
 
 
 def _place(results: Results) -> tuple[_Field, ...]:
     """The series, and what tells its cells apart; the batch is last."""
     where = _Field(
-        Column("model", words=True), lambda c: group_title(results, Group(c.subject, c.image_size))
+        TableColumn("model", words=True), lambda c: group_title(results, CellGroup(c.subject, c.image_size))
     )
     several = (where,) if len(groups(results)) > 1 else ()
-    return (_series(results), *several, _Field(Column("batch"), lambda c: str(c.batch)))
+    return (_series(results), *several, _Field(TableColumn("batch"), lambda c: str(c.batch)))
 
 
 def _table(
@@ -475,7 +475,7 @@ def _table(
     return Table(title, tuple(fields[k].column for k in kept), tuple(rows), notes)
 
 
-def _kind(cell: Cell, best: Sequence[Cell | None]) -> Kind:
+def _kind(cell: Cell, best: Sequence[Cell | None]) -> RowKind:
     if cell.status == "failed":
         return "failed"
     if cell.parity is not None and not cell.parity.passed:

@@ -9,7 +9,7 @@ import re
 from typing import Final
 
 from vitdeploy.benchmark.compare import ResultsComparison
-from vitdeploy.benchmark.ranking import BestCell, Group, best_by_batch, groups, members
+from vitdeploy.benchmark.ranking import BestCell, CellGroup, best_by_batch, groups, members
 from vitdeploy.benchmark.results import Cell, Results
 from vitdeploy.benchmark.tables import (
     Entry,
@@ -106,7 +106,7 @@ def _md(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", html.escape(plain_text(text), quote=False))
 
 
-def _title(results: Results, group: Group) -> str:
+def _title(results: Results, group: CellGroup) -> str:
     height, width = group.image_size
     model = next((s.model for s in results.subjects if s.name == group.subject), group.subject)
     name = group.subject if model == group.subject else f"{group.subject} ({model})"
@@ -156,7 +156,7 @@ def _remarks(results: Results) -> list[str]:
 def _remark(results: Results, cell: Cell, why: str) -> str:
     where = f"- {_md(series_name(results, cell))}, batch {cell.batch}"
     if len(groups(results)) > 1:
-        where += f", {_md(_title(results, Group(cell.subject, cell.image_size)))}"
+        where += f", {_md(_title(results, CellGroup(cell.subject, cell.image_size)))}"
     return f"{where}: {_md(why)}" if why else where
 
 

@@ -14,7 +14,6 @@ from vitdeploy.cli.interruption import Interrupted
 from vitdeploy.errors import ParityError, RegressionError, UsageError, VitdeployError
 
 if TYPE_CHECKING:
-    from vitdeploy.benchmark.cases import Choices
     from vitdeploy.benchmark.compare import ResultsComparison
     from vitdeploy.benchmark.ranking import Goal
     from vitdeploy.benchmark.results import Results
@@ -72,23 +71,6 @@ class _Files:
     @property
     def _named(self) -> list[Path]:
         return [path for path in (self.results, self.csv, self.markdown, self.html) if path is not None]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A command line, understood."""
-
-    bundles: list[Path]
-    choices: Choices
-    budget: float
-    seed: int
-    data: Path | None
-    goal: Goal | None
-    max_latency_ms: float | None
-    old: Results | None
-    tolerance: float
-    files: _Files
-    as_json: bool
 
 
 def command(
@@ -180,7 +162,9 @@ def command(
     makes the exit code 5. Ctrl-C keeps what was measured.
     """
     from vitdeploy.benchmark.cases import Choices
+    from vitdeploy.benchmark.compare import compare_results
     from vitdeploy.benchmark.results import read_results
+    from vitdeploy.benchmark.run import run_bench
 
     choices = Choices(
         backends=parse.backends(backend, provider),
@@ -191,52 +175,35 @@ def command(
         provider=provider,
         device=device,
     )
-    request = _Request(
-        bundles=bundles,
-        choices=choices,
-        budget=parse.duration(budget),
-        seed=seed,
-        data=data,
-        goal=_goal(pick, max_latency_ms),
-        max_latency_ms=max_latency_ms,
-        old=None if compare is None else read_results(compare),
-        tolerance=parse.percentage(tolerance, "--tolerance"),
-        files=_Files(results, csv, markdown, html),
-        as_json=as_json,
-    )
-    return _run(request)
-
-
-def _run(request: _Request) -> int:
-    """Measure, write, choose, print; what is wrong is said last, when everything is safe."""
-    from vitdeploy.benchmark.compare import compare_results
-    from vitdeploy.benchmark.run import run_bench
-
-    request.files.require_writable()
+    seconds, goal = parse.duration(budget), _goal(pick, max_latency_ms)
+    old = None if compare is None else read_results(compare)
+    share = parse.percentage(tolerance, "--tolerance")
+    files = _Files(results, csv, markdown, html)
+    files.require_writable()
     with output.Stages() as stages, output.stdout_is_ours():
-        found = run_bench(
-            request.bundles,
-            request.choices,
-            data=request.data,
-            budget=request.budget,
-            seed=request.seed,
+        measured = run_bench(
+            bundles,
+            choices,
+            data=data,
+            budget=seconds,
+            seed=seed,
             command=parse.command_line(),
             progress=stages,
         )
-    comparison = None if request.old is None else compare_results(found, request.old, request.tolerance)
-    request.files.write(found, comparison)
-    problem, picked = _problem(found, comparison), list[tuple[Path, "Choice"]]()
-    if request.goal is not None and not found.partial:
+    comparison = None if old is None else compare_results(measured, old, share)
+    files.write(measured, comparison)
+    problem, picked = _problem(measured, comparison), list[tuple[Path, "Choice"]]()
+    if goal is not None and not measured.partial:
         try:
-            picked = _pick(found, request.bundles, request.goal, request.max_latency_ms)
+            picked = _pick(measured, bundles, goal, max_latency_ms)
         except VitdeployError as error:
             problem = problem or error
-    if request.as_json:
-        output.json_document(_document(found, comparison, picked, problem))
+    if as_json:
+        output.json_document(_document(measured, comparison, picked, problem))
     else:
-        _print(found)
+        _print(measured)
         _print_verdicts(comparison, picked)
-    if found.partial:
+    if measured.partial:
         raise Interrupted
     if problem is None:
         return 0
