@@ -78,7 +78,7 @@ def test_cells_then_and_now() -> None:
     assert [column.title for column in table.columns][2:6] == ["then ms", "now ms", "ratio", "95 % interval"]
     (made,) = table.rows
     times = ("190.00", "228.00", "1.200", "1.100 to 1.300")
-    assert made.entries == ("openvino onnx-bf16, 2 threads, 4 callers", "8", *times, "slower", "")
+    assert made.entries == ("openvino onnx-bf16, 2 threads, 4 callers", "8", *times, "slower")
     assert made.marks[6] == "slower"
     other = row.model_copy(update={"subject": "another"})
     assert [r.entries[0] for r in compared_table([row, other]).rows] == [

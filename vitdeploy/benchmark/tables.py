@@ -158,7 +158,7 @@ class Table(NamedTuple):
 
 
 class _Field(NamedTuple):
-    """A column of a table of cells; left out where it would be empty."""
+    """A column of a table of cells."""
 
     column: TableColumn
     text: Callable[[Cell], str]
@@ -395,7 +395,7 @@ def compared_table(rows: Sequence[ComparedCell]) -> Table:
         times = _fixed(row.old_ms, 2), _fixed(row.new_ms, 2), _fixed(row.ratio, 3)
         entries = (name(row), str(row.batch), *times, interval, row.verdict, plain_text(row.reason))
         made.append(TableRow(entries, marks=("",) * 6 + (kind, "")))
-    return Table("Compared with before", columns, tuple(made))
+    return _filled(Table("Compared with before", columns, tuple(made)))
 
 
 _PAIRS: Final = {"image_size": ("height", "width"), "top1_interval": ("low", "high")}
@@ -465,14 +465,27 @@ def _table(
     note: Callable[[Cell], str] = lambda cell: "",
     notes: tuple[str, ...] = (),
 ) -> Table:
-    texts = [[field.text(cell) for field in fields] for cell in cells]
-    kept = [k for k in range(len(fields)) if k == 0 or any(row[k] not in ("", NONE) for row in texts)]
     rows = []
-    for cell, row, before in zip(cells, texts, (None, *cells), strict=False):
+    for cell, before in zip(cells, (None, *cells), strict=False):
         starts = bool(best) and before is not None and before.batch != cell.batch
-        entries = tuple(row[k] for k in kept)
+        entries = tuple(field.text(cell) for field in fields)
         rows.append(TableRow(entries, _kind(cell, best), note=note(cell), starts=starts))
-    return Table(title, tuple(fields[k].column for k in kept), tuple(rows), notes)
+    return _filled(Table(title, tuple(field.column for field in fields), tuple(rows), notes))
+
+
+def _filled(table: Table) -> Table:
+    """The table without the columns that have no entry; the first one stays."""
+    empty = ("", NONE)
+    count = range(len(table.columns))
+    kept = [k for k in count if k == 0 or any(row.entries[k] not in empty for row in table.rows)]
+    rows = [
+        row._replace(
+            entries=tuple(row.entries[k] for k in kept),
+            marks=tuple(row.marks[k] for k in kept) if row.marks else (),
+        )
+        for row in table.rows
+    ]
+    return table._replace(columns=tuple(table.columns[k] for k in kept), rows=tuple(rows))
 
 
 def _kind(cell: Cell, best: Sequence[Cell | None]) -> RowKind:

@@ -121,7 +121,7 @@ def command(
         str | None,
         typer.Option(
             metavar="latency|throughput",
-            help="Goal to pick by what this machine runs; kept in the bundle.",
+            help="Goal by which to choose what this machine runs; the bundle keeps the choice.",
         ),
     ] = None,
     max_latency_ms: Annotated[
