@@ -252,6 +252,7 @@ def _turns(names: list[str]) -> list[tuple[str, str]]:
     return list(zip(names, ["", *names], strict=False))
 
 
+@pytest.mark.slow
 def test_accuracy_beside_the_reference(digits_fp32: Path) -> None:
     found = vitdeploy.bench(digits_fp32, backends=ORT, batches=(8,), threads=1, budget=0.3)
     (cell,) = found.cells
