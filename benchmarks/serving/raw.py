@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.subjects import Subject
-from vitdeploy.benchmark.cases import child_environment
 from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, run_process
-from vitdeploy.machine.child import Worker
+from vitdeploy.machine.child import Worker, child_environment
 
 _LIMIT = 300.0
 _LEAST = 3

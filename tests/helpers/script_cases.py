@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.bundles import WEIGHT, write_bundle
-from vitdeploy.benchmark.cases import BenchTarget, Case, child_environment, open_targets
+from vitdeploy.benchmark.cases import BenchTarget, Case, open_targets
+from vitdeploy.machine.child import child_environment
 
 _SCRIPT = """
 import os, signal, sys, time

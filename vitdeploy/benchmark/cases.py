@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vitdeploy.backends.base import Array
 from vitdeploy.benchmark.results import MeasuredBundle, SkippedCase
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Precision
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ParityError, UsageError
-from vitdeploy.machine.child import Worker
+from vitdeploy.machine.child import Worker, child_environment
 from vitdeploy.verification.local import Pair, runnable
-
-_ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Case:
     target: BenchTarget
     backend: str
     artifact: str
-    precision: Precision
+    precision: ArtifactPrecision
     threads: int | None
     concurrency: int
     command: tuple[str, ...]
@@ -180,11 +176,6 @@ def _case(target: BenchTarget, pair: Pair, threads: int | None, concurrency: int
         batch=artifact.batch if artifact else None,
         size_bytes=artifact.size if artifact is not None and reads else weights,
     )
-
-
-def child_environment() -> dict[str, str]:
-    """The variables of a child that imports this very vitdeploy, installed or not."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))}
 
 
 def _require_batches(target: BenchTarget, cases: Sequence[Case], batches: Sequence[int]) -> None:

@@ -16,15 +16,15 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from vitdeploy.backends.base import Array, Session, SessionFacts
-from vitdeploy.benchmark.cases import Case, child_environment
+from vitdeploy.benchmark.cases import Case
 from vitdeploy.benchmark.disturbances import device_memory
 from vitdeploy.benchmark.results import CellAccuracy, Parity, Startup
 from vitdeploy.benchmark.rounds import CellFailure, RoundSamples, Timing
 from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.errors import VitdeployError
-from vitdeploy.machine.child import Worker, WorkerFailure
+from vitdeploy.machine.child import Worker, WorkerFailure, child_environment
 from vitdeploy.predictor import Predictor
-from vitdeploy.verification.accuracy import LabelledImages, Places, measure
+from vitdeploy.verification.accuracy import LabelledImages, TopClasses, top_classes
 from vitdeploy.verification.parity import TOLERANCES, check_session
 
 _FACTS = TypeAdapter(SessionFacts)
@@ -202,11 +202,11 @@ class CaseRun:
         with self._failures():
             return self.session(batch).last(batch)
 
-    def places(self, images: LabelledImages) -> Places:
+    def places(self, images: LabelledImages) -> TopClasses:
         """The classes it puts first; raises CellFailure."""
         first = self.facts.batch.min if self.facts and self.facts.batch else 1
         with self._failures():
-            return measure(Predictor(self.case.target.bundle, self.session(first)), images)
+            return top_classes(Predictor(self.case.target.bundle, self.session(first)), images)
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:

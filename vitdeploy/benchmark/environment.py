@@ -9,7 +9,8 @@ from pathlib import Path
 
 from vitdeploy._version import __version__
 from vitdeploy.benchmark.results import Environment, Git, MeasuredCpu
-from vitdeploy.machine.identity import LIBRARIES, find_cpu, installed_version, query_gpus
+from vitdeploy.machine.gpus import query_gpus
+from vitdeploy.machine.identity import LIBRARIES, find_cpu, installed_version
 
 
 def find_environment(folder: Path) -> Environment:

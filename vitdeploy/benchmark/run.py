@@ -37,9 +37,9 @@ from vitdeploy.progress import Progress
 from vitdeploy.verification.accuracy import (
     LabelledImages,
     bundled_images,
-    compare,
+    compare_accuracy,
     find_labelled,
-    reference_places,
+    reference_top_classes,
 )
 
 _BAR = 20
@@ -184,14 +184,14 @@ def _score(
         return []
     images, notes = plan.images[name], list[str]()
     with progress.stage("accuracy") as stage:
-        reference = reference_places(right[0].case.target.bundle, images)
+        reference = reference_top_classes(right[0].case.target.bundle, images)
         if reference is None:
             return [
                 f"{name}: no accuracy, because the float64 reference needs PyTorch and the model's weights"
             ]
         for run in right:
             try:
-                found = compare(run.places(images), reference, images.labels)
+                found = compare_accuracy(run.places(images), reference, images.labels)
                 run.accuracy = CellAccuracy.model_validate(asdict(found))
             except CellFailure as error:
                 notes.append(f"{run.case.name}: no accuracy: {error}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitdeploy._version import __version__
-from vitdeploy.server.codec import DATATYPES
+from vitdeploy.server.codec import WIRE
 
 _Schema = dict[str, Any]
 _TEXT: _Schema = {"type": "string"}
@@ -130,7 +130,7 @@ def _schemas() -> dict[str, Any]:
     name = {"type": "string", "minLength": 1}
     tensor = {
         "name": name,
-        "datatype": {"type": "string", "enum": [*DATATYPES.values(), "BYTES"]},
+        "datatype": {"type": "string", "enum": [*WIRE.values(), "BYTES"]},
         "shape": shape,
         "parameters": parameters,
         "data": {"type": "array"},

@@ -241,7 +241,7 @@ class Repository:
                 self._count(place, "ok")
                 self._retire(before)
                 facts = entry.model.facts
-                stage.detail = f"version {place.version}, {facts.artifact} on {facts.backend}, proven"
+                stage.detail = f"version {place.version}, {facts.artifact} on {facts.backend}, parity passed"
 
     def _count(self, place: Place, outcome: str) -> None:
         self._metrics.reloads.labels(place.name, place.version, outcome).inc()

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from vitdeploy.backends.base import Options, Session, SessionFacts, check_inputs
+from vitdeploy.bundle.dtypes import DATATYPES
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import BundleError, ImageError, ParityError, UsageError
 from vitdeploy.images.decode import load_image
 from vitdeploy.predictor import Prediction, Predictor
 from vitdeploy.server.batcher import Answer, Batcher, Rules
-from vitdeploy.server.codec import DATATYPES
 from vitdeploy.server.messages import Array, InferRequest, InferResponse, Refusal, WantedOutput
 from vitdeploy.server.statistics import Statistics
 from vitdeploy.verification.parity import check_session
@@ -91,7 +91,7 @@ class Loaded:
 
 
 def open_bundle(path: Path, settings: Settings) -> Loaded:
-    """Open a bundle and prove that it answers rightly here before anybody asks it.
+    """Open a bundle and check its parity here before anybody asks it.
 
     Raises:
         BundleError, UsageError, DeviceUnavailable, MissingDependency: it cannot be run as asked.
@@ -110,7 +110,7 @@ def open_bundle(path: Path, settings: Settings) -> Loaded:
         rules = settings.rules(session.facts, predictors[0].chunk)
         sizes = sorted({rules.padded(1), rules.padded(rules.gather)})
         for predictor in predictors:
-            _prove(predictor.session, bundle, sizes)
+            _check_parity(predictor.session, bundle, sizes)
     except BaseException:
         for predictor in predictors:
             predictor.close()
@@ -118,7 +118,7 @@ def open_bundle(path: Path, settings: Settings) -> Loaded:
     return Loaded(bundle, tuple(predictors), rules)
 
 
-def _prove(session: Session, bundle: Bundle, sizes: Sequence[int]) -> None:
+def _check_parity(session: Session, bundle: Bundle, sizes: Sequence[int]) -> None:
     """Compare with the reference; warms the session up besides."""
     golden = bundle.golden()
     for record in check_session(session, golden, batches=sizes, max_abs=bundle.manifest.max_abs):
