@@ -83,6 +83,7 @@ def test_the_graph_is_the_reference(
     assert compiler.calls == [{"cpp.dynamic_threads": True, "freezing": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [BatchRange(1, 1, 1), BatchRange(4, 4, 4), BatchRange(1, 1, 2)])
 def test_ranges_of_batch_sizes(weights_bundle: Make, compiler: Compiler, batch: BatchRange) -> None:
     chosen = artifact("fp32").model_copy(update={"batch": batch})
@@ -98,6 +99,7 @@ def test_weights_alone_take_any_batch_size(weights_bundle: Make, compiler: Compi
     assert all(record.passed for record in records)
 
 
+@pytest.mark.slow
 def test_uint8_images_are_normalised_by_the_session(weights_bundle: Make, compiler: Compiler) -> None:
     images = np.random.default_rng(0).integers(0, 256, size=(5, *CONFIG.image_size, 3), dtype=np.uint8)
     exact = (images / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)

@@ -5,24 +5,31 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers.paths import ROOT
+from tests.helpers.weights_bundles import artifact, write_weights
 from vitdeploy.backends.base import (
     Array,
+    Backend,
     Options,
     Session,
     SessionFacts,
     all_backends,
     backend_names,
     get_backend,
+    reader_of,
     split_device,
 )
 from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
+
+FROM_WEIGHTS = ("torch", "torch-compile", "aotinductor", "triton")
 
 
 def facts(batch: BatchRange | None, *inputs: TensorSpec) -> SessionFacts:
@@ -53,10 +60,63 @@ class Echo(Session):
 def test_every_backend_answers_under_its_name() -> None:
     assert [backend.name for backend in all_backends()] == list(backend_names())
     for backend in all_backends():
-        assert backend.summary
+        assert backend.traits.summary
         state = backend.availability()
-        assert state.ok or backend.name in ("triton", "tensorrt", "tensorrt-rtx"), state  # which need a GPU
+        assert state.ok or backend.traits.needs_gpu, state
         assert state.ok != bool(state.reason)
+
+
+def row(backend: Backend) -> str:
+    """What the documentation's table says of a backend."""
+    traits = backend.traits
+    reads = ", ".join((*traits.formats, *(["weights"] if traits.name in FROM_WEIGHTS else [])))
+    cells = (
+        f"`{traits.name}`",
+        traits.summary,
+        reads,
+        ", ".join(traits.precisions),
+        ", ".join(traits.devices),
+    )
+    return f"| {' | '.join(cells)} | `{traits.install}` |"
+
+
+def test_the_documentation_lists_what_backends_state() -> None:
+    text = (ROOT / "docs/backends.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows == [row(backend) for backend in all_backends()]
+
+
+@pytest.mark.parametrize("backend", all_backends(), ids=lambda backend: backend.name)
+def test_what_a_backend_refuses_is_none_of_its_precisions(backend: Backend, tmp_path: Path) -> None:
+    made = write_weights(tmp_path / "b")
+    refused = {
+        precision
+        for precision in ("fp32", "mixed", "fp16", "bf16")
+        if backend.supports(made.manifest, artifact(precision)) is not None
+    }
+    if "onnx" in backend.formats or not backend.formats or backend.name == "triton":
+        assert refused.isdisjoint(set(backend.traits.precisions) - {"bf16"})
+        assert {"fp32", "mixed", "fp16", "bf16"} - refused <= set(backend.traits.precisions)
+
+
+def test_the_first_that_reads_an_artifact() -> None:
+    made = artifact("fp16")
+    assert reader_of(made).name == "onnxruntime"
+    for name in ("tensorrt", "tensorrt-rtx"):
+        assert reader_of(made.model_copy(update={"format": name})).name == name
+    assert reader_of(made.model_copy(update={"format": "triton-aot"})).name == "triton"
+    with pytest.raises(UsageError, match="no backend reads onnx-fp16, whose format is other"):
+        reader_of(made.model_copy(update={"format": "other"}))
+
+
+def test_one_backends_traits_import_no_other() -> None:
+    script = (
+        "import sys; from vitdeploy.backends.base import get_backend\n"
+        "assert get_backend('openvino').traits.extras == ('openvino',)\n"
+        "print(sorted(name for name in sys.modules if name.startswith('vitdeploy.backends.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "['vitdeploy.backends.base', 'vitdeploy.backends.openvino']\n"
 
 
 def test_unknown_backends_get_a_suggestion() -> None:

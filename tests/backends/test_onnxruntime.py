@@ -94,7 +94,7 @@ class FallenBack:
 def test_a_session_that_fell_back_to_the_cpu_is_refused(
     make_bundle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "open_library", FallenBack)
+    monkeypatch.setattr(module, "import_onnxruntime", FallenBack)
     with pytest.raises(DeviceUnavailable, match=r"asked for CUDAExecutionProvider, but .* fell back to CPU"):
         load(make_bundle(), Options(provider="cuda"))
 

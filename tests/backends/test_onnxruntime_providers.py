@@ -260,7 +260,7 @@ def test_a_provider_that_cannot_start_is_refused_in_silence(
         return onnxruntime.InferenceSession(path, providers=[CPU])
 
     double = Double(name, InferenceSession=session)
-    monkeypatch.setattr(providers, "open_library", lambda: double)
+    monkeypatch.setattr(providers, "import_onnxruntime", lambda: double)
     with pytest.raises(DeviceUnavailable, match=r"Please install TensorRT|fell back to CPUExecutionProvider"):
         OnnxRuntime().load(bundle := make_bundle(), bundle.manifest.artifacts[0], Options(provider=provider))
     assert capfd.readouterr().out == ""
@@ -291,7 +291,7 @@ def test_a_session_whose_work_went_elsewhere_is_refused(
         CUDA,
         InferenceSession=lambda path, settings, providers, enable_fallback: Assigned(TENSORRT, path),
     )
-    monkeypatch.setattr(providers, "open_library", lambda: double)
+    monkeypatch.setattr(providers, "import_onnxruntime", lambda: double)
     with pytest.raises(
         DeviceUnavailable, match="tensorrt provider runs no part of the model: all of it is left"
     ):

@@ -154,7 +154,11 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled(weights_bundle: Make, precision: ArtifactPrecision) -> None:
+def test_compiled(
+    weights_bundle: Make, monkeypatch: pytest.MonkeyPatch, precision: ArtifactPrecision
+) -> None:
+    # Its pool of processes takes longer to start than a model as small as this to compile.
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     bundle = weights_bundle()
     with TorchCompile().load(bundle, artifact(precision), Options(threads=1)) as session:
         assert session.facts.backend == "torch-compile"

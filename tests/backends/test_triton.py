@@ -92,6 +92,7 @@ def test_uint8_images(weights_bundle: Make) -> None:
         assert all(record.passed for record in check_session(session, arrays, batches=[3]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("provider")
 def test_a_batch_between_buckets_is_padded_and_nan_stays_in_its_image(weights_bundle: Make) -> None:
     images = pixels(CONFIG, 3).numpy()

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.bundles import write_bundle
 from tests.helpers.commands import in_a_process
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.packaging.target import Settings
+from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import Package, write_package
 
 Make = Callable[..., Package]
@@ -38,6 +38,6 @@ def package(tmp_path: Path) -> Make:
 
     def make(bundle: Bundle, target: str = "triton-server", folder: str = "out", **given: Any) -> Package:
         whole = {key: given.pop(key) for key in ("name", "version", "artifact", "force") if key in given}
-        return write_package(bundle, target, tmp_path / folder, settings=Settings(**given), **whole)
+        return write_package(bundle, target, tmp_path / folder, settings=PackageSettings(**given), **whole)
 
     return make

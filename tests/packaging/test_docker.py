@@ -22,11 +22,11 @@ from tests.helpers.bundles import write_bundle
 from tests.helpers.commands import in_a_process
 from tests.helpers.paths import ROOT
 from tests.helpers.triton_server import free_ports
-from vitdeploy.backends.base import backend_names
+from vitdeploy.backends.base import all_backends
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.data import digits_images
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.docker import BUNDLE, EXTRAS
+from vitdeploy.packaging.docker import BUNDLE
 from vitdeploy.packaging.write import Package
 
 Make = Callable[..., Package]
@@ -139,8 +139,14 @@ def test_every_backend_has_its_extra() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(EXTRAS) == set(backend_names())
-    assert {name for names in EXTRAS.values() for name in names} <= set(project["optional-dependencies"])
+    for traits in (backend.traits for backend in all_backends()):
+        required = [
+            Requirement(line).name
+            for extra in traits.extras
+            for line in project["optional-dependencies"][extra]
+        ]
+        core = [Requirement(line).name for line in project["dependencies"]]
+        assert set(traits.libraries) <= set(required or core), traits.name
 
 
 def test_a_wheel(package: Make, bundle: Bundle, tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ import pytest
 import yaml
 
 from tests.helpers.bundles import write_bundle
+from vitdeploy.backends.aotinductor import AotInductor
+from vitdeploy.backends.base import all_backends
+from vitdeploy.backends.triton import Triton
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.target import Settings as Wishes
+from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import write_package
-from vitdeploy.ray.serving import DEPLOYMENT, Settings
+from vitdeploy.ray.serving import DEPLOYMENT, DeploymentSettings
 
 
 @pytest.fixture
@@ -22,12 +25,12 @@ def bundle(tmp_path: Path) -> Bundle:
     return write_bundle(tmp_path / "linear", precisions=("fp32", "fp16"), batch=BatchRange(1, 4, 16))
 
 
-def packaged(bundle: Bundle, **wishes: Any) -> tuple[Path, dict[str, Any]]:
+def packaged(bundle: Bundle, **settings: Any) -> tuple[Path, dict[str, Any]]:
     """The folder, and its Serve config as Ray's own schema reads it."""
     from ray.serve.schema import ServeDeploySchema
 
     output = bundle.root.parent / "package"
-    write_package(bundle, "ray", output, settings=Wishes(**wishes), force=output.exists())
+    write_package(bundle, "ray", output, settings=PackageSettings(**settings), force=output.exists())
     document = yaml.safe_load((output / "serve_config.yaml").read_text())
     ServeDeploySchema(**document)
     return output, document
@@ -41,7 +44,7 @@ def test_the_folder(bundle: Bundle) -> None:
     assert copied.manifest == bundle.manifest
     (app,) = document["applications"]
     assert app["import_path"] == "app:build"
-    settings = Settings(**app["args"])
+    settings = DeploymentSettings(**app["args"])
     assert (settings.name, settings.version, settings.backend) == ("linear", "1", "onnxruntime")
     assert (settings.artifact, settings.max_batch, settings.provider) == ("onnx-fp32", 4, None)
     (deployment,) = app["deployments"]
@@ -60,7 +63,7 @@ def test_every_setting(bundle: Bundle) -> None:
         bundle, threads=3, max_batch=16, max_delay_ms=0, top_k=2, min_replicas=0, max_replicas=7
     )
     (app,) = document["applications"]
-    settings = Settings(**app["args"])
+    settings = DeploymentSettings(**app["args"])
     assert (settings.threads, settings.max_batch, settings.max_delay_ms, settings.top_k) == (3, 16, 0, 2)
     (deployment,) = app["deployments"]
     assert deployment["ray_actor_options"]["num_cpus"] == 3
@@ -77,8 +80,32 @@ def test_a_gpu(bundle: Bundle) -> None:
     assert app["deployments"][0]["ray_actor_options"]["num_gpus"] == 1
 
 
+def test_every_backend_brings_its_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in all_backends():
+        monkeypatch.setattr(type(backend), "supports", lambda *_: None)
+        output, document = packaged(bundle, backend=backend.name)
+        extras = ",".join(("ray", *backend.traits.extras))
+        assert f'pip install "vitdeploy[{extras}]"\n' in (output / "README.md").read_text()
+        (app,) = document["applications"]
+        gpus = app["deployments"][0]["ray_actor_options"]["num_gpus"]
+        assert (app["args"]["backend"], gpus) == (backend.name, int(backend.traits.needs_gpu))
+
+
+def test_a_backend_for_gpus_only(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Triton, "supports", lambda *_: None)
+    with pytest.raises(UsageError, match="onnx-fp32: the triton backend runs on a GPU only"):
+        packaged(bundle, backend="triton", device="cpu")
+
+
+def test_the_next_command_installs_the_backend(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AotInductor, "supports", lambda *_: None)
+    settings = PackageSettings(backend="aotinductor")
+    made = write_package(bundle, "ray", bundle.root.parent / "package", settings=settings)
+    assert made.next[0] == 'pip install "vitdeploy[ray,export]"'
+
+
 @pytest.mark.parametrize(
-    "wishes, message",
+    "settings, message",
     [
         ({"max_batch": 17}, "--max-batch 17: onnx-fp32 takes at most 16 images"),
         ({"backend": "openvino", "device": "gpu"}, "not with the openvino backend"),
@@ -86,10 +113,10 @@ def test_a_gpu(bundle: Bundle) -> None:
         ({"min_replicas": 3, "max_replicas": 2}, "--min-replicas 3 is more than"),
     ],
 )
-def test_what_does_not_fit(bundle: Bundle, wishes: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit(bundle: Bundle, settings: dict[str, Any], message: str) -> None:
     output = bundle.root.parent / "package"
     with pytest.raises(UsageError, match=message):
-        write_package(bundle, "ray", output, settings=Wishes(**wishes))
+        write_package(bundle, "ray", output, settings=PackageSettings(**settings))
     assert not output.exists()
 
 

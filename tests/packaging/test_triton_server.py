@@ -27,7 +27,7 @@ from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.data import digits_images
 from vitdeploy.errors import ImageError
-from vitdeploy.packaging.target import Settings
+from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import write_package
 from vitdeploy.predictor import Predictor
 from vitdeploy.verification.parity import TOLERANCES
@@ -53,7 +53,7 @@ def triton(digits: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         (fixed, "fixed", 1),
         (features, "fea.tures-1", 1),
     ):
-        given = Settings(threads=1, top_k=3) if name == "digits" else Settings()
+        given = PackageSettings(threads=1, top_k=3) if name == "digits" else PackageSettings()
         made = write_package(
             bundle, "triton-server", folder / name, name=name, version=version, settings=given
         )

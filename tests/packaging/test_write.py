@@ -15,8 +15,14 @@ from tests.helpers.bundles import write_bundle
 from tests.helpers.small_bundles import artifact, draft, flip, siblings
 from vitdeploy.bundle.folder import Bundle, BundleWriter
 from vitdeploy.errors import BundleError, ExportError, UsageError, VitdeployError
-from vitdeploy.packaging.common import label, render
-from vitdeploy.packaging.target import TARGETS, Settings, get_target, target_names
+from vitdeploy.packaging.target import (
+    TARGETS,
+    PackageSettings,
+    fill_template,
+    get_target,
+    label,
+    target_names,
+)
 from vitdeploy.packaging.write import MARKER, MAX_NAME, Package, model_name, write_package
 
 Make = Callable[..., Package]
@@ -254,7 +260,7 @@ def test_labels_are_dns_labels(name: str) -> None:
 
 def test_targets() -> None:
     assert target_names() == ("triton-server", "kserve", "docker", "ray")
-    known = set(Settings.__dataclass_fields__)
+    known = set(PackageSettings.__dataclass_fields__)
     for name in TARGETS:
         write, taken = get_target(name)
         assert callable(write)
@@ -297,9 +303,9 @@ def test_versions_that_are_refused(package: Make, bundle: Bundle, version: int) 
 
 def test_templates_say_what_they_lack() -> None:
     with pytest.raises(KeyError):
-        render("triton_server.Dockerfile", image="a")
+        fill_template("triton_server.Dockerfile", image="a")
     with pytest.raises(KeyError, match="has no place for"):
-        render("triton_server.Dockerfile", image="a", pillow="1", other="b")
+        fill_template("triton_server.Dockerfile", image="a", pillow="1", other="b")
 
 
 def test_errors_are_ours(package: Make, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from vitdeploy.errors import ImageError, UsageError
 from vitdeploy.predictor import Prediction
 from vitdeploy.ray import tables
 from vitdeploy.ray.folder import JOB, JobFolder
-from vitdeploy.ray.inputs import find_inputs
+from vitdeploy.ray.tables import find_inputs
 from vitdeploy.ray.work import COLUMNS, Item, Result, Stamp
 
 DOCUMENTATION = ROOT / "docs" / "ray.md"
@@ -176,7 +176,7 @@ def test_a_damaged_job_file(target: Path) -> None:
 
 def test_work_survives_its_journey() -> None:
     items = [Item("/a", STAMP), Item("/b.parquet", Stamp(2**40, 2**62), 3, 300, 100, (300, 301))]
-    assert list(tables.items(tables.pieces(items))) == items
+    assert list(tables.items_of(tables.pieces(items))) == items
     first, second = (tables.results([good(name)]) for name in ("/a", "/b"))
     given, failure = tables.split(pa.concat_tables([first, tables.failure("why"), second]))
     assert (given.column("source").to_pylist(), failure) == (["/a", "/b"], "why")

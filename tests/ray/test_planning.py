@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.helpers.bundles import write_bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError
-from vitdeploy.ray.planning import Request, allot, cut, make_plan
-from vitdeploy.ray.work import Item, Resources, Stamp
+from vitdeploy.ray.job import JobRequest, allot, cut, make_plan, on_gpu
+from vitdeploy.ray.work import ActorPlan, Item, RayResources, Stamp
 
 STAMP = Stamp(1, 2)
 
@@ -34,7 +34,7 @@ STAMP = Stamp(1, 2)
 def test_sessions_share_the_processors(
     cpus: tuple[int, ...], workers: int | None, threads: int | None, expected: tuple[int, int]
 ) -> None:
-    assert allot(Resources(cpus), workers, threads, gpu=False, most=10**6) == expected
+    assert allot(RayResources(cpus), workers, threads, gpu=False, most=10**6) == expected
 
 
 @given(
@@ -47,7 +47,7 @@ def test_what_is_allotted_can_be_placed(
     cpus: list[int], workers: int | None, threads: int | None, most: int
 ) -> None:
     try:
-        many, each = allot(Resources(tuple(cpus)), workers, threads, gpu=False, most=most)
+        many, each = allot(RayResources(tuple(cpus)), workers, threads, gpu=False, most=most)
     except UsageError:  # fewer would fit
         assert (workers or 1) * (threads or 1) > min(cpus)
         return
@@ -57,29 +57,29 @@ def test_what_is_allotted_can_be_placed(
 
 
 def test_what_others_take_is_left_to_them() -> None:
-    busy = Resources((8,), free=3)
+    busy = RayResources((8,), free=3)
     assert allot(busy, None, None, gpu=False, most=100) == (3, 1)
     assert allot(busy, 1, None, gpu=False, most=100) == (1, 3)
     assert allot(busy, 4, 2, gpu=False, most=100) == (4, 2)  # asked for: it waits
 
 
 def test_no_more_sessions_than_images() -> None:
-    assert allot(Resources((16,)), None, None, gpu=False, most=1) == (1, 16)
+    assert allot(RayResources((16,)), None, None, gpu=False, most=1) == (1, 16)
 
 
 def test_a_gpu_has_one_session() -> None:
-    assert allot(Resources((16, 16), gpus=2), None, None, gpu=True, most=100) == (2, 16)
+    assert allot(RayResources((16, 16), gpus=2), None, None, gpu=True, most=100) == (2, 16)
     with pytest.raises(DeviceUnavailable, match="no GPU"):
-        allot(Resources((16,)), None, None, gpu=True, most=100)
+        allot(RayResources((16,)), None, None, gpu=True, most=100)
     with pytest.raises(UsageError, match="do not fit"):
-        allot(Resources((16,), gpus=1), 2, None, gpu=True, most=100)
+        allot(RayResources((16,), gpus=1), 2, None, gpu=True, most=100)
 
 
 def test_what_does_not_fit_is_refused_not_waited_for() -> None:
     with pytest.raises(UsageError, match=r"3 workers with 1 threads each do not fit: Ray has 2 CPUs"):
-        allot(Resources((2,)), 3, 1, gpu=False, most=100)
+        allot(RayResources((2,)), 3, 1, gpu=False, most=100)
     with pytest.raises(UsageError, match="do not fit"):
-        allot(Resources((2, 2)), None, 3, gpu=False, most=100)
+        allot(RayResources((2, 2)), None, 3, gpu=False, most=100)
 
 
 @given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 64))
@@ -96,8 +96,8 @@ def test_a_row_group_is_a_piece() -> None:
     assert list(cut(items, 2, 8)) == [[item] for item in items]
 
 
-def request(bundle: Path, **fields: object) -> Request:
-    return Request(bundle=bundle, inputs=("x",), output=bundle.parent / "out", **fields)  # type: ignore[arg-type]
+def request(bundle: Path, **fields: object) -> JobRequest:
+    return JobRequest(bundle=bundle, inputs=("x",), output=bundle.parent / "out", **fields)  # type: ignore[arg-type]
 
 
 def test_the_plan_says_what_actors_run(tmp_path: Path) -> None:
@@ -107,6 +107,24 @@ def test_the_plan_says_what_actors_run(tmp_path: Path) -> None:
     assert (plan.digest, note) == (made.manifest.digest, "")
     assert Path(plan.bundle).is_absolute()
     assert make_plan(request(made.root, artifact="fp16", batch=16))[0].artifact == "onnx-fp16"
+
+
+@pytest.mark.parametrize(
+    "backend, provider, takes_gpu",
+    [
+        ("onnxruntime", None, False),
+        ("onnxruntime", "cpu", False),
+        ("onnxruntime", "cuda", True),
+        ("onnxruntime", "tensorrt-rtx", True),
+        ("openvino", None, False),
+        ("torch", None, False),
+        ("triton", None, True),
+        ("tensorrt", None, True),
+        ("tensorrt-rtx", None, True),
+    ],
+)
+def test_who_takes_a_gpu(backend: str, provider: str | None, takes_gpu: bool) -> None:
+    assert on_gpu(ActorPlan("/b", "d", backend, None, provider, 1, None, 5)) == takes_gpu
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_ray_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_no_cluster_there(tmp_path: Path) -> None:
     """Is said at once; Ray itself tries for minutes."""
     made = write_bundle(tmp_path / "b")

@@ -26,9 +26,9 @@ from sklearn.datasets import load_sample_images
 from tests.helpers.bundles import LABELS, WEIGHT, answer_images, golden_arrays, write_bundle
 from tests.helpers.processes import MARK, marked, wait_for
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.target import Settings as Wishes
+from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import write_package
-from vitdeploy.ray.serving import Settings, application
+from vitdeploy.ray.serving import DeploymentSettings, application
 
 CLIENTS = 32
 SCALE = np.float32(2**-5)
@@ -40,7 +40,7 @@ def test_settings_are_checked_before_anything_starts() -> None:
         application("b", {"name": "m", "max_bach": 3})
     with pytest.raises(UsageError, match="args: threads"):
         application("b", {"name": "m", "threads": 0})
-    assert Settings(name="m").top_k == 5
+    assert DeploymentSettings(name="m").top_k == 5
 
 
 def jpeg(number: int) -> bytes:
@@ -114,8 +114,8 @@ def test_the_packaged_folder_serves(tmp_path: Path) -> None:
     golden["reference"] = golden["reference"] * SCALE
     bundle = write_bundle(tmp_path / "photos.bundle", weight=WEIGHT * SCALE, golden=golden)
     folder = tmp_path / "package"
-    wishes = Wishes(max_batch=8, max_delay_ms=20, top_k=3, max_replicas=1)
-    write_package(bundle, "ray", folder, name="photos", settings=wishes)
+    settings = PackageSettings(max_batch=8, max_delay_ms=20, top_k=3, max_replicas=1)
+    write_package(bundle, "ray", folder, name="photos", settings=settings)
     mark, port = uuid.uuid4().hex, free_port()
     client = Client(port)
     with serving(folder, mark, port) as server:

@@ -70,11 +70,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     file = CacheFile(tmp_path / "cache")
     file.write(b"old")
 
-    def full(self: Path, data: bytes) -> int:
-        self.touch()
+    def full(handle: int) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     file.write(b"new")
     assert file.read() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["cache"]

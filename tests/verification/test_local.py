@@ -121,8 +121,7 @@ def test_an_artifact_that_nothing_here_runs_is_not_verified(
 class Weights(OnnxRuntime):
     """Runs the weights without reading an artifact, as torch does."""
 
-    name = "weights"
-    formats = ()
+    traits = dataclasses.replace(OnnxRuntime.traits, name="weights", formats=())
 
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         return None if artifact is None else super().supports(manifest, artifact)
@@ -165,7 +164,7 @@ def test_another_backends_proof_stands_beside_a_substitute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Elsewhere(Substitute):
-        name, formats = "elsewhere", ("other",)
+        traits = dataclasses.replace(OnnxRuntime.traits, name="elsewhere", formats=("other",))
 
     made = write_bundle(tmp_path / "b")
     monkeypatch.setattr("vitdeploy.verification.local.all_backends", lambda: (OnnxRuntime(), Elsewhere()))

@@ -10,14 +10,14 @@ import hashlib
 import json
 import platform
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import Availability, numpy_dtype, one_line
 from vitdeploy.backends.compiled_cache import load_or_compile
-from vitdeploy.backends.torch import Forward, Torch, dtype_of, forward_of, load_reference
+from vitdeploy.backends.torch import Forward, Torch, forward_of, load_reference, torch_dtype
 from vitdeploy.backends.torch_compile import with_compiler
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
@@ -41,8 +41,11 @@ class AotInductor(Torch):
     one process take turns. ``load`` compiles where the cache has nothing for this model on this machine.
     """
 
-    name = "aotinductor"
-    summary = "PyTorch compiled ahead of time (AOTInductor), dynamic batch"
+    traits = replace(
+        Torch.traits,
+        name="aotinductor",
+        summary="PyTorch compiled ahead of time (AOTInductor), dynamic batch",
+    )
 
     def availability(self) -> Availability:
         return with_compiler(super().availability(), "AOTInductor")
@@ -130,7 +133,7 @@ class _Job:
         """What sessions compute, as the exporter takes it."""
         import torch
 
-        model = load_reference(self.bundle, dtype_of(self.precision), self.device, fused_attention=True)
+        model = load_reference(self.bundle, torch_dtype(self.precision), self.device, fused_attention=True)
         forward_ = forward_of(model, self.bundle.manifest)
 
         class Session(torch.nn.Module):

@@ -1,16 +1,18 @@
 """What every runtime looks like from outside: ``Backend`` opens an artifact, ``Session`` runs it.
 
-To add one: a module here with a class that satisfies ``Backend``, and a line in the table below.
+To add one: a module here with a class derived from ``Backend``, and a line in the table below. All that
+others need to know of it, to install, package, plan or list it, are its ``Traits``.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 
@@ -18,7 +20,15 @@ from vitdeploy.bundle.dtypes import ArtifactPrecision, DType
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, TensorSpec
 from vitdeploy.config import BatchRange
-from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError, did_you_mean
+from vitdeploy.errors import (
+    BundleError,
+    DeviceUnavailable,
+    MissingDependency,
+    UsageError,
+    VitdeployError,
+    did_you_mean,
+)
+from vitdeploy.machine.identity import LIBRARIES
 
 Array = np.ndarray[Any, Any]
 
@@ -48,6 +58,45 @@ class Options:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads must be at least 1, not {self.threads}")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a backend is, on every machine; known without its libraries."""
+
+    name: str
+    summary: str
+    """One line for `doctor`."""
+    libraries: tuple[str, ...]
+    """Distributions that compute: their versions decide the numbers."""
+    extras: tuple[str, ...] = ()
+    """Of vitdeploy, what installs the libraries; none where vitdeploy itself requires them."""
+    formats: tuple[str, ...] = ()
+    """Formats of artifacts whose files it reads; of others it takes the precision and batch sizes only."""
+    precisions: tuple[ArtifactPrecision, ...] = ("fp32", "mixed", "fp16", "bf16")
+    """Of the artifacts that it takes."""
+    devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu",)
+    """Kinds of device it runs on, its default first."""
+    providers: tuple[str, ...] = ()
+    """What ``Options.provider`` may be; all but ``cpu`` run on a GPU."""
+
+    @property
+    def needs_gpu(self) -> bool:
+        return "cpu" not in self.devices
+
+    def uses_gpu(self, provider: str | None) -> bool:
+        """Whether a session takes a GPU where no device is asked for."""
+        return self.needs_gpu or provider not in (None, "cpu")
+
+    @property
+    def install(self) -> str:
+        """The command that installs its libraries."""
+        what = f'"vitdeploy[{",".join(self.extras)}]"' if self.extras else " ".join(self.libraries)
+        return f"pip install {what}"
+
+    def missing(self, library: str) -> MissingDependency:
+        """The error for a library that is not installed."""
+        return MissingDependency(library, extra=",".join(self.extras), purpose=f"the {self.name} backend")
 
 
 @dataclass(frozen=True)
@@ -143,21 +192,31 @@ class Session(ABC):
         self.close()
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """A runtime."""
 
-    name: str
-    summary: str
-    """One line for `doctor`."""
-    formats: tuple[str, ...]
-    """Formats of artifacts whose files it reads; of others it takes the precision and batch sizes only."""
+    traits: ClassVar[Traits]
+
+    @property
+    def name(self) -> str:
+        return self.traits.name
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return self.traits.formats
 
     def availability(self) -> Availability:
-        """Whether this machine can run it; imports as little as possible."""
+        """Whether this machine can run it; imports as little as possible; by default, its libraries."""
+        for library in self.traits.libraries:
+            if importlib.util.find_spec(library) is None:
+                return Availability(False, f"{library} is not installed", self.traits.install)
+        return Availability(True)
 
+    @abstractmethod
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         """None if it can run this artifact (or, with None, the weights alone); else the reason why not."""
 
+    @abstractmethod
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         """Open an artifact after checking the hashes of its files.
 
@@ -180,14 +239,37 @@ def get_backend(name: str) -> Backend:
         UsageError: there is none (with a suggestion).
     """
     if name not in _BACKENDS:
-        known = ", ".join(_BACKENDS)
-        raise UsageError(f"unknown backend {name!r}{did_you_mean(name, _BACKENDS)}", hint=f"known: {known}")
+        hint = f"known: {', '.join(_BACKENDS)}"
+        raise UsageError(f"unknown backend {name!r}{did_you_mean(name, _BACKENDS)}", hint=hint)
     module, _, attribute = _BACKENDS[name].partition(":")
     return cast(Backend, getattr(importlib.import_module(module), attribute)())
 
 
 def all_backends() -> tuple[Backend, ...]:
     return tuple(get_backend(name) for name in _BACKENDS)
+
+
+def reader_of(artifact: Artifact) -> Backend:
+    """The first backend that reads an artifact's files.
+
+    Raises:
+        UsageError: there is none.
+    """
+    backend = next(
+        (backend for name in _BACKENDS if artifact.format in (backend := get_backend(name)).formats), None
+    )
+    if backend is None:
+        raise UsageError(f"no backend reads {artifact.name}, whose format is {artifact.format}")
+    return backend
+
+
+def library_extras() -> dict[str, str]:
+    """The distributions that matter, and the extra that installs each; the core's have none."""
+    extras = dict(LIBRARIES)
+    for backend in all_backends():
+        for library in backend.traits.libraries:
+            extras.setdefault(library, ",".join(backend.traits.extras))
+    return extras
 
 
 def require_support(backend: Backend, bundle: Bundle, artifact: Artifact | None) -> None:
@@ -259,8 +341,8 @@ def _check_tensor(spec: TensorSpec, array: Array, sizes: dict[str, int], artifac
         for have, want in zip(array.shape, spec.shape, strict=True)
     )
     if not fits:
-        wanted, given = (", ".join(str(size) for size in shape) for shape in (spec.shape, array.shape))
-        raise UsageError(f"{artifact}: {spec.name} must have the shape ({wanted}), not ({given})")
+        expected, given = (", ".join(str(size) for size in shape) for shape in (spec.shape, array.shape))
+        raise UsageError(f"{artifact}: {spec.name} must have the shape ({expected}), not ({given})")
 
 
 def run_in_batches(session: Session, inputs: Array, size: int) -> list[Array]:
@@ -270,16 +352,16 @@ def run_in_batches(session: Session, inputs: Array, size: int) -> list[Array]:
     return [session.run({name: inputs[order[i : i + size]]})[output] for i in range(0, len(order), size)]
 
 
-def check_signature(artifact: Artifact, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-    """Hold what a runtime found in a file, names to dtypes, against what the manifest says of it.
+def check_declared(artifact: Artifact, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+    """Hold what a runtime sees in a file, names to dtypes, against what the manifest says of it.
 
     Raises:
         BundleError: they differ.
     """
-    for kind, specs, found in (("input", artifact.inputs, inputs), ("output", artifact.outputs, outputs)):
+    for kind, specs, seen in (("input", artifact.inputs, inputs), ("output", artifact.outputs, outputs)):
         said = {spec.name: spec.dtype for spec in specs}
-        if said != dict(found):
-            raise BundleError(f"{artifact.path}: its {kind}s are {dict(found)}, but the manifest says {said}")
+        if said != dict(seen):
+            raise BundleError(f"{artifact.path}: its {kind}s are {dict(seen)}, but the manifest says {said}")
 
 
 def one_line(error: BaseException) -> str:

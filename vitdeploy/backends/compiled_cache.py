@@ -43,7 +43,7 @@ def load_or_compile(
     """
     folder = _private(cache_folder() / kind)
     if folder is None:
-        return _compiled_aside(compile_to, load)
+        return _compile_without_cache(compile_to, load)
     entry = folder / name
     with CacheFile(entry).locked():
         if _intact(entry):
@@ -53,7 +53,7 @@ def load_or_compile(
             try:
                 staged = stack.enter_context(StagedFolder(entry))
             except OSError:  # it can be read, but not written
-                return _compiled_aside(compile_to, load)
+                return _compile_without_cache(compile_to, load)
             made = staged.path / PACKAGE
             compile_to(made)
             loaded = load(made)
@@ -62,7 +62,7 @@ def load_or_compile(
             return loaded
 
 
-def _compiled_aside(compile_to: Callable[[Path], None], load: Callable[[Path], _T]) -> _T:
+def _compile_without_cache(compile_to: Callable[[Path], None], load: Callable[[Path], _T]) -> _T:
     with tempfile.TemporaryDirectory(prefix="vitdeploy-") as folder:
         made = Path(folder) / PACKAGE
         compile_to(made)

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 from vitdeploy.backends import onnxruntime_providers as providers
 from vitdeploy.backends.base import (
     Array,
-    Availability,
+    Backend,
     Options,
     Session,
     SessionFacts,
-    check_signature,
+    Traits,
+    check_declared,
     one_line,
     require_support,
 )
 from vitdeploy.backends.onnxruntime_providers import (
     PROVIDERS,
     Setup,
-    choose,
+    choose_provider,
     has_bf16,
     has_gpu_provider,
     set_up,
@@ -38,17 +39,17 @@ if TYPE_CHECKING:
 _NO_BF16 = "ONNX Runtime's CPU provider has no bf16 kernels"
 
 
-class OnnxRuntime:
+class OnnxRuntime(Backend):
     """The backend. Its sessions may be shared between threads."""
 
-    name = "onnxruntime"
-    summary = "ONNX Runtime, CPU by default; providers cuda, tensorrt and tensorrt-rtx"
-    formats: tuple[str, ...] = ("onnx",)
-
-    def availability(self) -> Availability:
-        if importlib.util.find_spec("onnxruntime") is None:
-            return Availability(False, "onnxruntime is not installed", "pip install onnxruntime")
-        return Availability(True)
+    traits = Traits(
+        name="onnxruntime",
+        summary="ONNX Runtime, CPU by default; providers cuda, tensorrt and tensorrt-rtx",
+        libraries=("onnxruntime",),
+        formats=("onnx",),
+        devices=("cpu", "cuda"),
+        providers=tuple(PROVIDERS),
+    )
 
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         if artifact is None or artifact.format != "onnx":
@@ -58,8 +59,8 @@ class OnnxRuntime:
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
-        provider, device = choose(options)
-        library = providers.open_library()
+        provider, device = choose_provider(options)
+        library = providers.import_onnxruntime()
         require_support(self, bundle, artifact)
         assert artifact is not None
         if provider == "cpu" and has_bf16(artifact):
@@ -106,7 +107,7 @@ def available_providers() -> tuple[str, ...]:
     """The execution providers of the installed ONNX Runtime, by its own names; none where it is missing."""
     if importlib.util.find_spec("onnxruntime") is None:
         return ()
-    return tuple(providers.open_library().get_available_providers())
+    return tuple(providers.import_onnxruntime().get_available_providers())
 
 
 def session_settings(library: Any, bundle: Bundle, provider: str) -> Any:
@@ -145,7 +146,7 @@ def _open(
     if used != PROVIDERS[provider]:
         message = f"asked for {PROVIDERS[provider]}, but ONNX Runtime fell back to {used}"
         raise DeviceUnavailable(message, hint="its log above names the library it could not load")
-    check_signature(
+    check_declared(
         artifact,
         {value.name: from_onnx(value.type) for value in session.get_inputs()},
         {value.name: from_onnx(value.type) for value in session.get_outputs()},

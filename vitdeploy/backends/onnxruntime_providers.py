@@ -61,7 +61,7 @@ class Setup:
         return None
 
 
-def open_library() -> Any:
+def import_onnxruntime() -> Any:
     """ONNX Runtime.
 
     Raises:
@@ -76,7 +76,7 @@ def open_library() -> Any:
     return onnxruntime
 
 
-def choose(options: Options) -> tuple[str, int]:
+def choose_provider(options: Options) -> tuple[str, int]:
     """The provider and the device's number.
 
     Raises:
@@ -85,10 +85,8 @@ def choose(options: Options) -> tuple[str, int]:
     kind, index = split_device(options.device or "cpu")
     provider = options.provider or kind
     if provider not in PROVIDERS:
-        known = ", ".join(PROVIDERS)
-        raise UsageError(
-            f"unknown provider {provider!r}{did_you_mean(provider, PROVIDERS)}", hint=f"known: {known}"
-        )
+        hint = f"known: {', '.join(PROVIDERS)}"
+        raise UsageError(f"unknown provider {provider!r}{did_you_mean(provider, PROVIDERS)}", hint=hint)
     if options.device is not None and (kind == "cpu") != (provider == "cpu"):
         raise UsageError(f"provider {provider} does not run on {options.device}")
     return provider, index
@@ -238,8 +236,8 @@ def _load_nvinfer(library: Any) -> str:
         DeviceUnavailable: it is not installed, or not where the system looks for libraries.
     """
     provider = Path(library.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
-    found = re.search(rb"libnvinfer\.so\.\d+", provider.read_bytes()) if provider.is_file() else None
-    name = found.group().decode() if found else "libnvinfer.so.10"
+    linked = re.search(rb"libnvinfer\.so\.\d+", provider.read_bytes()) if provider.is_file() else None
+    name = linked.group().decode() if linked else "libnvinfer.so.10"
     try:
         number = ctypes.CDLL(name).getInferLibVersion()
     except (OSError, AttributeError) as error:
@@ -252,7 +250,7 @@ def _load_nvinfer(library: Any) -> str:
 
 def _devices(library: Any, name: str) -> list[Any]:
     """The GPUs that a registered plugin takes; its name is then listed as if it were built in."""
-    return [found for found in library.get_ep_devices() if found.ep_name == name]
+    return [device for device in library.get_ep_devices() if device.ep_name == name]
 
 
 def _plugin_devices(library: Any, name: str) -> list[Any]:
@@ -268,10 +266,10 @@ def _plugin_devices(library: Any, name: str) -> list[Any]:
             message = f"ONNX Runtime's tensorrt-rtx provider does not load: {_reason(error)}"
             hint = "it needs the NVIDIA driver, and onnxruntime 1.24 or later"
             raise DeviceUnavailable(message, hint=hint) from error
-    if found := _devices(library, name):
-        return found
-    here = ", ".join(f"{gpu.name} ({gpu.arch})" for gpu in find_gpus()) or "none answers"
-    message = f"TensorRT for RTX runs on none of the GPUs here: {here}"
+    if devices := _devices(library, name):
+        return devices
+    gpus = ", ".join(f"{gpu.name} ({gpu.arch})" for gpu in find_gpus()) or "none answers"
+    message = f"TensorRT for RTX runs on none of the GPUs here: {gpus}"
     raise DeviceUnavailable(message, hint="it takes sm_86, sm_89, and sm_120 and later")
 
 

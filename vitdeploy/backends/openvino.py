@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ import numpy as np
 
 from vitdeploy.backends.base import (
     Array,
-    Availability,
+    Backend,
     Options,
     Session,
     SessionFacts,
-    check_signature,
+    Traits,
+    check_declared,
     one_line,
     refuse,
     require_support,
@@ -24,24 +24,23 @@ from vitdeploy.backends.base import (
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, TensorSpec
-from vitdeploy.errors import BundleError, MissingDependency, UsageError
+from vitdeploy.errors import BundleError, UsageError
 
 _HINTS: Mapping[ArtifactPrecision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 _NAMES = {"f32": "fp32", "f16": "fp16"}
 _GEMMS = ("FullyConnected", "MatMul", "Convolution")
 
 
-class OpenVino:
+class OpenVino(Backend):
     """The backend. A session serves one thread at a time."""
 
-    name = "openvino"
-    summary = "Intel's OpenVINO on the CPU"
-    formats: tuple[str, ...] = ("onnx",)
-
-    def availability(self) -> Availability:
-        if importlib.util.find_spec("openvino") is None:
-            return Availability(False, "openvino is not installed", 'pip install "vitdeploy[openvino]"')
-        return Availability(True)
+    traits = Traits(
+        name="openvino",
+        summary="Intel's OpenVINO on the CPU",
+        libraries=("openvino",),
+        extras=("openvino",),
+        formats=("onnx",),
+    )
 
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         return None if artifact is not None and artifact.format == "onnx" else "it runs ONNX artifacts only"
@@ -93,7 +92,7 @@ def _library() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise MissingDependency("openvino", extra="openvino", purpose="the openvino backend") from error
+        raise OpenVino.traits.missing("openvino") from error
     return openvino
 
 
@@ -114,7 +113,7 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
         compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # its errors have no base class of their own
         raise BundleError(f"{path}: OpenVINO cannot load it: {one_line(error)}") from error
-    check_signature(
+    check_declared(
         artifact, _dtypes(compiled.inputs, artifact.inputs), _dtypes(compiled.outputs, artifact.outputs)
     )
     return compiled
@@ -122,9 +121,9 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
 
 def _dtypes(values: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str]:
     """Names to dtypes; a value that a fused cast left with several names goes by the one in the manifest."""
-    known = {spec.name for spec in specs}
+    names = {spec.name for spec in specs}
     return {
-        next(iter(known & value.get_names()), value.get_any_name()): value.get_element_type().to_dtype().name
+        next(iter(names & value.get_names()), value.get_any_name()): value.get_element_type().to_dtype().name
         for value in values
     }
 
@@ -142,7 +141,7 @@ def _precision(core: Any, precision: ArtifactPrecision) -> str:
 def _executes(compiled: Any) -> str:
     """The precisions of the GEMMs that will run, read back from the compiled graph."""
     infos = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
-    found = {
+    precisions = {
         info["runtimePrecision"].astype(str) for info in infos if info["layerType"].astype(str) in _GEMMS
     }
-    return "+".join(sorted(_NAMES.get(name, name) for name in found)) or "no GEMM"
+    return "+".join(sorted(_NAMES.get(name, name) for name in precisions)) or "no GEMM"

@@ -11,13 +11,16 @@ import mmap
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from vitdeploy.backends.base import (
     Array,
     Availability,
+    Backend,
     Options,
     Session,
     SessionFacts,
+    Traits,
     one_line,
     refuse,
     require_support,
@@ -39,16 +42,24 @@ from vitdeploy.tensorrt.records import EngineRecord
 from vitdeploy.tensorrt.session import Engine
 
 
-class _EngineBackend:
+def _traits(flavour: Flavour, summary: str) -> Traits:
+    return Traits(
+        name=flavour.name,
+        summary=summary,
+        libraries=(flavour.name, "cuda-core"),
+        extras=(flavour.name,),
+        formats=(flavour.name,),
+        devices=("cuda",),
+    )
+
+
+class _EngineBackend(Backend):
     """What both backends are; a subclass says of which flavour. A session serves one thread at a time."""
 
-    flavour: Flavour
-    name: str
-    summary: str
-    formats: tuple[str, ...]
+    flavour: ClassVar[Flavour]
 
     def availability(self) -> Availability:
-        hint = f'pip install "vitdeploy[{self.flavour.name}]"'
+        hint = self.traits.install
         if not self.flavour.is_installed:
             return Availability(False, f"{self.flavour.module} is not installed", hint)
         if not cuda.cuda_core_installed():
@@ -145,18 +156,14 @@ class TensorRT(_EngineBackend):
     """The full TensorRT."""
 
     flavour = FLAVOURS["tensorrt"]
-    name = "tensorrt"
-    summary = "TensorRT engines, built for one GPU architecture"
-    formats: tuple[str, ...] = ("tensorrt",)
+    traits = _traits(flavour, "TensorRT engines, built for one GPU architecture")
 
 
 class TensorRTForRTX(_EngineBackend):
     """TensorRT for RTX."""
 
     flavour = FLAVOURS["tensorrt-rtx"]
-    name = "tensorrt-rtx"
-    summary = "TensorRT for RTX engines, built anywhere, compiled where they first run"
-    formats: tuple[str, ...] = ("tensorrt-rtx",)
+    traits = _traits(flavour, "TensorRT for RTX engines, built anywhere, compiled where they first run")
 
 
 class EngineSession(Session):

@@ -6,16 +6,16 @@ An artifact only says which precision to run in, and which batch sizes.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from vitdeploy.backends.base import (
     Array,
-    Availability,
+    Backend,
     Options,
     Session,
     SessionFacts,
+    Traits,
     one_line,
     refuse,
     require_support,
@@ -25,7 +25,7 @@ from vitdeploy.bundle.dtypes import PRECISION_DTYPES, ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, input_spec, output_spec
 from vitdeploy.config import BatchRange
-from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
+from vitdeploy.errors import BundleError, DeviceUnavailable
 
 if TYPE_CHECKING:
     import torch
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 Forward = Callable[["Tensor"], "Tensor"]
 
 
-class Torch:
+class Torch(Backend):
     """The backend, in eager mode. A session serves one thread at a time."""
 
-    name = "torch"
-    summary = "PyTorch, eager, with fused attention, on the CPU or CUDA"
-    formats: tuple[str, ...] = ()
-
-    def availability(self) -> Availability:
-        if importlib.util.find_spec("torch") is None:
-            return Availability(False, "torch is not installed", 'pip install "vitdeploy[export]"')
-        return Availability(True)
+    traits = Traits(
+        name="torch",
+        summary="PyTorch, eager, with fused attention, on the CPU or CUDA",
+        libraries=("torch",),
+        extras=("export",),
+        precisions=tuple(PRECISION_DTYPES),
+        devices=("cpu", "cuda"),
+    )
 
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         if manifest.model is None:
@@ -55,13 +55,13 @@ class Torch:
             return f"the bundle has no {WEIGHTS}"
         if artifact is not None and artifact.format == "triton-aot":
             return f"{artifact.name} holds kernels for the triton backend"
-        if artifact is not None and artifact.precision not in PRECISION_DTYPES:
+        if artifact is not None and artifact.precision not in self.traits.precisions:
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         refuse(self.name, provider=options.provider)
-        torch = library(self.name)
+        torch = import_torch(self.traits)
         require_support(self, bundle, artifact)
         device = cuda_device(torch, options.device or "cpu")
         bundle.verify_hashes([WEIGHTS])
@@ -87,7 +87,7 @@ class Torch:
         self, bundle: Bundle, precision: ArtifactPrecision, batch: BatchRange | None, device: str
     ) -> Forward:
         """The function of a session: the network's input to float32 output."""
-        model = load_reference(bundle, dtype_of(precision), device, fused_attention=True)
+        model = load_reference(bundle, torch_dtype(precision), device, fused_attention=True)
         return forward_of(model, bundle.manifest)
 
 
@@ -99,12 +99,12 @@ def reference_session(bundle: Bundle) -> Session:
         UsageError: the bundle has no weights of a model that is known here.
         BundleError: they are damaged.
     """
-    torch = library(Torch.name)
+    torch = import_torch(Torch.traits)
     require_support(Torch(), bundle, None)
     bundle.verify_hashes([WEIGHTS])
     model, manifest = load_reference(bundle, torch.float64), bundle.manifest
     facts = SessionFacts(
-        backend=Torch.name,
+        backend=Torch.traits.name,
         artifact=WEIGHTS,
         precision="fp32",
         executes="fp64",
@@ -148,11 +148,11 @@ class TorchSession(Session):
 class DeviceTimer:
     """Context manager: seconds of what is queued inside, between two events on the GPU's current stream.
 
-    Measures nothing on the CPU, or where ``wanted`` is false.
+    Measures nothing on the CPU, or where ``timed`` is false.
     """
 
-    def __init__(self, device: str, wanted: bool) -> None:
-        self._device = device if wanted and device != "cpu" else None
+    def __init__(self, device: str, timed: bool) -> None:
+        self._device = device if timed and device != "cpu" else None
         self._events: list[torch.cuda.Event] = []
 
     def __enter__(self) -> Self:
@@ -180,8 +180,8 @@ class DeviceTimer:
         return float(start.elapsed_time(end)) / 1000
 
 
-def library(backend: str, extra: str = "export") -> Any:
-    """PyTorch.
+def import_torch(traits: Traits) -> Any:
+    """PyTorch, for the backend with these traits.
 
     Raises:
         MissingDependency: it is not installed; names the extra.
@@ -189,26 +189,26 @@ def library(backend: str, extra: str = "export") -> Any:
     try:
         import torch
     except ImportError as error:
-        raise MissingDependency("torch", extra=extra, purpose=f"the {backend} backend") from error
+        raise traits.missing("torch") from error
     return torch
 
 
-def cuda_device(torch: Any, wanted: str) -> str:
+def cuda_device(torch: Any, device: str) -> str:
     """The device as PyTorch names it: ``cpu`` or ``cuda:N``.
 
     Raises:
         DeviceUnavailable: there is no such GPU.
     """
-    kind, index = split_device(wanted)
+    kind, index = split_device(device)
     if kind == "cpu":
         return "cpu"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
-        raise DeviceUnavailable(f"PyTorch {torch.__version__} finds {count} CUDA devices, not {wanted}")
+        raise DeviceUnavailable(f"PyTorch {torch.__version__} finds {count} CUDA devices, not {device}")
     return f"cuda:{index}"
 
 
-def dtype_of(precision: ArtifactPrecision) -> torch.dtype:
+def torch_dtype(precision: ArtifactPrecision) -> torch.dtype:
     """What the model computes in throughout."""
     import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from types import FunctionType
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 class TorchCompile(Torch):
     """The backend. The first run of a batch of one, and of any larger one, compiles: seconds to minutes."""
 
-    name = "torch-compile"
-    summary = "PyTorch with torch.compile, dynamic batch"
+    traits = replace(Torch.traits, name="torch-compile", summary="PyTorch with torch.compile, dynamic batch")
 
     def availability(self) -> Availability:
         return with_compiler(super().availability(), "torch.compile")
@@ -36,9 +36,11 @@ class TorchCompile(Torch):
         assert isinstance(forward, FunctionType)
         # The compiler limits its versions of one code object: each session brings its own.
         code, scope = forward.__code__.replace(), forward.__globals__
-        own = FunctionType(code, scope, closure=forward.__closure__)
+        copy = FunctionType(code, scope, closure=forward.__closure__)
         # Freezing packs the weights for the CPU's GEMMs; fullgraph turns a silent fallback into an error.
-        compiled = torch.compile(own, fullgraph=True, options={"freezing": True} if device == "cpu" else None)
+        compiled = torch.compile(
+            copy, fullgraph=True, options={"freezing": True} if device == "cpu" else None
+        )
 
         def run(pixels: Tensor) -> Tensor:
             if len(pixels) > 1:  # one is always compiled by itself
@@ -49,9 +51,9 @@ class TorchCompile(Torch):
         return run
 
 
-def with_compiler(found: Availability, what: str) -> Availability:
-    """What PyTorch is found to be, unless ``what`` of it misses the C++ compiler that it calls."""
+def with_compiler(pytorch: Availability, what: str) -> Availability:
+    """PyTorch's availability, unless ``what`` of it misses the C++ compiler that it calls."""
     compilers = (os.environ.get("CXX"), "g++", "clang++")
-    if found.ok and not any(name and shutil.which(name) for name in compilers):
+    if pytorch.ok and not any(name and shutil.which(name) for name in compilers):
         return Availability(False, f"{what} needs a C++ compiler", "install g++")
-    return found
+    return pytorch

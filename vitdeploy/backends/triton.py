@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any, Self
 from vitdeploy.backends.base import (
     Array,
     Availability,
+    Backend,
     Options,
     Session,
     SessionFacts,
+    Traits,
     one_line,
     refuse,
     require_support,
 )
-from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_reference
+from vitdeploy.backends.torch import DeviceTimer, cuda_device, import_torch, load_reference
 from vitdeploy.bundle.dtypes import PRECISION_DTYPES, ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import AOT, Artifact, Manifest, input_spec, output_spec
 from vitdeploy.config import BatchRange, Precision
-from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
+from vitdeploy.errors import BundleError, DeviceUnavailable
 from vitdeploy.machine.gpus import find_gpus
 
 if TYPE_CHECKING:
@@ -45,25 +47,29 @@ _OLDEST = (8, 0)
 """Compute capability; ``vitdeploy_kernels.support.OLDEST`` is the same, and importing it needs torch."""
 
 
-class Triton:
+class Triton(Backend):
     """The backend. A session serves one thread at a time."""
 
-    name = "triton"
-    summary = "fused Triton kernels with CUDA graphs, from the weights"
-    formats: tuple[str, ...] = (AOT,)
+    traits = Traits(
+        name="triton",
+        summary="fused Triton kernels with CUDA graphs, from the weights",
+        libraries=("torch", "triton"),
+        extras=("kernels",),
+        formats=(AOT,),
+        precisions=PRECISIONS,
+        devices=("cuda",),
+    )
 
     def availability(self) -> Availability:
-        for module in ("torch", "triton"):
-            if importlib.util.find_spec(module) is None:
-                return Availability(False, f"{module} is not installed", 'pip install "vitdeploy[kernels]"')
-        if _interpreted():
-            return Availability(True)
-        found = [gpu.capability for gpu in find_gpus()]
-        if not found:
+        libraries = super().availability()
+        if not libraries.ok or _interpreted():
+            return libraries
+        capabilities = [gpu.capability for gpu in find_gpus()]
+        if not capabilities:
             hint = "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, to check small models"
             return Availability(False, "no NVIDIA GPU answers", hint)
-        if max(found) < _OLDEST:
-            newest, needed = (".".join(map(str, pair)) for pair in (max(found), _OLDEST))
+        if max(capabilities) < _OLDEST:
+            newest, needed = (".".join(map(str, pair)) for pair in (max(capabilities), _OLDEST))
             return Availability(False, f"the kernels need compute capability {needed}, this GPU has {newest}")
         return Availability(True)
 
@@ -78,15 +84,15 @@ class Triton:
             return "its kernels are a GPU's, and the interpreter runs none of them"
         if artifact is not None and artifact.precision == "mixed":
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
-        if artifact is not None and artifact.precision not in PRECISIONS:
+        if artifact is not None and artifact.precision not in self.traits.precisions:
             return f"it computes in fp16 or bf16, and {artifact.name} is {artifact.precision}"
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         refuse(self.name, provider=options.provider)
-        torch = library(self.name, "kernels")
+        torch = import_torch(self.traits)
         if importlib.util.find_spec("triton") is None:
-            raise MissingDependency("triton", extra="kernels", purpose=f"the {self.name} backend")
+            raise self.traits.missing("triton")
         require_support(self, bundle, artifact)
         device = self._device(torch, options.device)
         bundle.verify_hashes([WEIGHTS])
@@ -112,7 +118,7 @@ class Triton:
         )
         return TritonSession(facts, runner)
 
-    def _device(self, torch: Any, wanted: str | None) -> str:
+    def _device(self, torch: Any, device: str | None) -> str:
         """The GPU, or the CPU where the interpreter was asked for."""
         if _interpreted():
             return "cpu"
@@ -120,11 +126,11 @@ class Triton:
         if not state.ok:
             message = f"the {self.name} backend does not run here: {state.reason}"
             raise DeviceUnavailable(message, hint=state.hint)
-        if wanted == "cpu":
+        if device == "cpu":
             raise DeviceUnavailable(
                 f"the {self.name} backend needs a GPU", hint="TRITON_INTERPRET=1 runs the kernels on the CPU"
             )
-        return cuda_device(torch, wanted or "cuda")
+        return cuda_device(torch, device or "cuda")
 
 
 class TritonSession(Session):

@@ -8,9 +8,10 @@ import subprocess
 from pathlib import Path
 
 from vitdeploy._version import __version__
+from vitdeploy.backends.base import library_extras
 from vitdeploy.benchmark.results import Environment, Git, MeasuredCpu
 from vitdeploy.machine.gpus import query_gpus
-from vitdeploy.machine.identity import LIBRARIES, find_cpu, installed_version
+from vitdeploy.machine.identity import find_cpu, installed_version
 
 
 def find_environment(folder: Path) -> Environment:
@@ -29,7 +30,7 @@ def find_environment(folder: Path) -> Environment:
             governor=governor(),
         ),
         gpus=query_gpus()[0],
-        libraries={name: installed_version(name) for name in LIBRARIES},
+        libraries={name: installed_version(name) for name in library_extras()},
         git=git_revision(folder),
     )
 

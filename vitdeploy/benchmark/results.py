@@ -18,6 +18,7 @@ from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.manifest import first_problem
 from vitdeploy.config import Size
 from vitdeploy.errors import UsageError
+from vitdeploy.machine.atomic import atomic_write
 from vitdeploy.machine.identity import machine_name
 
 SCHEMA_VERSION: Final = 2
@@ -299,19 +300,16 @@ def schema() -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file all at once: beside its place, then renamed.
+    """Write a file all at once.
 
     Raises:
         UsageError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        with atomic_write(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def require_writable(paths: Sequence[Path]) -> None:

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitdeploy._version import __version__
-from vitdeploy.backends.base import all_backends
+from vitdeploy.backends.base import all_backends, library_extras
 from vitdeploy.machine.gpus import query_gpus
-from vitdeploy.machine.identity import LIBRARIES, Cpu, find_cpu, installed_version
+from vitdeploy.machine.identity import Cpu, find_cpu, installed_version
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def diagnose() -> Diagnosis:
         cpu=find_cpu(),
         gpus=gpus,
         gpu_reason=reason,
-        libraries={name: installed_version(name) for name in LIBRARIES},
+        libraries={name: installed_version(name) for name in library_extras()},
         backends=tuple(_status()),
         providers=_providers(),
         temporary_folder=temporary,
@@ -69,11 +69,11 @@ def diagnose() -> Diagnosis:
 
 
 def _status() -> list[BackendStatus]:
-    found = []
-    for backend in all_backends():
-        state = backend.availability()
-        found.append(BackendStatus(backend.name, backend.summary, state.ok, state.reason, state.hint))
-    return found
+    return [
+        BackendStatus(backend.name, backend.traits.summary, state.ok, state.reason, state.hint)
+        for backend in all_backends()
+        for state in [backend.availability()]
+    ]
 
 
 def _providers() -> tuple[str, ...]:

@@ -17,7 +17,7 @@ EXAMPLES = ("vitdeploy doctor", "vitdeploy doctor --json > machine.json")
 
 
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> int:
     """Show this machine, the libraries, and which backends run here; why not, and what would help.
 
@@ -26,39 +26,40 @@ def command(
     from vitdeploy.cli.diagnosis import diagnose
 
     with output.stdout_is_ours():
-        found = diagnose()
-    ok = any(backend.available for backend in found.backends)
+        machine = diagnose()
+    ok = any(backend.available for backend in machine.backends)
     if as_json:
-        output.json_document({"ok": ok, **found.as_dict()})
+        output.json_document({"ok": ok, **machine.as_dict()})
     else:
-        _print(found)
+        _print(machine)
     return 0 if ok else MissingDependency.exit_code
 
 
-def _print(found: Diagnosis) -> None:
-    from vitdeploy.machine.identity import LIBRARIES
+def _print(machine: Diagnosis) -> None:
+    from vitdeploy.backends.base import library_extras
 
-    memory = "unknown" if found.cpu.memory is None else output.size(found.cpu.memory)
+    memory = "unknown" if machine.cpu.memory is None else output.size(machine.cpu.memory)
     rows = [
-        ("vitdeploy", found.vitdeploy),
-        ("python", found.python),
-        ("platform", found.platform),
-        ("cpu", f"{found.cpu.name}, {found.cpu.threads} threads"),
-        ("cpu flags", " ".join(found.cpu.flags) or "none that matter"),
+        ("vitdeploy", machine.vitdeploy),
+        ("python", machine.python),
+        ("platform", machine.platform),
+        ("cpu", f"{machine.cpu.name}, {machine.cpu.threads} threads"),
+        ("cpu flags", " ".join(machine.cpu.flags) or "none that matter"),
         ("memory", memory),
-        *(("gpu", ", ".join(gpu.values())) for gpu in found.gpus),
-        *([] if found.gpus else [("gpu", found.gpu_reason)]),
-        ("disk", f"{output.size(found.free_disk)} free in {found.temporary_folder}"),
-        ("providers", ", ".join(found.providers) or "none: ONNX Runtime is not installed"),
+        *(("gpu", ", ".join(gpu.values())) for gpu in machine.gpus),
+        *([] if machine.gpus else [("gpu", machine.gpu_reason)]),
+        ("disk", f"{output.size(machine.free_disk)} free in {machine.temporary_folder}"),
+        ("providers", ", ".join(machine.providers) or "none: ONNX Runtime is not installed"),
     ]
     output.facts(rows)
     output.heading("backends")
-    for backend in found.backends:
+    for backend in machine.backends:
         output.line(f"  {'yes' if backend.available else 'no ':<4} {backend.name:<14} {backend.summary}")
         if not backend.available:
             output.line(f"{'':<22}{backend.reason}" + (f"; {backend.hint}" if backend.hint else ""))
     output.heading("libraries")
-    for name, version in found.libraries.items():
-        extra = LIBRARIES[name]
+    extras = library_extras()
+    for name, version in machine.libraries.items():
+        extra = extras[name]
         missing = f'not installed; pip install "vitdeploy[{extra}]"' if extra else "not installed"
         output.line(f"  {name:<18} {version or missing}")

@@ -29,11 +29,11 @@ def command(
         Path,
         typer.Argument(
             metavar="BUNDLE|FILE.onnx|FILE.plan",
-            help="A bundle, an ONNX file, an engine.",
+            help="The bundle, ONNX file or engine to look into.",
             show_default=False,
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Show what a bundle, an ONNX file or an engine contains: artifacts, precision, parity, operators.
 

@@ -23,54 +23,83 @@ EXAMPLES = (
 
 
 _Device = Annotated[
-    str | None, typer.Option(metavar="D", help="cpu or gpu.  [default: cpu; gpu for an engine]")
+    str | None,
+    typer.Option(metavar="D", help="Device to run on: cpu or gpu.  [default: cpu; gpu for an engine]"),
 ]
 _Backend = Annotated[
-    str | None, typer.Option(metavar="B", help="docker, ray: the runtime.  [default: onnxruntime]")
+    str | None,
+    typer.Option(
+        metavar="B",
+        help="Runtime inside of a docker or ray package.  [default: the first that reads the artifact]",
+    ),
 ]
-_Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads per instance.")]
+_Threads = Annotated[int | None, typer.Option(metavar="N", help="How many CPU threads each instance uses.")]
 _Instances = Annotated[
-    int | None, typer.Option(metavar="N", help="Copies of the model in a server.  [default: 1]")
+    int | None, typer.Option(metavar="N", help="How many copies of the model a server runs.  [default: 1]")
 ]
 _MaxBatch = Annotated[
-    int | None, typer.Option(metavar="N", help="Largest batch.  [default: the artifact's MAX]")
+    int | None,
+    typer.Option(metavar="N", help="Largest batch that is computed together.  [default: the artifact's MAX]"),
 ]
 _MaxDelay = Annotated[
     float | None,
-    typer.Option(metavar="MS", help="How long a request waits for company.  [default: 2; docker: 0]"),
+    typer.Option(
+        metavar="MS",
+        help="Longest time that a request waits for others to share a batch.  [default: 2; docker: 0]",
+    ),
 ]
 _TopK = Annotated[
-    int | None, typer.Option(metavar="K", help="Labels per image, of image requests.  [default: 5]")
+    int | None, typer.Option(metavar="K", help="How many labels an image request gets.  [default: 5]")
 ]
 _TensorsOnly = Annotated[
     bool, typer.Option("--tensors-only", help="Leave out the models that take image files.")
 ]
-_MinReplicas = Annotated[int | None, typer.Option(metavar="N", help="kserve, ray: at least.  [default: 1]")]
-_MaxReplicas = Annotated[int | None, typer.Option(metavar="N", help="kserve, ray: at most.")]
-_StorageUri = Annotated[
-    str | None, typer.Option(metavar="URI", help="kserve: where the cluster will find the models.")
+_MinReplicas = Annotated[
+    int | None, typer.Option(metavar="N", help="Fewest replicas that kserve or ray keeps.  [default: 1]")
 ]
-_Namespace = Annotated[str | None, typer.Option(metavar="NAME", help="kserve: the namespace.")]
+_MaxReplicas = Annotated[
+    int | None, typer.Option(metavar="N", help="Most replicas that kserve or ray starts.")
+]
+_StorageUri = Annotated[
+    str | None, typer.Option(metavar="URI", help="Where a cluster with KServe will find the models.")
+]
+_Namespace = Annotated[str | None, typer.Option(metavar="NAME", help="Namespace of the service in KServe.")]
 _Image = Annotated[
     str | None, typer.Option(metavar="IMAGE", help="The container image to use, or to build upon.")
 ]
-_Wheel = Annotated[Path | None, typer.Option(metavar="FILE", help="docker: a wheel of vitdeploy to install.")]
+_Wheel = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Wheel of vitdeploy to install in the docker image, not the package index's."
+    ),
+]
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle.", show_default=False)],
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="The bundle to package.", show_default=False)
+    ],
     target: Annotated[
-        str, typer.Option(metavar="T", help="triton-server, kserve, docker or ray.", show_default=False)
+        str,
+        typer.Option(
+            metavar="T",
+            help="What will load the folder: triton-server, kserve, docker or ray.",
+            show_default=False,
+        ),
     ],
     folder: Annotated[
-        Path, typer.Option("-o", "--output-dir", metavar="DIR", help="The folder.", show_default=False)
+        Path, typer.Option("-o", "--output-dir", metavar="DIR", help="Folder to write.", show_default=False)
     ],
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name there.  [default: the bundle's]")
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the model in the package.  [default: the bundle's]"),
     ] = None,
-    model_version: Annotated[int, typer.Option(metavar="N", help="The model's version there.")] = 1,
+    model_version: Annotated[int, typer.Option(metavar="N", help="Version of the model in the package.")] = 1,
     artifact: Annotated[
-        str | None, typer.Option(metavar="A", help="Its name or precision.  [default: the most precise]")
+        str | None,
+        typer.Option(
+            metavar="A", help="Name or precision of the artifact to package.  [default: the most precise]"
+        ),
     ] = None,
     backend: _Backend = None,
     device: _Device = None,
@@ -87,17 +116,17 @@ def command(
     image: _Image = None,
     wheel: _Wheel = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier package.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Write a folder that another server loads, from a bundle whose every hash is checked.
 
     triton-server: a model repository for NVIDIA's Triton Inference Server. kserve: the same, and an
     InferenceService. docker: our own server in an image. ray: a Ray Serve application.
     """
-    from vitdeploy.packaging.target import Settings, checked_device
+    from vitdeploy.packaging.target import PackageSettings, checked_device
     from vitdeploy.packaging.write import write_package
 
-    settings = Settings(
+    settings = PackageSettings(
         backend=backend,
         device=checked_device(device),
         threads=threads,

@@ -15,8 +15,7 @@ from vitdeploy.errors import ImageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from vitdeploy.predictor import Prediction, Predictor
-    from vitdeploy.ray.job import Summary
-    from vitdeploy.ray.planning import Request
+    from vitdeploy.ray.job import JobRequest, Summary
 
 SUMMARY = "Classify images."
 EXAMPLES = (
@@ -28,29 +27,44 @@ EXAMPLES = (
 ENGINES = ("local", "ray")
 
 Engine = Annotated[
-    str, typer.Option(metavar="E", help="local, or ray: a job that writes Parquet and can be resumed.")
+    str,
+    typer.Option(
+        metavar="E", help="Where to classify: local, or ray, a job that writes Parquet and can be resumed."
+    ),
 ]
 Out = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="With ray: folder for the results.")
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results of a job on Ray.")
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(metavar="N", help="With ray: sessions.  [default: one per CPU, at most 8 per machine]"),
+    typer.Option(
+        metavar="N", help="Sessions of a job on Ray.  [default: one per CPU, at most 8 per machine]"
+    ),
 ]
 Batch = Annotated[
-    int | None, typer.Option(metavar="N", help="With ray: images at a time.  [default: the artifact's]")
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Images that each session of a job on Ray takes at a time.  [default: the artifact's]",
+    ),
 ]
 Column = Annotated[
     str | None,
-    typer.Option(metavar="C", help="With ray: read Parquet files; their column of images or paths."),
+    typer.Option(
+        metavar="C", help="Have a job on Ray read Parquet files, from their column of images or paths."
+    ),
 ]
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle.", show_default=False)],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle to run.", show_default=False)],
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE|DIR...", help="Image files; folders are walked.", show_default=False),
+        typer.Argument(
+            metavar="IMAGE|DIR...",
+            help="Image files, and folders that are searched for them.",
+            show_default=False,
+        ),
     ],
     backend: Annotated[
         str | None,
@@ -60,15 +74,23 @@ def command(
         ),
     ] = None,
     artifact: Annotated[
-        str | None, typer.Option(metavar="A", help="Its name or precision.  [default: the most precise]")
+        str | None,
+        typer.Option(
+            metavar="A", help="Name or precision of the artifact to run.  [default: the most precise]"
+        ),
     ] = None,
-    top_k: Annotated[int, typer.Option(metavar="K", help="Classes per image.")] = 5,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.")] = None,
+    top_k: Annotated[int, typer.Option(metavar="K", help="How many classes to give for each image.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="How many CPU threads the runtime uses.")
+    ] = None,
     provider: Annotated[
-        str | None, typer.Option(metavar="P", help="ONNX Runtime's: cpu, cuda, tensorrt, tensorrt-rtx.")
+        str | None,
+        typer.Option(
+            metavar="P", help="ONNX Runtime's execution provider: cpu, cuda, tensorrt or tensorrt-rtx."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="One line per image and class.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per image and class.")] = False,
     engine: Engine = "local",
     out: Out = None,
     workers: Workers = None,
@@ -88,9 +110,9 @@ def command(
     if engine == "ray":
         if out is None:
             raise UsageError("--engine ray writes its results into a folder", hint="-o DIR")
-        from vitdeploy.ray.planning import Request
+        from vitdeploy.ray.job import JobRequest
 
-        request = Request(
+        request = JobRequest(
             bundle=bundle,
             inputs=tuple(images),
             output=out,
@@ -121,8 +143,8 @@ def command(
 def _check_engine(engine: str, only_ray: Mapping[str, object], as_csv: bool) -> None:
     """Raise a UsageError for what an engine does not have, or for one that there is not."""
     if engine not in ENGINES:
-        known = f"known: {', '.join(ENGINES)}"
-        raise UsageError(f"unknown engine {engine!r}{did_you_mean(engine, ENGINES)}", hint=known)
+        hint = f"known: {', '.join(ENGINES)}"
+        raise UsageError(f"unknown engine {engine!r}{did_you_mean(engine, ENGINES)}", hint=hint)
     if engine == "ray":
         if as_csv:
             raise UsageError("--engine ray writes Parquet, not CSV", hint="leave --csv out")
@@ -163,11 +185,11 @@ def _classify(
     return broken
 
 
-def _on_ray(request: Request, as_json: bool) -> int:
-    from vitdeploy.ray.job import run
+def _on_ray(request: JobRequest, as_json: bool) -> int:
+    from vitdeploy.ray.job import run_job
 
     with output.Stages() as stages, output.stdout_is_ours():
-        summary = run(request, stages)
+        summary = run_job(request, stages)
     bad = summary.failed + summary.missing
     for message in summary.errors:
         output.error(message)
@@ -185,7 +207,7 @@ def _on_ray(request: Request, as_json: bool) -> int:
     return ImageError.exit_code if bad else 0
 
 
-def _summary(request: Request, summary: Summary) -> dict[str, Any]:
+def _summary(request: JobRequest, summary: Summary) -> dict[str, Any]:
     return {
         "ok": not (summary.failed or summary.missing),
         "output": str(request.output),

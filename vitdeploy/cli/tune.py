@@ -18,17 +18,24 @@ EXAMPLES = (
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle.", show_default=False)],
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="The bundle to tune for.", show_default=False)
+    ],
     batch: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Batch sizes.  [default: the artifacts' buckets]")
+        str | None,
+        typer.Option(metavar="N,...", help="Batch sizes to tune for.  [default: the artifacts' buckets]"),
     ] = None,
-    precision: Annotated[str, typer.Option(metavar="P", help="fp16 or bf16.")] = "fp16",
-    budget: Annotated[str, typer.Option(metavar="TIME", help="For the whole search: 90s, 5m.")] = "4m",
+    precision: Annotated[str, typer.Option(metavar="P", help="Precision to tune in: fp16 or bf16.")] = "fp16",
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="Time for the whole search, as 90s or 5m.")
+    ] = "4m",
     folder: Annotated[
         Path | None,
-        typer.Option("-o", "--output-dir", metavar="DIR", help="For the table.  [default: the bundle]"),
+        typer.Option(
+            "-o", "--output-dir", metavar="DIR", help="Folder to write the table into.  [default: the bundle]"
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Search the configurations of every kernel at the bundle's shapes, on this machine's GPU.
 

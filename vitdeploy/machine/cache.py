@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from vitdeploy.machine.atomic import atomic_write
 
 
 def cache_folder() -> Path:
@@ -43,14 +44,10 @@ class CacheFile:
 
     def write(self, data: bytes) -> None:
         """Replace the file at once: whoever reads meanwhile reads the old or the new one, whole."""
-        temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-        try:
+        with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(self.path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            with atomic_write(self.path) as file:
+                file.write(data)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -35,8 +35,8 @@ def find_gpus(driver: str = "libcuda.so.1") -> list[Gpu]:
     count = ctypes.c_int()
     if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
         return []
-    found = [_describe(cuda, device) for device in range(count.value)]
-    return [gpu for gpu in found if gpu is not None]
+    gpus = [_describe(cuda, device) for device in range(count.value)]
+    return [gpu for gpu in gpus if gpu is not None]
 
 
 def query_gpus(

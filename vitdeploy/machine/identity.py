@@ -14,18 +14,11 @@ from vitdeploy.machine.gpus import query_gpus
 LIBRARIES: dict[str, str] = {
     "numpy": "",
     "onnx": "",
-    "onnxruntime": "",
     "onnxruntime-gpu": "gpu",
     "pillow": "",
     "pydantic": "",
     "safetensors": "",
-    "torch": "export",
     "onnxscript": "export",
-    "openvino": "openvino",
-    "tensorrt": "tensorrt",
-    "cuda-core": "tensorrt",
-    "tensorrt-rtx": "tensorrt-rtx",
-    "triton": "kernels",
     "transformers": "hub",
     "huggingface-hub": "hub",
     "timm": "hub",
@@ -33,7 +26,7 @@ LIBRARIES: dict[str, str] = {
     "tritonclient": "client",
     "ray": "ray",
 }
-"""Distributions that matter, and the extra that installs each; the core's have none."""
+"""Distributions that matter besides the backends' own, and the extra that installs each; none is the core."""
 
 # Instructions that decide how fast a CPU runs each precision, by their names in /proc/cpuinfo.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
@@ -55,11 +48,11 @@ class Cpu:
 def find_cpu(root: Path = Path("/")) -> Cpu:
     """Describe the processor; ``root`` is where /proc and /sys are."""
     info = cpu_info(root / "proc/cpuinfo")
-    known = set((info.get("flags") or info.get("Features") or "").split())
+    flags = set((info.get("flags") or info.get("Features") or "").split())
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Cpu(
         name=info.get("model name") or platform.processor() or platform.machine(),
-        flags=tuple(flag for flag in (*_FLAGS, *_ARM_FLAGS) if flag in known),
+        flags=tuple(flag for flag in (*_FLAGS, *_ARM_FLAGS) if flag in flags),
         threads=threads,
         memory=_memory(root),
     )

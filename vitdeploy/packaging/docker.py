@@ -9,11 +9,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vitdeploy._version import __version__
-from vitdeploy.backends.base import get_backend, require_support
+from vitdeploy.backends.base import Traits
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.common import COMPOSE_GPU, copy_bundle, label, render, write_text
-from vitdeploy.packaging.target import Job, Outcome
-from vitdeploy.predictor import DEFAULT_BACKEND
+from vitdeploy.packaging.target import (
+    COMPOSE_GPU,
+    Job,
+    Outcome,
+    copy_bundle,
+    fill_template,
+    label,
+    write_text,
+)
 
 SETTINGS = ("backend", "threads", "instances", "max_batch", "max_delay_ms", "image", "wheel")
 
@@ -21,20 +27,8 @@ IMAGE = "python:3.11-slim"
 BUNDLE = "model.bundle"
 """The bundle's folder in the package and in the image."""
 
-EXTRAS = {
-    "onnxruntime": (),
-    "openvino": ("openvino",),
-    "torch": ("export",),
-    "torch-compile": ("export",),
-    "aotinductor": ("export",),
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt-rtx",),
-    "triton": ("kernels",),
-}
-"""What to install for each backend besides the server's own libraries."""
-_NEEDS_GPU = ("tensorrt", "tensorrt-rtx", "triton")
-_PINNED = ("numpy", "pillow", "onnxruntime", "openvino", "torch", "triton")
-"""Libraries that decide the numbers: the image gets the versions that are here."""
+_PINNED = ("numpy", "pillow", "onnxruntime")
+"""Libraries that decide the numbers whatever the backend: the image gets the versions that are here."""
 
 
 def write(job: Job) -> Outcome:
@@ -43,48 +37,42 @@ def write(job: Job) -> Outcome:
     Raises:
         UsageError: the backend cannot run the artifact, or the wheel is none of vitdeploy.
     """
-    backend = job.settings.backend or _backend_of(job)
-    require_support(get_backend(backend), job.bundle, job.artifact)
+    backend = job.backend()
     folder = job.folder
     wheel = _copy_wheel(job)
     copy_bundle(job, folder / BUNDLE)
-    extras = ",".join(("serve", "grpc", *EXTRAS[backend]))
+    extras = ",".join(("serve", "grpc", *backend.traits.extras))
     source = f"vitdeploy[{extras}] @ file:///app/{wheel}" if wheel else f"vitdeploy[{extras}]=={__version__}"
     write_text(folder / "requirements.txt", f"{source}\n")
-    write_text(folder / "constraints.txt", "".join(f"{pin}\n" for pin in pins()))
-    write_text(folder / "Dockerfile", _dockerfile(job, wheel, _command(job, backend)))
+    write_text(folder / "constraints.txt", "".join(f"{pin}\n" for pin in pins(backend.traits)))
+    write_text(folder / "Dockerfile", _dockerfile(job, wheel, _command(job, backend.name)))
     ignored = ["*", *(f"!{name}" for name in ("requirements.txt", "constraints.txt", BUNDLE, wheel) if name)]
     write_text(folder / ".dockerignore", "".join(f"{line}\n" for line in ignored))
     tag = f"{label(job.name)}:{job.version}"
-    gpu = COMPOSE_GPU if backend in _NEEDS_GPU else ""
-    write_text(folder / "compose.yaml", render("docker.compose.yaml", tag=tag, gpu=gpu))
-    readme = render(
+    gpu = COMPOSE_GPU if backend.traits.needs_gpu else ""
+    write_text(folder / "compose.yaml", fill_template("docker.compose.yaml", tag=tag, gpu=gpu))
+    readme = fill_template(
         "docker.md",
         name=job.name,
         bundle=job.bundle.root.resolve().name,
         artifact=f"{job.artifact.name} ({job.artifact.precision})",
-        backend=backend,
+        backend=backend.name,
         tag=tag,
         gpus="--gpus all " if gpu else "",
     )
     write_text(folder / "README.md", readme)
-    return Outcome(_what(wheel), next=_next(job), notes=_notes(backend, wheel))
+    return Outcome(_what(wheel), next=_next(job), notes=_notes(backend.traits, wheel))
 
 
-def _backend_of(job: Job) -> str:
-    """The backend that reads the artifact's files: of an engine, the one named as its format."""
-    return job.artifact.format if job.artifact.format in _NEEDS_GPU else DEFAULT_BACKEND
-
-
-def pins() -> list[str]:
+def pins(traits: Traits) -> list[str]:
     """``name==version`` of the libraries that decide the numbers, as they are installed here."""
-    found = []
-    for name in _PINNED:
+    pinned = []
+    for name in dict.fromkeys((*_PINNED, *traits.libraries)):
         try:
-            found.append(f"{name}=={version(name).partition('+')[0]}")  # a local build is on no index
+            pinned.append(f"{name}=={version(name).partition('+')[0]}")  # a local build is on no index
         except PackageNotFoundError:
             continue
-    return found
+    return pinned
 
 
 def _what(wheel: str | None) -> dict[str, str]:
@@ -108,14 +96,14 @@ def _next(job: Job) -> tuple[str, ...]:
     )
 
 
-def _notes(backend: str, wheel: str | None) -> tuple[str, ...]:
+def _notes(backend: Traits, wheel: str | None) -> tuple[str, ...]:
     notes = []
     if wheel is None:
         notes.append(
             f"the image installs vitdeploy {__version__} from your package index; --wheel takes a file"
         )
-    if backend in _NEEDS_GPU:
-        notes.append(f"{backend} needs a GPU and its driver on the host, and NVIDIA's container toolkit")
+    if backend.needs_gpu:
+        notes.append(f"{backend.name} needs a GPU and its driver on the host, and NVIDIA's container toolkit")
     return tuple(notes)
 
 
@@ -136,7 +124,7 @@ def _command(job: Job, backend: str) -> list[str]:
 
 
 def _dockerfile(job: Job, wheel: str | None, command: list[str]) -> str:
-    return render(
+    return fill_template(
         "docker.Dockerfile",
         image=job.settings.image or IMAGE,
         files=" ".join(filter(None, ("requirements.txt", "constraints.txt", wheel))),

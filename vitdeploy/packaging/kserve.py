@@ -9,9 +9,8 @@ import shlex
 from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
-from vitdeploy.packaging.common import MAX_LABEL, label, render, write_text
-from vitdeploy.packaging.target import Job, Outcome
-from vitdeploy.packaging.triton_repository import IMAGE, MODELS, Repository, takes_images
+from vitdeploy.packaging.target import MAX_LABEL, Job, Outcome, fill_template, label, write_text
+from vitdeploy.packaging.triton_repository import IMAGE, MODELS, TritonRepository, why_tensors_only
 from vitdeploy.packaging.triton_server import write_dockerfile
 
 SETTINGS = (
@@ -48,12 +47,12 @@ def write(job: Job) -> Outcome:
     """
     uri = _checked_uri(job.settings.storage_uri)
     _check_namespace(job.settings.namespace)
-    refused = takes_images(job)
+    refused = why_tensors_only(job)
     images = refused is None and job.settings.image is not None and not job.settings.tensors_only
-    repository = Repository(job, images=images)
+    repository = TritonRepository(job, images=images)
     repository.write()
     service = label(job.name)
-    write_text(job.folder / SERVICE, _yaml(document(job, repository, uri)))
+    write_text(job.folder / SERVICE, _yaml(inference_service(job, repository, uri)))
     notes = _notes(job, service, refused)
     what = {**repository.what, SERVICE: "the service", "README.md": "how to upload, start and verify it"}
     if images:
@@ -68,7 +67,7 @@ def write(job: Job) -> Outcome:
     )
 
 
-def document(job: Job, repository: Repository, uri: str) -> dict[str, Any]:
+def inference_service(job: Job, repository: TritonRepository, uri: str) -> dict[str, Any]:
     """The InferenceService (``serving.kserve.io/v1beta1``)."""
     settings, batching = job.settings, repository.batching
     low = _MIN_REPLICAS if settings.min_replicas is None else settings.min_replicas
@@ -102,7 +101,7 @@ def document(job: Job, repository: Repository, uri: str) -> dict[str, Any]:
     }
 
 
-def _model(job: Job, repository: Repository, uri: str) -> dict[str, Any]:
+def _model(job: Job, repository: TritonRepository, uri: str) -> dict[str, Any]:
     """The predictor's model: KServe's own Triton runtime, at the version whose runtimes read the artifact."""
     model: dict[str, Any] = {
         "modelFormat": {"name": "triton", "version": "2"},
@@ -120,7 +119,7 @@ def _model(job: Job, repository: Repository, uri: str) -> dict[str, Any]:
     return model
 
 
-def _resources(job: Job, repository: Repository) -> dict[str, Any]:
+def _resources(job: Job, repository: TritonRepository) -> dict[str, Any]:
     """Requests and limits: the cores that the threads keep busy, memory for three copies of the weights."""
     instances = job.settings.instances or 1
     cpus = (job.settings.threads or _CPUS) * instances + int(repository.images)
@@ -180,7 +179,7 @@ def _yaml(content: dict[str, Any]) -> str:
 
 
 def _readme(job: Job, service: str, uri: str, images: bool) -> str:
-    text = render(
+    text = fill_template(
         "kserve.md",
         name=job.name,
         service=service,
@@ -195,7 +194,7 @@ def _readme(job: Job, service: str, uri: str, images: bool) -> str:
         output=job.artifact.outputs[0].name,
     )
     if images:
-        text += render("kserve_images.md", image=job.settings.image, name=job.name)
+        text += fill_template("kserve_images.md", image=job.settings.image, name=job.name)
     return text
 
 

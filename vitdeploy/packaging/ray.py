@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from typing import Any
 
-from vitdeploy.backends.base import get_backend, require_support
+from vitdeploy.backends.base import Traits
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.common import copy_bundle, render, template, write_text
-from vitdeploy.packaging.target import Job, Outcome
-from vitdeploy.predictor import DEFAULT_BACKEND
+from vitdeploy.packaging.target import Job, Outcome, copy_bundle, fill_template, template, write_text
 
 SETTINGS = (
     "backend",
@@ -24,9 +23,6 @@ SETTINGS = (
 )
 BUNDLE = "model.bundle"
 _MOST_REPLICAS = 4
-_ENGINES = ("tensorrt", "tensorrt-rtx")
-"""Formats that are run by the backend of the same name, on a GPU."""
-_EXTRAS = {"openvino": ",openvino", "torch": ",export", "torch-compile": ",export", "triton": ",kernels"}
 
 
 def write(job: Job) -> Outcome:
@@ -38,12 +34,16 @@ def write(job: Job) -> Outcome:
     manifest = job.bundle.manifest
     if manifest.output != "logits" or manifest.preprocess is None:
         raise UsageError(f"{job.bundle.root}: gives {manifest.output}, which are no classes of an image")
-    arguments = _arguments(job)
+    backend = job.backend()
+    arguments = _arguments(job, backend.traits)
     copy_bundle(job, job.folder / BUNDLE)
     write_text(job.folder / "app.py", template("ray_app.py"))
-    write_text(job.folder / "serve_config.yaml", _config(job, arguments))
-    extra = _EXTRAS.get(str(arguments["backend"]), "")
-    readme = render("ray.md", name=job.name, version=job.version, bundle=BUNDLE, extra=extra)
+    write_text(
+        job.folder / "serve_config.yaml",
+        _config(job, arguments, gpu=backend.traits.uses_gpu(arguments["provider"])),
+    )
+    extras = ",".join(("ray", *backend.traits.extras))
+    readme = fill_template("ray.md", name=job.name, version=job.version, bundle=BUNDLE, extras=extras)
     write_text(job.folder / "README.md", readme)
     return Outcome(
         what={
@@ -52,32 +52,32 @@ def write(job: Job) -> Outcome:
             "README.md": "how to start, call, change and deploy it",
         },
         next=(
-            f'pip install "vitdeploy[ray{extra}]"',
+            f'pip install "vitdeploy[{extras}]"',
             f"cd {shlex.quote(str(job.output))} && serve run serve_config.yaml",
             f"curl --data-binary @cat.jpg http://127.0.0.1:8000/v1/models/{job.name}:predict",
         ),
     )
 
 
-def _arguments(job: Job) -> dict[str, object]:
-    """What ``vitdeploy.ray.serving.Settings`` takes."""
+def _arguments(job: Job, backend: Traits) -> dict[str, Any]:
+    """What ``vitdeploy.ray.serving.DeploymentSettings`` takes."""
     settings, artifact = job.settings, job.artifact
-    backend = settings.backend or (artifact.format if artifact.format in _ENGINES else DEFAULT_BACKEND)
-    require_support(get_backend(backend), job.bundle, artifact)
-    gpu = settings.device == "gpu"
-    if backend in _ENGINES and settings.device == "cpu":
-        raise UsageError(f"{artifact.name} is an engine, which runs on a GPU only", hint="--device gpu")
-    if gpu and backend not in (DEFAULT_BACKEND, *_ENGINES):
-        raise UsageError(f"--device gpu: not with the {backend} backend", hint="--backend onnxruntime")
+    gpu_provider = "cuda" if "cuda" in backend.providers else None
+    if settings.device == "cpu" and backend.needs_gpu:
+        raise UsageError(
+            f"{artifact.name}: the {backend.name} backend runs on a GPU only", hint="--device gpu"
+        )
+    if settings.device == "gpu" and not (gpu_provider or backend.needs_gpu):
+        raise UsageError(f"--device gpu: not with the {backend.name} backend", hint="--backend onnxruntime")
     batch = settings.max_batch or artifact.batch.opt
     if batch > artifact.batch.max:
         raise UsageError(f"--max-batch {batch}: {artifact.name} takes at most {artifact.batch.max} images")
     return {
         "name": job.name,
         "version": str(job.version),
-        "backend": backend,
+        "backend": backend.name,
         "artifact": artifact.name,
-        "provider": "cuda" if gpu and backend == DEFAULT_BACKEND else None,
+        "provider": gpu_provider if settings.device == "gpu" else None,
         "threads": settings.threads or 1,
         "max_batch": batch,
         "max_delay_ms": 5.0 if settings.max_delay_ms is None else settings.max_delay_ms,
@@ -86,12 +86,11 @@ def _arguments(job: Job) -> dict[str, object]:
     }
 
 
-def _config(job: Job, arguments: Mapping[str, object]) -> str:
+def _config(job: Job, arguments: Mapping[str, Any], *, gpu: bool) -> str:
     settings = job.settings
     low = 1 if settings.min_replicas is None else settings.min_replicas
-    batch = int(str(arguments["max_batch"]))
-    gpu = arguments["provider"] is not None or arguments["backend"] in _ENGINES
-    return render(
+    batch = arguments["max_batch"]
+    return fill_template(
         "ray_serve_config.yaml",
         num_gpus=int(gpu),
         min_replicas=low,

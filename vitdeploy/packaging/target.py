@@ -6,14 +6,20 @@ To add a target: a module here with ``write(job) -> Outcome`` and ``SETTINGS``, 
 from __future__ import annotations
 
 import importlib
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Literal, Protocol
 
+from vitdeploy.backends.base import Backend, get_backend, reader_of, require_support
+from vitdeploy.bundle.files import sha256
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact
-from vitdeploy.errors import UsageError, did_you_mean
+from vitdeploy.bundle.manifest import MANIFEST, Artifact
+from vitdeploy.errors import BundleError, UsageError, did_you_mean
 
 TARGETS = {
     "triton-server": "vitdeploy.packaging.triton_server:write",
@@ -26,9 +32,23 @@ TARGETS = {
 Device = Literal["cpu", "gpu"]
 _DEVICES: Mapping[str, Device] = {"cpu": "cpu", "gpu": "gpu"}
 
+MAX_LABEL = 53
+"""Longest name of a service in a cluster: with what KServe appends to it, it has to stay a DNS label."""
+
+COMPOSE_GPU = """\
+    deploy:
+      resources:
+        reservations:
+          devices:
+            - driver: nvidia
+              count: 1
+              capabilities: [gpu]
+"""
+"""What a service in a compose file needs to see a GPU."""
+
 
 @dataclass(frozen=True)
-class Settings:
+class PackageSettings:
     """How the model is to run there. None is the target's own choice; what it does not take is refused."""
 
     backend: str | None = None
@@ -75,7 +95,18 @@ class Job:
     name: str
     """The model's name there: letters, digits, ``_``, ``-``, ``.``, beginning with a letter or digit."""
     version: int = 1
-    settings: Settings = field(default_factory=Settings)
+    settings: PackageSettings = field(default_factory=PackageSettings)
+
+    def backend(self) -> Backend:
+        """The runtime inside of our own server: the one asked for, else the first that reads the artifact.
+
+        Raises:
+            UsageError: there is no such backend, or it cannot run the artifact.
+        """
+        name = self.settings.backend
+        backend = get_backend(name) if name else reader_of(self.artifact)
+        require_support(backend, self.bundle, self.artifact)
+        return backend
 
 
 @dataclass(frozen=True)
@@ -131,3 +162,56 @@ def get_target(name: str) -> tuple[Write, frozenset[str]]:
     path, _, attribute = TARGETS[name].partition(":")
     module = importlib.import_module(path)
     return getattr(module, attribute), frozenset(module.SETTINGS)
+
+
+def copy_listed(job: Job, name: str, target: Path) -> None:
+    """Copy a file that the bundle lists, and hold the copy against the manifest.
+
+    Raises:
+        BundleError: the file was changed meanwhile.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(job.bundle.path(name), target)
+    if sha256(target) != job.bundle.manifest.files[name].sha256:
+        raise BundleError(f"{job.bundle.root}: {name} changed while it was copied", hint="run it again")
+
+
+def copy_bundle(job: Job, folder: Path) -> None:
+    """Copy the whole bundle: its manifest and what that lists, nothing else.
+
+    Raises:
+        BundleError: it was changed meanwhile.
+    """
+    folder.mkdir(parents=True)
+    shutil.copyfile(job.bundle.root / MANIFEST, folder / MANIFEST)
+    for name in job.bundle.manifest.files:
+        copy_listed(job, name, folder / name)
+
+
+def template(name: str) -> str:
+    """The text of a file in ``templates/``."""
+    return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
+
+
+def fill_template(name: str, /, **values: object) -> str:
+    """A template with ``${name}`` filled in; ``$$`` is a dollar sign. Every value has to have a place.
+
+    Raises:
+        KeyError: a value that the template names is not given.
+    """
+    made = Template(template(name))
+    if unused := set(values) - set(made.get_identifiers()):
+        raise KeyError(f"{name} has no place for {sorted(unused)}")
+    return made.substitute(values)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 with plain newlines, and the folders on the way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def label(name: str) -> str:
+    """A model's name as a DNS label (RFC 1035), which images and services in clusters are named by."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_LABEL].rstrip("-")
+    return plain if plain[:1].isalpha() else f"m-{plain}"[:MAX_LABEL].rstrip("-")

@@ -16,8 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from vitdeploy.backends.onnxruntime_providers import has_bf16
 from vitdeploy.errors import BundleError, UsageError
-from vitdeploy.packaging.common import copy_listed, template, write_text
-from vitdeploy.packaging.target import Device, Job
+from vitdeploy.packaging.target import Device, Job, copy_listed, template, write_text
 from vitdeploy.packaging.triton_config import Batching, Document, config_text, tensor, tensor_of, warm_up
 from vitdeploy.tensorrt.records import EngineRecord
 
@@ -36,7 +35,7 @@ _IMAGE_WORKERS = 2
 """Processes that decode; decoding takes about as long as a small model's run."""
 
 
-class Repository:
+class TritonRepository:
     """A model repository to be written.
 
     Raises:
@@ -67,8 +66,8 @@ class Repository:
     @property
     def top_k(self) -> int:
         classes = self.artifact.outputs[0].shape[-1]
-        wanted = self.job.settings.top_k or TOP_K
-        return min(wanted, classes) if isinstance(classes, int) else wanted
+        count = self.job.settings.top_k or TOP_K
+        return min(count, classes) if isinstance(classes, int) else count
 
     @property
     def image_model(self) -> str:
@@ -96,10 +95,10 @@ class Repository:
         platform, filename = _PLATFORMS[self.artifact.format]
         self._config(name, self._network_config(platform), f"{platform}: {self._summary()}")
         folder = self._version(name)
-        here = PurePosixPath(self.artifact.path).parent
+        beside = PurePosixPath(self.artifact.path).parent
         for listed in self._runtime_files():
             inside = (
-                filename if listed == self.artifact.path else str(PurePosixPath(listed).relative_to(here))
+                filename if listed == self.artifact.path else str(PurePosixPath(listed).relative_to(beside))
             )
             copy_listed(job, listed, folder / inside)
             self._say(folder / inside, f"{self.artifact.name} of the bundle")
@@ -140,14 +139,14 @@ class Repository:
 
     def _parameters(self) -> dict[str, str]:
         """The runtime's, and what `vitdeploy verify --url` reads; servers skip what they do not know."""
-        known = {
+        parameters = {
             "vitdeploy_bundle": self.job.bundle.manifest.digest,
             "vitdeploy_artifact": self.artifact.name,
         }
         if self.job.settings.threads is not None:
-            known["intra_op_thread_count"] = str(self.job.settings.threads)
-            known["inter_op_thread_count"] = "1"
-        return known
+            parameters["intra_op_thread_count"] = str(self.job.settings.threads)
+            parameters["inter_op_thread_count"] = "1"
+        return parameters
 
     def _runtime_files(self) -> Iterator[str]:
         """The artifact's files that the server reads; an engine's record is for people."""
@@ -283,7 +282,7 @@ def device_of(job: Job) -> Device:
     return device
 
 
-def takes_images(job: Job) -> str | None:
+def why_tensors_only(job: Job) -> str | None:
     """None where image files can go in; else why only tensors can."""
     manifest, artifact = job.bundle.manifest, job.artifact
     if manifest.preprocess is None:

@@ -7,9 +7,14 @@ import shlex
 from importlib.metadata import version
 
 from vitdeploy.bundle.dtypes import DATATYPES
-from vitdeploy.packaging.common import COMPOSE_GPU, label, render, write_text
-from vitdeploy.packaging.target import Job, Outcome
-from vitdeploy.packaging.triton_repository import IMAGE, MODELS, Repository, engine_record, takes_images
+from vitdeploy.packaging.target import COMPOSE_GPU, Job, Outcome, fill_template, label, write_text
+from vitdeploy.packaging.triton_repository import (
+    IMAGE,
+    MODELS,
+    TritonRepository,
+    engine_record,
+    why_tensors_only,
+)
 
 SETTINGS = (
     "device",
@@ -30,9 +35,9 @@ def write(job: Job) -> Outcome:
         UsageError: Triton cannot serve this artifact, or not with these settings.
         MissingDependency: tritonclient is not installed.
     """
-    refused = takes_images(job)
+    refused = why_tensors_only(job)
     images = refused is None and not job.settings.tensors_only
-    repository = Repository(job, images=images)
+    repository = TritonRepository(job, images=images)
     repository.write()
     base = job.settings.image or IMAGE
     if images:
@@ -66,17 +71,17 @@ def write(job: Job) -> Outcome:
 
 def write_dockerfile(job: Job, base: str) -> None:
     """Write the Dockerfile of a server whose Python has the Pillow that is here."""
-    text = render("triton_server.Dockerfile", image=base, pillow=version("pillow"))
+    text = fill_template("triton_server.Dockerfile", image=base, pillow=version("pillow"))
     write_text(job.folder / "Dockerfile", text)
 
 
-def _compose(job: Job, repository: Repository, base: str, images: bool) -> str:
+def _compose(job: Job, repository: TritonRepository, base: str, images: bool) -> str:
     built = f"build: .\n    image: {label(job.name)}-triton" if images else f"image: {base}"
     gpu = COMPOSE_GPU if repository.device == "gpu" else ""
-    return render("triton_server.compose.yaml", image=built, models=MODELS, gpu=gpu)
+    return fill_template("triton_server.compose.yaml", image=built, models=MODELS, gpu=gpu)
 
 
-def _readme(job: Job, repository: Repository, images: bool) -> str:
+def _readme(job: Job, repository: TritonRepository, images: bool) -> str:
     spec, output = job.artifact.inputs[0], job.artifact.outputs[0]
     shape = [1 if isinstance(size, str) else size for size in spec.shape]
     values = {
@@ -90,14 +95,14 @@ def _readme(job: Job, repository: Repository, images: bool) -> str:
         "dtype": spec.dtype,
         "shape": json.dumps(shape),
     }
-    text = render("triton_server.md", **values)
+    text = fill_template("triton_server.md", **values)
     if images:
         names = ["labels", "indices", "scores"] if repository.labels else [output.name]
         fixed = repository.batching.fixed
         form = json.dumps([fixed] if fixed else [1, 1])
         model = repository.image_model
         one = fixed in (None, 1)
-        text += render(
+        text += fill_template(
             "triton_server_images.md",
             image_model=model,
             name=job.name,
@@ -105,6 +110,6 @@ def _readme(job: Job, repository: Repository, images: bool) -> str:
             first=names[0],
             shape=form,
             wrapped="[[data]]" if fixed is None else f"[data] * {fixed}",
-            curl=render("triton_server_curl.md", image_model=model, shape=form) if one else "",
+            curl=fill_template("triton_server_curl.md", image_model=model, shape=form) if one else "",
         )
     return text

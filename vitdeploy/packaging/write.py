@@ -16,7 +16,7 @@ from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.bundle.staging import StagedFolder
 from vitdeploy.errors import ExportError, UsageError
-from vitdeploy.packaging.target import Job, Outcome, Settings, get_target
+from vitdeploy.packaging.target import Job, Outcome, PackageSettings, get_target
 from vitdeploy.predictor import DEFAULT_BACKEND, EXACTNESS
 
 MARKER = "vitdeploy-package.json"
@@ -78,7 +78,7 @@ def write_package(
     name: str | None = None,
     version: int = 1,
     artifact: str | None = None,
-    settings: Settings | None = None,
+    settings: PackageSettings | None = None,
     force: bool = False,
 ) -> Package:
     """Write a folder that another server loads.
@@ -97,13 +97,13 @@ def write_package(
         MissingDependency: a library that writes the target's format is not installed.
         ExportError: the disk refuses the package.
     """
-    settings = settings or Settings()
+    settings = settings or PackageSettings()
     write, taken = get_target(target)
     _check_settings(target, settings, taken)
     if not 1 <= version <= 2**31 - 1:
         raise UsageError(f"version {version}: a model's version is a whole number from 1")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    chosen = choose(opened, artifact, settings.backend)
+    chosen = artifact_to_package(opened, artifact, settings.backend)
     called, note = model_name(opened, name)
     folder = _check_output(Path(output), opened, force)
     opened.verify_hashes(opened.manifest.files)
@@ -123,14 +123,14 @@ def write_package(
     return Package(Path(output), target, called, version, chosen.name, files, outcome.next, notes)
 
 
-def choose(bundle: Bundle, wanted: str | None, backend: str | None) -> Artifact:
+def artifact_to_package(bundle: Bundle, name: str | None, backend: str | None) -> Artifact:
     """The artifact to package: the one asked for, else the most exact whose files the backend reads.
 
     Raises:
         UsageError: there is none, or no such backend.
     """
-    if wanted is not None:
-        return bundle.artifact(wanted)
+    if name is not None:
+        return bundle.artifact(name)
     runtime = get_backend(backend or DEFAULT_BACKEND)
     ranked = sorted(bundle.manifest.artifacts, key=lambda artifact: EXACTNESS.index(artifact.precision))
     for artifact in ranked:
@@ -145,24 +145,24 @@ def choose(bundle: Bundle, wanted: str | None, backend: str | None) -> Artifact:
     )
 
 
-def model_name(bundle: Bundle, wanted: str | None) -> tuple[str, str]:
+def model_name(bundle: Bundle, name: str | None) -> tuple[str, str]:
     """The name that servers, paths and addresses can carry, and a line where it is not the bundle's own.
 
     Raises:
-        UsageError: the wanted one cannot be carried.
+        UsageError: the one that was asked for cannot be carried.
     """
     rule = f"letters, digits, _ - and . (not first or last), at most {MAX_NAME} characters"
-    if wanted is not None:
-        if not _NAME.fullmatch(wanted):
-            raise UsageError(f"{wanted!r} cannot be a model's name", hint=f"a name has {rule}")
-        return wanted, ""
-    own = bundle.manifest.name
-    if _NAME.fullmatch(own):
-        return own, ""
-    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", own).strip("_.-")[:MAX_NAME].rstrip(".")
+    if name is not None:
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"{name!r} cannot be a model's name", hint=f"a name has {rule}")
+        return name, ""
+    title = bundle.manifest.name
+    if _NAME.fullmatch(title):
+        return title, ""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", title).strip("_.-")[:MAX_NAME].rstrip(".")
     if not _NAME.fullmatch(plain):
-        raise UsageError(f"the bundle's name {own!r} cannot be a model's name", hint=f"--name NAME: {rule}")
-    return plain, f"the model is named {plain}, as {own!r} cannot be a path; --name gives another"
+        raise UsageError(f"the bundle's name {title!r} cannot be a model's name", hint=f"--name NAME: {rule}")
+    return plain, f"the model is named {plain}, as {title!r} cannot be a path; --name gives another"
 
 
 def flag(setting: str) -> str:
@@ -170,7 +170,7 @@ def flag(setting: str) -> str:
     return f"--{setting.replace('_', '-')}"
 
 
-def _check_settings(target: str, settings: Settings, taken: frozenset[str]) -> None:
+def _check_settings(target: str, settings: PackageSettings, taken: frozenset[str]) -> None:
     for name, value in settings.given().items():
         if name not in taken:
             hint = f"it takes {', '.join(sorted(map(flag, taken)))}" if taken else None

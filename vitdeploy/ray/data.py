@@ -19,12 +19,12 @@ from typing import Any
 from vitdeploy.backends.base import one_line
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 from vitdeploy.ray.tables import Table
-from vitdeploy.ray.work import Plan, Resources
+from vitdeploy.ray.work import ActorPlan, RayResources
 from vitdeploy.ray.worker import Classifier
 
 _OBJECT_STORE = 256 * 2**20
 """Bytes of shared memory for a Ray of our own: only lists of paths and results pass through it."""
-_OWN = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 """How a Ray of our own behaves where the environment does not say: it tells nobody, and our user little."""
 _KNOCK_SECONDS = 5.0
 _RETRIES = 3
@@ -32,7 +32,7 @@ _RETRIES = 3
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[Resources]:
+def connected() -> Iterator[RayResources]:
     """Join the Ray that ``RAY_ADDRESS`` names (``auto``: the one on this machine), else start one meanwhile.
 
     Raises:
@@ -43,7 +43,7 @@ def connected() -> Iterator[Resources]:
     if ray.is_initialized():
         yield _resources(ray)
         return
-    with _own_signals():
+    with _kept_signals():
         _join(ray)
     try:
         yield _resources(ray)
@@ -73,7 +73,7 @@ def _join(ray: Any) -> None:
                 hint="without RAY_ADDRESS, a Ray is started for this job alone",
             ) from error
         return
-    for name, value in _OWN.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
 
@@ -90,7 +90,7 @@ def _knock(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
+def _kept_signals() -> Iterator[None]:
     """Keep the handler of SIGTERM, which Ray replaces by one that knows of no clean-up but its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -102,11 +102,11 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _resources(ray: Any) -> Resources:
+def _resources(ray: Any) -> RayResources:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = tuple(int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1)
     free = int(ray.available_resources().get("CPU", 0))
-    return Resources(cpus, int(sum(node.get("GPU", 0) for node in nodes)), free)
+    return RayResources(cpus, int(sum(node.get("GPU", 0) for node in nodes)), free)
 
 
 def _retries(map_batches: Any) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _retries(map_batches: Any) -> dict[str, Any]:
 
 
 def classify(
-    pieces: Sequence[Table], plan: Plan, *, workers: int, threads: int, gpus: float = 0
+    pieces: Sequence[Table], plan: ActorPlan, *, workers: int, threads: int, gpus: float = 0
 ) -> Generator[Table]:
     """What ``Classifier`` makes of the pieces, in whatever order they are finished.
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vitdeploy.errors import UsageError
+from vitdeploy.machine.atomic import atomic_write
 from vitdeploy.ray import tables
 from vitdeploy.ray.work import Stamp
 
@@ -92,7 +93,7 @@ class JobFolder:
             raise self.refused(error) from error
         return done
 
-    def write(self, some: Sequence[tables.Table]) -> None:
+    def write(self, results: Sequence[tables.Table]) -> None:
         """Write results as the next part.
 
         Raises:
@@ -101,7 +102,7 @@ class JobFolder:
         parts = self.parts()
         number = int(parts[-1].stem.partition("-")[2]) + 1 if parts else 0
         try:
-            tables.write(self.path / f"part-{number:06d}.parquet", some)
+            tables.write_parquet(self.path / f"part-{number:06d}.parquet", results)
         except OSError as error:
             raise self.refused(error) from error
 
@@ -125,22 +126,21 @@ class JobFolder:
             unfinished.unlink()
 
     def _introduce(self) -> None:
-        unfinished = self.path / f".{JOB}.tmp"
-        unfinished.write_text(json.dumps(self._identity, indent=2) + "\n")
-        unfinished.rename(self.path / JOB)
+        with atomic_write(self.path / JOB) as file:
+            file.write(f"{json.dumps(self._identity, indent=2)}\n".encode())
 
     def _compare(self) -> None:
         try:
-            found = json.loads((self.path / JOB).read_text())
+            recorded = json.loads((self.path / JOB).read_text())
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
+            recorded = None
+        if not isinstance(recorded, dict):
             raise UsageError(f"{self.path / JOB}: is damaged", hint="choose another folder")
-        for name in {**self._identity, **found}:
-            if found.get(name) != self._identity.get(name):
+        for name in {**self._identity, **recorded}:
+            if recorded.get(name) != self._identity.get(name):
                 raise UsageError(
                     f"{self.path}: has results of another job: {name.replace('_', ' ')} "
-                    f"{found.get(name)!r}, not {self._identity.get(name)!r}",
+                    f"{recorded.get(name)!r}, not {self._identity.get(name)!r}",
                     hint="choose another folder",
                 )
 

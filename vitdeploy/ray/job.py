@@ -1,25 +1,59 @@
-"""A job over many images: what is left to do, who does it, and the parts that are written as it is done."""
+"""A job over many images: how it is planned, what is left to do, and the parts written as it is done."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from vitdeploy.errors import VitdeployError
+from vitdeploy.backends.base import Options, get_backend
+from vitdeploy.bundle.folder import Bundle
+from vitdeploy.errors import DeviceUnavailable, UsageError, VitdeployError
+from vitdeploy.predictor import DEFAULT_BACKEND, choice_for_this_machine, choose_artifact
 from vitdeploy.progress import Progress, Stage
 from vitdeploy.ray import data, tables
 from vitdeploy.ray.folder import JobFolder
-from vitdeploy.ray.inputs import Inputs, find_inputs
-from vitdeploy.ray.planning import Request, allot, cut, make_plan, on_gpu
-from vitdeploy.ray.work import Item, Plan, Resources
+from vitdeploy.ray.tables import Inputs, find_inputs
+from vitdeploy.ray.work import ActorPlan, Item, RayResources
 
 _PART_ROWS = 50_000
 """A part is written when it has so many rows, or after ``part_seconds``; a kill costs no more than that."""
 _ERRORS_SHOWN = 10
+_ACTORS_PER_MACHINE = 8
+"""By default; more processors than that give each actor more threads, so that memory does not run out."""
+_PIECES_PER_WORKER = 16
+"""A job is cut into so many pieces for each actor, so that none is busy long after the others are done ..."""
+_MOST_IN_A_PIECE = 128
+"""... but into no larger ones than this, so that results arrive while a long job runs."""
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What to classify, with what, and where the results go."""
+
+    bundle: Path
+    inputs: tuple[str, ...]
+    """Image files and folders; or Parquet files and folders of them."""
+    output: Path
+    column: str | None = None
+    """Where the Parquet files have their images; found where omitted."""
+    backend: str | None = None
+    artifact: str | None = None
+    provider: str | None = None
+    top_k: int = 5
+    threads: int | None = None
+    """Of each session."""
+    workers: int | None = None
+    """Sessions, each in a process of its own."""
+    batch: int | None = None
+    """Images at a time."""
+    part_seconds: float = 30.0
+    """Results are written this often, so that a kill costs no more work than that."""
 
 
 @dataclass
@@ -48,13 +82,108 @@ class Summary:
         return (self.images + self.failed) / self.seconds if self.seconds else 0.0
 
     def count(self, table: tables.Table) -> None:
-        found = tables.errors_of(table)
-        self.errors += found[: _ERRORS_SHOWN - len(self.errors)]
-        self.failed += len(found)
-        self.images += table.num_rows - len(found)
+        errors = tables.errors_of(table)
+        self.errors += errors[: _ERRORS_SHOWN - len(self.errors)]
+        self.failed += len(errors)
+        self.images += table.num_rows - len(errors)
 
 
-def run(request: Request, progress: Progress | None = None) -> Summary:
+def make_plan(request: JobRequest) -> tuple[ActorPlan, str]:
+    """What every actor will run, and one line on why, where the bundle says so.
+
+    Raises:
+        UsageError: no such backend or artifact, a batch that it does not take, no classes to predict.
+        BundleError: it is no bundle.
+    """
+    bundle = Bundle.open(request.bundle)
+    if bundle.manifest.output != "logits" or bundle.manifest.preprocess is None:
+        raise UsageError(f"{bundle.root}: gives {bundle.manifest.output}, which are no classes to predict")
+    if request.top_k < 1:
+        raise UsageError(f"top_k must be at least 1, not {request.top_k}")
+    Options(threads=request.threads)
+    for name, value in (("workers", request.workers), ("batch", request.batch)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    plan = ActorPlan(
+        bundle=str(bundle.root.absolute()),
+        digest=bundle.manifest.digest,
+        backend=request.backend or DEFAULT_BACKEND,
+        artifact=request.artifact,
+        provider=request.provider,
+        threads=request.threads or 1,
+        batch=request.batch,
+        top_k=request.top_k,
+    )
+    note = ""
+    if request.backend is None and request.artifact is None and request.provider is None:
+        choice, note = choice_for_this_machine(bundle)
+        if choice is not None:
+            batch = request.batch or choice.batch
+            backend, artifact, provider = choice.backend, choice.artifact, choice.provider
+            return replace(plan, backend=backend, artifact=artifact, provider=provider, batch=batch), note
+    runtime = get_backend(plan.backend)
+    chosen = bundle.artifact(plan.artifact) if plan.artifact else choose_artifact(bundle, runtime)
+    if chosen is None:
+        return plan, note
+    if plan.batch is not None and plan.batch > chosen.batch.max:
+        raise UsageError(f"--batch {plan.batch}: {chosen.name} takes at most {chosen.batch.max} images")
+    return replace(plan, artifact=chosen.name, batch=plan.batch or chosen.batch.opt), note
+
+
+def on_gpu(plan: ActorPlan) -> bool:
+    """Whether each session takes a GPU."""
+    return get_backend(plan.backend).traits.uses_gpu(plan.provider)
+
+
+def allot(
+    resources: RayResources, workers: int | None, threads: int | None, *, gpu: bool, most: int
+) -> tuple[int, int]:
+    """How many sessions, and how many threads for each, so that together they take each processor once.
+
+    Args:
+        most: more sessions than this have nothing to do.
+
+    Raises:
+        UsageError: Ray has not enough processors or GPUs; it would wait for them for ever.
+    """
+    if not resources.cpus:
+        raise UsageError("Ray has no CPU to run on")
+    if gpu and not resources.gpus:
+        raise DeviceUnavailable("Ray has no GPU to run on")
+    ours = resources.cpus
+    if len(ours) == 1 and resources.free:  # of several machines, Ray does not say which are busy
+        ours = (min(ours[0], resources.free),)
+    if workers is None and gpu:
+        workers = resources.gpus
+    elif workers is None and threads is None:
+        workers = sum(min(cpus, _ACTORS_PER_MACHINE) for cpus in ours)
+    elif workers is None and threads is not None:
+        workers = max(1, sum(cpus // threads for cpus in ours))
+    assert workers is not None
+    workers = max(1, min(workers, most))
+    shared = max(1, sum(ours) // workers)
+    for each in [threads] if threads else range(shared, 0, -1):
+        room = sum(cpus // each for cpus in resources.cpus)
+        if workers <= (min(room, resources.gpus) if gpu else room):
+            return workers, each
+    raise UsageError(
+        f"{workers} workers{f' with {threads} threads each' if threads else ''} do not fit: Ray has "
+        f"{' + '.join(map(str, resources.cpus))} CPUs and {resources.gpus} GPUs",
+        hint="give fewer --workers or --threads",
+    )
+
+
+def cut(items: Sequence[Item], workers: int, batch: int) -> Iterator[list[Item]]:
+    """Pieces of work, one task each: full batches of files, or a row group."""
+    files = [item for item in items if item.group < 0]
+    fair = min(math.ceil(len(files) / (workers * _PIECES_PER_WORKER)), _MOST_IN_A_PIECE)
+    size = max(1, math.ceil(fair / batch)) * batch
+    for start in range(0, len(files), size):
+        yield files[start : start + size]
+    yield from ([item] for item in items if item.group >= 0)
+
+
+def run_job(request: JobRequest, progress: Progress | None = None) -> Summary:
     """Classify images on Ray and write the results as Parquet; images that are done already are left out.
 
     Raises:
@@ -84,7 +213,7 @@ def run(request: Request, progress: Progress | None = None) -> Summary:
     return summary
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
+def _identity(plan: ActorPlan) -> dict[str, Any]:
     """What all parts in a folder have in common."""
     return {
         "bundle_digest": plan.digest,
@@ -115,12 +244,12 @@ class Reporter:
     def __init__(self, progress: Progress, stage: Stage, todo: int, summary: Summary) -> None:
         self._progress, self._stage, self._todo, self._summary = progress, stage, todo, summary
 
-    def wait(self, resources: Resources) -> None:
+    def wait(self, resources: RayResources) -> None:
         """Say so where others on this Ray have to end first."""
-        wanted = self._summary.workers * self._summary.threads
-        if wanted > resources.free:
+        needed = self._summary.workers * self._summary.threads
+        if needed > resources.free:
             self._progress.note(
-                f"{resources.free} of Ray's {sum(resources.cpus)} CPUs are free, the job takes {wanted}: "
+                f"{resources.free} of Ray's {sum(resources.cpus)} CPUs are free, the job takes {needed}: "
                 "it goes on as others end"
             )
 
@@ -135,7 +264,12 @@ class Reporter:
 
 
 def _compute(
-    request: Request, plan: Plan, items: Sequence[Item], folder: JobFolder, summary: Summary, report: Reporter
+    request: JobRequest,
+    plan: ActorPlan,
+    items: Sequence[Item],
+    folder: JobFolder,
+    summary: Summary,
+    report: Reporter,
 ) -> None:
     gpu, batch = on_gpu(plan), plan.batch or 8
     with data.connected() as resources:

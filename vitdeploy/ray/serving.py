@@ -31,7 +31,7 @@ DEPLOYMENT = "Classifier"
 _ROUTE = re.compile(r"/v1/models/(?P<name>[^/:]+)(/versions/(?P<version>[^/:]+))?(?P<verb>:predict)?/?")
 
 
-class Settings(BaseModel):
+class DeploymentSettings(BaseModel):
     """The ``args`` of the application in ``serve_config.yaml``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,7 +59,7 @@ def application(bundle: str | Path, args: Mapping[str, Any]) -> Any:
 
     Args:
         bundle: a folder that every machine of the cluster sees under this path.
-        args: what ``Settings`` has.
+        args: what ``DeploymentSettings`` has.
 
     Raises:
         MissingDependency: Ray Serve is not installed.
@@ -73,14 +73,14 @@ def application(bundle: str | Path, args: Mapping[str, Any]) -> Any:
     return deployment.bind(str(bundle), _settings(args).model_dump())
 
 
-def _settings(args: Mapping[str, Any]) -> Settings:
+def _settings(args: Mapping[str, Any]) -> DeploymentSettings:
     try:
-        return Settings.model_validate(dict(args))
+        return DeploymentSettings.model_validate(dict(args))
     except ValidationError as error:
         raise UsageError(f"args: {first_problem(error)}") from error
 
 
-class Refusal(Exception):
+class HttpError(Exception):
     """A request that gets an error for an answer."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -119,8 +119,8 @@ class Replica:
 
         try:
             return JSONResponse(await self._answer(request))
-        except Refusal as refusal:
-            return JSONResponse({"error": refusal.message}, refusal.status)
+        except HttpError as error:
+            return JSONResponse({"error": error.message}, error.status)
         except ImageError as error:
             return JSONResponse({"error": error.message}, 400)
         except VitdeployError as error:
@@ -134,15 +134,15 @@ class Replica:
     async def _answer(self, request: Request) -> dict[str, Any]:
         settings = self._settings
         model = {"model_name": settings.name, "model_version": settings.version}
-        found = _ROUTE.fullmatch(request.url.path.removeprefix(request.scope.get("root_path", "")))
-        if not found:
-            raise Refusal(404, f"no such address; images go to /v1/models/{settings.name}:predict")
-        if found["name"] != settings.name or found["version"] not in (None, settings.version):
-            raise Refusal(404, f"no such model; this is {settings.name!r}, version {settings.version!r}")
-        wanted = "POST" if found["verb"] else "GET"
-        if request.method != wanted:
-            raise Refusal(405, f"{request.method} is not for this address, {wanted} is")
-        if not found["verb"]:
+        route = _ROUTE.fullmatch(request.url.path.removeprefix(request.scope.get("root_path", "")))
+        if not route:
+            raise HttpError(404, f"no such address; images go to /v1/models/{settings.name}:predict")
+        if route["name"] != settings.name or route["version"] not in (None, settings.version):
+            raise HttpError(404, f"no such model; this is {settings.name!r}, version {settings.version!r}")
+        method = "POST" if route["verb"] else "GET"
+        if request.method != method:
+            raise HttpError(405, f"{request.method} is not for this address, {method} is")
+        if not route["verb"]:
             return {**model, "ready": self._failure is None}
         top_k = _top_k(request.query_params.get("top_k"), settings.top_k)
         return {**model, "predictions": [await self._classify(await self._body(request), top_k)]}
@@ -150,7 +150,7 @@ class Replica:
     async def _body(self, request: Request) -> bytes:
         """The image file, which must not be longer than is allowed, whatever its header says."""
         if request.headers.get("content-type", "").startswith("multipart/"):
-            raise Refusal(415, "send the image file itself as the body, not a form")
+            raise HttpError(415, "send the image file itself as the body, not a form")
         limit = int(self._settings.max_body_mb * 1e6)
         said = request.headers.get("content-length", "")
         body = bytearray()
@@ -161,7 +161,7 @@ class Replica:
                     break
             else:
                 return bytes(body)
-        raise Refusal(413, f"the body has more than {self._settings.max_body_mb:g} MB")
+        raise HttpError(413, f"the body has more than {self._settings.max_body_mb:g} MB")
 
     async def _classify(self, image: bytes, top_k: int) -> list[dict[str, Any]]:
         loop = asyncio.get_running_loop()
@@ -181,7 +181,7 @@ class Replica:
             raise
 
 
-def _batch(predictor: Predictor, wanted: int) -> int:
+def _batch(predictor: Predictor, max_batch: int) -> int:
     """How many images are computed together at most.
 
     Raises:
@@ -190,9 +190,9 @@ def _batch(predictor: Predictor, wanted: int) -> int:
     manifest, facts = predictor.bundle.manifest, predictor.session.facts
     if manifest.output != "logits":
         raise UsageError(f"{predictor.bundle.root}: gives {manifest.output}, which are no classes")
-    if facts.batch is not None and wanted > facts.batch.max:
-        raise UsageError(f"max_batch {wanted}: {facts.artifact} takes at most {facts.batch.max}")
-    return wanted
+    if facts.batch is not None and max_batch > facts.batch.max:
+        raise UsageError(f"max_batch {max_batch}: {facts.artifact} takes at most {facts.batch.max}")
+    return max_batch
 
 
 def _check_parity(predictor: Predictor, most: int) -> None:
@@ -218,5 +218,5 @@ def _top_k(text: str | None, default: int) -> int:
     if text is None:
         return default
     if not re.fullmatch("[1-9][0-9]{0,6}", text):
-        raise Refusal(400, f"top_k {text!r} is not a positive whole number")
+        raise HttpError(400, f"top_k {text!r} is not a positive whole number")
     return int(text)

@@ -1,13 +1,19 @@
-"""Parquet: reading images and earlier results, writing new ones. The only file that imports pyarrow."""
+"""What goes into a job and what comes out: image files and Parquet files, work and results as tables.
+
+The only file that imports pyarrow.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vitdeploy.errors import ImageError, MissingDependency, UsageError, did_you_mean
+from vitdeploy.images.decode import find_images
+from vitdeploy.machine.atomic import atomic_write
 from vitdeploy.ray.work import COLUMNS, Item, Result, Stamp
 
 Table = Any
@@ -103,26 +109,22 @@ def pieces(items: Sequence[Item]) -> Table:
     return pa.Table.from_pydict(columns, schema=pa.schema(list(types.items())))
 
 
-def items(table: Table) -> Iterator[Item]:
+def items_of(table: Table) -> Iterator[Item]:
     """What ``pieces`` put in."""
     for row in table.to_pylist():
         stamp = Stamp(row["size"], row["modified"])
         yield Item(row["source"], stamp, row["group"], row["first"], row["rows"], tuple(row["done"]))
 
 
-def write(path: Path, tables: Iterable[Table]) -> None:
+def write_parquet(path: Path, tables: Iterable[Table]) -> None:
     """Write a Parquet file that appears complete or not at all.
 
     Raises:
         OSError: the disk refuses.
     """
     pa = _arrow()
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("wb") as file:
+    with atomic_write(path) as file:
         pa.parquet.write_table(pa.concat_tables(tables), file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
 
 
 Judge = Callable[[str, int, Stamp, bool], bool]
@@ -151,7 +153,7 @@ def sift(path: Path, stays: Judge) -> int:
         hint = "remove it, and its images are computed again"
         raise UsageError(f"{path}: is not a file of results: {_one_line(error)}", hint=hint) from error
     if any(kept):
-        write(path, [whole.filter(pa.array(kept))])
+        write_parquet(path, [whole.filter(pa.array(kept))])
     else:
         path.unlink()
     return sum(kept)
@@ -171,37 +173,35 @@ def row_groups(path: Path) -> list[int]:
     return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
 
-def image_column(path: Path, wanted: str | None) -> str:
+def image_column(path: Path, name: str | None) -> str:
     """The column of a Parquet file that has the images.
 
     Args:
-        wanted: its name. Without one it is the only column of bytes, or of structs with ``bytes`` in them, as
-            Hugging Face's datasets have; else the one called ``path``.
+        name: the column's. Without one it is the only column of bytes, or of structs with ``bytes`` in them,
+            as Hugging Face's datasets have; else the one called ``path``.
 
     Raises:
         UsageError: there is no such column, or it can hold no images.
     """
     schema = _opened(path).schema_arrow
-    if wanted is not None:
-        if wanted not in schema.names:
-            known = f"it has {', '.join(schema.names)}"
+    if name is not None:
+        if name not in schema.names:
+            hint = f"it has {', '.join(schema.names)}"
+            raise UsageError(f"{path}: has no column {name!r}{did_you_mean(name, schema.names)}", hint=hint)
+        if not _holds_images(schema.field(name).type):
+            kind = schema.field(name).type
             raise UsageError(
-                f"{path}: has no column {wanted!r}{did_you_mean(wanted, schema.names)}", hint=known
-            )
-        if not _holds_images(schema.field(wanted).type):
-            kind = schema.field(wanted).type
-            raise UsageError(
-                f"{path}: column {wanted!r} has neither images nor paths, but {kind}",
+                f"{path}: column {name!r} has neither images nor paths, but {kind}",
                 hint="images are bytes, paths are strings",
             )
-        return wanted
-    found = [field.name for field in schema if _holds_bytes(field.type)]
-    if not found and "path" in schema.names and _holds_images(schema.field("path").type):
-        found = ["path"]
-    if len(found) != 1:
-        many = f"columns {', '.join(found)} may all be images" if found else "no column of images"
+        return name
+    candidates = [field.name for field in schema if _holds_bytes(field.type)]
+    if not candidates and "path" in schema.names and _holds_images(schema.field("path").type):
+        candidates = ["path"]
+    if len(candidates) != 1:
+        many = f"columns {', '.join(candidates)} may all be images" if candidates else "no column of images"
         raise UsageError(f"{path}: {many}", hint=f"--parquet-column NAME, one of {', '.join(schema.names)}")
-    return str(found[0])
+    return str(candidates[0])
 
 
 def _holds_images(kind: Any) -> bool:
@@ -262,3 +262,124 @@ def _opened(path: Path) -> Any:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
+
+
+PARQUET = (".parquet", ".pq")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The work there is, before anything is known of what was done earlier."""
+
+    items: tuple[Item, ...]
+    column: str | None = None
+    """Where the Parquet files have their images; None for image files."""
+    problems: tuple[ImageError, ...] = field(default=())
+    """Of paths that name nothing."""
+
+    @property
+    def stamps(self) -> dict[str, Stamp]:
+        return {item.source: item.stamp for item in self.items}
+
+
+def find_inputs(paths: Sequence[str], column: str | None) -> Inputs:
+    """Look for image files, or for Parquet files where a column or nothing but Parquet files are named.
+
+    Raises:
+        UsageError: images and Parquet files together, a file that is no Parquet, a column that is not there.
+    """
+    parquet = [path for path in paths if path.endswith(PARQUET)]
+    if column is not None or len(parquet) == len(paths):
+        return _parquet(paths, column)
+    if parquet:
+        raise UsageError(
+            f"{parquet[0]} is a Parquet file, the others are images", hint="classify them in two jobs"
+        )
+    return _images(paths)
+
+
+def _images(paths: Iterable[str]) -> Inputs:
+    items: dict[str, Item] = {}
+    problems: list[ImageError] = []
+    for path in paths:
+        try:
+            images = find_images([path])
+        except ImageError as error:
+            problems.append(_with_parquet_in_mind(error, path))
+            continue
+        for image in images:
+            try:
+                source = _text(image)
+            except ImageError as error:
+                problems.append(error)
+            else:
+                items[source] = Item(source, _stamp(source))
+    return Inputs(tuple(items.values()), None, tuple(problems))
+
+
+def _parquet(paths: Iterable[str], named: str | None) -> Inputs:
+    items: dict[str, Sequence[Item]] = {}
+    problems: list[ImageError] = []
+    column: str | None = None
+    for path in paths:
+        try:
+            for file in _find_parquet(Path(path)):
+                column = image_column(file, named or column)
+                items[_text(file)] = _row_groups(file)
+        except ImageError as error:
+            problems.append(error)
+    return Inputs(tuple(item for groups in items.values() for item in groups), column, tuple(problems))
+
+
+def _row_groups(path: Path) -> list[Item]:
+    source, items, first = _text(path), [], 0
+    stamp = _stamp(source)
+    for number, rows in enumerate(row_groups(path)):
+        if rows:
+            items.append(Item(source, stamp, number, first, rows))
+        first += rows
+    return items
+
+
+def _find_parquet(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ImageError(f"{path} does not exist", hint="check the path")
+    if not path.is_dir():
+        return [path]
+    files: list[Path] = []
+    for parent, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if name.endswith(PARQUET) and not name.startswith(".")]
+    if not files:
+        raise ImageError(f"no Parquet file in directory {path}", hint=f"they end in {' or '.join(PARQUET)}")
+    return sorted(files)
+
+
+def _text(path: Path) -> str:
+    """An absolute path as text that Parquet can hold.
+
+    Raises:
+        ImageError: it is no UTF-8.
+    """
+    text = str(path.absolute())
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ImageError(f"{text!r} is not UTF-8, so Parquet cannot hold it", hint="rename it") from error
+    return text
+
+
+def _stamp(source: str) -> Stamp:
+    """Of a file that can be seen; one that cannot will have its error when it is read."""
+    try:
+        info = Path(source).stat()
+    except OSError:
+        return Stamp(-1, -1)
+    return Stamp(info.st_size, info.st_mtime_ns)
+
+
+def _with_parquet_in_mind(error: ImageError, path: str) -> ImageError:
+    folder = Path(path)
+    if folder.is_dir() and any(name.suffix in PARQUET for name in folder.iterdir()):
+        return ImageError(error.message, hint="--parquet-column NAME reads the Parquet files in it")
+    return error

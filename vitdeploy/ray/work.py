@@ -61,7 +61,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ActorPlan:
     """How each actor runs the bundle; it travels to other machines."""
 
     bundle: str
@@ -80,7 +80,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Resources:
+class RayResources:
     """What Ray has."""
 
     cpus: tuple[int, ...]

@@ -11,7 +11,7 @@ from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import BundleError, ImageError, VitdeployError
 from vitdeploy.predictor import Predictor
 from vitdeploy.ray import tables
-from vitdeploy.ray.work import Item, Plan, Result
+from vitdeploy.ray.work import ActorPlan, Item, Result
 
 _Image = tuple[int, str | None, bytes | str]
 """Row number (-1 without), name, and bytes or path."""
@@ -24,23 +24,23 @@ class Classifier:
     another form with each of its versions.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ActorPlan) -> None:
         self._plan = plan
         self._predictor: Predictor | None = None
 
     def __call__(self, pieces: tables.Table) -> Iterator[tables.Table]:
         try:
             self._predictor = self._predictor or open_predictor(self._plan)
-            for rows in self._work(list(tables.items(pieces)), self._predictor):
+            for rows in self._work(list(tables.items_of(pieces)), self._predictor):
                 yield tables.results(rows)
         except VitdeployError as error:
             yield tables.failure(json.dumps(error.as_dict()))
 
     def _work(self, items: Sequence[Item], predictor: Predictor) -> Iterator[list[Result]]:
         files = [item for item in items if item.group < 0]
-        for some in _chunks(files, predictor.chunk):
-            images = [(-1, item.source, item.source) for item in some]
-            yield self._classify(predictor, some, images)
+        for chunk in _chunks(files, predictor.chunk):
+            images = [(-1, item.source, item.source) for item in chunk]
+            yield self._classify(predictor, chunk, images)
         for item in items:
             if item.group >= 0:
                 yield from self._row_group(predictor, item)
@@ -67,7 +67,7 @@ class Classifier:
         ]
 
 
-def open_predictor(plan: Plan) -> Predictor:
+def open_predictor(plan: ActorPlan) -> Predictor:
     """The bundle as the plan says.
 
     Raises:
