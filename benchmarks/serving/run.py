@@ -199,7 +199,7 @@ def _heading(subject: Subject, plan: Plan, command: str) -> dict[str, Any]:
         "bundle": {"digest": manifest.digest, "artifact": artifact.name, "backend": "onnxruntime"},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "environment": find_environment(ROOT).model_dump(mode="json"),
+        "environment": find_environment(ROOT, ["onnxruntime"]).model_dump(mode="json"),
         "settings": dataclasses.asdict(plan),
         "bytes": {
             "tensor": int(subject.pixels[0].nbytes),

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from vitdeploy._version import __version__
-from vitdeploy.backends.base import library_extras
+from vitdeploy.backends.base import backend_names, library_extras
 from vitdeploy.benchmark.results import Environment, Git, MeasuredCpu
 from vitdeploy.machine.gpus import query_gpus
 from vitdeploy.machine.identity import find_cpu, installed_version
 
 
-def find_environment(folder: Path) -> Environment:
-    """The machine, the libraries, and the git revision of ``folder``."""
-    cpu = find_cpu()
+def find_environment(folder: Path, backends: Iterable[str]) -> Environment:
+    """The machine, the libraries of these backends of ours, and the git revision of ``folder``."""
+    cpu, ours = find_cpu(), [name for name in backend_names() if name in set(backends)]
     return Environment(
         vitdeploy=__version__,
         python=platform.python_version(),
@@ -30,7 +31,7 @@ def find_environment(folder: Path) -> Environment:
             governor=governor(),
         ),
         gpus=query_gpus()[0],
-        libraries={name: installed_version(name) for name in library_extras()},
+        libraries={name: installed_version(name) for name in library_extras(ours)},
         git=git_revision(folder),
     )
 

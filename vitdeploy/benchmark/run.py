@@ -102,7 +102,8 @@ def run_plan(
 ) -> Results:
     """Measure; Ctrl-C ends it early, and what was measured is returned, marked partial."""
     progress = progress or Progress()
-    environment, reader = find_environment(Path.cwd()), CounterReader()
+    environment = find_environment(Path.cwd(), {case.backend for case in plan.cases})
+    reader = CounterReader()
     runs = [CaseRun(case, plan.limits) for case in plan.cases]
     cells = [CellRun(run, b) for run in runs for b in sorted(set(plan.batches)) if serves(run.case, b)]
     control: ControlRun | None = None
