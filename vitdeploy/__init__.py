@@ -292,7 +292,7 @@ def bench(
         UsageError: an unknown backend, artifact or class, or nothing to measure.
         MissingDependency, DeviceUnavailable: a backend asked for by name does not work here.
     """
-    from vitdeploy.benchmark.lanes import Choices
+    from vitdeploy.benchmark.cases import Choices
     from vitdeploy.benchmark.run import run_bench
 
     choices = Choices(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitdeploy.benchmark.lanes import Lane, Target
+from vitdeploy.benchmark.cases import BenchTarget, Case
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.machine.child import child_environment
 
@@ -63,8 +63,10 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-def lane_of(peer: Peer, target: Target, checkpoint: Path, threads: int, python: Path | None = None) -> Lane:
-    """The peer as a lane of a measurement.
+def case_of(
+    peer: Peer, target: BenchTarget, checkpoint: Path, threads: int, python: Path | None = None
+) -> Case:
+    """The peer as a case of a measurement.
 
     Args:
         peer: one of ``PEERS``.
@@ -73,7 +75,7 @@ def lane_of(peer: Peer, target: Target, checkpoint: Path, threads: int, python: 
         threads: of the runtime.
         python: the interpreter of the peer's environment; this one when omitted.
     """
-    return Lane(
+    return Case(
         target=target,
         backend=peer.backend,
         artifact=peer.artifact,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitdeploy.benchmark.loop import Array, Caller, Loaded
+from vitdeploy.benchmark.loop import Array, Caller, LoadedModel
 
 if TYPE_CHECKING:
     import torch
@@ -139,8 +139,8 @@ RUNTIMES: Mapping[str, Callable[[Job, Path], list[Caller]]] = {
 }
 
 
-def loaded(job: Job, callers: list[Caller], packages: tuple[str, ...], size: int) -> Loaded:
-    """What a peer's ``load`` returns; see ``facts_of`` of ``vitdeploy.benchmark.lanes``.
+def loaded(job: Job, callers: list[Caller], packages: tuple[str, ...], size: int) -> LoadedModel:
+    """What a peer's ``load`` returns; see ``facts_of`` of ``vitdeploy.benchmark.cases``.
 
     Args:
         job: of the peer.
@@ -153,4 +153,4 @@ def loaded(job: Job, callers: list[Caller], packages: tuple[str, ...], size: int
         "versions": {name: version(name) for name in packages},
         "size_bytes": size,
     }
-    return Loaded(callers, facts)
+    return LoadedModel(callers, facts)

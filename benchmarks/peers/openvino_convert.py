@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.common import exported, loaded, on_openvino, size_of, transformers_model
-from vitdeploy.benchmark.loop import Loaded, main
+from vitdeploy.benchmark.loop import LoadedModel, run_process
 
 
-def load(job: dict[str, Any]) -> Loaded:
+def load(job: dict[str, Any]) -> LoadedModel:
     """Convert the checkpoint, unless that is done, and compile the file."""
 
     def write(folder: Path) -> None:
@@ -28,4 +28,4 @@ def load(job: dict[str, Any]) -> Loaded:
 
 
 if __name__ == "__main__":
-    main(load)
+    run_process(load)

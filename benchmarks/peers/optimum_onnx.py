@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.common import OPSET, exported, loaded, session_options, size_of
-from vitdeploy.benchmark.loop import Array, Caller, Loaded, main
+from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, run_process
 
 
-def load(job: dict[str, Any]) -> Loaded:
+def load(job: dict[str, Any]) -> LoadedModel:
     """Export the checkpoint, unless that is done, and open the file."""
 
     def write(folder: Path) -> None:
@@ -37,4 +37,4 @@ def _caller(job: dict[str, Any], folder: Path) -> Caller:
 
 
 if __name__ == "__main__":
-    main(load)
+    run_process(load)

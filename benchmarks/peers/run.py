@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import vitdeploy
-from benchmarks.peers.catalogue import PEERS, lane_of
+from benchmarks.peers.catalogue import PEERS, case_of
 from benchmarks.peers.environments import ROOT, EnvironmentFailure, ensure
 from benchmarks.vits import SIZES, save_vit
-from vitdeploy.benchmark.lanes import Choices, Lane, Target, lanes_of, open_targets
-from vitdeploy.benchmark.results import Results, Skipped, require_writable, write_whole
-from vitdeploy.benchmark.run import Plan, run_plan
+from vitdeploy.benchmark.cases import BenchTarget, Case, Choices, cases_of, open_targets
+from vitdeploy.benchmark.results import Results, SkippedCase, require_writable, write_whole
+from vitdeploy.benchmark.run import BenchPlan, run_plan
 from vitdeploy.cli.output import Stages
 from vitdeploy.cli.parse import duration, integers
 from vitdeploy.errors import UsageError, VitdeployError
@@ -51,7 +51,7 @@ OURS = _EXPORTED | {("torch", "fp32"), ("torch-compile", "fp32"), ("aotinductor"
 SCOPES: Mapping[str, Scope] = {
     "vit_tiny_patch16_224": Scope((1, 8), 120, OURS, tuple(PEERS)),
     "vit_base_patch16_224": Scope((1, 8, 32), 600, OURS, tuple(PEERS)),
-    # All lanes are in memory at once, with 2 to 3 GB each: these fit into 24 GB.
+    # All cases are in memory at once, with 2 to 3 GB each: these fit into 24 GB.
     "vit_large_patch16_224": Scope(
         (1, 8),
         240,
@@ -138,28 +138,28 @@ def measure(model: str, wanted: Wanted, command: str, progress: Progress) -> Res
     checkpoint, scope = WORK / model / model, SCOPES[model]
     with progress.stage(f"export {model}"):
         target = prepare(checkpoint)
-    lanes, skipped = our_lanes(target, scope.ours, wanted.threads)
+    cases, skipped = our_cases(target, scope.ours, wanted.threads)
     notes: list[str] = []
     for name in scope.peers if wanted.peers is None else wanted.peers:
         with progress.stage(f"prepare {name}") as stage:
             try:
-                lane, versions = peer_lane(name, target, checkpoint, wanted.threads)
-                lanes.append(lane)
+                case, versions = peer_case(name, target, checkpoint, wanted.threads)
+                cases.append(case)
                 notes.append(versions)
             except (EnvironmentFailure, WorkerFailure) as error:
                 peer = PEERS[name]
                 stage.detail = f"SKIPPED: {error}"
                 skipped.append(
-                    Skipped(
+                    SkippedCase(
                         subject=target.name, backend=peer.backend, artifact=peer.artifact, reason=str(error)
                     )
                 )
     batches, budget = wanted.batches or scope.batches, wanted.budget or scope.budget
-    results = run_plan(Plan(lanes, batches, budget, skipped=skipped, command=command), progress=progress)
+    results = run_plan(BenchPlan(cases, batches, budget, skipped=skipped, command=command), progress=progress)
     return results.model_copy(update={"notes": (*results.notes, *notes)})
 
 
-def prepare(checkpoint: Path) -> Target:
+def prepare(checkpoint: Path) -> BenchTarget:
     """Make the checkpoint, unless it is there, and our bundle of it, always anew."""
     if not checkpoint.is_dir():
         beside = checkpoint.with_name("unfinished")
@@ -169,17 +169,17 @@ def prepare(checkpoint: Path) -> Target:
     return open_targets([bundle])[0]
 
 
-def our_lanes(
-    target: Target, ours: frozenset[tuple[str, str]], threads: int
-) -> tuple[list[Lane], list[Skipped]]:
-    """Our own lanes, and why some are not there."""
-    lanes, skipped = lanes_of(target, Choices(threads=(threads,)))
+def our_cases(
+    target: BenchTarget, ours: frozenset[tuple[str, str]], threads: int
+) -> tuple[list[Case], list[SkippedCase]]:
+    """Our own cases, and why some are not there."""
+    cases, skipped = cases_of(target, Choices(threads=(threads,)))
     missing = [one for one in skipped if (one.backend, one.artifact.removeprefix("onnx-")) in ours]
-    return [lane for lane in lanes if (lane.backend, lane.precision) in ours], missing
+    return [case for case in cases if (case.backend, case.precision) in ours], missing
 
 
-def peer_lane(name: str, target: Target, checkpoint: Path, threads: int) -> tuple[Lane, str]:
-    """A peer's lane and the versions of what it is made of; its model is exported.
+def peer_case(name: str, target: BenchTarget, checkpoint: Path, threads: int) -> tuple[Case, str]:
+    """A peer's case and the versions of what it is made of; its model is exported.
 
     What is measured later loads a file, and has no exporter in memory.
 
@@ -189,14 +189,14 @@ def peer_lane(name: str, target: Target, checkpoint: Path, threads: int) -> tupl
     """
     peer = PEERS[name]
     python = ensure(peer.environment) if peer.environment else None
-    lane = lane_of(peer, target, checkpoint, threads, python)
-    worker = lane.start(_LOADING)
+    case = case_of(peer, target, checkpoint, threads, python)
+    worker = case.start(_LOADING)
     try:
         facts = worker.answer()["facts"]
     finally:
         worker.close()
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
-    return replace(lane, size_bytes=facts["size_bytes"]), f"{name}: {versions}"
+    return replace(case, size_bytes=facts["size_bytes"]), f"{name}: {versions}"
 
 
 def write(results: Results, path: Path) -> Path:

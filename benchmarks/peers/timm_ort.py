@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.common import OPSET, exported, loaded, on_onnxruntime, size_of
-from vitdeploy.benchmark.loop import Loaded, main
+from vitdeploy.benchmark.loop import LoadedModel, run_process
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,7 +22,7 @@ _NAMES: Mapping[str, str] = {
 """Of a layer's modules: transformers' and timm's."""
 
 
-def load(job: dict[str, Any]) -> Loaded:
+def load(job: dict[str, Any]) -> LoadedModel:
     """Export the checkpoint, unless that is done, and open the file."""
 
     def write(folder: Path) -> None:
@@ -97,4 +97,4 @@ def _import_torchvision() -> None:
 
 
 if __name__ == "__main__":
-    main(load)
+    run_process(load)

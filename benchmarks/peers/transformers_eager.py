@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.common import loaded, transformers_model
-from vitdeploy.benchmark.loop import Array, Loaded, main
+from vitdeploy.benchmark.loop import Array, LoadedModel, run_process
 
 
-def load(job: dict[str, Any]) -> Loaded:
+def load(job: dict[str, Any]) -> LoadedModel:
     """Open the checkpoint; all callers share the model."""
     import torch
 
@@ -25,4 +25,4 @@ def load(job: dict[str, Any]) -> Loaded:
 
 
 if __name__ == "__main__":
-    main(load)
+    run_process(load)

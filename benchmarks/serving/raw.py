@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.subjects import Subject
-from vitdeploy.benchmark.loop import Array, Caller, Loaded, main
+from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, run_process
 from vitdeploy.machine.child import Worker, child_environment
 
 _LIMIT = 300.0
@@ -77,7 +77,7 @@ def raw_session(subject: Subject, kind: str, threads: int, folder: Path) -> Iter
         "device": None,
         "concurrency": 1,
     }
-    module = "vitdeploy.benchmark.lane"
+    module = "vitdeploy.benchmark.backend_process"
     if kind == "image":
         module, job["images"] = "benchmarks.serving.raw", []
         for index, data in enumerate(subject.images):
@@ -112,7 +112,7 @@ def per_second(batches: Mapping[int, int], seconds: Mapping[int, float]) -> floa
     return sum(size * count for size, count in batches.items()) / total
 
 
-def load(job: dict[str, Any]) -> Loaded:
+def load(job: dict[str, Any]) -> LoadedModel:
     """Open a session and keep a pool decoding for it; a batch's pixels only say how many images it has."""
     import vitdeploy
 
@@ -132,8 +132,8 @@ def load(job: dict[str, Any]) -> Loaded:
         return predictor.session.run({name: np.stack(tensors)})[output], None
 
     callers: list[Caller] = [call]
-    return Loaded(callers, {})
+    return LoadedModel(callers, {})
 
 
 if __name__ == "__main__":
-    main(load)
+    run_process(load)

@@ -29,7 +29,7 @@ from benchmarks.serving.processes import ServerFailure
 from benchmarks.serving.raw import raw_session, run_seconds
 from benchmarks.serving.rounds import Plan, closed_loop
 from benchmarks.serving.subjects import KINDS, SCOPES, Subject, prepare
-from vitdeploy.benchmark.machine import environment
+from vitdeploy.benchmark.environment import find_environment
 from vitdeploy.benchmark.results import require_writable
 from vitdeploy.cli.output import Stages
 from vitdeploy.errors import UsageError, VitdeployError
@@ -199,7 +199,7 @@ def _heading(subject: Subject, plan: Plan, command: str) -> dict[str, Any]:
         "bundle": {"digest": manifest.digest, "artifact": artifact.name, "backend": "onnxruntime"},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "environment": environment(ROOT).model_dump(mode="json"),
+        "environment": find_environment(ROOT, ["onnxruntime"]).model_dump(mode="json"),
         "settings": dataclasses.asdict(plan),
         "bytes": {
             "tensor": int(subject.pixels[0].nbytes),

@@ -24,6 +24,12 @@ BEYOND = "[document.scrollingElement.scrollWidth, window.innerWidth]"
 COLOURS = """
 [getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor,
  getComputedStyle(document.querySelector('figure.plot svg text')).fill]"""
+OFF_COLOUR = """
+[...document.querySelectorAll('.plot :is(.line, .mark) > path, .plot :is(.line, .mark) use')].filter(drawn =>
+  getComputedStyle(drawn).stroke !== getComputedStyle(drawn.closest('[class]')).color).length
++ document.querySelectorAll('.plot defs [style]').length"""
+SERIES = """
+new Set([...document.querySelectorAll('.plot .line')].map(line => getComputedStyle(line).color)).size"""
 SMALLEST_TEXT = """
 Math.min(...[...document.querySelectorAll('figure.plot svg text')].map(
   text => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a))"""
@@ -74,6 +80,8 @@ def test_the_report(browser: Chromium, report: Path, width: int, dark: bool) -> 
     ink, paper, text = browser.evaluate(COLOURS)
     assert paper == (DARK if dark else LIGHT)
     assert text == ink != paper
+    assert browser.evaluate(OFF_COLOUR) == 0, "a style of matplotlib's own hides the page's"
+    assert browser.evaluate(SERIES) == 5 + 2, "backends, what is wrong, and ink"
 
 
 def test_hostile_and_endless_names(browser: Chromium, tmp_path: Path) -> None:

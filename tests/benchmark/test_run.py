@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +14,28 @@ import pytest
 
 import vitdeploy
 from tests.helpers.bundles import write_bundle
-from tests.helpers.script_lanes import RIGHT, lane, target
-from vitdeploy.benchmark import metronome
-from vitdeploy.benchmark.cells import Limits
-from vitdeploy.benchmark.choice import pick
-from vitdeploy.benchmark.machine import NO_TIME, Moment
-from vitdeploy.benchmark.ranking import fastest
+from tests.helpers.script_cases import RIGHT, case, target
+from vitdeploy.benchmark import cells
+from vitdeploy.benchmark.cells import TimeLimits
+from vitdeploy.benchmark.disturbances import ZERO, Counters
+from vitdeploy.benchmark.ranking import fastest, pick
 from vitdeploy.benchmark.results import Results
-from vitdeploy.benchmark.run import Plan, run_plan
+from vitdeploy.benchmark.run import BenchPlan, run_plan
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, ParityError, UsageError
 from vitdeploy.progress import Progress, Stage
 
 ORT = ["onnxruntime"]
-QUIET = Limits(load=60, run=20)
+QUIET = TimeLimits(load=60, run=20)
 
 
-def quiet() -> Moment:
-    return NO_TIME
+def quiet() -> Counters:
+    return ZERO
 
 
-def measure(lanes: list[Any], batches: tuple[int, ...] = (1, 2), **plan: Any) -> Results:
+def measure(cases: list[Any], batches: tuple[int, ...] = (1, 2), **plan: Any) -> Results:
     wanted = {"budget": 0.3, "limits": QUIET, **plan}
-    return run_plan(Plan(lanes, batches, **wanted), counters=quiet)
+    return run_plan(BenchPlan(cases, batches, **wanted), counters=quiet)
 
 
 def test_cells(tmp_path: Path) -> None:
@@ -119,14 +121,14 @@ def test_a_fast_wrong_backend_is_never_picked(tmp_path: Path) -> None:
     """Wrong from the first run on, or only once it is timed; both are much faster than the right one."""
     aim = target(tmp_path)
     slow = "import time\ndef answer(pixels):\n    time.sleep(0.005)\n    return right(pixels)\n"
-    lanes = [
-        lane(aim, tmp_path, "right", slow),
-        lane(aim, tmp_path, "wrong", "def answer(pixels): return np.zeros((len(pixels), 5), np.float32)"),
-        lane(aim, tmp_path, "nan", "def answer(pixels): return right(pixels) * np.nan"),
-        lane(aim, tmp_path, "shape", "def answer(pixels): return right(pixels)[:, :4]"),
-        lane(aim, tmp_path, "later", "def answer(pixels): return right(pixels) * (1 if calls < 40 else 1.3)"),
+    cases = [
+        case(aim, tmp_path, "right", slow),
+        case(aim, tmp_path, "wrong", "def answer(pixels): return np.zeros((len(pixels), 5), np.float32)"),
+        case(aim, tmp_path, "nan", "def answer(pixels): return right(pixels) * np.nan"),
+        case(aim, tmp_path, "shape", "def answer(pixels): return right(pixels)[:, :4]"),
+        case(aim, tmp_path, "later", "def answer(pixels): return right(pixels) * (1 if calls < 40 else 1.3)"),
     ]
-    found = measure(lanes)
+    found = measure(cases)
     verdicts = {cell.backend: cell.valid for cell in found.cells if cell.batch == 2}
     assert verdicts == {"right": True, "wrong": False, "nan": False, "shape": False, "later": False}
     for goal in ("latency", "throughput"):
@@ -156,8 +158,8 @@ def test_a_backend_that_dies_at_one_batch_size(tmp_path: Path, how: str) -> None
     act, message = DEAD[how]
     aim = target(tmp_path)
     body = f"def answer(pixels):\n    if len(pixels) == 4: {act}\n    return right(pixels)\n"
-    lanes = [lane(aim, tmp_path, how, body), lane(aim, tmp_path, "right", RIGHT)]
-    found = measure(lanes, (1, 4, 8), limits=Limits(load=60, run=2))
+    cases = [case(aim, tmp_path, how, body), case(aim, tmp_path, "right", RIGHT)]
+    found = measure(cases, (1, 4, 8), limits=TimeLimits(load=60, run=2))
     assert [(c.backend, c.batch, c.valid) for c in found.cells] == [
         (how, 1, True),
         (how, 4, False),
@@ -174,7 +176,7 @@ def test_a_backend_that_dies_at_one_batch_size(tmp_path: Path, how: str) -> None
 @pytest.mark.parametrize("sizes, alive", [("(4, 8)", [1]), ("(8,)", [1, 4])])
 def test_batch_sizes_that_kill_leave_the_others_alone(tmp_path: Path, sizes: str, alive: list[int]) -> None:
     body = f"def answer(pixels):\n    if len(pixels) in {sizes}: os._exit(9)\n    return right(pixels)\n"
-    found = measure([lane(target(tmp_path), tmp_path, "picky", body)], (1, 4, 8))
+    found = measure([case(target(tmp_path), tmp_path, "picky", body)], (1, 4, 8))
     assert [cell.batch for cell in found.cells if cell.valid] == alive
 
 
@@ -189,9 +191,9 @@ def test_batch_sizes_that_kill_leave_the_others_alone(tmp_path: Path, sizes: str
 )
 def test_a_backend_that_does_not_come_up(tmp_path: Path, body: str, message: str) -> None:
     aim = target(tmp_path)
-    lanes = [lane(aim, tmp_path, "broken", f"answer = right\n{body}"), lane(aim, tmp_path, "right", RIGHT)]
+    cases = [case(aim, tmp_path, "broken", f"answer = right\n{body}"), case(aim, tmp_path, "right", RIGHT)]
     # Only the one that hangs has to be waited for; a busy machine starts the others in its own time.
-    found = measure(lanes, limits=Limits(load=2 if "sleep" in body else 60, run=60))
+    found = measure(cases, limits=TimeLimits(load=2 if "sleep" in body else 60, run=60))
     assert [cell.valid for cell in found.cells] == [False, False, True, True]
     assert all(message in cell.reason for cell in found.cells[:2])
     assert found.cells[0].startup is None
@@ -204,7 +206,7 @@ def test_a_backend_that_dies_while_it_is_timed(tmp_path: Path) -> None:
         f"def answer(pixels):\n    if calls == 60 and not os.path.exists({str(mark)!r}):\n"
         f"        open({str(mark)!r}, 'w').close()\n        os._exit(9)\n    return right(pixels)\n"
     )
-    found = measure([lane(aim, tmp_path, "tired", body), lane(aim, tmp_path, "right", RIGHT)])
+    found = measure([case(aim, tmp_path, "tired", body), case(aim, tmp_path, "right", RIGHT)])
     assert sum(cell.status == "failed" for cell in found.cells) == 1, "the process was started again"
     assert all(cell.valid for cell in found.cells if cell.backend == "right")
 
@@ -215,17 +217,19 @@ class Interrupts:
     def __init__(self, after: int) -> None:
         self.left = after
 
-    def __call__(self) -> Moment:
+    def __call__(self) -> Counters:
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt
-        return NO_TIME
+        return ZERO
 
 
 @pytest.mark.parametrize("after, measured", [(1, 0), (12, 4)])
 def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path, after: int, measured: int) -> None:
     aim = target(tmp_path)
-    plan = Plan([lane(aim, tmp_path, name, RIGHT) for name in ("a", "b")], (1, 2), budget=30, limits=QUIET)
+    plan = BenchPlan(
+        [case(aim, tmp_path, name, RIGHT) for name in ("a", "b")], (1, 2), budget=30, limits=QUIET
+    )
     found = run_plan(plan, counters=Interrupts(after))
     assert found.partial
     assert sum(cell.status == "ok" for cell in found.cells) == measured
@@ -236,8 +240,8 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path, after: int, mea
 def test_rounds_are_interleaved_and_shuffled(tmp_path: Path) -> None:
     aim, log = target(tmp_path), tmp_path / "log"
     body = f"def answer(pixels):\n    open({str(log)!r}, 'a').write('NAME ')\n    return right(pixels)"
-    lanes = [lane(aim, tmp_path, name, body.replace("NAME", name)) for name in "abc"]
-    found = measure(lanes, (1,), budget=1.0)
+    cases = [case(aim, tmp_path, name, body.replace("NAME", name)) for name in "abc"]
+    found = measure(cases, (1,), budget=1.0)
     turns = [name for name, before in _turns(log.read_text().split()) if name != before]
     tail = turns[-3 * (found.rounds - 1) :]
     assert found.rounds >= 3
@@ -248,6 +252,7 @@ def _turns(names: list[str]) -> list[tuple[str, str]]:
     return list(zip(names, ["", *names], strict=False))
 
 
+@pytest.mark.slow
 def test_accuracy_beside_the_reference(digits_fp32: Path) -> None:
     found = vitdeploy.bench(digits_fp32, backends=ORT, batches=(8,), threads=1, budget=0.3)
     (cell,) = found.cells
@@ -268,29 +273,61 @@ class Details(Progress):
 
 
 def test_progress(tmp_path: Path) -> None:
-    plan = Plan([lane(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=0.3, limits=QUIET)
+    plan = BenchPlan([case(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=0.3, limits=QUIET)
     progress = Details()
     run_plan(plan, progress=progress, counters=quiet)
     assert "warm up 1 of 2" in progress.said[0]
     assert any("round 2 of 2 cells" in text and "%" in text for text in progress.said)
 
 
-def test_the_metronome_takes_its_turn(tmp_path: Path) -> None:
-    found = measure([lane(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=2.0)
+def test_control_work_runs_in_every_round(tmp_path: Path) -> None:
+    found = measure([case(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=0.5)
     assert found.metronome is not None
     assert found.metronome.p50_ms > 0.1
     assert len(found.metronome.samples_ms) == found.rounds * found.metronome.round_samples
 
 
-def test_a_measurement_without_a_metronome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metronome, "_LIMIT", 1e-3)
-    found = measure([lane(target(tmp_path), tmp_path, "a", RIGHT)], (1,))
+def test_a_measurement_without_control_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "_CONTROL_LIMIT", 1e-3)
+    found = measure([case(target(tmp_path), tmp_path, "a", RIGHT)], (1,))
     assert found.metronome is None
     assert found.cells[0].valid
 
 
-def test_a_lane_names_itself(tmp_path: Path) -> None:
+def test_a_case_names_itself(tmp_path: Path) -> None:
     aim = target(tmp_path)
-    made = lane(aim, tmp_path, "a", RIGHT, threads=2, concurrency=3)
+    made = case(aim, tmp_path, "a", RIGHT, threads=2, concurrency=3)
     assert made.name == "a onnx-fp32 2 threads 3 callers"
     assert dataclasses.replace(made, threads=None, concurrency=1).name == "a onnx-fp32"
+
+
+HEAVY = {"torch", "openvino", "tensorrt", "tensorrt_rtx", "triton", "transformers", "onnx", "matplotlib"}
+IMPORTS = """
+import json, sys
+from vitdeploy.benchmark.backend_process import open_sessions
+from vitdeploy.cli import main
+
+if sys.argv[1] == "bench":
+    assert main(sys.argv[1:]) == 0
+else:
+    open_sessions(json.loads(sys.argv[1]))
+print(json.dumps(list(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("process", ["measuring", "measured"])
+def test_a_benchmark_of_one_backend_imports_only_that_backend(tmp_path: Path, process: str) -> None:
+    root = str(write_bundle(tmp_path / "b").root)
+    job = dict.fromkeys(("threads", "provider", "device")) | {"bundle": root, "backend": "onnxruntime"}
+    arguments = {
+        "measuring": ["bench", root, "--backend", "onnxruntime", "--batch", "1", "--budget", "0.1s"],
+        "measured": [json.dumps({**job, "artifact": "onnx-fp32", "concurrency": 1})],
+    }[process]
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = set(json.loads(done.stderr.splitlines()[-1]))
+    backends = {name for name in imported if name.startswith("vitdeploy.backends.")}
+    others = backends - {f"vitdeploy.backends.{n}" for n in ("base", "onnxruntime", "onnxruntime_providers")}
+    assert others == set()
+    assert imported & HEAVY == set()
+    assert ("onnxruntime" in imported) == (process == "measured")

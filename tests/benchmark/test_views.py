@@ -1,4 +1,4 @@
-"""What a measurement looks like as CSV and Markdown, and which cell is called the fastest."""
+"""What a measurement looks like as CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given, settings
 
 from tests.helpers.result_strategies import measurements
-from tests.helpers.sample_results import cell, failed_parity, parity, sample_results
-from vitdeploy.benchmark import wording
-from vitdeploy.benchmark.ranking import answers, eager, fastest, groups, members, pareto, ranked, speedup
-from vitdeploy.benchmark.results import Cell, Results
+from tests.helpers.sample_results import cell, failed_parity, sample_results
+from vitdeploy.benchmark.results import Results
 from vitdeploy.benchmark.views import csv_text, markdown_text
 
 EAGER = {"backend": "torch", "artifact": "weights"}
@@ -20,122 +18,6 @@ EAGER = {"backend": "torch", "artifact": "weights"}
 
 def rows(results: Results) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(csv_text(results), newline=""), strict=True))
-
-
-# Ranking
-
-
-def test_the_fastest_right_cell_wins() -> None:
-    slow, fast = cell(p50_ms=20.0), cell(backend="openvino", p50_ms=10.0)
-    wrong = cell(backend="triton", p50_ms=1.0, parity=failed_parity())
-    unproven = cell(backend="torch", p50_ms=1.0, parity=None)
-    failed = cell(backend="tensorrt", status="failed", reason="gone")
-    results = sample_results(cells=(wrong, slow, unproven, fast, failed))
-    assert fastest(results, "vit-b16", 1) == fast
-    assert ranked(results.cells) == (fast, slow)
-    assert fastest(results, "vit-b16", 2) is None
-    assert fastest(results, "another", 1) is None
-
-
-def test_image_sizes_are_different_questions() -> None:
-    small, large = cell(p50_ms=5.0, image_size=(160, 160)), cell(p50_ms=9.0)
-    results = sample_results(cells=(large, small))
-    assert [members(results, group) for group in groups(results)] == [(large,), (small,)]
-    assert fastest(results, "vit-b16", 1, (224, 224)) == large
-    assert fastest(results, "vit-b16", 1) == small
-
-
-def test_speedup_is_over_eager_on_the_same_work() -> None:
-    measured = cell(p50_ms=20.0, threads=2)
-    other_work = [
-        cell(**EAGER, p50_ms=60.0, threads=1),
-        cell(**EAGER, p50_ms=60.0, threads=2, concurrency=2),
-        cell(**EAGER, p50_ms=60.0, threads=2, batch=8),
-        cell(**EAGER, p50_ms=60.0, threads=2, image_size=(160, 160)),
-        cell(backend="torch", artifact="weights-bf16", precision="bf16", p50_ms=60.0, threads=2),
-        cell(**EAGER, p50_ms=60.0, threads=2, parity=failed_parity("fp32")),
-    ]
-    assert eager(sample_results(cells=(measured, *other_work)), measured) is None
-    base = cell(**EAGER, p50_ms=50.0, threads=2)
-    over = eager(sample_results(cells=(measured, *other_work, base)), measured)
-    assert over == base
-    assert speedup(measured, over) == 2.5
-    assert speedup(measured, None) is None
-    assert speedup(cell(p50_ms=0.0), over) is None
-
-
-def test_pareto() -> None:
-    def point(name: str, p50: float, error: float | None, **changes: object) -> Cell:
-        return cell(backend=name, p50_ms=p50, parity=parity(relative=error), **changes)
-
-    best = point("fast", 1.0, 1e-3)
-    exact = point("exact", 3.0, 1e-6)
-    beaten = point("beaten", 4.0, 1e-5)
-    level = point("level", 1.0, 2e-3)
-    unknown = point("unknown", 0.5, None)
-    other_batch = point("slow", 9.0, 1e-3, batch=8)
-    assert pareto([beaten, exact, other_batch, best, level, unknown]) == (best, exact, other_batch)
-
-
-def test_an_answer_per_batch() -> None:
-    results = sample_results()
-    found = answers(results.cells, results)
-    assert [(a.batch, a.cell.label if a.cell else None) for a in found] == [
-        (1, "openvino onnx-bf16"),
-        (8, "openvino onnx-bf16"),
-        (32, "openvino onnx-bf16"),
-    ]
-    assert [a.factor for a in found] == pytest.approx([96 / 31, 655 / 187, 2700 / 742])
-    # The wrong cell is the second fastest at batch 8.
-    assert [a.runner_up.label if a.runner_up else None for a in found] == [
-        "aotinductor aoti-bf16",
-        "torch-compile weights-bf16",
-        "aotinductor aoti-bf16",
-    ]
-
-
-# Wording
-
-
-@pytest.mark.parametrize(
-    "value, text",
-    [
-        (None, "–"),
-        (0.0, "0"),
-        (0.0123456, "0.0123"),
-        (1.0, "1.00"),
-        (9.999, "10.0"),
-        (99.96, "100"),
-        (742.4, "742"),
-        (2344.6, "2,345"),
-        (1e9, "1.00e+09"),
-        (1e-7, "1.00e-07"),
-        (-3.14159, "-3.14"),
-    ],
-)
-def test_numbers(value: float | None, text: str) -> None:
-    assert wording.number(value) == text
-
-
-def test_sizes_and_shares() -> None:
-    assert [wording.size(n) for n in (None, 12, 3_400, 346_290_000, 25_280_000_000)] == [
-        "–", "12 B", "3.40 kB", "346 MB", "25.3 GB",
-    ]  # fmt: skip
-    assert wording.share(0.8107) == "81.07 %"
-    assert wording.share(-0.0006, signed=True) == "−0.06 %"
-
-
-def test_names_tell_apart_what_varies() -> None:
-    one = cell(threads=1)
-    assert wording.series(sample_results(cells=(one,)), one) == "onnxruntime onnx-fp32"
-    two = cell(threads=None, concurrency=4)
-    both = sample_results(cells=(one, two))
-    assert wording.series(both, one) == "onnxruntime onnx-fp32, 1 thread, 1 caller"
-    assert wording.series(both, two) == "onnxruntime onnx-fp32, default threads, 4 callers"
-
-
-def test_text_becomes_one_line_without_controls() -> None:
-    assert wording.plain(" a\r\n\tb\x00\u202ec\u2028d ") == "a b c d"
 
 
 # CSV

@@ -1,4 +1,4 @@
-"""The peers' side of the measurement: environments, files, lanes, and the command that runs them."""
+"""The peers' side of the measurement: environments, files, cases, and the command that runs them."""
 
 from __future__ import annotations
 

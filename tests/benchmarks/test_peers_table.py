@@ -10,7 +10,16 @@ import pytest
 
 from benchmarks.peers import table
 from benchmarks.peers.catalogue import PEERS
-from vitdeploy.benchmark.results import Cell, Cpu, Environment, Parity, Results, Settings, Skipped, Subject
+from vitdeploy.benchmark.results import (
+    BenchSettings,
+    Cell,
+    Environment,
+    MeasuredBundle,
+    MeasuredCpu,
+    Parity,
+    Results,
+    SkippedCase,
+)
 from vitdeploy.errors import UsageError
 
 BATCHES = (1, 8)
@@ -49,7 +58,7 @@ def cell(backend: str, precision: str, batch: int, ms: float, **more: object) ->
     return Cell.model_validate(fields | more)
 
 
-def measured(slower: Speeds, skipped: tuple[Skipped, ...] = (), model: str = table.FLAGSHIP) -> Results:
+def measured(slower: Speeds, skipped: tuple[SkippedCase, ...] = (), model: str = table.FLAGSHIP) -> Results:
     """Results in which each peer takes ``slower(name)`` times as long as ours on the same runtime."""
     cells = [cell(*ours, batch, ms) for (ours, ms), batch in itertools.product(OURS.items(), BATCHES)]
     for (name, peer), batch in itertools.product(PEERS.items(), BATCHES):
@@ -61,15 +70,15 @@ def measured(slower: Speeds, skipped: tuple[Skipped, ...] = (), model: str = tab
         vitdeploy="1",
         python="3.11",
         platform="Linux",
-        cpu=Cpu(name="a processor", flags=(), threads=2, memory=None),
+        cpu=MeasuredCpu(name="a processor", flags=(), threads=2, memory=None),
         libraries={},
     )
     return Results(
         created="2026-01-01T00:00:00Z",
         command="make bench-peers",
         environment=environment,
-        settings=Settings(budget_s=1, seed=0, batches=BATCHES, threads=(2,), concurrency=(1,)),
-        subjects=(Subject(name="vit", model=model, digest="0", image_size=(224, 224), parameters=1),),
+        settings=BenchSettings(budget_s=1, seed=0, batches=BATCHES, threads=(2,), concurrency=(1,)),
+        subjects=(MeasuredBundle(name="vit", model=model, digest="0", image_size=(224, 224), parameters=1),),
         rounds=ROUNDS,
         cells=tuple(cells),
         skipped=skipped,
@@ -123,7 +132,7 @@ def test_a_wrong_cell_is_struck_through_and_never_ranked() -> None:
 
 
 def test_a_skipped_peer_is_said() -> None:
-    lost = Skipped(subject="vit", backend="timm", artifact="onnx-fp32", reason="no disk space")
+    lost = SkippedCase(subject="vit", backend="timm", artifact="onnx-fp32", reason="no disk space")
     results = measured(lambda name: 1.1, (lost,))
     assert "Not measured: timm onnx-fp32 (no disk space)." in table.tables([results])
     assert "— timm's export" not in rows(results)

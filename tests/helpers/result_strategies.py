@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from tests.helpers.sample_results import sample_results
-from vitdeploy.benchmark.results import Accuracy, Cell, Parity, Results, Skipped, Startup, Subject
+from vitdeploy.benchmark.results import (
+    Cell,
+    CellAccuracy,
+    MeasuredBundle,
+    Parity,
+    Results,
+    SkippedCase,
+    Startup,
+)
 
 HOSTILE = ("<script>alert(1)</script>", "a|b", "=1+1", "$x_1$", "@0@", "日本語", "a\nb", "", "&lt;", "</svg>")
 texts = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=12))
@@ -22,7 +30,7 @@ _parities = st.builds(
     tolerance=st.floats(1e-9, 1.0),
 )
 _accuracies = st.builds(
-    Accuracy,
+    CellAccuracy,
     images=st.integers(1, 10**6),
     top1=st.floats(0, 1),
     top5=st.none() | st.floats(0, 1),
@@ -71,10 +79,10 @@ def _cells(subjects: list[str]) -> st.SearchStrategy[Cell]:
 def measurements(draw: st.DrawFn, most_cells: int = 5) -> Results:
     names = draw(st.lists(texts, min_size=1, max_size=2, unique=True))
     subjects = tuple(
-        Subject(name=name, model=draw(texts), digest="sha256:0", image_size=(8, 8), parameters=1)
+        MeasuredBundle(name=name, model=draw(texts), digest="sha256:0", image_size=(8, 8), parameters=1)
         for name in names
     )
-    skipped = st.builds(Skipped, subject=texts, backend=texts, artifact=texts, reason=texts)
+    skipped = st.builds(SkippedCase, subject=texts, backend=texts, artifact=texts, reason=texts)
     return sample_results(
         command=draw(texts),
         subjects=subjects,

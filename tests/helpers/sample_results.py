@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from vitdeploy.benchmark.results import (
-    Accuracy,
+    BenchSettings,
     Cell,
-    Cpu,
+    CellAccuracy,
     Environment,
     Git,
+    MeasuredBundle,
+    MeasuredCpu,
     Parity,
     Results,
-    Settings,
-    Skipped,
+    SkippedCase,
     Startup,
-    Subject,
 )
 
 ROUND_SAMPLES = 5
@@ -83,7 +83,7 @@ def _numbers(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-SUBJECT = Subject(
+SUBJECT = MeasuredBundle(
     name="vit-b16",
     model="vit_base_patch16_224",
     digest="sha256:5d0e3c",
@@ -94,7 +94,7 @@ ENVIRONMENT = Environment(
     vitdeploy="0.1.0",
     python="3.11.7",
     platform="Linux-6.1.0-x86_64-with-glibc2.36",
-    cpu=Cpu(
+    cpu=MeasuredCpu(
         name="AMD EPYC 9R14",
         flags=("avx2", "avx512f", "avx512_vnni", "avx512_bf16"),
         threads=2,
@@ -132,7 +132,7 @@ def _extras(backend: str, artifact: str, precision: str, batch: int) -> dict[str
     extras: dict[str, Any] = {
         "peak_memory_bytes": 700_000_000 + 40_000_000 * batch,
         "size_bytes": {"fp32": 346_290_000, "bf16": 173_200_000}[precision],
-        "accuracy": Accuracy(
+        "accuracy": CellAccuracy(
             images=5000,
             top1=top1,
             top5=0.953,
@@ -161,7 +161,7 @@ def sample_results(**changes: Any) -> Results:
         for (backend, artifact, precision), speeds in _SPEEDS.items()
         for batch, p50 in zip(_BATCHES, speeds, strict=True)
     )
-    settings = Settings(budget_s=300, seed=7, batches=_BATCHES, threads=(None,), concurrency=(1,))
+    settings = BenchSettings(budget_s=300, seed=7, batches=_BATCHES, threads=(None,), concurrency=(1,))
     given = {
         "created": "2026-11-21T15:00:00Z",
         "command": "vitdeploy bench vit-b16.bundle --batch 1,8,32 --budget 5m --html report.html",
@@ -171,7 +171,7 @@ def sample_results(**changes: Any) -> Results:
         "rounds": 8,
         "cells": cells,
         "skipped": (
-            Skipped(
+            SkippedCase(
                 subject="vit-b16",
                 backend="tensorrt",
                 artifact="plan-fp16",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self, cast
@@ -263,10 +263,10 @@ def reader_of(artifact: Artifact) -> Backend:
     return backend
 
 
-def library_extras() -> dict[str, str]:
-    """The distributions that matter, and the extra that installs each; the core's have none."""
+def library_extras(backends: Iterable[str] = tuple(_BACKENDS)) -> dict[str, str]:
+    """The distributions that matter to backends, and the extra that installs each; the core's have none."""
     extras = dict(LIBRARIES)
-    for backend in all_backends():
+    for backend in map(get_backend, backends):
         for library in backend.traits.libraries:
             extras.setdefault(library, ",".join(backend.traits.extras))
     return extras

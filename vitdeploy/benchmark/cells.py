@@ -1,28 +1,39 @@
-"""Lanes and cells while they are measured: started, proven, timed, started again where their process died."""
+"""Cases, cells and the control work while they are measured: started, proven, timed, started again."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from vitdeploy.backends.base import Array, SessionFacts
-from vitdeploy.benchmark.lanes import Lane, RemoteSession, facts_of
-from vitdeploy.benchmark.machine import device_memory
-from vitdeploy.benchmark.measure import CellFailure, Timing, Visit
-from vitdeploy.benchmark.results import Accuracy, Parity, Startup
+from vitdeploy.backends.base import Array, Session, SessionFacts
+from vitdeploy.benchmark.cases import Case
+from vitdeploy.benchmark.disturbances import device_memory
+from vitdeploy.benchmark.results import CellAccuracy, Parity, Startup
+from vitdeploy.benchmark.rounds import CellFailure, RoundSamples, Timing
+from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.errors import VitdeployError
-from vitdeploy.machine.child import Worker, WorkerFailure
+from vitdeploy.machine.child import Worker, WorkerFailure, child_environment
 from vitdeploy.predictor import Predictor
 from vitdeploy.verification.accuracy import LabelledImages, TopClasses, top_classes
 from vitdeploy.verification.parity import TOLERANCES, check_session
 
+_FACTS = TypeAdapter(SessionFacts)
+_CONTROL_LIMIT = 60.0
+"""Seconds for an answer of the control work's process."""
+
 
 @dataclass(frozen=True)
-class Limits:
+class TimeLimits:
     """Seconds that a process may take to answer, before it counts as hung."""
 
     load: float = 1800.0
@@ -31,14 +42,69 @@ class Limits:
     """A batch, or the first run of one, which may compile."""
 
 
-class LaneRun:
-    """A lane while it is measured; its process is started again where it died."""
+class RemoteSession(Session):
+    """The session in a case's process: inputs and outputs travel through files."""
 
-    def __init__(self, lane: Lane, limits: Limits) -> None:
-        self.lane, self._limits = lane, limits
+    def __init__(self, facts: SessionFacts, worker: Worker, limit: float) -> None:
+        super().__init__(facts)
+        self._worker, self._limit = worker, limit
+        self._folder = tempfile.TemporaryDirectory(prefix="vitdeploy-bench-")
+
+    def file(self, array: Array) -> str:
+        """Write an array for the other side."""
+        path = Path(self._folder.name, "inputs.npy")
+        np.save(path, array)
+        return str(path)
+
+    def last(self, batch: int) -> Array:
+        """What the last timed run of a batch size gave."""
+        path = Path(self._folder.name, "outputs.npy")
+        self._worker.ask("last", batch=batch, outputs=str(path))
+        outputs: Array = np.load(path)
+        return outputs
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        path = Path(self._folder.name, "outputs.npy")
+        pixels = inputs[self.facts.inputs[0].name]
+        self._worker.ask("run", limit=self._limit, inputs=self.file(pixels), outputs=str(path))
+        return {self.facts.outputs[0].name: np.load(path)}
+
+    def _close(self) -> None:
+        self._worker.close()
+        self._folder.cleanup()
+
+
+def facts_of(case: Case, said: Mapping[str, Any]) -> SessionFacts:
+    """A session's facts from what its process says of it; another tool's need not say everything."""
+    manifest = case.target.bundle.manifest
+    pixels, reference = case.target.pixels, case.target.golden["reference"]
+    inputs = TensorSpec.model_validate(
+        {"name": "pixel_values", "dtype": pixels.dtype.name, "shape": ("N", *pixels.shape[1:])}
+    )
+    outputs = TensorSpec(name=manifest.output, dtype="float32", shape=("N", *reference.shape[1:]))
+    defaults: dict[str, Any] = {
+        "backend": case.backend,
+        "artifact": case.artifact,
+        "precision": case.precision,
+        "executes": case.precision,
+        "device": "cpu",
+        "provider": case.provider or "cpu",
+        "batch": None,
+        "inputs": (inputs,),
+        "outputs": (outputs,),
+        "versions": {},
+    }
+    return _FACTS.validate_python({**defaults, **said})
+
+
+class CaseRun:
+    """A case while it is measured; its process is started again where it died."""
+
+    def __init__(self, case: Case, limits: TimeLimits) -> None:
+        self.case, self._limits = case, limits
         self.facts: SessionFacts | None = None
         self.startup: Startup | None = None
-        self.accuracy: Accuracy | None = None
+        self.accuracy: CellAccuracy | None = None
         self.failure = ""
         """Why it cannot be started."""
         self._session: RemoteSession | None = None
@@ -54,9 +120,9 @@ class LaneRun:
         if self.failure:
             raise CellFailure(self.failure)
         try:
-            self._worker = self.lane.start(self._limits.run)
+            self._worker = self.case.start(self._limits.run)
             said = self._worker.answer(self._limits.load)
-            self.facts = facts_of(self.lane, said["facts"])
+            self.facts = facts_of(self.case, said["facts"])
             self._session = RemoteSession(self.facts, self._worker, self._limits.run)
         except (WorkerFailure, VitdeployError) as error:
             self.close()
@@ -83,12 +149,12 @@ class LaneRun:
         return self._session
 
     def prove(self, batch: int) -> Parity:
-        """Hold the lane against the float64 reference at a batch size.
+        """Hold the case against the float64 reference at a batch size.
 
         Raises:
             CellFailure: it fails.
         """
-        target, session = self.lane.target, self.session(batch)
+        target, session = self.case.target, self.session(batch)
         with self._failures():
             bound = target.bundle.manifest.max_abs
             record = check_session(session, target.golden, batches=[batch], max_abs=bound)[0]
@@ -116,12 +182,12 @@ class LaneRun:
     def _prepare(self, batch: int) -> tuple[float, int | None]:
         assert self._session is not None
         assert self._worker is not None
-        path = self._session.file(self.lane.target.batch(batch))
+        path = self._session.file(self.case.target.batch(batch))
         answer = self._worker.ask("prepare", batch=batch, inputs=path)
         self._prepared.add(batch)
         return float(answer["seconds"]), answer["peak_memory"]
 
-    def sample(self, batch: int, count: int, untimed: int) -> Visit:
+    def sample(self, batch: int, count: int, untimed: int) -> RoundSamples:
         """Time it; raises CellFailure."""
         self.session(batch)
         with self._failures():
@@ -129,7 +195,7 @@ class LaneRun:
                 self._prepare(batch)
             assert self._worker is not None
             answer = self._worker.ask("sample", batch=batch, count=count, untimed=untimed)
-        return Visit(tuple(answer["samples"]), float(answer["wall"]), tuple(answer["device"]))
+        return RoundSamples(tuple(answer["samples"]), float(answer["wall"]), tuple(answer["device"]))
 
     def last(self, batch: int) -> Array:
         """What the last timed run gave; raises CellFailure."""
@@ -140,7 +206,7 @@ class LaneRun:
         """The classes it puts first; raises CellFailure."""
         first = self.facts.batch.min if self.facts and self.facts.batch else 1
         with self._failures():
-            return top_classes(Predictor(self.lane.target.bundle, self.session(first)), images)
+            return top_classes(Predictor(self.case.target.bundle, self.session(first)), images)
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -167,14 +233,14 @@ class LaneRun:
 class CellRun:
     """A cell while it is measured."""
 
-    lane: LaneRun
+    run: CaseRun
     batch: int
     timing: Timing = field(init=False)
     parity: Parity | None = None
     peak: tuple[int | None, int | None] = (None, None)
 
     def __post_init__(self) -> None:
-        self.timing = Timing(lambda count, untimed: self.lane.sample(self.batch, count, untimed))
+        self.timing = Timing(lambda count, untimed: self.run.sample(self.batch, count, untimed))
 
     @property
     def right(self) -> bool:
@@ -184,8 +250,8 @@ class CellRun:
     def prove(self) -> None:
         """Fill in parity and memory, or the failure."""
         try:
-            self.parity = self.lane.prove(self.batch)
-            self.peak = self.lane.prepare(self.batch)
+            self.parity = self.run.prove(self.batch)
+            self.peak = self.run.prepare(self.batch)
         except CellFailure as error:
             self.timing.failure = str(error)
 
@@ -193,18 +259,57 @@ class CellRun:
         """What was timed must be what was proven: hold the last timed run against the reference."""
         if not self.right or self.parity is None:
             return
-        golden = self.lane.lane.target.golden["reference"]
+        golden = self.run.case.target.golden["reference"]
         try:
-            outputs = self.lane.last(self.batch)
+            outputs = self.run.last(self.batch)
         except CellFailure as error:
             self.timing.failure = str(error)
             return
         expected = golden[np.arange(self.batch) % len(golden)]
         distance = _relative(outputs, expected)
         # One batch in other company than the proof's: rounding may differ, the answer may not.
-        if not distance <= 2 * TOLERANCES[self.lane.lane.precision].relative:
+        if not distance <= 2 * TOLERANCES[self.run.case.precision].relative:
             failure = f"the timed runs give other outputs than the proven ones: relative error {distance:.2g}"
             self.parity = self.parity.model_copy(update={"passed": False, "failures": (failure,)})
+
+
+@dataclass
+class ControlRun:
+    """Its process, and its times; ``metronome`` in the results."""
+
+    timing: Timing
+    pids: list[int]
+
+
+@contextlib.contextmanager
+def control_work() -> Iterator[ControlRun]:
+    """Run it on every processor that is ours; where it does not come up, it fails as a cell does."""
+    callers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # One thread of work per caller: a pool's threads would spin into the next cell's time.
+    single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    command = (sys.executable, "-P", "-m", "vitdeploy.benchmark.control")
+    worker = Worker(command, {"callers": callers}, {**child_environment(), **single}, _CONTROL_LIMIT)
+
+    def probe(count: int, untimed: int) -> RoundSamples:
+        try:
+            answer = worker.ask("sample", batch=1, count=count, untimed=untimed)
+        except WorkerFailure as error:
+            raise CellFailure(str(error)) from error
+        return RoundSamples(tuple(answer["samples"]), float(answer["wall"]))
+
+    timing = Timing(probe)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vitdeploy-bench-") as folder:
+            nothing = Path(folder, "nothing.npy")
+            np.save(nothing, np.zeros(1, np.float32))
+            try:
+                worker.answer()
+                worker.ask("prepare", batch=1, inputs=str(nothing))
+            except WorkerFailure as error:
+                timing.failure = str(error)
+        yield ControlRun(timing, [worker.pid])
+    finally:
+        worker.close()
 
 
 def _relative(outputs: Array, expected: Array) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from vitdeploy.benchmark.results import Beat, Cell, Results
+from vitdeploy.benchmark.results import Cell, ControlSamples, Results
 
 TOLERANCE = 0.05
 """Change of the latency that two runs on one machine may show without a cause worth a look."""
@@ -27,7 +27,7 @@ _COMMON_CELLS = 4
 _DRIFT = 0.005
 """Of the machine, that is worth a word."""
 
-Verdict = Literal["faster", "same", "slower", "not comparable"]
+SpeedVerdict = Literal["faster", "same", "slower", "not comparable"]
 Rounds = NDArray[np.float64]
 
 
@@ -39,7 +39,7 @@ class Ratio(NamedTuple):
     high: float
 
 
-class Row(BaseModel):
+class ComparedCell(BaseModel):
     """One cell, then and now; ratios are new over old, so that below one is faster.
 
     The machine's own drift is taken out of ``ratio``, ``low`` and ``high``, not of the times.
@@ -57,28 +57,28 @@ class Row(BaseModel):
     ratio: float | None = None
     low: float | None = None
     high: float | None = None
-    verdict: Verdict
+    verdict: SpeedVerdict
     reason: str = ""
 
 
-class Comparison(BaseModel):
+class ResultsComparison(BaseModel):
     """All cells of two measurements."""
 
     model_config = ConfigDict(frozen=True)
 
     tolerance: float
     drift: float | None = None
-    """How much longer the machine took for the metronome's work than before; taken out of the ratios."""
-    rows: tuple[Row, ...]
+    """How much longer the machine took for the control work than before; taken out of the ratios."""
+    rows: tuple[ComparedCell, ...]
     summary: str
 
     @property
-    def slower(self) -> tuple[Row, ...]:
+    def slower(self) -> tuple[ComparedCell, ...]:
         """The regressions."""
         return tuple(row for row in self.rows if row.verdict == "slower")
 
 
-def round_medians(cell: Cell | Beat) -> Rounds:
+def round_medians(cell: Cell | ControlSamples) -> Rounds:
     """(R,) the median of each round's samples, in ms."""
     whole = len(cell.samples_ms) // cell.round_samples * cell.round_samples
     medians: Rounds = np.median(np.reshape(cell.samples_ms[:whole], (-1, cell.round_samples)), axis=1)
@@ -90,7 +90,7 @@ def ratio_of(
     old: Rounds,
     *,
     percentile: float = 50,
-    beats: tuple[Rounds, Rounds] | None = None,
+    control: tuple[Rounds, Rounds] | None = None,
     seed: int = 0,
 ) -> Ratio:
     """A percentile of ``new`` over the same of ``old``, with a percentile bootstrap over whole rounds.
@@ -101,7 +101,7 @@ def ratio_of(
     Args:
         new, old: (R,) times; the numbers of rounds may differ.
         percentile: of the rounds; the median by default.
-        beats: the metronome's rounds in the new and in the old measurement, whose ratio is taken out.
+        control: the control work's rounds in the new and in the old measurement, whose ratio is taken out.
         seed: of the draws.
     """
     random = np.random.default_rng(seed)
@@ -111,9 +111,9 @@ def ratio_of(
         return found
 
     value, draws = _quotient(new, old, percentile), drawn(new) / drawn(old)
-    if beats is not None:
-        value /= _quotient(*beats, percentile)
-        draws /= drawn(beats[0]) / drawn(beats[1])
+    if control is not None:
+        value /= _quotient(*control, percentile)
+        draws /= drawn(control[0]) / drawn(control[1])
     low, high = np.percentile(draws, _CONFIDENCE)
     return Ratio(float(value), float(low), float(high))
 
@@ -122,26 +122,26 @@ def _quotient(new: Rounds, old: Rounds, percentile: float) -> float:
     return float(np.percentile(new, percentile) / np.percentile(old, percentile))
 
 
-def compare(new: Results, old: Results, tolerance: float = TOLERANCE) -> Comparison:
+def compare_results(new: Results, old: Results, tolerance: float = TOLERANCE) -> ResultsComparison:
     """Match the cells of two measurements and judge each.
 
     Slower and faster are said only where the whole interval lies beyond the tolerance.
     """
-    machine, beats = _other_machine(new, old), None
+    machine, control = _other_machine(new, old), None
     if new.metronome and old.metronome:
-        beats = round_medians(new.metronome), round_medians(old.metronome)
+        control = round_medians(new.metronome), round_medians(old.metronome)
     before = {old.key(cell): cell for cell in old.cells}
     rows = []
     for cell in new.cells:
         earlier = before.pop(new.key(cell), None)
         reason = machine or (_unfit(cell, earlier) if earlier else "not in the old results")
-        rows.append(_row(cell, earlier, tolerance, reason, beats))
+        rows.append(_row(cell, earlier, tolerance, reason, control))
     for cell in before.values():
-        gone = _row(cell, cell, tolerance, "not in the new results", beats)
+        gone = _row(cell, cell, tolerance, "not in the new results", control)
         rows.append(gone.model_copy(update={"new_ms": None}))
-    drift = None if beats is None or machine else _quotient(*beats, FLOOR)
+    drift = None if control is None or machine else _quotient(*control, FLOOR)
     summary = _summary(rows, machine, drift)
-    return Comparison(tolerance=tolerance, drift=drift, rows=tuple(rows), summary=summary)
+    return ResultsComparison(tolerance=tolerance, drift=drift, rows=tuple(rows), summary=summary)
 
 
 def _other_machine(new: Results, old: Results) -> str:
@@ -164,18 +164,18 @@ def _unfit(new: Cell, old: Cell) -> str:
 
 
 def _row(
-    new: Cell, old: Cell | None, tolerance: float, reason: str, beats: tuple[Rounds, Rounds] | None
-) -> Row:
+    new: Cell, old: Cell | None, tolerance: float, reason: str, control: tuple[Rounds, Rounds] | None
+) -> ComparedCell:
     found = None
     if old is not None and not reason:
-        found = ratio_of(round_medians(new), round_medians(old), percentile=FLOOR, beats=beats)
-    verdict: Verdict = "not comparable"
+        found = ratio_of(round_medians(new), round_medians(old), percentile=FLOOR, control=control)
+    verdict: SpeedVerdict = "not comparable"
     if found:
         verdict = "slower" if found.low > 1 + tolerance else "same"
         verdict = "faster" if found.high < 1 / (1 + tolerance) else verdict
         if verdict == "same" and not 1 / (1 + tolerance) <= found.value <= 1 + tolerance:
             reason = "beyond the tolerance, but within noise: measure longer"
-    return Row(
+    return ComparedCell(
         subject=new.subject,
         label=new.label,
         batch=new.batch,
@@ -191,12 +191,12 @@ def _row(
     )
 
 
-def _summary(rows: list[Row], machine: str, drift: float | None) -> str:
+def _summary(rows: list[ComparedCell], machine: str, drift: float | None) -> str:
     """One sentence to three."""
     if machine:
         return f"Not comparable: {machine}."
     counts = Counter(row.verdict for row in rows)
-    order: tuple[Verdict, ...] = ("slower", "faster", "same", "not comparable")
+    order: tuple[SpeedVerdict, ...] = ("slower", "faster", "same", "not comparable")
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict]) or "nothing"
     if drift is not None and abs(drift - 1) >= _DRIFT:
         said += f". The machine itself was {abs(drift - 1):.0%} {_way(drift)}, which is taken out"
@@ -213,36 +213,3 @@ def _summary(rows: list[Row], machine: str, drift: float | None) -> str:
 
 def _way(ratio: float) -> str:
     return "slower" if ratio > 1 else "faster"
-
-
-def comparison_markdown(comparison: Comparison) -> str:
-    """For a comment on a pull request: the verdict, what changed, and the rest folded away."""
-    icon = "❌" if comparison.slower else "✅"
-    lines = [f"{icon} **{comparison.summary}** Tolerance {comparison.tolerance:.0%}.", ""]
-    changed = [row for row in comparison.rows if row.verdict in ("slower", "faster")]
-    rest = [row for row in comparison.rows if row not in changed]
-    if changed:
-        lines += [*_table(changed), ""]
-    if rest:
-        lines += ["<details><summary>The other cells</summary>", "", *_table(rest), "", "</details>", ""]
-    return "\n".join(lines)
-
-
-def _table(rows: list[Row]) -> list[str]:
-    head = [
-        "| cell | batch | then | now | ratio | 95 % interval | verdict |",
-        "|---|--:|--:|--:|--:|---|---|",
-    ]
-    return head + [f"| {' | '.join(_fields(row))} |" for row in rows]
-
-
-def _fields(row: Row) -> list[str]:
-    parts = [f"{row.subject}: {row.label}"]
-    parts += [f"{row.threads} threads"] if row.threads else []
-    parts += [f"{row.concurrency} callers"] if row.concurrency > 1 else []
-    cell = ", ".join(parts).replace("|", "\\|").replace("<", "&lt;")
-    times = ["-" if ms is None else f"{ms:.2f} ms" for ms in (row.old_ms, row.new_ms)]
-    interval = "-" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
-    ratio = "-" if row.ratio is None else f"{row.ratio:.3f}"
-    verdict = row.verdict + (f": {row.reason.replace('|', '/')}" if row.reason else "")
-    return [cell, str(row.batch), *times, ratio, interval, verdict]

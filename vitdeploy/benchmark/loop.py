@@ -2,7 +2,7 @@
 
 Requests and answers are lines of JSON on standard input and output; arrays travel as .npy files that the
 requests name. Needs the standard library and numpy only, so that another tool's model, in an environment of
-its own, is measured by the same code: write ``load``, call ``serve(load)``.
+its own, is measured by the same code: write ``open_model``, call ``run_process(open_model)``.
 
     {"do": "run", "inputs": PATH, "outputs": PATH}   one run; {"seconds"}
     {"do": "prepare", "batch": N, "inputs": PATH}    keep a batch and run it once; {"seconds", "peak_memory"}
@@ -11,8 +11,8 @@ its own, is measured by the same code: write ``load``, call ``serve(load)``.
                                                      {"samples", "wall", "device"} in seconds
     {"do": "last", "batch": N, "outputs": PATH}      what the first caller's last timed run gave; {}
 
-The first line is the job, which only ``load`` understands; its answer is {"facts", "imports", "load"} in
-seconds. An answer {"error": {"kind", "message", "hint"}} ends nothing: the next request may still work.
+The first line is the job, which only ``open_model`` understands; its answer is {"facts", "imports", "load"}
+in seconds. An answer {"error": {"kind", "message", "hint"}} ends nothing: the next request may still work.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Caller = Callable[[Array], tuple[Array, float | None]]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model, ready to run."""
 
     callers: Sequence[Caller]
@@ -49,8 +49,8 @@ class Loaded:
     """For the other side; anything that is JSON."""
 
 
-def serve(load: Callable[[dict[str, Any]], Loaded]) -> int:
-    """Serve requests until standard input ends; returns the exit code of the process."""
+def answer_requests(open_model: Callable[[dict[str, Any]], LoadedModel]) -> int:
+    """Answer requests until standard input ends; returns the exit code of the process."""
     requests, answers = private_pipes()
 
     def send(answer: dict[str, Any]) -> None:
@@ -62,17 +62,17 @@ def serve(load: Callable[[dict[str, Any]], Loaded]) -> int:
     try:
         with imports_timed() as imports:
             begin = time.perf_counter()
-            loaded = load(json.loads(job))
+            loaded = open_model(json.loads(job))
             seconds = time.perf_counter() - begin
     except Exception as error:
         send(_failure(error))
         return 1
     send({"facts": loaded.facts, "imports": imports[0], "load": seconds - imports[0]})
-    desk = _Desk(loaded.callers)
+    model = _Requests(loaded.callers)
     for line in requests:
         request = json.loads(line)
         try:
-            send(getattr(desk, f"do_{request.pop('do')}")(**request))
+            send(getattr(model, f"do_{request.pop('do')}")(**request))
         except Exception as error:
             send(_failure(error))
     return 0
@@ -107,7 +107,7 @@ def imports_timed() -> Iterator[list[float]]:
         builtins.__import__ = plain
 
 
-class _Desk:
+class _Requests:
     """Carries out the requests."""
 
     def __init__(self, callers: Sequence[Caller]) -> None:
@@ -134,23 +134,23 @@ class _Desk:
     def do_sample(self, batch: int, count: int, untimed: int) -> dict[str, Any]:
         pixels = self._batches[batch]
         ready = threading.Barrier(len(self._callers))
-        visits = [_Visit(caller, pixels, (untimed, count), ready) for caller in self._callers]
+        parts = [_CallerPart(caller, pixels, (untimed, count), ready) for caller in self._callers]
         with _no_garbage_collection():
-            threads = [threading.Thread(target=visit.run) for visit in visits[1:]]
+            threads = [threading.Thread(target=part.run) for part in parts[1:]]
             for thread in threads:
                 thread.start()
-            visits[0].run()
+            parts[0].run()
             for thread in threads:
                 thread.join()
-        for visit in visits:
-            if visit.error is not None:
-                raise visit.error
-        assert visits[0].outputs is not None
-        self._last[batch] = visits[0].outputs
+        for part in parts:
+            if part.error is not None:
+                raise part.error
+        assert parts[0].outputs is not None
+        self._last[batch] = parts[0].outputs
         return {
-            "samples": [sample for visit in visits for sample in visit.samples],
-            "wall": max(visit.end for visit in visits) - min(visit.begin for visit in visits),
-            "device": [seconds for visit in visits for seconds in visit.device],
+            "samples": [sample for part in parts for sample in part.samples],
+            "wall": max(part.end for part in parts) - min(part.begin for part in parts),
+            "device": [seconds for part in parts for seconds in part.device],
         }
 
     def do_last(self, batch: int, outputs: str) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class _Desk:
         return {}
 
 
-class _Visit:
+class _CallerPart:
     """One caller's part of a round."""
 
     def __init__(
@@ -205,8 +205,8 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def main(load: Callable[[dict[str, Any]], Loaded]) -> None:
-    """Serve, then end at once: some runtimes crash when they are torn down."""
-    code = serve(load)
+def run_process(open_model: Callable[[dict[str, Any]], LoadedModel]) -> None:
+    """Answer requests, then end at once: some runtimes crash when they are torn down."""
+    code = answer_requests(open_model)
     sys.stdout.flush()
     os._exit(code)

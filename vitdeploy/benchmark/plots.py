@@ -1,28 +1,31 @@
-"""The report's plots: SVG that takes its colours, and its text's font, from the page around it.
+"""The report's plots: SVG that takes its colours, and its text's font, from the page's style sheet.
 
 A backend has a colour, and each of its artifacts a marker and a dash of its own; the legend is the page's,
-one for all plots. Only this file knows matplotlib.
+one for all plots. Matplotlib draws in black; what an artist is, its gid says, which becomes the class that
+``report.css`` colours. Only this file knows matplotlib.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import math
-import re
-from collections.abc import Callable, Sequence
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from vitdeploy.benchmark import wording
+import numpy as np
+from numpy.typing import NDArray
+
 from vitdeploy.benchmark.ranking import batches, pareto, ranked
 from vitdeploy.benchmark.results import Cell, Results
+from vitdeploy.benchmark.tables import number_text, series_name
 from vitdeploy.errors import MissingDependency
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS: Final = 8
-"""How many ``--series-N`` the page's style sheet has to have."""
+"""How many ``--series-N`` and ``.series-N`` the page's style sheet has to have."""
 WIDTH: Final = 4.6
 """Inches: so small that its text is readable on a phone."""
 HEIGHT: Final = 3.1
@@ -31,26 +34,21 @@ LOG_FROM: Final = 5.0
 """Axes whose largest value is more than this many times the smallest are logarithmic."""
 BINS: Final = 48
 
-# Colours that no plot has: each becomes a variable of the page.
-_INK, _GRID, _BAD, _PAPER = "#f00df0", "#f00df1", "#f00df2", "#f00df3"
-_VARIABLES: Final = {_INK: "currentColor", _GRID: "var(--grid)", _BAD: "var(--bad)", _PAPER: "var(--paper)"}
+_CLASS: Final = "class:"
+"""Begins the gid of an artist that the style sheet knows; the rest is its class."""
+_LINK: Final = "{http://www.w3.org/1999/xlink}href"
 _SETTINGS: Final[dict[str, Any]] = {
     "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
     "font.size": 9.5,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": _GRID,
+    "axes.linewidth": 0.8,
     "grid.linewidth": 0.6,
-    "text.color": _INK,
     "text.parse_math": False,
-    "xtick.color": _GRID,
-    "xtick.labelcolor": _INK,
-    "ytick.color": _GRID,
-    "ytick.labelcolor": _INK,
+    "lines.color": "black",
     "lines.linewidth": 1.4,
     "lines.markersize": 6.0,
 }
@@ -109,7 +107,7 @@ def styles(results: Results) -> dict[str, Style]:
     backends: dict[str, dict[str, None]] = {}
     found: dict[str, Style] = {}
     for cell in results.cells:
-        name = wording.series(results, cell)
+        name = series_name(results, cell)
         variants = backends.setdefault(cell.backend, {})
         variants.setdefault(name)
         colour = list(backends).index(cell.backend) % COLOURS
@@ -123,9 +121,8 @@ def swatch(style: Style) -> str:
         f"{14 + 4.2 * x:.2f},{7 - 4.2 * y:.2f}" for x, y in _MARKERS[style.variant % len(_MARKERS)]
     )
     dash = " ".join(str(2 * length) for length in _DASHES[style.variant % len(_DASHES)] if length)
-    colour = f"var(--series-{style.colour})"
     return (
-        f'<svg class="swatch" viewBox="0 0 28 14" aria-hidden="true" style="color:{colour}">'
+        f'<svg class="swatch series-{style.colour}" viewBox="0 0 28 14" aria-hidden="true">'
         f'<path d="M0 7H28" stroke="currentColor" stroke-width="1.8" stroke-dasharray="{dash}"/>'
         f'<polygon points="{corners}" fill="currentColor"/></svg>'
     )
@@ -159,7 +156,8 @@ class _Chart:
         self.results, self.name = results, name
         self.styles = styles(results)
         self.batches = batches(cells)
-        self.labels: list[str] = []
+        self.labels: dict[str, str] = {}
+        """By what stands in their place."""
 
     def draw(self, title: str, kind: str, paint: Callable[[Axes], None], height: float = HEIGHT) -> Plot:
         """A figure with one pair of axes."""
@@ -167,7 +165,7 @@ class _Chart:
         from matplotlib.figure import Figure
 
         name = f"{self.name}-{kind}"
-        self.labels = []
+        self.labels = {}
         buffer = io.StringIO()
         settings = {**_SETTINGS, "svg.hashsalt": name}
         with matplotlib.style.context(settings, after_reset=True):
@@ -209,7 +207,7 @@ class _Chart:
         lines: dict[str, list[tuple[Cell, float]]] = {}
         for cell, value in points:
             if cell.valid:
-                lines.setdefault(wording.series(self.results, cell), []).append((cell, value))
+                lines.setdefault(series_name(self.results, cell), []).append((cell, value))
             else:
                 self._point(axes, cell, cell.batch, value)
         for name, line in lines.items():
@@ -218,7 +216,7 @@ class _Chart:
             dash: Any = _DASHES[look.variant % len(_DASHES)]
             # A batch without a right cell interrupts the line.
             ys = [at.get(batch, math.nan) for batch in self.batches]
-            axes.plot(self.batches, ys, color=_series(look), dashes=dash)
+            axes.plot(self.batches, ys, color="black", dashes=dash, gid=_class("line", look))
             for cell, value in line:
                 self._point(axes, cell, cell.batch, value)
         axes.set_xscale("log", base=2)
@@ -230,15 +228,12 @@ class _Chart:
 
     def _point(self, axes: Axes, cell: Cell, x: float, y: float, alpha: float = 1.0) -> None:
         if not cell.valid:
-            axes.plot([x], [y], marker="x", color=_BAD, linestyle="none", markeredgewidth=2.0)
+            axes.plot([x], [y], "x", color="black", markeredgewidth=2.0, gid=f"{_CLASS}line bad", zorder=3)
             return
-        look = self.styles[wording.series(self.results, cell)]
+        look = self.styles[series_name(self.results, cell)]
         shape: Any = _MARKERS[look.variant % len(_MARKERS)]
-        (point,) = axes.plot(
-            [x], [y], marker=shape, color=_series(look), linestyle="none", zorder=3, alpha=alpha
-        )
-        if cell.warnings:
-            point.set_markerfacecolor(_PAPER)
+        gid = _class("hollow" if cell.warnings else "mark", look)
+        axes.plot([x], [y], marker=shape, color="black", linestyle="none", zorder=3, alpha=alpha, gid=gid)
 
     def distribution(self, axes: Axes, cells: Sequence[Cell]) -> None:
         """A row per cell: a histogram of its calls, a tick at the median, its name above."""
@@ -247,15 +242,21 @@ class _Chart:
         low, high = _scale(axes, "x", every)
         log = axes.get_xscale() == "log"
         for row, (cell, samples) in enumerate(zip(cells, taken, strict=True)):
-            colour = _series(self.styles[wording.series(self.results, cell)])
-            xs, ys = _histogram(samples, low, high, log=log)
-            axes.fill_between(
-                xs, [row] * len(xs), [row - 0.42 * y for y in ys], step="mid", color=colour, lw=0
+            look = self.styles[series_name(self.results, cell)]
+            heights, edges = _histogram(samples, low, high, log=log)
+            axes.stairs(
+                row - 0.42 * heights,
+                edges,
+                baseline=row,
+                fill=True,
+                color="black",
+                lw=0,
+                gid=_class("area", look),
             )
-            axes.plot([min(samples), max(samples)], [row, row], color=colour, linewidth=1.0)
-            axes.plot([cell.p50_ms or 0.0] * 2, [row + 0.08, row - 0.42], color=_INK, linewidth=1.0)
+            axes.plot([min(samples), max(samples)], [row, row], "k", lw=1.0, gid=_class("line", look))
+            axes.plot([cell.p50_ms or 0.0] * 2, [row + 0.08, row - 0.42], "k", lw=1.0, gid=f"{_CLASS}line")
             mark = " ⚠ disturbed" if cell.warnings else ""
-            self._label(axes, row - 0.54, wording.series(self.results, cell) + mark)
+            self._label(axes, row - 0.54, series_name(self.results, cell) + mark)
         axes.set_ylim(len(cells) - 0.7, -1.0)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -270,7 +271,7 @@ class _Chart:
         axes.plot(
             [c.p50_ms or 0.0 for c in front],
             [errors[id(c)] for c in front],
-            color=_INK, linewidth=0.9, drawstyle="steps-post", alpha=0.55,
+            "k", linewidth=0.9, drawstyle="steps-post", alpha=0.55, gid=f"{_CLASS}line",
         )  # fmt: skip
         for cell in cells:
             best = any(cell is other for other in front)
@@ -288,10 +289,9 @@ class _Chart:
 
     def _label(self, axes: Axes, y: float, text: str) -> None:
         """Text is put in after drawing: matplotlib would look for its letters in a font of its own."""
-        self.labels.append(text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…")
-        place = axes.text(
-            0.0, y, f"@{len(self.labels) - 1}@", transform=axes.get_yaxis_transform(), fontsize=9
-        )
+        name = f"label-{len(self.labels)}"
+        self.labels[name] = text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+        place = axes.text(0.0, y, name, transform=axes.get_yaxis_transform(), fontsize=9)
         place.set_in_layout(False)
 
 
@@ -300,13 +300,14 @@ def _usable(value: float | None) -> bool:
     return value is not None and 1e-9 < value < 1e12
 
 
-def _series(style: Style) -> str:
-    return f"#f00d{style.colour:02x}"
+def _class(kind: str, style: Style) -> str:
+    """The gid of something in a series' colour."""
+    return f"{_CLASS}{kind} series-{style.colour}"
 
 
 def _unit(axes: Axes, text: str) -> None:
     """What the upright axis shows, above it: turned text is hard to read."""
-    axes.set_title(text, loc="left", fontsize=9.5, color=_INK)
+    axes.set_title(text, loc="left", fontsize=9.5)
 
 
 def _scale(
@@ -328,45 +329,42 @@ def _scale(
         ends = (max(0.0, low - air), high + air) if which == "x" else (0.0, high * 1.08)
         axes.set(**{f"{which}lim": ends})
         axis.set_major_locator(MaxNLocator(5))
-    axis.set_major_formatter(lambda value, _: wording.number(value).removesuffix(".00").removesuffix(".0"))
+    axis.set_major_formatter(lambda value, _: number_text(value).removesuffix(".00").removesuffix(".0"))
     return ends
 
 
 def _histogram(
     samples: Sequence[float], low: float, high: float, *, log: bool
-) -> tuple[list[float], list[float]]:
-    """Middles of bins over the axis, and counts as shares of the largest."""
-    turn: Callable[[float], float] = math.log if log else float
-    start, step = turn(low) if low > 0 or not log else 0.0, 0.0
-    step = (turn(high) - start) / BINS
-    counts = [0] * BINS
-    for sample in samples:
-        counts[min(BINS - 1, max(0, int((turn(sample) - start) / step)))] += 1
-    middles = [start + (k + 0.5) * step for k in range(BINS)]
-    back: Callable[[float], float] = math.exp if log else float
-    return [back(m) for m in middles], [count / max(counts) for count in counts]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Counts in bins over the axis, as shares of the largest, and the edges of the bins."""
+    spaced = np.geomspace if log else np.linspace
+    edges = np.asarray(spaced(low, high, BINS + 1), np.float64)
+    counts = np.histogram(np.clip(samples, edges[0], edges[-1]), edges)[0]
+    return counts / counts.max(), edges
 
 
-def _rounded(attribute: re.Match[str]) -> str:
-    """Coordinates to a hundredth of a point."""
-    return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0])
-
-
-def _for_page(svg: str, name: str, title: str, labels: Sequence[str]) -> str:
-    """From a document of its own to a part of a page: its colours, its font, no ids but those referred to."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font-family: [^;\"]*;? ?| transform=\"rotate\(-0 [^\"]*\"", "", svg)
-    svg = re.sub(r' (?:d|x|y|width|height|transform)="[^"]*"', _rounded, svg)
-    svg = re.sub(r"#f00d0[0-9a-f]", lambda m: f"var(--series-{int(m[0][-2:], 16)})", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
-    svg = svg.replace("xlink:href", "href")
-    head, body = svg[: svg.index(">")], svg[svg.index(">") + 1 :]
-    view = re.search(r'viewBox="[^"]*"', head)
-    opening = f'<svg {view[0] if view else ""} role="img" aria-labelledby="{name}-title">'
-    body = re.sub(r"\n\s*", "\n", body)
-    body = re.sub(r"@(\d+)@", lambda m: html.escape(labels[int(m[1])]), body)
-    return f'{opening}<title id="{name}-title">{html.escape(title)}</title>{body}'
+def _for_page(svg: str, name: str, title: str, labels: Mapping[str, str]) -> str:
+    """From a document of its own to a part of a page: classes for gids, and no ids but those referred to."""
+    drawn = ET.fromstring(svg)
+    page = ET.Element("svg", {"viewBox": drawn.get("viewBox", ""), "role": "img"})
+    page.extend(drawn)
+    for parent in page.iter():
+        for part in list(parent):
+            part.tag, part.tail = part.tag.rpartition("}")[2], None
+            if part.tag in ("style", "metadata"):
+                parent.remove(part)
+            if _LINK in part.attrib:
+                part.set("href", part.attrib.pop(_LINK))
+            if "d" in part.attrib:
+                part.set("d", " ".join(part.attrib["d"].split()))
+            if part.get("id", "").startswith(_CLASS):
+                part.set("class", part.attrib["id"].removeprefix(_CLASS))
+            # What uses a marker has its style, too; on the marker itself no rule of the page would reach it.
+            part.attrib.pop("style" if parent.tag == "defs" else "id", None)
+            if part.text:
+                part.text = labels.get(part.text, part.text)
+    page.set("aria-labelledby", f"{name}-title")
+    titled = ET.Element("title", {"id": f"{name}-title"})
+    titled.text = title
+    page.insert(0, titled)
+    return ET.tostring(page, encoding="unicode")

@@ -1,4 +1,4 @@
-"""A measurement as one HTML file to show around: no network, no scripts, light and dark, on a phone too.
+"""A measurement as one HTML file to show counters: no network, no scripts, light and dark, on a phone too.
 
 Names in a measurement are other people's text: everything is escaped, and the page's own policy forbids
 scripts and loading.
@@ -8,61 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitdeploy.benchmark import tables, wording
+from vitdeploy.benchmark import tables
+from vitdeploy.benchmark.compare import ResultsComparison
 from vitdeploy.benchmark.plots import Plot, plots, require_matplotlib, styles, swatch
-from vitdeploy.benchmark.ranking import Answer, answers, groups, members
+from vitdeploy.benchmark.ranking import BestCell, best_by_batch, groups, members
 from vitdeploy.benchmark.results import Cell, Results
+from vitdeploy.benchmark.tables import (
+    NONE,
+    Table,
+    error_text,
+    library_versions,
+    machine_facts,
+    number_text,
+    plain_text,
+    series_name,
+    speedup_text,
+)
 from vitdeploy.errors import MissingDependency
 
 if TYPE_CHECKING:
     import jinja2
-
-VERDICTS = {
-    "faster": "▼ faster",
-    "slower": "▲ slower",
-    "same": "= same",
-    "not comparable": "? not comparable",
-}
-
-
-class ComparedRow(Protocol):
-    """A cell held against the same cell of an older measurement."""
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def old_ms(self) -> float | None: ...
-    @property
-    def new_ms(self) -> float | None: ...
-    @property
-    def ratio(self) -> float | None:
-        """``new_ms`` over ``old_ms``."""
-
-    @property
-    def low(self) -> float | None:
-        """The lower end of the ratio's confidence interval."""
-
-    @property
-    def high(self) -> float | None: ...
-    @property
-    def verdict(self) -> str:
-        """``faster``, ``same``, ``slower`` or ``not comparable``."""
-
-    @property
-    def reason(self) -> str: ...
-
-
-class Compared(Protocol):
-    """What the report shows of a comparison."""
-
-    @property
-    def rows(self) -> Sequence[ComparedRow]: ...
-    @property
-    def summary(self) -> str: ...
 
 
 class Card(NamedTuple):
@@ -87,7 +54,7 @@ class Section(NamedTuple):
     lead: str
     cards: tuple[Card, ...]
     plots: tuple[Plot, ...]
-    measurements: tables.Table
+    measurements: Table
 
 
 def require_libraries() -> None:
@@ -103,7 +70,7 @@ def require_libraries() -> None:
         raise MissingDependency("jinja2", extra="report", purpose="the HTML report") from error
 
 
-def html_text(results: Results, comparison: Compared | None = None) -> str:
+def html_text(results: Results, comparison: ResultsComparison | None = None) -> str:
     """The whole page; the same measurement gives the same text.
 
     Raises:
@@ -117,12 +84,17 @@ def html_text(results: Results, comparison: Compared | None = None) -> str:
         sections=[_section(results, number) for number in range(len(groups(results)))],
         counts=_counts(results.cells),
         legend={name: swatch(look) for name, look in looks.items()},
-        facts=(tables.parity(results), tables.accuracy(results), tables.footprint(results)),
+        facts=(
+            tables.parity_table(results),
+            tables.accuracy_table(results),
+            tables.footprint(results),
+            tables.skipped_table(results),
+        ),
         comparison=comparison,
-        verdicts=VERDICTS,
+        compared=tables.compared_table(comparison.rows) if comparison else None,
         method=_method(results),
-        machine=wording.machine(results.environment),
-        libraries=wording.libraries(results.environment),
+        machine=machine_facts(results.environment),
+        libraries=library_versions(results.environment),
     )
 
 
@@ -136,12 +108,12 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": wording.number, "plain": wording.plain}
+    environment.filters["plain"] = plain_text
     return environment.get_template("report.html")
 
 
 def _title(results: Results) -> str:
-    models = list(dict.fromkeys(wording.plain(subject.model) for subject in results.subjects))
+    models = list(dict.fromkeys(plain_text(subject.model) for subject in results.subjects))
     if not models:
         return "vitdeploy bench"
     named = models[0] if len(models) == 1 else f"{', '.join(models[:-1])} and {models[-1]}"
@@ -151,9 +123,9 @@ def _title(results: Results) -> str:
 def _section(results: Results, number: int) -> Section:
     group = groups(results)[number]
     cells = members(results, group)
-    found = answers(cells, results)
+    found = best_by_batch(cells, results)
     return Section(
-        tables.title(results, group),
+        tables.group_title(results, group),
         _lead(results, found),
         tuple(card for answer in found if (card := _card(results, answer))),
         tuple(plots(results, cells, f"plot-{number}")),
@@ -161,19 +133,19 @@ def _section(results: Results, number: int) -> Section:
     )
 
 
-def _lead(results: Results, found: Sequence[Answer]) -> str:
+def _lead(results: Results, found: Sequence[BestCell]) -> str:
     """The answer in a sentence or two."""
     chosen = [answer for answer in found if answer.cell is not None]
     if not chosen:
         return "Nothing to choose: no cell was measured and right."
-    names = list(dict.fromkeys(wording.series(results, a.cell) for a in chosen if a.cell))
+    names = list(dict.fromkeys(series_name(results, a.cell) for a in chosen if a.cell))
     missing = [str(a.batch) for a in found if a.cell is None]
     if len(names) == 1:
         where = "at every batch size" if len(found) > 1 else f"at batch {found[0].batch}"
         words = f"{names[0]} is the fastest verified choice {where}"
     else:
         words = "The fastest verified choices: " + "; ".join(
-            f"at batch {a.batch} {wording.series(results, a.cell)}" for a in chosen if a.cell
+            f"at batch {a.batch} {series_name(results, a.cell)}" for a in chosen if a.cell
         )
     if missing:
         words = words.replace("every batch size", "every batch size that has one")
@@ -187,22 +159,22 @@ def _lead(results: Results, found: Sequence[Answer]) -> str:
     return words + "."
 
 
-def _card(results: Results, answer: Answer) -> Card | None:
+def _card(results: Results, answer: BestCell) -> Card | None:
     cell, after = answer.cell, answer.runner_up
     if cell is None or cell.parity is None:
         return None
     own = answer.over is cell
-    factor = "" if own else wording.times(answer.factor) if answer.factor else ""
+    factor = "" if own else speedup_text(answer.factor) if answer.factor else ""
     gain = "PyTorch eager itself" if own else "as fast as PyTorch eager" if factor else ""
-    next_best = f"next: {wording.series(results, after)}, {wording.number(after.p50_ms)} ms" if after else ""
+    next_best = f"next: {series_name(results, after)}, {number_text(after.p50_ms)} ms" if after else ""
     return Card(
         cell.batch,
-        wording.series(results, cell),
-        wording.number(cell.p50_ms),
+        series_name(results, cell),
+        number_text(cell.p50_ms),
         factor,
         gain,
-        f"{wording.number(cell.images_per_s)} images/s",
-        f"error {wording.error(cell.parity.relative)}, {wording.error(cell.parity.tolerance)} allowed",
+        f"{number_text(cell.images_per_s)} images/s",
+        f"error {error_text(cell.parity.relative)}, {error_text(cell.parity.tolerance)} allowed",
         next_best,
         bool(cell.warnings),
     )
@@ -225,25 +197,25 @@ def _method(results: Results) -> list[tuple[str, str]]:
     settings = results.settings
 
     def listed(values: Sequence[Any]) -> str:
-        return ", ".join("the runtime's own" if v is None else str(v) for v in values) or wording.NONE
+        return ", ".join("the runtime's own" if v is None else str(v) for v in values) or NONE
 
     return [
-        ("Command", wording.plain(results.command)),
+        ("Command", plain_text(results.command)),
         ("Measured", results.created.replace("T", " ").replace("Z", " UTC")),
         (
             "Rounds",
             f"{results.rounds}, each through every cell, in an order shuffled with seed {settings.seed}",
         ),
-        ("Budget", f"{wording.number(settings.budget_s)} s"),
+        ("Budget", f"{number_text(settings.budget_s)} s"),
         ("Batches", listed(settings.batches)),
         ("Threads", listed(settings.threads)),
         ("Callers at the same time", listed(settings.concurrency)),
         *(
-            (f"Bundle {wording.plain(s.name)}", _bundle(s.model, s.digest, s.parameters))
+            (f"Bundle {plain_text(s.name)}", _bundle(s.model, s.digest, s.parameters))
             for s in results.subjects
         ),
     ]
 
 
 def _bundle(model: str, digest: str, parameters: int) -> str:
-    return wording.plain(f"{model}, {parameters:,} parameters, {digest}")
+    return plain_text(f"{model}, {parameters:,} parameters, {digest}")

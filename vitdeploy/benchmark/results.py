@@ -32,7 +32,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Cpu(_Record):
+class MeasuredCpu(_Record):
     """The processor, as far as the measured processes may use it."""
 
     name: str
@@ -59,7 +59,7 @@ class Environment(_Record):
     vitdeploy: str
     python: str
     platform: str
-    cpu: Cpu
+    cpu: MeasuredCpu
     gpus: tuple[dict[str, str], ...] = ()
     libraries: dict[str, str | None]
     git: Git | None = None
@@ -70,7 +70,7 @@ class Environment(_Record):
         return machine_name(self.cpu.name, self.cpu.threads, self.gpus)
 
 
-class Settings(_Record):
+class BenchSettings(_Record):
     """How it was measured."""
 
     budget_s: float = Field(gt=0)
@@ -81,7 +81,7 @@ class Settings(_Record):
     concurrency: tuple[int, ...]
 
 
-class Subject(_Record):
+class MeasuredBundle(_Record):
     """A bundle that was measured."""
 
     name: str
@@ -104,7 +104,7 @@ class Parity(_Record):
     """What ``relative`` may be at most."""
 
 
-class Accuracy(_Record):
+class CellAccuracy(_Record):
     """Right answers on labelled images; shares between 0 and 1."""
 
     images: int = Field(ge=1)
@@ -185,7 +185,7 @@ class Cell(_Record):
     repeats: int = 0
     """How often the cell was measured again because of a disturbance."""
     parity: Parity | None = None
-    accuracy: Accuracy | None = None
+    accuracy: CellAccuracy | None = None
     startup: Startup | None = None
     peak_memory_bytes: int | None = None
     """Resident memory of the process at this batch size, at its highest."""
@@ -212,15 +212,15 @@ class Cell(_Record):
         return f"{self.backend}{'' if plain else f'[{self.provider}]'} {self.artifact}"
 
 
-class Beat(_Record):
-    """A fixed piece of work that took its turn with the cells: how fast the machine itself was."""
+class ControlSamples(_Record):
+    """Control work, the same in every round: how fast the machine itself was."""
 
     p50_ms: float
     samples_ms: tuple[float, ...]
     round_samples: int = Field(ge=1)
 
 
-class Skipped(_Record):
+class SkippedCase(_Record):
     """What this machine or this bundle has no cell for."""
 
     subject: str
@@ -236,15 +236,15 @@ class Results(_Record):
     created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
     command: str
     environment: Environment
-    settings: Settings
-    subjects: tuple[Subject, ...]
+    settings: BenchSettings
+    subjects: tuple[MeasuredBundle, ...]
     rounds: int = Field(ge=0)
     partial: bool = False
     """Interrupted: the cells have fewer rounds than the budget allowed, or none."""
     cells: tuple[Cell, ...]
-    metronome: Beat | None = None
+    metronome: ControlSamples | None = None
     """Null where it did not run, or was disturbed."""
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedCase, ...] = ()
     notes: tuple[str, ...] = ()
 
     def key(self, cell: Cell) -> Key:

@@ -1,4 +1,4 @@
-"""A whole measurement: start every lane, prove every cell, time them together, say what came out."""
+"""A whole measurement: start every case, prove every cell, time them together, say what came out."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from pathlib import Path
 
 import numpy as np
 
-from vitdeploy.benchmark.cells import CellRun, LaneRun, Limits
-from vitdeploy.benchmark.lanes import (
+from vitdeploy.benchmark.cases import (
     DEFAULT_BATCHES,
+    BenchTarget,
+    Case,
     Choices,
-    Lane,
-    Target,
-    lanes_of,
+    cases_of,
     open_targets,
     serves,
 )
-from vitdeploy.benchmark.machine import Moment, Watch, environment
-from vitdeploy.benchmark.measure import CellFailure, Counters, Referee, Timing
-from vitdeploy.benchmark.metronome import Metronome, metronome
-from vitdeploy.benchmark.results import Accuracy, Beat, Cell, Results, Settings, Skipped
+from vitdeploy.benchmark.cells import CaseRun, CellRun, ControlRun, TimeLimits, control_work
+from vitdeploy.benchmark.disturbances import CounterReader, Counters
+from vitdeploy.benchmark.environment import find_environment
+from vitdeploy.benchmark.results import (
+    BenchSettings,
+    Cell,
+    CellAccuracy,
+    ControlSamples,
+    Results,
+    SkippedCase,
+)
+from vitdeploy.benchmark.rounds import CellFailure, Runner, Timing
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import UsageError
-from vitdeploy.machine.child import child_environment
-from vitdeploy.progress import Progress, Stage
+from vitdeploy.progress import Progress
 from vitdeploy.verification.accuracy import (
     LabelledImages,
     bundled_images,
@@ -41,17 +47,17 @@ _BAR = 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What is measured, and for how long."""
 
-    lanes: Sequence[Lane]
+    cases: Sequence[Case]
     batches: Sequence[int]
     budget: float = 60.0
     """Seconds of warming up and measuring; loading and proving come before."""
     seed: int = 0
-    skipped: Sequence[Skipped] = ()
+    skipped: Sequence[SkippedCase] = ()
     command: str = ""
-    limits: Limits = field(default_factory=Limits)
+    limits: TimeLimits = field(default_factory=TimeLimits)
     images: Mapping[str, LabelledImages] = field(default_factory=dict)
     """By the targets' names: what accuracy is measured on."""
 
@@ -71,45 +77,47 @@ def run_bench(
     many = [bundles] if isinstance(bundles, str | os.PathLike | Bundle) else bundles
     targets = open_targets([b if isinstance(b, Bundle) else Bundle.open(Path(b)) for b in many])
     labelled = {target.name: _images(target, data) for target in targets}
-    lanes: list[Lane] = []
-    skipped: list[Skipped] = []
+    cases: list[Case] = []
+    skipped: list[SkippedCase] = []
     for target in targets:
-        own, missing = lanes_of(target, choices)
-        lanes, skipped = lanes + own, skipped + missing
+        of_target, missing = cases_of(target, choices)
+        cases, skipped = cases + of_target, skipped + missing
     batches = choices.batches or DEFAULT_BATCHES
-    if not any(serves(lane, size) for lane in lanes for size in batches):
+    if not any(serves(case, size) for case in cases for size in batches):
         why = "; ".join(f"{s.artifact} on {s.backend}: {s.reason}" for s in skipped)
         sizes = ", ".join(map(str, batches))
         raise UsageError(f"nothing to measure: no artifact serves a batch of {sizes} here", hint=why or None)
     images = {name: found for name, found in labelled.items() if found is not None}
-    plan = Plan(lanes, batches, budget, seed, skipped, command, images=images)
+    plan = BenchPlan(cases, batches, budget, seed, skipped, command, images=images)
     return run_plan(plan, progress=progress)
 
 
-def _images(target: Target, data: str | os.PathLike[str] | None) -> LabelledImages | None:
+def _images(target: BenchTarget, data: str | os.PathLike[str] | None) -> LabelledImages | None:
     manifest = target.bundle.manifest
     return bundled_images(manifest) if data is None else find_labelled(Path(data), manifest)
 
 
-def run_plan(plan: Plan, *, progress: Progress | None = None, counters: Counters | None = None) -> Results:
+def run_plan(
+    plan: BenchPlan, *, progress: Progress | None = None, counters: Callable[[], Counters] | None = None
+) -> Results:
     """Measure; Ctrl-C ends it early, and what was measured is returned, marked partial."""
     progress = progress or Progress()
-    machine, watch = environment(Path.cwd()), Watch()
-    runs = [LaneRun(lane, plan.limits) for lane in plan.lanes]
-    cells = [CellRun(run, b) for run in runs for b in sorted(set(plan.batches)) if serves(run.lane, b)]
-    beats: list[Metronome] = []
+    environment = find_environment(Path.cwd(), {case.backend for case in plan.cases})
+    reader = CounterReader()
+    runs = [CaseRun(case, plan.limits) for case in plan.cases]
+    cells = [CellRun(run, b) for run in runs for b in sorted(set(plan.batches)) if serves(run.case, b)]
+    control: ControlRun | None = None
 
-    def now() -> Moment:
-        pids = [run.pids for run in runs] + [beat.pids for beat in beats]
-        return watch.now([pid for own in pids for pid in own])
+    def read_counters() -> Counters:
+        ours = [pid for run in runs for pid in run.pids]
+        return reader.read([*ours, *(control.pids if control else ())])
 
-    referee = Referee(plan.budget, plan.seed, counters or now, machine.cpu.threads)
+    runner = Runner(plan.budget, plan.seed, counters or read_counters, environment.cpu.threads)
     partial, notes = False, list[str]()
     try:
         _prove(runs, cells, progress)
-        with metronome(child_environment()) as beat:
-            beats.append(beat)
-            _time(referee, cells, beat, progress)
+        with control_work() as control:
+            _time(runner, cells, control, progress)
         for cell in cells:
             cell.check_last()
         notes = [note for name in plan.images for note in _score(name, runs, cells, plan, progress)]
@@ -121,54 +129,63 @@ def run_plan(plan: Plan, *, progress: Progress | None = None, counters: Counters
     return Results(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         command=plan.command,
-        environment=machine,
+        environment=environment,
         settings=_settings(plan),
-        subjects=tuple({lane.target.name: lane.target.subject for lane in plan.lanes}.values()),
-        rounds=referee.rounds,
+        subjects=tuple({case.target.name: case.target.record for case in plan.cases}.values()),
+        rounds=runner.rounds,
         partial=partial,
-        cells=tuple(_result(cell, referee.processors) for cell in cells),
-        metronome=_beat(beats, referee.processors),
+        cells=tuple(_cell(cell, runner.processors) for cell in cells),
+        metronome=_control_samples(control, runner.processors),
         skipped=(*plan.skipped, *_unserved(plan)),
         notes=tuple(notes),
     )
 
 
-def _prove(runs: Sequence[LaneRun], cells: Sequence[CellRun], progress: Progress) -> None:
-    """Start the lanes one after the other, so that none slows another's start, and prove their cells."""
+def _prove(runs: Sequence[CaseRun], cells: Sequence[CellRun], progress: Progress) -> None:
+    """Start the cases one after the other, so that none slows another's start, and prove their cells."""
     for run in runs:
-        with progress.stage(f"prove {run.lane.backend}") as stage:
-            own = [cell for cell in cells if cell.lane is run]
-            for cell in own:
+        with progress.stage(f"prove {run.case.backend}") as stage:
+            of_run = [cell for cell in cells if cell.run is run]
+            for cell in of_run:
                 cell.prove()
-            failed = [cell.timing.failure for cell in own if cell.timing.failure]
-            wrong = [cell for cell in own if cell.parity and not cell.parity.passed]
-            stage.detail = run.lane.artifact
+            failed = [cell.timing.failure for cell in of_run if cell.timing.failure]
+            wrong = [cell for cell in of_run if cell.parity and not cell.parity.passed]
+            stage.detail = run.case.artifact
             if failed:
                 stage.detail += f", FAILED: {failed[0]}"
             if wrong:
                 stage.detail += f", WRONG at batch {', '.join(str(cell.batch) for cell in wrong)}"
 
 
-def _time(referee: Referee, cells: Sequence[CellRun], beat: Metronome, progress: Progress) -> None:
+def _time(runner: Runner, cells: Sequence[CellRun], control: ControlRun, progress: Progress) -> None:
     with progress.stage("measure") as stage:
-        referee.report = _reporter(progress, stage)
+
+        def report(phase: str, share: float) -> None:
+            full = round(_BAR * share)
+            stage.detail = f"{'━' * full}{'╌' * (_BAR - full)} {share:4.0%}  {phase}"
+            progress.updated(stage)
+
+        runner.report = report
         timings = [cell.timing for cell in cells if not cell.timing.failure]
         if timings:
-            referee.measure([*timings, *([] if beat.timing.failure else [beat.timing])])
-        stage.detail = f"{len(timings)} cells, {referee.rounds} rounds"
+            runner.measure([*timings, *([] if control.timing.failure else [control.timing])])
+        stage.detail = f"{len(timings)} cells, {runner.rounds} rounds"
 
 
 def _score(
-    name: str, runs: Sequence[LaneRun], cells: Sequence[CellRun], plan: Plan, progress: Progress
+    name: str, runs: Sequence[CaseRun], cells: Sequence[CellRun], plan: BenchPlan, progress: Progress
 ) -> list[str]:
-    """Accuracy of the lanes of a target that gave right outputs, beside the float64 reference's."""
-    own = [run for run in runs if run.lane.target.name == name]
-    right = [run for run in own if any(cell.right for cell in cells if cell.lane is run)]
+    """Accuracy of the cases of a target that gave right outputs, beside the float64 reference's."""
+    right = [
+        run
+        for run in runs
+        if run.case.target.name == name and any(cell.right for cell in cells if cell.run is run)
+    ]
     if not right:
         return []
     images, notes = plan.images[name], list[str]()
     with progress.stage("accuracy") as stage:
-        reference = reference_top_classes(own[0].lane.target.bundle, images)
+        reference = reference_top_classes(right[0].case.target.bundle, images)
         if reference is None:
             return [
                 f"{name}: no accuracy, because the float64 reference needs PyTorch and the model's weights"
@@ -176,102 +193,95 @@ def _score(
         for run in right:
             try:
                 found = compare_accuracy(run.places(images), reference, images.labels)
-                run.accuracy = Accuracy.model_validate(asdict(found))
+                run.accuracy = CellAccuracy.model_validate(asdict(found))
             except CellFailure as error:
-                notes.append(f"{run.lane.name}: no accuracy: {error}")
+                notes.append(f"{run.case.name}: no accuracy: {error}")
         stage.detail = f"{name}, {len(images.labels)} images"
     return notes
 
 
-def _reporter(progress: Progress, stage: Stage) -> Callable[[str, float], None]:
-    def report(phase: str, share: float) -> None:
-        full = round(_BAR * share)
-        stage.detail = f"{'━' * full}{'╌' * (_BAR - full)} {share:4.0%}  {phase}"
-        progress.updated(stage)
-
-    return report
-
-
-def _beat(beats: Sequence[Metronome], processors: int) -> Beat | None:
-    takes = [beat.timing.take for beat in beats if not beat.timing.failure and beat.timing.take.visits]
-    if not takes or takes[0].disturbances(processors):
+def _control_samples(control: ControlRun | None, processors: int) -> ControlSamples | None:
+    if control is None or control.timing.failure or not control.timing.measurement.rounds:
         return None
-    samples = takes[0].samples
-    return Beat(
-        p50_ms=_ms(float(np.median(samples))),
-        samples_ms=tuple(_ms(sample) for sample in samples),
-        round_samples=len(takes[0].visits[0].samples),
+    measurement = control.timing.measurement
+    if measurement.disturbances(processors):
+        return None
+    return ControlSamples(
+        p50_ms=_ms(float(np.median(measurement.samples))),
+        samples_ms=tuple(_ms(sample) for sample in measurement.samples),
+        round_samples=len(measurement.rounds[0].samples),
     )
 
 
-def _settings(plan: Plan) -> Settings:
-    return Settings(
+def _settings(plan: BenchPlan) -> BenchSettings:
+    return BenchSettings(
         budget_s=plan.budget,
         seed=plan.seed,
         batches=tuple(plan.batches),
-        threads=tuple(dict.fromkeys(lane.threads for lane in plan.lanes)),
-        concurrency=tuple(dict.fromkeys(lane.concurrency for lane in plan.lanes)),
+        threads=tuple(dict.fromkeys(case.threads for case in plan.cases)),
+        concurrency=tuple(dict.fromkeys(case.concurrency for case in plan.cases)),
     )
 
 
-def _unserved(plan: Plan) -> list[Skipped]:
-    found = []
-    for lane in plan.lanes:
-        sizes = [str(size) for size in plan.batches if not serves(lane, size)]
-        if sizes and lane.batch:
-            reason = f"batch {', '.join(sizes)}: it serves {lane.batch.min} to {lane.batch.max}"
-            name = lane.target.name
-            found.append(Skipped(subject=name, backend=lane.backend, artifact=lane.artifact, reason=reason))
-    return list(dict.fromkeys(found))
+def _unserved(plan: BenchPlan) -> list[SkippedCase]:
+    skipped = []
+    for case in plan.cases:
+        sizes = [str(size) for size in plan.batches if not serves(case, size)]
+        if sizes and case.batch:
+            reason = f"batch {', '.join(sizes)}: it serves {case.batch.min} to {case.batch.max}"
+            name = case.target.name
+            skipped.append(
+                SkippedCase(subject=name, backend=case.backend, artifact=case.artifact, reason=reason)
+            )
+    return list(dict.fromkeys(skipped))
 
 
-def _result(cell: CellRun, processors: int) -> Cell:
-    """What the cell's record says."""
-    lane, run, timing = cell.lane.lane, cell.lane, cell.timing
+def _cell(cell: CellRun, processors: int) -> Cell:
+    """The cell's record."""
+    run, case, timing = cell.run, cell.run.case, cell.timing
     facts = run.facts
-    failure = timing.failure or ("" if timing.take.visits else "interrupted before it was measured")
+    failure = timing.failure or ("" if timing.measurement.rounds else "interrupted before it was measured")
     return Cell(
-        subject=lane.target.name,
-        backend=lane.backend,
-        provider=facts.provider if facts else lane.provider,
-        artifact=lane.artifact,
-        precision=lane.precision,
-        executes=facts.executes if facts else lane.precision,
+        subject=case.target.name,
+        backend=case.backend,
+        provider=facts.provider if facts else case.provider,
+        artifact=case.artifact,
+        precision=case.precision,
+        executes=facts.executes if facts else case.precision,
         batch=cell.batch,
-        image_size=lane.target.subject.image_size,
-        threads=lane.threads,
-        concurrency=lane.concurrency,
+        image_size=case.target.record.image_size,
+        threads=case.threads,
+        concurrency=case.concurrency,
         status="failed" if failure else "ok",
         reason=failure,
-        **({} if failure else _numbers(timing, cell)),
-        disturbed=() if failure else tuple(timing.take.disturbances(processors)),
+        **({} if failure else _numbers(timing, cell.batch, case.concurrency)),
+        disturbed=() if failure else tuple(timing.measurement.disturbances(processors)),
         repeats=timing.repeats,
         parity=cell.parity,
         accuracy=run.accuracy if cell.right else None,
         startup=run.startup,
         peak_memory_bytes=cell.peak[0],
         peak_device_bytes=cell.peak[1],
-        size_bytes=lane.size_bytes,
+        size_bytes=case.size_bytes,
     )
 
 
-def _numbers(timing: Timing, cell: CellRun) -> dict[str, object]:
-    visits, samples = timing.take.visits, timing.take.samples
-    device = [sample for visit in visits for sample in visit.device]
+def _numbers(timing: Timing, batch: int, concurrency: int) -> dict[str, object]:
+    rounds, samples = timing.measurement.rounds, timing.measurement.samples
+    device = [seconds for one in rounds for seconds in one.device]
     p50, p90, p99 = (float(value) for value in np.percentile(samples, (50, 90, 99)))
-    rates = [len(visit.samples) * cell.batch / visit.wall for visit in visits]
-    alone = cell.lane.lane.concurrency == 1
+    rates = [len(one.samples) * batch / one.wall for one in rounds]
     return {
         "p50_ms": _ms(p50),
         "p90_ms": _ms(p90),
         "p99_ms": _ms(p99),
         "mean_ms": _ms(float(np.mean(samples))),
-        "spread": round(timing.take.spread(), 4),
-        "images_per_s": round(cell.batch / p50 if alone else float(np.median(rates)), 2),
+        "spread": round(timing.measurement.spread(), 4),
+        "images_per_s": round(batch / p50 if concurrency == 1 else float(np.median(rates)), 2),
         "samples_ms": tuple(_ms(sample) for sample in samples),
-        "round_samples": len(visits[0].samples),
+        "round_samples": len(rounds[0].samples),
         "device_p50_ms": _ms(float(np.median(device))) if device else None,
-        "device_samples_ms": tuple(_ms(sample) for sample in device),
+        "device_samples_ms": tuple(_ms(seconds) for seconds in device),
     }
 
 

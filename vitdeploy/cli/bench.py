@@ -14,10 +14,10 @@ from vitdeploy.cli.interruption import Interrupted
 from vitdeploy.errors import ParityError, RegressionError, UsageError, VitdeployError
 
 if TYPE_CHECKING:
-    from vitdeploy.benchmark.choice import Goal
-    from vitdeploy.benchmark.compare import Comparison
-    from vitdeploy.benchmark.lanes import Choices
-    from vitdeploy.benchmark.results import Cell, Results
+    from vitdeploy.benchmark.compare import ResultsComparison
+    from vitdeploy.benchmark.ranking import Goal
+    from vitdeploy.benchmark.results import Results
+    from vitdeploy.benchmark.tables import Table
     from vitdeploy.bundle.manifest import Choice
 
 SUMMARY = "Measure a bundle's speed, parity and accuracy on this machine."
@@ -50,10 +50,9 @@ class _Files:
 
             require_libraries()
 
-    def write(self, results: Results, comparison: Comparison | None) -> None:
-        from vitdeploy.benchmark.compare import comparison_markdown
+    def write(self, results: Results, comparison: ResultsComparison | None) -> None:
         from vitdeploy.benchmark.results import write_whole
-        from vitdeploy.benchmark.views import csv_text, markdown_text
+        from vitdeploy.benchmark.views import comparison_markdown, csv_text, markdown_text
 
         if self.results is not None:
             write_whole(self.results, json.dumps(results.as_dict(), indent=2, allow_nan=False) + "\n")
@@ -74,77 +73,98 @@ class _Files:
         return [path for path in (self.results, self.csv, self.markdown, self.html) if path is not None]
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A command line, understood."""
-
-    bundles: list[Path]
-    choices: Choices
-    budget: float
-    seed: int
-    data: Path | None
-    goal: Goal | None
-    max_latency_ms: float | None
-    old: Results | None
-    tolerance: float
-    files: _Files
-    as_json: bool
-
-
 def command(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles.", show_default=False)],
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BUNDLE...", help="Bundles to measure in the same rounds.", show_default=False
+        ),
+    ],
     backend: Annotated[
-        str | None, typer.Option(metavar="B,...", help="Backends.  [default: all that run here]")
+        str | None, typer.Option(metavar="B,...", help="Backends to measure.  [default: all that run here]")
     ] = None,
     artifact: Annotated[
-        str | None, typer.Option(metavar="A,...", help="Artifacts, by name or precision.  [default: all]")
+        str | None,
+        typer.Option(metavar="A,...", help="Artifacts to measure, by name or by precision.  [default: all]"),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Batch sizes.  [default: 1,8,32, as far as served]")
+        str | None,
+        typer.Option(metavar="N,...", help="Batch sizes to measure.  [default: 1,8,32, as far as served]"),
     ] = None,
     threads: Annotated[
-        str | None, typer.Option(metavar="N,...", help="CPU threads.  [default: each runtime's own choice]")
+        str | None,
+        typer.Option(
+            metavar="N,...", help="Numbers of CPU threads to compare.  [default: each runtime's own]"
+        ),
     ] = None,
-    concurrency: Annotated[str, typer.Option(metavar="N,...", help="Callers at the same time.")] = "1",
+    concurrency: Annotated[
+        str, typer.Option(metavar="N,...", help="Numbers of callers at the same time to compare.")
+    ] = "1",
     provider: Annotated[
-        str | None, typer.Option(metavar="P", help="ONNX Runtime's: cpu, cuda, tensorrt, tensorrt-rtx.")
+        str | None,
+        typer.Option(
+            metavar="P", help="ONNX Runtime's execution provider: cpu, cuda, tensorrt, tensorrt-rtx."
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="D", help="cpu, cuda or cuda:N, for backends that have the choice.")
+        str | None,
+        typer.Option(metavar="D", help="Device of backends that have the choice: cpu, cuda, cuda:N."),
     ] = None,
     budget: Annotated[
-        str, typer.Option(metavar="TIME", help="For warming up and measuring: 90s, 5m.")
+        str, typer.Option(metavar="TIME", help="Time for warming up and measuring: 90s, 5m.")
     ] = "60s",
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Labelled images, for accuracy: DIR/<label>/*.jpg.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Labelled images to measure accuracy on: DIR/<label>/*.jpg."),
     ] = None,
     pick: Annotated[
         str | None,
-        typer.Option(metavar="latency|throughput", help="Choose what to run here; kept in the bundle."),
+        typer.Option(
+            metavar="latency|throughput",
+            help="Goal by which to choose what this machine runs; the bundle keeps the choice.",
+        ),
     ] = None,
     max_latency_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="With --pick: the 99th percentile at most.", min=0.0)
+        float | None, typer.Option(metavar="MS", help="Longest 99th percentile that --pick accepts.", min=0.0)
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(metavar="OLD.json", help="Judge against earlier results; 6 if slower.")
+        Path | None,
+        typer.Option(
+            metavar="OLD.json", help="Earlier results to compare with; the exit code is 6 if slower."
+        ),
     ] = None,
-    tolerance: Annotated[str, typer.Option(metavar="P%", help="With --compare.")] = "5%",
+    tolerance: Annotated[
+        str, typer.Option(metavar="P%", help="Change that --compare still calls the same.")
+    ] = "5%",
     results: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write results.json here.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="File to write the results to, as JSON."),
     ] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV file.")] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a Markdown file.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report for people.")] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the order within rounds.", min=0)] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write a row per cell to, as CSV.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write the tables to, as Markdown.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write a report for people to, as HTML.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of the order of cells within rounds.", min=0)
+    ] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of tables.")
+    ] = False,
 ) -> int:
     """Measure in interleaved rounds, with parity and accuracy beside every speed.
 
     A cell whose outputs are not the reference's is shown struck through, takes part in no ranking, and
     makes the exit code 5. Ctrl-C keeps what was measured.
     """
-    from vitdeploy.benchmark.lanes import Choices
+    from vitdeploy.benchmark.cases import Choices
+    from vitdeploy.benchmark.compare import compare_results
     from vitdeploy.benchmark.results import read_results
+    from vitdeploy.benchmark.run import run_bench
 
     choices = Choices(
         backends=parse.backends(backend, provider),
@@ -155,52 +175,35 @@ def command(
         provider=provider,
         device=device,
     )
-    request = _Request(
-        bundles=bundles,
-        choices=choices,
-        budget=parse.duration(budget),
-        seed=seed,
-        data=data,
-        goal=_goal(pick, max_latency_ms),
-        max_latency_ms=max_latency_ms,
-        old=None if compare is None else read_results(compare),
-        tolerance=parse.percentage(tolerance, "--tolerance"),
-        files=_Files(results, csv, markdown, html),
-        as_json=as_json,
-    )
-    return _run(request)
-
-
-def _run(request: _Request) -> int:
-    """Measure, write, choose, print; what is wrong is said last, when everything is safe."""
-    from vitdeploy.benchmark.compare import compare
-    from vitdeploy.benchmark.run import run_bench
-
-    request.files.require_writable()
+    seconds, goal = parse.duration(budget), _goal(pick, max_latency_ms)
+    old = None if compare is None else read_results(compare)
+    share = parse.percentage(tolerance, "--tolerance")
+    files = _Files(results, csv, markdown, html)
+    files.require_writable()
     with output.Stages() as stages, output.stdout_is_ours():
-        found = run_bench(
-            request.bundles,
-            request.choices,
-            data=request.data,
-            budget=request.budget,
-            seed=request.seed,
+        measured = run_bench(
+            bundles,
+            choices,
+            data=data,
+            budget=seconds,
+            seed=seed,
             command=parse.command_line(),
             progress=stages,
         )
-    comparison = None if request.old is None else compare(found, request.old, request.tolerance)
-    request.files.write(found, comparison)
-    problem, picked = _problem(found, comparison), list[tuple[Path, "Choice"]]()
-    if request.goal is not None and not found.partial:
+    comparison = None if old is None else compare_results(measured, old, share)
+    files.write(measured, comparison)
+    problem, picked = _problem(measured, comparison), list[tuple[Path, "Choice"]]()
+    if goal is not None and not measured.partial:
         try:
-            picked = _pick(found, request.bundles, request.goal, request.max_latency_ms)
+            picked = _pick(measured, bundles, goal, max_latency_ms)
         except VitdeployError as error:
             problem = problem or error
-    if request.as_json:
-        output.json_document(_document(found, comparison, picked, problem))
+    if as_json:
+        output.json_document(_document(measured, comparison, picked, problem))
     else:
-        _print(found)
+        _print(measured)
         _print_verdicts(comparison, picked)
-    if found.partial:
+    if measured.partial:
         raise Interrupted
     if problem is None:
         return 0
@@ -220,7 +223,7 @@ def _pick(
     results: Results, bundles: list[Path], goal: Goal, limit: float | None
 ) -> list[tuple[Path, Choice]]:
     """Choose for every bundle, then write the choices."""
-    from vitdeploy.benchmark.choice import choice_of, pick, write_choice
+    from vitdeploy.benchmark.ranking import choice_of, pick, write_choice
     from vitdeploy.bundle.folder import Bundle
 
     names = [subject.name for subject in results.subjects]
@@ -233,7 +236,7 @@ def _pick(
     return chosen
 
 
-def _problem(results: Results, comparison: Comparison | None) -> VitdeployError | None:
+def _problem(results: Results, comparison: ResultsComparison | None) -> VitdeployError | None:
     """Wrong outputs come before slow ones."""
     wrong = [cell for cell in results.cells if cell.parity is not None and not cell.parity.passed]
     if wrong:
@@ -254,7 +257,7 @@ def _problem(results: Results, comparison: Comparison | None) -> VitdeployError 
 
 def _document(
     results: Results,
-    comparison: Comparison | None,
+    comparison: ResultsComparison | None,
     picked: list[tuple[Path, Choice]],
     problem: VitdeployError | None,
 ) -> dict[str, Any]:
@@ -269,17 +272,12 @@ def _document(
 
 
 def _print(results: Results) -> None:
-    columns = ["backend", "artifact", ">batch", ">p50 ms", ">p90 ms", ">p99 ms", ">images/s", ">error"]
-    scored = any(cell.accuracy for cell in results.cells)
-    columns += [">top-1"] if scored else []
+    from vitdeploy.benchmark.tables import summary
+
     for subject in results.subjects:
-        cells = [cell for cell in results.cells if cell.subject == subject.name]
         if len(results.subjects) > 1:
             output.heading(f"{subject.name}, {subject.image_size[0]} x {subject.image_size[1]}")
-        all_valid = all(cell.valid for cell in cells)
-        rows = [_row(cell, scored, all_valid) for cell in cells]
-        styles = ["" if cell.valid else "strike red" for cell in cells]
-        output.table(columns if all_valid else [*columns, ""], rows, styles)
+        _print_table(summary(results, subject.name))
     output.line(f"{results.rounds} interleaved rounds; error: relative to the float64 reference")
     for cell in results.cells:
         if cell.warnings:
@@ -292,42 +290,21 @@ def _print(results: Results) -> None:
         output.line("PARTIAL: interrupted before the budget was spent")
 
 
-def _row(cell: Cell, scored: bool, all_valid: bool) -> tuple[str, ...]:
-    name = cell.label.removesuffix(f" {cell.artifact}")
-    name += f", {output.count(cell.threads, 'thread')}" if cell.threads else ""
-    name += f", {cell.concurrency} callers" if cell.concurrency > 1 else ""
-    times = ["-" if ms is None else f"{ms:.2f}" for ms in (cell.p50_ms, cell.p90_ms, cell.p99_ms)]
-    rate = "-" if cell.images_per_s is None else f"{cell.images_per_s:.1f}"
-    error = output.small(cell.parity.relative if cell.parity else None)
-    top1 = [f"{cell.accuracy.top1:.1%}" if cell.accuracy else "-"] if scored else []
-    remark = () if all_valid else (_remark(cell),)
-    return (name, cell.artifact, str(cell.batch), *times, rate, error, *top1, *remark)
+def _print_table(table: Table) -> None:
+    """A table on the terminal, with what is said of its rows in a last column."""
+    noted = any(row.note for row in table.rows)
+    columns = [f"{'' if column.words else '>'}{column.title}" for column in table.columns]
+    rows = [[*map(str, row.entries), *([row.note] if noted else [])] for row in table.rows]
+    styles = ["strike red" if row.kind in ("wrong", "failed") else "" for row in table.rows]
+    output.table([*columns, *([""] if noted else [])], rows, styles)
 
 
-def _remark(cell: Cell) -> str:
-    """What is wrong with a cell."""
-    if cell.status == "failed":
-        return f"FAILED: {cell.reason}"
-    if cell.parity is not None and not cell.parity.passed:
-        return f"WRONG: {'; '.join(cell.parity.failures)}"
-    return ""
-
-
-def _print_verdicts(comparison: Comparison | None, picked: list[tuple[Path, Choice]]) -> None:
+def _print_verdicts(comparison: ResultsComparison | None, picked: list[tuple[Path, Choice]]) -> None:
     if comparison is not None:
+        from vitdeploy.benchmark.tables import compared_table
+
         output.heading(f"Compared, tolerance {comparison.tolerance:.0%}: {comparison.summary}")
-        rows = [
-            (
-                row.label,
-                str(row.batch),
-                "-" if row.ratio is None else f"{row.ratio:.3f}",
-                "-" if row.low is None else f"{row.low:.3f} to {row.high:.3f}",
-                row.verdict,
-                row.reason,
-            )
-            for row in comparison.rows
-        ]
-        output.table(("cell", ">batch", ">ratio", "95 % interval", "verdict", ""), rows)
+        _print_table(compared_table(comparison.rows))
     for path, choice in picked:
         what = " ".join(filter(None, (choice.backend, choice.artifact)))
         threads = f", {output.count(choice.threads, 'thread')}" if choice.threads else ""

@@ -1,4 +1,4 @@
-"""The referee, with a clock and cells of the test's own making."""
+"""The runner, with a clock and cells of the test's own making."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from vitdeploy.benchmark.machine import NO_TIME, Moment
-from vitdeploy.benchmark.measure import (
+from vitdeploy.benchmark.disturbances import ZERO, Counters
+from vitdeploy.benchmark.rounds import (
     LEAST_ROUNDS,
     MOST_ROUNDS,
     MOST_SAMPLES,
     CellFailure,
-    Referee,
+    RoundSamples,
+    Runner,
     Timing,
-    Visit,
 )
 
 
@@ -27,14 +27,14 @@ class World:
         self.log: list[str] = []
         self.stolen = 0.0
 
-    def counters(self) -> Moment:
-        return Moment(self.time, self.time, self.stolen, self.time, 0)
+    def counters(self) -> Counters:
+        return Counters(self.time, self.time, self.stolen, self.time, 0)
 
     def cell(self, name: str, seconds: Callable[[int], float]) -> Timing:
         """A cell whose ``n``-th run takes ``seconds(n)``."""
         runs = 0
 
-        def probe(count: int, untimed: int) -> Visit:
+        def probe(count: int, untimed: int) -> RoundSamples:
             nonlocal runs
             self.log.append(name)
             samples = []
@@ -43,25 +43,25 @@ class World:
                 took = seconds(runs)
                 self.time += took
                 samples += [took] if number >= untimed else []
-            return Visit(tuple(samples), sum(samples))
+            return RoundSamples(tuple(samples), sum(samples))
 
         return Timing(probe)
 
-    def measure(self, cells: list[Timing], budget: float = 60.0, seed: int = 0) -> Referee:
-        referee = Referee(budget, seed, self.counters, 2, clock=lambda: self.time)
-        referee.measure(cells)
-        return referee
+    def measure(self, cells: list[Timing], budget: float = 60.0, seed: int = 0) -> Runner:
+        runner = Runner(budget, seed, self.counters, 2, clock=lambda: self.time)
+        runner.measure(cells)
+        return runner
 
 
 def test_rounds_hold_every_cell_once_in_changing_order() -> None:
     world = World()
     cells = [world.cell(name, lambda _: 0.1) for name in "abcd"]
-    referee = world.measure(cells)
-    turns = world.log[-4 * referee.rounds :]
+    runner = world.measure(cells)
+    turns = world.log[-4 * runner.rounds :]
     rounds = [tuple(turns[i : i + 4]) for i in range(0, len(turns), 4)]
     assert all(sorted(turn) == list("abcd") for turn in rounds)
     assert len(set(rounds)) > 5
-    assert all(len(cell.take.visits) == referee.rounds for cell in cells)
+    assert all(len(cell.measurement.rounds) == runner.rounds for cell in cells)
     again = World()
     again.measure([again.cell(name, lambda _: 0.1) for name in "abcd"])
     assert again.log == world.log, "the seed decides the order"
@@ -72,8 +72,8 @@ def test_the_budget_is_kept() -> None:
     world.measure([world.cell(name, lambda _: 0.5) for name in "abc"], budget=60)
     assert 55 < world.time < 65
     slow = World()
-    referee = slow.measure([slow.cell("a", lambda _: 50.0)], budget=60)
-    assert referee.rounds == LEAST_ROUNDS, "fewer say nothing about spread"
+    runner = slow.measure([slow.cell("a", lambda _: 50.0)], budget=60)
+    assert runner.rounds == LEAST_ROUNDS, "fewer say nothing about spread"
     fast = World()
     assert fast.measure([fast.cell("a", lambda _: 1e-4)], budget=600).rounds == MOST_ROUNDS
 
@@ -82,7 +82,7 @@ def test_warming_up_goes_on_until_the_median_stays() -> None:
     world = World()
     slow_start = world.cell("a", lambda run: 0.1 * (1 + 0.7**run))
     world.measure([slow_start])
-    assert slow_start.take.visits[0].samples[0] < 0.106
+    assert slow_start.measurement.rounds[0].samples[0] < 0.106
     never = World()
     never.measure([never.cell("a", lambda run: 1.0 + run)], budget=1000)
     assert never.log, "a cell that never settles is bounded"
@@ -94,7 +94,7 @@ def test_a_visit_is_long_enough(seconds: float, count: int, untimed: int) -> Non
     cell = world.cell("a", lambda _: seconds)
     world.measure([cell], budget=10)
     assert (cell.count, cell.untimed) == (count, untimed)
-    assert {len(visit.samples) for visit in cell.take.visits} == {count}
+    assert {len(one.samples) for one in cell.measurement.rounds} == {count}
 
 
 def test_short_cells_run_more_often_beside_long_ones() -> None:
@@ -113,9 +113,9 @@ def test_a_cell_that_fails_is_left_out() -> None:
         return 0.1
 
     dead, alive = world.cell("a", dies), world.cell("b", lambda _: 0.1)
-    referee = world.measure([dead, alive])
+    runner = world.measure([dead, alive])
     assert dead.failure == "gone"
-    assert len(alive.take.visits) == referee.rounds > 100
+    assert len(alive.measurement.rounds) == runner.rounds > 100
 
 
 def test_a_disturbed_cell_is_measured_again_and_the_calmer_take_kept() -> None:
@@ -129,9 +129,9 @@ def test_a_disturbed_cell_is_measured_again_and_the_calmer_take_kept() -> None:
     first, second = world.cell("a", robbed), world.cell("b", lambda _: 0.1)
     world.measure([first, second])
     assert (first.repeats, second.repeats) == (1, 0)
-    assert len(second.take.visits) > len(first.take.visits), "the calm one keeps all its rounds"
-    assert not first.take.disturbances(2)
-    assert first.take.spread() < 0.01
+    assert len(second.measurement.rounds) > len(first.measurement.rounds), "the calm one keeps all its rounds"
+    assert not first.measurement.disturbances(2)
+    assert first.measurement.spread() < 0.01
 
 
 @pytest.mark.parametrize("budget, repeats", [(60, 0), (600, 1)])
@@ -143,8 +143,8 @@ def test_measuring_again_keeps_the_budget(budget: float, repeats: int) -> None:
         return 3.5
 
     cells = [world.cell(name, robbed) for name in "abcdef"]
-    referee = world.measure(cells, budget=budget)
-    assert referee.rounds >= LEAST_ROUNDS
+    runner = world.measure(cells, budget=budget)
+    assert runner.rounds >= LEAST_ROUNDS
     assert {cell.repeats for cell in cells} == {repeats}, "only where whole rounds are affordable"
     assert world.time < budget + (3 + LEAST_ROUNDS) * 6 * 4
 
@@ -153,7 +153,7 @@ def test_ctrl_c_while_measuring_again_loses_nothing() -> None:
     world, cells = World(), list[Timing]()
 
     def robbed(_: int) -> float:
-        if cells[0].repeats and len(cells[0].take.visits) == LEAST_ROUNDS - 1:
+        if cells[0].repeats and len(cells[0].measurement.rounds) == LEAST_ROUNDS - 1:
             raise KeyboardInterrupt
         world.stolen += 0.02
         return 0.1
@@ -162,7 +162,7 @@ def test_ctrl_c_while_measuring_again_loses_nothing() -> None:
     with pytest.raises(KeyboardInterrupt):
         world.measure(cells, budget=60)
     assert cells[0].repeats == 1
-    assert len(cells[0].take.visits) > 100, "the first take is kept"
+    assert len(cells[0].measurement.rounds) > 100, "the first take is kept"
 
 
 def test_a_cell_that_stays_disturbed_says_so() -> None:
@@ -176,18 +176,18 @@ def test_a_cell_that_stays_disturbed_says_so() -> None:
     cell = world.cell("a", robbed)
     world.measure([cell])
     assert cell.repeats == 1
-    assert "the hypervisor took" in cell.take.disturbances(2)[0]
+    assert "the hypervisor took" in cell.measurement.disturbances(2)[0]
 
 
 def test_an_unsteady_cell_keeps_all_its_rounds() -> None:
     world = World()
     random = np.random.default_rng(0)
     cell = world.cell("a", lambda _: float(0.1 * (1 + 2 * random.random())))
-    referee = world.measure([cell])
+    runner = world.measure([cell])
     assert cell.repeats == 0
-    assert cell.take.disturbances(2) == []
-    assert cell.take.spread() > 0.2
-    assert len(cell.take.visits) == referee.rounds
+    assert cell.measurement.disturbances(2) == []
+    assert cell.measurement.spread() > 0.2
+    assert len(cell.measurement.rounds) == runner.rounds
 
 
 def test_steal_time_is_a_disturbance() -> None:
@@ -199,9 +199,9 @@ def test_steal_time_is_a_disturbance() -> None:
 
     cell = world.cell("a", robbed)
     world.measure([cell])
-    assert cell.take.disturbances(2) == ["the hypervisor took 10% of the processors"]
-    assert Timing(cell.probe).take.disturbances(2) == []
-    assert NO_TIME.disturbances(2) == []
+    assert cell.measurement.disturbances(2) == ["the hypervisor took 10% of the processors"]
+    assert Timing(cell.probe).measurement.disturbances(2) == []
+    assert ZERO.disturbances(2) == []
 
 
 def test_no_cells() -> None:

@@ -1,4 +1,4 @@
-"""Timing like a referee: every cell in every round, in a new order each time, until the budget is spent.
+"""Interleaved rounds: every cell in every round, in a new order each time, until the budget is spent.
 
 What disturbs the machine disturbs all cells alike; a cell beside which something else was at work is
 measured again, in the same company. Nothing here knows what a cell is: see ``run.py``.
@@ -11,32 +11,31 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
-from vitdeploy.benchmark.machine import NO_TIME, Moment
+from vitdeploy.benchmark.disturbances import ZERO, Counters
 
 WARM_UP = 0.15
 """Share of the budget that goes into warming up, at most."""
 RESERVE = 0.2
 """Share that is kept for measuring again what was disturbed."""
 SETTLED = 0.03
-"""Relative change of the median from one visit to the next, at which a cell is warm."""
-MOST_WARM_VISITS = 12
+"""Relative change of the median from one warm-up to the next, at which a cell is warm."""
+MOST_WARM_UPS = 12
 MOST_ROUNDS = 200
 LEAST_ROUNDS = 3
 """Even where the budget is spent: fewer say nothing about spread."""
 SLICE = 0.05
-"""Seconds that a visit takes at least, if ``MOST_SAMPLES`` are enough for that."""
+"""Seconds that a cell takes of a round at least, if ``MOST_SAMPLES`` are enough for that."""
 SHARE = 0.25
-"""Of the mean visit, what the visit of a shorter cell takes, if ``MOST_SAMPLES`` are enough for that."""
+"""Of the mean seconds of a cell in a round, what a shorter cell takes, if ``MOST_SAMPLES`` are enough."""
 MOST_SAMPLES = 20
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What a cell did when its turn came."""
+class RoundSamples:
+    """What a cell did in one round."""
 
     samples: tuple[float, ...]
     """Seconds of each timed run, of every caller."""
@@ -49,51 +48,40 @@ class CellFailure(Exception):
     """A cell cannot go on; says why."""
 
 
-class Probe(Protocol):
-    """Runs what is timed."""
+Probe = Callable[[int, int], RoundSamples]
+"""``probe(count, untimed)`` runs a cell ``untimed`` times for nothing, then ``count`` times.
 
-    def __call__(self, count: int, untimed: int) -> Visit:
-        """Run ``untimed`` times for nothing, then ``count`` times.
-
-        Raises:
-            CellFailure: it cannot.
-        """
-
-
-class Counters(Protocol):
-    """Reads the machine's counters."""
-
-    def __call__(self) -> Moment: ...
+Raises CellFailure where it cannot."""
 
 
 @dataclass
-class Take:
-    """One measurement of a cell."""
+class Measurement:
+    """A cell, measured once."""
 
-    visits: list[Visit] = field(default_factory=list)
-    around: Moment = NO_TIME
+    rounds: list[RoundSamples] = field(default_factory=list)
+    counters: Counters = ZERO
     """What the machine did while the cell ran."""
 
     @property
     def samples(self) -> list[float]:
         """Of all rounds, in the order of time."""
-        return [sample for visit in self.visits for sample in visit.samples]
+        return [sample for one in self.rounds for sample in one.samples]
 
     @property
     def medians(self) -> list[float]:
         """Of each round."""
-        return [statistics.median(visit.samples) for visit in self.visits]
+        return [statistics.median(one.samples) for one in self.rounds]
 
     def spread(self) -> float:
         """Half the distance between the 10th and 90th percentile of the rounds' medians, over the median."""
-        if not self.visits:
+        if not self.rounds:
             return 0.0
         low, middle, high = np.percentile(self.medians, (10, 50, 90))
         return float((high - low) / 2 / middle)
 
     def disturbances(self, processors: int) -> list[str]:
         """Why the numbers are not to be trusted."""
-        return self.around.disturbances(processors)
+        return self.counters.disturbances(processors)
 
 
 @dataclass
@@ -102,23 +90,23 @@ class Timing:
 
     probe: Probe
     count: int = 1
-    """Timed runs of a visit."""
+    """Timed runs in a round."""
     untimed: int = 0
     seconds: float = 0.0
     """Of a run, when it was warm."""
-    take: Take = field(default_factory=Take)
+    measurement: Measurement = field(default_factory=Measurement)
     repeats: int = 0
     failure: str = ""
 
 
 @dataclass
-class Referee:
-    """Measures cells within a budget.
+class Runner:
+    """Runs cells in rounds, within a budget.
 
     Args:
         budget: seconds for warming up, measuring and measuring again.
         seed: of the order within rounds.
-        counters: of the machine; see ``machine.Watch``.
+        counters: reads the machine's; see ``disturbances.CounterReader``.
         processors: how many the cells share.
         report: hears what goes on: a phase and how much of the budget is spent (0 to 1).
         clock: seconds.
@@ -126,7 +114,7 @@ class Referee:
 
     budget: float
     seed: int
-    counters: Counters
+    counters: Callable[[], Counters]
     processors: int
     report: Callable[[str, float], None] = lambda phase, share: None
     clock: Callable[[], float] = time.perf_counter
@@ -134,7 +122,7 @@ class Referee:
     begin: float = field(init=False, default=0.0)
 
     def measure(self, cells: Sequence[Timing]) -> None:
-        """Fill in the cells' takes; a cell that fails is left out from then on."""
+        """Fill in the cells' measurements; a cell that fails is left out from then on."""
         order = random.Random(self.seed)
         self.begin = self.clock()
         for number, cell in enumerate(cells, 1):
@@ -143,37 +131,37 @@ class Referee:
         self._share_out(cells)
         self.rounds = self._rounds(cells, order, 1 - RESERVE, least=LEAST_ROUNDS)
         noisy = self._noisy(cells)
-        earlier = [cell.take for cell in noisy]
+        earlier = [cell.measurement for cell in noisy]
         for cell in noisy:
-            cell.take, cell.repeats = Take(), 1
+            cell.measurement, cell.repeats = Measurement(), 1
         most = MOST_ROUNDS - (0 if noisy else self.rounds)
         try:
             self.rounds += self._rounds(cells, order, 1.0, most=most)
-        finally:  # Ctrl-C loses no take that was whole
+        finally:  # Ctrl-C loses no measurement that was whole
             for cell, before in zip(noisy, earlier, strict=True):
-                fresh = not cell.failure and len(cell.take.visits) >= LEAST_ROUNDS
-                cell.take = min(cell.take, before, key=self._trouble) if fresh else before
+                fresh = not cell.failure and len(cell.measurement.rounds) >= LEAST_ROUNDS
+                cell.measurement = min(cell.measurement, before, key=self._trouble) if fresh else before
 
     def _noisy(self, cells: Sequence[Timing]) -> list[Timing]:
         """The disturbed cells, if the rest of the budget is enough to measure them anew."""
-        alive = [cell for cell in cells if cell.take.visits and not cell.failure]
-        once = sum(statistics.median(visit.wall for visit in cell.take.visits) for cell in alive)
+        alive = [cell for cell in cells if cell.measurement.rounds and not cell.failure]
+        once = sum(statistics.median(one.wall for one in cell.measurement.rounds) for cell in alive)
         if (1 - self._spent()) * self.budget < LEAST_ROUNDS * once:
             return []
-        return [cell for cell in alive if cell.take.disturbances(self.processors)]
+        return [cell for cell in alive if cell.measurement.disturbances(self.processors)]
 
     def _warm_up(self, cell: Timing, limit: float) -> None:
-        """Run until the median stays where it is; find out how many runs make a visit."""
+        """Run until the median stays where it is; find out how many runs it takes in a round."""
         until = self.clock() + limit
         before = statistics.median(cell.probe(1, 0).samples)
-        for visit in range(MOST_WARM_VISITS):
+        for number in range(MOST_WARM_UPS):
             cell.count = max(1, min(MOST_SAMPLES, round(SLICE / max(before, 1e-9))))
             # After other models ran, the first run finds cold caches; a long one hardly notices.
             cell.untimed = 1 if cell.count > 1 else 0
             now = statistics.median(cell.probe(cell.count, 0).samples)
             settled = abs(now - before) <= SETTLED * before
             before = now
-            if (settled and visit) or self.clock() > until:
+            if (settled and number) or self.clock() > until:
                 break
         cell.seconds = before
 
@@ -182,9 +170,9 @@ class Referee:
         warm = [cell for cell in cells if cell.seconds and not cell.failure]
         if not warm:
             return
-        visit = SHARE * statistics.mean(cell.count * cell.seconds for cell in warm)
+        share = SHARE * statistics.mean(cell.count * cell.seconds for cell in warm)
         for cell in warm:
-            cell.count = max(cell.count, min(MOST_SAMPLES, round(visit / cell.seconds)))
+            cell.count = max(cell.count, min(MOST_SAMPLES, round(share / cell.seconds)))
 
     def _rounds(
         self,
@@ -198,24 +186,24 @@ class Referee:
         """Whole rounds until this share of the budget is spent; returns how many."""
         done = 0
         while done < most and (done < least or self._spent() < share):
-            turn = [cell for cell in cells if not cell.failure]
-            if not turn:
+            running = [cell for cell in cells if not cell.failure]
+            if not running:
                 break
-            self._tell(f"round {done + 1} of {len(turn)} cells")
-            order.shuffle(turn)
-            for cell in turn:
-                self._try(self._visit, cell)
+            self._tell(f"round {done + 1} of {len(running)} cells")
+            order.shuffle(running)
+            for cell in running:
+                self._try(self._sample, cell)
             done += 1
         return done
 
-    def _visit(self, cell: Timing) -> None:
+    def _sample(self, cell: Timing) -> None:
         before = self.counters()
-        visit = cell.probe(cell.count, cell.untimed)
-        cell.take.around += self.counters() - before
-        cell.take.visits.append(visit)
+        samples = cell.probe(cell.count, cell.untimed)
+        cell.measurement.counters += self.counters() - before
+        cell.measurement.rounds.append(samples)
 
-    def _trouble(self, take: Take) -> tuple[int, float]:
-        return len(take.disturbances(self.processors)), take.spread()
+    def _trouble(self, found: Measurement) -> tuple[int, float]:
+        return len(found.disturbances(self.processors)), found.spread()
 
     def _try(self, act: Callable[..., None], cell: Timing, *arguments: float) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Lanes whose process is a script of the test's own: a backend that lies, hangs, or dies."""
+"""Cases whose process is a script of the test's own: a backend that lies, hangs, or dies."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.bundles import WEIGHT, write_bundle
-from vitdeploy.benchmark.lanes import Lane, Target, open_targets
+from vitdeploy.benchmark.cases import BenchTarget, Case, open_targets
 from vitdeploy.machine.child import child_environment
 
 _SCRIPT = """
 import os, signal, sys, time
 import numpy as np
-from vitdeploy.benchmark.loop import Loaded, main
+from vitdeploy.benchmark.loop import LoadedModel, run_process
 
 WEIGHT = np.load({weight!r})
 
@@ -28,21 +28,21 @@ def load(job):
         global calls
         calls += 1
         return answer(pixels), None
-    return Loaded([call] * job.get("concurrency", 1), {{"backend": job["name"], "provider": "cpu"}})
+    return LoadedModel([call] * job.get("concurrency", 1), {{"backend": job["name"], "provider": "cpu"}})
 
 {body}
 
-main(load)
+run_process(load)
 """
 
 
-def target(folder: Path, **bundle: Any) -> Target:
+def target(folder: Path, **bundle: Any) -> BenchTarget:
     """The linear classifier, ready to be measured."""
     return open_targets([write_bundle(folder / "linear.bundle", **bundle)])[0]
 
 
-def lane(target: Target, folder: Path, name: str, body: str, **changes: Any) -> Lane:
-    """A lane that answers as ``body`` defines ``answer(pixels)``; ``right``, ``calls`` are there to use."""
+def case(target: BenchTarget, folder: Path, name: str, body: str, **changes: Any) -> Case:
+    """A case that answers as ``body`` defines ``answer(pixels)``; ``right``, ``calls`` are there to use."""
     import numpy as np
 
     weight, script = folder / "weight.npy", folder / f"{name}.py"
@@ -59,8 +59,8 @@ def lane(target: Target, folder: Path, name: str, body: str, **changes: Any) -> 
         "job": {"name": name, "concurrency": changes.get("concurrency", 1)},
         "environment": child_environment(),
     }
-    return Lane(**{**given, **changes})
+    return Case(**{**given, **changes})
 
 
 RIGHT = "answer = right"
-"""The body of a lane that does what it should."""
+"""The body of a case that does what it should."""

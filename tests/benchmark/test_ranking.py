@@ -1,4 +1,4 @@
-"""What is picked: the best among what was measured and is right, the more exact where speeds are level."""
+"""Which cell is best; what is picked: the more exact where speeds are level, never what is wrong."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 
 from tests.helpers.bundles import write_bundle
-from tests.helpers.sample_results import SUBJECT, cell, failed_parity, sample_results
+from tests.helpers.sample_results import SUBJECT, cell, failed_parity, parity, sample_results
 from vitdeploy import predictor
 from vitdeploy.backends.base import Availability
 from vitdeploy.backends.openvino import OpenVino
-from vitdeploy.benchmark.choice import choice_of, pick, write_choice
+from vitdeploy.benchmark.ranking import (
+    best_by_batch,
+    choice_of,
+    eager,
+    fastest,
+    groups,
+    members,
+    pareto,
+    pick,
+    ranked,
+    speedup,
+    write_choice,
+)
 from vitdeploy.benchmark.results import Cell
 from vitdeploy.bundle.manifest import Choice
 from vitdeploy.errors import ParityError, UsageError
@@ -20,6 +32,7 @@ from vitdeploy.machine.identity import this_machine
 from vitdeploy.predictor import Predictor
 
 NAME = SUBJECT.name
+EAGER = {"backend": "torch", "artifact": "weights"}
 
 
 def picked(cells: list[Cell], goal: Any = "latency", limit: float | None = None) -> Cell:
@@ -117,3 +130,72 @@ def test_a_choice_that_does_not_run_any_more(tmp_path: Any, monkeypatch: pytest.
 def test_weights_and_providers() -> None:
     assert choice(artifact="weights.safetensors", backend="torch").artifact is None
     assert (choice().provider, choice(backend="openvino").provider) == ("cpu", None)
+
+
+def test_the_fastest_right_cell_wins() -> None:
+    slow, fast = cell(p50_ms=20.0), cell(backend="openvino", p50_ms=10.0)
+    wrong = cell(backend="triton", p50_ms=1.0, parity=failed_parity())
+    unproven = cell(backend="torch", p50_ms=1.0, parity=None)
+    failed = cell(backend="tensorrt", status="failed", reason="gone")
+    results = sample_results(cells=(wrong, slow, unproven, fast, failed))
+    assert fastest(results, "vit-b16", 1) == fast
+    assert ranked(results.cells) == (fast, slow)
+    assert fastest(results, "vit-b16", 2) is None
+    assert fastest(results, "another", 1) is None
+
+
+def test_image_sizes_are_different_questions() -> None:
+    small, large = cell(p50_ms=5.0, image_size=(160, 160)), cell(p50_ms=9.0)
+    results = sample_results(cells=(large, small))
+    assert [members(results, group) for group in groups(results)] == [(large,), (small,)]
+    assert fastest(results, "vit-b16", 1, (224, 224)) == large
+    assert fastest(results, "vit-b16", 1) == small
+
+
+def test_speedup_is_over_eager_on_the_same_work() -> None:
+    measured = cell(p50_ms=20.0, threads=2)
+    other_work = [
+        cell(**EAGER, p50_ms=60.0, threads=1),
+        cell(**EAGER, p50_ms=60.0, threads=2, concurrency=2),
+        cell(**EAGER, p50_ms=60.0, threads=2, batch=8),
+        cell(**EAGER, p50_ms=60.0, threads=2, image_size=(160, 160)),
+        cell(backend="torch", artifact="weights-bf16", precision="bf16", p50_ms=60.0, threads=2),
+        cell(**EAGER, p50_ms=60.0, threads=2, parity=failed_parity("fp32")),
+    ]
+    assert eager(sample_results(cells=(measured, *other_work)), measured) is None
+    base = cell(**EAGER, p50_ms=50.0, threads=2)
+    over = eager(sample_results(cells=(measured, *other_work, base)), measured)
+    assert over == base
+    assert speedup(measured, over) == 2.5
+    assert speedup(measured, None) is None
+    assert speedup(cell(p50_ms=0.0), over) is None
+
+
+def test_pareto() -> None:
+    def point(name: str, p50: float, error: float | None, **changes: object) -> Cell:
+        return cell(backend=name, p50_ms=p50, parity=parity(relative=error), **changes)
+
+    best = point("fast", 1.0, 1e-3)
+    exact = point("exact", 3.0, 1e-6)
+    beaten = point("beaten", 4.0, 1e-5)
+    level = point("level", 1.0, 2e-3)
+    unknown = point("unknown", 0.5, None)
+    other_batch = point("slow", 9.0, 1e-3, batch=8)
+    assert pareto([beaten, exact, other_batch, best, level, unknown]) == (best, exact, other_batch)
+
+
+def test_the_best_of_each_batch() -> None:
+    results = sample_results()
+    found = best_by_batch(results.cells, results)
+    assert [(a.batch, a.cell.label if a.cell else None) for a in found] == [
+        (1, "openvino onnx-bf16"),
+        (8, "openvino onnx-bf16"),
+        (32, "openvino onnx-bf16"),
+    ]
+    assert [a.factor for a in found] == pytest.approx([96 / 31, 655 / 187, 2700 / 742])
+    # The wrong cell is the second fastest at batch 8.
+    assert [a.runner_up.label if a.runner_up else None for a in found] == [
+        "aotinductor aoti-bf16",
+        "torch-compile weights-bf16",
+        "aotinductor aoti-bf16",
+    ]

@@ -1,21 +1,16 @@
-"""The machine under a measurement: what it is, and whether it was left in peace."""
+"""Whether the machine was left in peace: processor time that others took, and throttling."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitdeploy._version import __version__
-from vitdeploy.backends.base import library_extras
-from vitdeploy.benchmark.results import Cpu, Environment, Git
-from vitdeploy.machine.gpus import query_gpus
-from vitdeploy.machine.identity import find_cpu, installed_version
+from vitdeploy.benchmark.environment import affinity
 
 FOREIGN = 0.05
 """Share of the processors that other programs may take before a measurement counts as disturbed."""
@@ -24,57 +19,9 @@ STOLEN = 0.01
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
-def environment(folder: Path) -> Environment:
-    """The machine, the libraries, and the git revision of ``folder``."""
-    cpu = find_cpu()
-    return Environment(
-        vitdeploy=__version__,
-        python=platform.python_version(),
-        platform=platform.platform(),
-        cpu=Cpu(
-            name=cpu.name,
-            flags=cpu.flags,
-            threads=cpu.threads,
-            memory=cpu.memory,
-            affinity=_affinity(),
-            governor=governor(),
-        ),
-        gpus=query_gpus()[0],
-        libraries={name: installed_version(name) for name in library_extras()},
-        git=git(folder),
-    )
-
-
-def _affinity() -> tuple[int, ...]:
-    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
-
-
-def governor(root: Path = Path("/")) -> str | None:
-    """How the clock of the first processor is chosen; None where the system does not say."""
-    try:
-        return (root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip() or None
-    except OSError:
-        return None
-
-
-def git(folder: Path) -> Git | None:
-    """The revision that is checked out; None outside a repository or without git."""
-
-    def ask(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        return Git(revision=ask("rev-parse", "HEAD"), dirty=bool(ask("status", "--porcelain", "-uno")))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 @dataclass(frozen=True)
-class Moment:
-    """Counters of the machine at one time; seconds of processor time, summed over the processors."""
+class Counters:
+    """Counters of the machine at one time, or their change; seconds summed over the processors."""
 
     clock: float
     busy: float
@@ -82,8 +29,8 @@ class Moment:
     ours: float
     throttled: int
 
-    def __sub__(self, before: Moment) -> Moment:
-        return Moment(
+    def __sub__(self, before: Counters) -> Counters:
+        return Counters(
             self.clock - before.clock,
             self.busy - before.busy,
             self.stolen - before.stolen,
@@ -91,8 +38,8 @@ class Moment:
             self.throttled - before.throttled,
         )
 
-    def __add__(self, other: Moment) -> Moment:
-        return Moment(
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(
             self.clock + other.clock,
             self.busy + other.busy,
             self.stolen + other.stolen,
@@ -116,24 +63,24 @@ class Moment:
         return found
 
 
-NO_TIME = Moment(0.0, 0.0, 0.0, 0.0, 0)
+ZERO = Counters(0.0, 0.0, 0.0, 0.0, 0)
 
 
-class Watch:
+class CounterReader:
     """Reads the counters; all zero, so never a disturbance, where the system has none."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
 
-    def now(self, workers: Sequence[int]) -> Moment:
+    def read(self, workers: Sequence[int]) -> Counters:
         """The counters; ``workers`` are the processes whose work is ours, this one besides."""
         busy, stolen = self._processors()
         ours = sum(self._process(str(pid)) for pid in (*workers, "self")) if busy else 0.0
-        return Moment(time.perf_counter(), busy, stolen, ours, self._throttled())
+        return Counters(time.perf_counter(), busy, stolen, ours, self._throttled())
 
     def _processors(self) -> tuple[float, float]:
         """Busy and stolen seconds, of the processors that this process may use."""
-        mine = {f"cpu{number}" for number in _affinity()}
+        mine = {f"cpu{number}" for number in affinity()}
         busy = stolen = 0
         with contextlib.suppress(OSError, ValueError):
             for line in (self._root / "proc/stat").read_text().splitlines():

@@ -1,14 +1,14 @@
-"""The process behind a lane: an artifact of a bundle on one of vitdeploy's own backends."""
+"""The process of a case: an artifact of a bundle on one of vitdeploy's own backends."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from vitdeploy.benchmark.loop import Array, Caller, Loaded, main
+from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, run_process
 
 
-def load(job: dict[str, Any]) -> Loaded:
+def open_sessions(job: dict[str, Any]) -> LoadedModel:
     """Open a session per caller.
 
     Args:
@@ -25,7 +25,7 @@ def load(job: dict[str, Any]) -> Loaded:
     options = Options(threads=job["threads"], provider=job["provider"], device=job["device"])
     sessions: list[Session] = [backend.load(bundle, artifact, options) for _ in range(job["concurrency"])]
     facts = TypeAdapter(SessionFacts).dump_python(sessions[0].facts, mode="json")
-    return Loaded([_caller(session) for session in sessions], facts)
+    return LoadedModel([_caller(session) for session in sessions], facts)
 
 
 def _caller(session: Any) -> Caller:
@@ -41,4 +41,4 @@ def _caller(session: Any) -> Caller:
 
 
 if __name__ == "__main__":
-    main(load)
+    run_process(open_sessions)
