@@ -22,8 +22,7 @@ from vitdeploy._version import __version__
 from vitdeploy.errors import VitdeployError
 from vitdeploy.server import http_images, pages
 from vitdeploy.server.codec import parse_json, parse_request, render_response
-from vitdeploy.server.http_answers import json_response, refused
-from vitdeploy.server.http_io import compressed, read_body, unless_gone
+from vitdeploy.server.http_io import compressed, json_response, read_body, refused, unless_gone
 from vitdeploy.server.messages import Refusal
 from vitdeploy.server.service import EXTENSIONS, Service
 

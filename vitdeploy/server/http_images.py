@@ -15,8 +15,7 @@ from starlette.responses import Response
 
 from vitdeploy.errors import ImageError
 from vitdeploy.server.codec import parse_json
-from vitdeploy.server.http_answers import json_response
-from vitdeploy.server.http_io import read_body, unless_gone
+from vitdeploy.server.http_io import json_response, read_body, unless_gone
 from vitdeploy.server.messages import Refusal
 from vitdeploy.server.service import Service
 

@@ -1,21 +1,34 @@
-"""Request bodies: read within limits of size and time, decompressed within the same limit."""
+"""Bodies over HTTP: read within limits of size and time, answered in the protocol's shape."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import zlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
+import orjson
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
-from vitdeploy.server.messages import Refusal
+from vitdeploy.server.messages import Kind, Refusal
 from vitdeploy.server.service import Limits
 
 _T = TypeVar("_T")
 _PATIENCE = 0.02
 """Seconds: what is answered sooner is answered whether the client is there or not."""
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_STATUS: Mapping[Kind, int] = {
+    "invalid": 400,
+    "not found": 404,
+    "too slow": 408,
+    "timeout": 504,
+    "too large": 413,
+    "overloaded": 429,
+    "unavailable": 503,
+    "internal": 500,
+}
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -60,6 +73,19 @@ def compressed(body: bytes, accept: str) -> tuple[bytes, str]:
         return body, ""
     packer = zlib.compressobj(1, wbits=_WINDOWS[encoding])
     return packer.compress(body) + packer.flush(), encoding
+
+
+def json_response(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON document as an answer."""
+    return Response(orjson.dumps(document), status, dict(headers or {}), "application/json")
+
+
+def refused(refusal: Refusal) -> Response:
+    """A refusal as the protocol has it."""
+    headers = {}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(refusal.retry_after)))
+    return json_response({"error": refusal.message}, _STATUS[refusal.kind], headers)
 
 
 async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
