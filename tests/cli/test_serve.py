@@ -16,7 +16,7 @@ from tests.helpers.bundles import WEIGHT, write_bundle
 from tests.helpers.commands import COMMAND, Run
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
-from vitdeploy.server.repository import parse_places
+from vitdeploy.server.repository import parse_named_bundles
 
 
 @pytest.mark.parametrize(
@@ -101,15 +101,15 @@ def test_names_and_versions(wanted: list[tuple[str, int | None]]) -> None:
     texts = [f"{name}{'' if version is None else f'@{version}'}=some/folder" for name, version in wanted]
     if len(set(expected)) < len(expected):
         with pytest.raises(UsageError, match="two bundles are"):
-            parse_places(texts)
+            parse_named_bundles(texts)
         return
-    places = parse_places(texts)
-    assert [(place.name, int(place.version)) for place in places] == expected
-    assert {place.path for place in places} == {Path("some/folder")}
+    bundles = parse_named_bundles(texts)
+    assert [(bundle.name, int(bundle.version)) for bundle in bundles] == expected
+    assert {bundle.path for bundle in bundles} == {Path("some/folder")}
 
 
 def test_a_bundle_without_a_name() -> None:
-    (place,) = parse_places(["models/vit-b.v2.bundle"])
-    assert (place.name, place.version) == ("vit-b.v2", "1")
-    (place,) = parse_places(["a=b/c=d"])
-    assert (place.name, place.path) == ("a", Path("b/c=d"))
+    (bundle,) = parse_named_bundles(["models/vit-b.v2.bundle"])
+    assert (bundle.name, bundle.version) == ("vit-b.v2", "1")
+    (bundle,) = parse_named_bundles(["a=b/c=d"])
+    assert (bundle.name, bundle.path) == ("a", Path("b/c=d"))

@@ -12,8 +12,8 @@ import uvloop
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from vitdeploy.server.connections import Protocol
-from vitdeploy.server.service import Limits
+from vitdeploy.server.connections import BoundedHttpProtocol
+from vitdeploy.server.service import RequestLimits
 
 MOST = 4096
 GARBAGE = [b"nonsense\r\n\r\n"]
@@ -70,10 +70,10 @@ class Server:
             log_config=None,
         )
 
-    def protocol(self) -> Protocol:
-        return Protocol(self.config, self.state, {}, limits=Limits(head_bytes=MOST))
+    def protocol(self) -> BoundedHttpProtocol:
+        return BoundedHttpProtocol(self.config, self.state, {}, limits=RequestLimits(head_bytes=MOST))
 
-    def connected(self) -> tuple[Protocol, Transport]:
+    def connected(self) -> tuple[BoundedHttpProtocol, Transport]:
         made, transport = self.protocol(), Transport()
         made.connection_made(transport)
         return made, transport
@@ -113,7 +113,7 @@ def run(test: Test, caplog: pytest.LogCaptureFixture, loop: Callable[[], Any] | 
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-def receive_all(protocol: Protocol, chunks: Sequence[bytes]) -> None:
+def receive_all(protocol: BoundedHttpProtocol, chunks: Sequence[bytes]) -> None:
     for chunk in chunks:
         protocol.data_received(chunk)
 

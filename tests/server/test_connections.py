@@ -23,13 +23,13 @@ GATHERING = 2.0
 """Seconds that an answer takes: longer than the patience."""
 SERVER = f"""
 import sys
-from vitdeploy.server.served_model import Settings
-from vitdeploy.server.repository import parse_places
-from vitdeploy.server.process import Endpoint, serve
-from vitdeploy.server.service import Limits
+from vitdeploy.server.served_model import ModelSettings
+from vitdeploy.server.repository import parse_named_bundles
+from vitdeploy.server.process import Endpoint, run_server
+from vitdeploy.server.service import RequestLimits
 
-serve(parse_places(sys.argv[1:]), Settings(max_batch=8, max_delay={GATHERING}),
-      Endpoint(port=0, limits=Limits(head_seconds={PATIENCE}, head_bytes={MOST})),
+run_server(parse_named_bundles(sys.argv[1:]), ModelSettings(max_batch=8, max_delay={GATHERING}),
+      Endpoint(port=0, limits=RequestLimits(head_seconds={PATIENCE}, head_bytes={MOST})),
       started=lambda server: print("serving", server.url, file=sys.stderr, flush=True))
 """
 LATE = (408, {"error": "the request's head did not arrive within 1 s"})

@@ -70,7 +70,7 @@ def test_every_path_is_documented(linear: Path, twice: Path) -> None:
     async def main() -> None:
         async with application(f"b={linear}", f"a={twice}", f"a={linear}") as served:
             document = (await served.ask("GET", "/openapi.json")).document
-            routes = http.routed(served.service).routes
+            routes = http.starlette_application(served.service).routes
         documented = {
             (method.upper(), path) for path, operations in document["paths"].items() for method in operations
         }

@@ -15,11 +15,11 @@ from starlette.responses import Response
 
 from vitdeploy.errors import ImageError
 from vitdeploy.server.codec import parse_json
-from vitdeploy.server.http_io import json_response, read_body, unless_gone
-from vitdeploy.server.messages import Refusal
+from vitdeploy.server.http_io import json_response, read_body, until_disconnect
+from vitdeploy.server.messages import RequestError
 from vitdeploy.server.service import Service
 
-TOP_K = 5
+_DEFAULT_TOP_K = 5
 
 
 async def predict(request: Request, service: Service) -> Response:
@@ -29,11 +29,11 @@ async def predict(request: Request, service: Service) -> Response:
     with service.repository.using(name, version) as model:
         top_k = _top_k(request.query_params.get("top_k"))
         images = await _images(request, service)
-        results = await unless_gone(request, model.classify([data for _, data in images], top_k))
+        results = await until_disconnect(request, model.classify([data for _, data in images], top_k))
         predictions = []
         for (title, _), result in zip(images, results, strict=True):
             if isinstance(result, ImageError):
-                raise Refusal("invalid", f"{title}: {result.message}")
+                raise RequestError("invalid", f"{title}: {result.message}")
             predictions.append([{"label": p.label, "index": p.index, "score": p.score} for p in result])
         document = {"model_name": model.name, "model_version": model.version, "predictions": predictions}
     return json_response(document)
@@ -69,9 +69,9 @@ ROUTES = [
 
 def _top_k(text: str | None) -> int:
     if text is None:
-        return TOP_K
+        return _DEFAULT_TOP_K
     if not text.isdecimal() or not text.isascii() or not 0 < len(text) < 10 or int(text) < 1:
-        raise Refusal("invalid", f"top_k {text[:40]!r} is not a positive number")
+        raise RequestError("invalid", f"top_k {text[:40]!r} is not a positive number")
     return int(text)
 
 
@@ -86,7 +86,7 @@ async def _images(request: Request, service: Service) -> list[tuple[str, bytes]]
     else:
         images = [("the image", body)]
     if not images:
-        raise Refusal("invalid", "the request has no image")
+        raise RequestError("invalid", "the request has no image")
     return images
 
 
@@ -109,7 +109,7 @@ async def _parts(request: Request, body: bytes, most: int) -> list[tuple[str, by
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
         reason = getattr(error, "message", "") or str(error)
-        raise Refusal("invalid", f"the form cannot be read: {' '.join(reason.split())[:200]}") from error
+        raise RequestError("invalid", f"the form cannot be read: {' '.join(reason.split())[:200]}") from error
     images = []
     for index, (_, value) in enumerate(form.multi_items()):
         if isinstance(value, UploadFile):
@@ -123,16 +123,16 @@ def _instances(document: dict[str, Any], most: int) -> list[tuple[str, bytes]]:
     """``{"instances": [{"b64": ...}, ...]}``, as KServe's protocol v1 sends bytes."""
     instances = document.get("instances")
     if not isinstance(instances, list):
-        raise Refusal("invalid", 'the request has no array "instances"')
+        raise RequestError("invalid", 'the request has no array "instances"')
     if len(instances) > most:
-        raise Refusal("invalid", f"{len(instances)} images, but a request may have {most}")
+        raise RequestError("invalid", f"{len(instances)} images, but a request may have {most}")
     images = []
     for index, instance in enumerate(instances):
         text = instance.get("b64") if isinstance(instance, dict) else None
         if not isinstance(text, str):
-            raise Refusal("invalid", f'instances[{index}] is not {{"b64": "..."}}')
+            raise RequestError("invalid", f'instances[{index}] is not {{"b64": "..."}}')
         try:
             images.append((f"instances[{index}]", base64.b64decode(text, validate=True)))
         except (binascii.Error, ValueError) as error:
-            raise Refusal("invalid", f"instances[{index}] is not base64: {error}") from error
+            raise RequestError("invalid", f"instances[{index}] is not base64: {error}") from error
     return images
