@@ -28,14 +28,14 @@ GATHERING = ("--max-batch", 8, "--max-delay-ms", 60_000, "--timeout", "2m")
 BODY_SECONDS = 1.0
 IMPATIENT = f"""
 import sys
-from vitdeploy.server.served_model import ModelSettings
-from vitdeploy.server.repository import parse_named_bundles
 from vitdeploy.server.process import Endpoint, run_server
+from vitdeploy.server.repository import parse_named_bundles
+from vitdeploy.server.served_model import ModelSettings
 from vitdeploy.server.service import RequestLimits
 
 endpoint = Endpoint(port=0, limits=RequestLimits(body_seconds={BODY_SECONDS}))
 run_server(parse_named_bundles(sys.argv[1:]), ModelSettings(), endpoint,
-      started=lambda server: print("serving", server.url, file=sys.stderr, flush=True))
+           started=lambda server: print("serving", server.url, file=sys.stderr, flush=True))
 """
 """A server that gives a client one second for a body; the command line's has 30."""
 
