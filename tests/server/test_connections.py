@@ -145,6 +145,7 @@ def reply(client: socket.socket) -> tuple[int, object]:
     return found.status, json.loads(found.read())
 
 
+@pytest.mark.slow
 def test_heads_that_never_end_over_sockets(linear: Path) -> None:
     """One that has begun is told; one that has not is only closed."""
     with (
