@@ -22,6 +22,7 @@ from tests.helpers.bundles import WEIGHT, answer, write_bundle
 from tests.helpers.commands import in_a_process
 from tests.helpers.live_server import (
     PATIENCE,
+    Asking,
     Live,
     Reply,
     binary_request,
@@ -50,25 +51,6 @@ def require_right(live: Live) -> None:
 
 def require_right_reply(reply: Reply) -> None:
     assert np.allclose(logits_of(reply), answer(PIXELS), rtol=1e-4, atol=1e-4)
-
-
-class Asking:
-    """Requests that are on their way, each in a thread of its own."""
-
-    def __init__(self, live: Live, count: int) -> None:
-        self._replies: list[Reply] = []
-        self._threads = [
-            threading.Thread(target=lambda: self._replies.append(infer(live))) for _ in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def replies(self) -> list[Reply]:
-        """Wait for all answers."""
-        for thread in self._threads:
-            thread.join(PATIENCE)
-        assert len(self._replies) == len(self._threads)
-        return self._replies
 
 
 def require_draining(live: Live) -> None:
@@ -162,7 +144,7 @@ def test_draining(linear: Path) -> None:
     with held(linear, "--drain", "5m") as (server, gate), server.client() as other, server.client() as health:
         assert health.ask("GET", "/v2/health/ready").status == 200
         assert other.ask("GET", "/v2").status == 200
-        asking = Asking(server, 1)
+        asking = Asking(server, REQUEST)
         gate.require_reached()
         server.signal()
         require_draining(server)
@@ -191,7 +173,7 @@ def test_draining_ends_in_time(linear: Path) -> None:
     """A request that would wait for minutes does not hold the server for longer than it was told."""
     flags = (*GATHERING, 60_000, "--drain", "1s", "--timeout", "10m")
     with serving(linear, *flags) as server:
-        asking = Asking(server, 1)
+        asking = Asking(server, REQUEST)
         server.require_queued(1)
         server.signal()
         (reply,) = asking.replies()
@@ -276,9 +258,9 @@ def test_bundles_that_cannot_be_served(tmp_path: Path, linear: Path) -> None:
 def test_a_full_queue(linear: Path) -> None:
     """429 with the time to come back at, however it is asked; and then all is well again."""
     with held(linear, "--max-queue", 4, "--timeout", "10m") as (server, gate):
-        running = Asking(server, 1)
+        running = Asking(server, REQUEST)
         gate.require_reached()
-        waiting = Asking(server, 4)
+        waiting = Asking(server, REQUEST, 4)
         server.require_queued(4)
         with server.client() as client:
             for _ in range(15):
@@ -300,7 +282,7 @@ def test_a_full_queue(linear: Path) -> None:
 def test_deadlines(linear: Path) -> None:
     """The server's, and a client's own, which may only be shorter; both while no session is free."""
     with held(linear, "--timeout", "0.5s") as (server, gate):
-        running = Asking(server, 1)
+        running = Asking(server, REQUEST)
         gate.require_reached()
         for timeout, limit in ((None, "0.5"), (100_000, "0.1"), (60_000_000, "0.5")):
             parameters = {} if timeout is None else {"parameters": {"timeout": timeout}}
