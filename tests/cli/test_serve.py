@@ -39,7 +39,17 @@ def test_bad_flags(run: Run, tmp_path: Path, flags: tuple[str, ...], code: int, 
     result = run("serve", tmp_path / "a.bundle", "--port", "0", *flags)
     assert result.code == code
     assert said in result.err
+    assert "Traceback" not in result.err
     assert result.out == ""
+
+
+def test_a_damaged_bundle(run: Run, tmp_path: Path) -> None:
+    damaged = write_bundle(tmp_path / "damaged.bundle").root
+    (damaged / "model.onnx").write_bytes(b"x" * (damaged / "model.onnx").stat().st_size)
+    result = run("serve", damaged, "--port", "0")
+    assert (result.code, result.out) == (2, "")
+    assert "model.onnx changed" in result.err
+    assert "Traceback" not in result.err
 
 
 @pytest.mark.parametrize(
@@ -49,6 +59,7 @@ def test_bad_flags(run: Run, tmp_path: Path, flags: tuple[str, ...], code: int, 
         (("x@1=a", "x@1=b"), "two bundles are x version 1"),
         (("..=a",), "'..' cannot name a model"),
         (("ü=a",), "'ü' cannot name a model"),
+        (("a b=a",), "'a b' cannot name a model"),
         (("nothing",), "nothing: is not a bundle"),
     ],
 )

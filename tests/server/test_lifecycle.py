@@ -200,6 +200,7 @@ def test_a_second_signal_ends_it_at_once(linear: Path) -> None:
         assert server.wait() == 128 + signal.SIGINT
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_on_the_same_port(linear: Path) -> None:
     port = free_port()
     with serving(linear, port=port) as server, server.client() as client:
@@ -210,6 +211,7 @@ def test_killed_and_started_again_on_the_same_port(linear: Path) -> None:
         require_right(server)
 
 
+@pytest.mark.slow
 def test_two_servers_on_one_port(live: Live, linear: Path) -> None:
     taken = in_a_process("serve", linear, "--port", live.port)
     assert taken.code == 2
@@ -233,26 +235,6 @@ def test_a_bundle_that_answers_wrongly_is_not_served(tmp_path: Path, linear: Pat
     assert "onnx-fp32 on onnxruntime is not served: its outputs are wrong at batch 1" in result.err
     assert f"vitdeploy verify {wrong}" in result.err
     assert "serving http" not in result.err
-
-
-@pytest.mark.slow
-def test_bundles_that_cannot_be_served(tmp_path: Path, linear: Path) -> None:
-    damaged = write_bundle(tmp_path / "damaged.bundle").root
-    (damaged / "model.onnx").write_bytes(b"x" * (damaged / "model.onnx").stat().st_size)
-    for arguments, code, words in (
-        ((tmp_path / "nothing.bundle",), 2, "nothing.bundle"),
-        ((damaged,), 2, "model.onnx changed"),
-        ((linear, "--max-batch", 9), 2, "--max-batch 9, but onnx-fp32 takes 8 at most"),
-        ((linear, "--buckets", "4,16"), 2, "--buckets 16"),
-        ((f"a b={linear}",), 2, "'a b' cannot name a model"),
-        ((f"a@0={linear}",), 2, "version '0'"),
-        ((f"a@1={linear}", f"a@1={linear}"), 2, "two bundles are a version 1"),
-        ((linear, "--artifact", "fp16"), 2, "fp16"),
-    ):
-        result = in_a_process("serve", *arguments, "--port", 0)
-        assert result.code == code, result.err
-        assert words in result.err
-        assert "Traceback" not in result.err
 
 
 def test_a_full_queue(linear: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import io
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ def replace(target: Path, source: Path) -> None:
             shutil.copyfile(source / name, writer.file(name))
         writer.seal(made.manifest)
         writer.commit()
+
+
+def put(target: Path, source: Path) -> None:
+    """Put a copy of another bundle in the place of whatever is there, which need not be a bundle."""
+    made = shutil.copytree(source, target.with_name("next"))
+    (made / "manifest.json").touch()
+    shutil.rmtree(target)
+    made.rename(target)
 
 
 def loads(live: Live, outcome: str, model: str = "linear") -> float:
@@ -118,7 +126,7 @@ def test_a_bundle_that_is_removed_is_served_on(own: Path, twice: Path, tmp_path:
         assert wait_for(lambda: loads(server, "ok", "other") == 2, PATIENCE)
         assert factor(server) == 1
         assert server.ask("GET", "/v2/health/ready").status == 200
-        shutil.copytree(twice, own)
+        shutil.copytree(twice, own.with_name("next")).rename(own)
         assert wait_for(lambda: factor(server) == 2, PATIENCE)
 
 
@@ -166,19 +174,28 @@ def no_golden(folder: Path) -> None:
 BREAKAGES = [no_manifest, half_a_manifest, no_model, another_model, wrong_weights, no_onnx, no_golden]
 
 
+@pytest.fixture(scope="module")
+def reloading(linear: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Path]]:
+    folder = Path(shutil.copytree(linear, tmp_path_factory.mktemp("reloading") / "linear.bundle"))
+    with serving(folder, *RELOADING) as server:
+        yield server, folder
+
+
 @pytest.mark.parametrize("damage", BREAKAGES, ids=[function.__name__ for function in BREAKAGES])
 def test_a_broken_bundle_leaves_the_old_one_in_service(
-    own: Path, linear: Path, twice: Path, damage: Callable[[Path], None]
+    reloading: tuple[Live, Path], linear: Path, twice: Path, damage: Callable[[Path], None]
 ) -> None:
-    with serving(own, *RELOADING) as server:
-        damage(own)
-        assert wait_for(lambda: loads(server, "failed") > 0, PATIENCE)
+    server, folder = reloading
+    with server.watched():
+        put(folder, linear)
+        assert wait_for(lambda: factor(server) == 1, PATIENCE)
+        before = loads(server, "failed")
+        damage(folder)
+        assert wait_for(lambda: loads(server, "failed") > before, PATIENCE)
         assert factor(server) == 1
         assert server.ask("GET", "/v2/health/ready").status == 200
         assert "linear" in server.said()
-        server.require_well()
-        shutil.rmtree(own)
-        shutil.copytree(twice, own)
+        put(folder, twice)
         assert wait_for(lambda: factor(server) == 2, PATIENCE)  # it still looks
 
 
