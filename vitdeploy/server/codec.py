@@ -41,7 +41,7 @@ _MAX_DIMENSIONS = 8
 _MOST_ELEMENTS = 1 << 31
 
 
-def numpy_dtype(datatype: Any, where: str) -> np.dtype[Any]:
+def protocol_dtype(datatype: Any, where: str) -> np.dtype[Any]:
     """numpy's dtype of a protocol's datatype.
 
     Raises:
@@ -263,7 +263,7 @@ def requested_output(name: str, parameters: Mapping[str, Any], *, binary: bool) 
 
 def _input(entry: Mapping[str, Any], where: str, tail: memoryview) -> tuple[Array, memoryview]:
     """One input, and what of the binary tail is left behind it."""
-    dtype, shape = numpy_dtype(entry.get("datatype"), where), checked_shape(entry.get("shape"), where)
+    dtype, shape = protocol_dtype(entry.get("datatype"), where), checked_shape(entry.get("shape"), where)
     parameters = _parameters(entry, where)
     if "shared_memory_region" in parameters:
         raise RequestError("invalid", f"{where}: shared memory is not supported")

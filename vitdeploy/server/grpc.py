@@ -21,7 +21,7 @@ from vitdeploy.server.codec import (
     from_bytes,
     length_prefixed,
     little_endian,
-    numpy_dtype,
+    protocol_dtype,
     requested_output,
     timeout_seconds,
 )
@@ -221,18 +221,15 @@ async def _repository_unload(request: Any, service: Service, messages: Any) -> A
 
 
 async def _model_infer(request: Any, service: Service, messages: Any) -> Any:
-    answer = await service.infer(request.model_name, request.model_version, await _parse(request))
+    if request.raw_input_contents:
+        parsed = _parse(request)
+    else:  # typed contents are slow to read
+        parsed = await asyncio.to_thread(_parse, request)
+    answer = await service.infer(request.model_name, request.model_version, parsed)
     return _render(answer, messages)
 
 
-async def _parse(request: Any) -> InferRequest:
-    """Raw contents when there are any; typed ones, which are slow to read, away from the event loop."""
-    if request.raw_input_contents:
-        return parse_infer_request(request)
-    return await asyncio.to_thread(parse_infer_request, request)
-
-
-def parse_infer_request(request: Any) -> InferRequest:
+def _parse(request: Any) -> InferRequest:
     """Read a ``ModelInferRequest``.
 
     Raises:
@@ -250,7 +247,7 @@ def parse_infer_request(request: Any) -> InferRequest:
             raise RequestError("invalid", f"{where} is given twice")
         if "shared_memory_region" in tensor.parameters:
             raise RequestError("invalid", f"{where}: shared memory is not supported")
-        dtype, shape = numpy_dtype(tensor.datatype, where), checked_shape(list(tensor.shape), where)
+        dtype, shape = protocol_dtype(tensor.datatype, where), checked_shape(list(tensor.shape), where)
         if raw and tensor.HasField("contents"):
             raise RequestError("invalid", f"{where}: has both contents and raw contents")
         if raw:

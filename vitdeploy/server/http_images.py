@@ -22,7 +22,7 @@ from vitdeploy.server.service import Service
 _DEFAULT_TOP_K = 5
 
 
-async def predict(request: Request, service: Service) -> Response:
+async def _predict(request: Request, service: Service) -> Response:
     """Classify one image file, or several."""
     name, version = request.path_params["model"], request.path_params.get("version", "")
     service.require_open()
@@ -39,12 +39,12 @@ async def predict(request: Request, service: Service) -> Response:
     return json_response(document)
 
 
-async def models(request: Request, service: Service) -> Response:
+async def _models(request: Request, service: Service) -> Response:
     """The names of all models that are ready."""
     return json_response({"models": sorted({model.name for model in service.repository.models})})
 
 
-async def model_ready(request: Request, service: Service) -> Response:
+async def _model_ready(request: Request, service: Service) -> Response:
     """Whether a model is ready, in the words of KServe's protocol v1."""
     model = service.repository.get(request.path_params["model"])
     return json_response({"name": model.name, "ready": True})
@@ -60,10 +60,10 @@ def register_names() -> None:
 
 
 ROUTES = [
-    ("GET", "/v1/models", models),
-    ("GET", "/v1/models/{model:name}", model_ready),
-    ("POST", "/v1/models/{model:name}:predict", predict),
-    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", predict),
+    ("GET", "/v1/models", _models),
+    ("GET", "/v1/models/{model:name}", _model_ready),
+    ("POST", "/v1/models/{model:name}:predict", _predict),
+    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", _predict),
 ]
 
 

@@ -126,7 +126,7 @@ async def _serve(
                 await loading
                 grpc = await _start_grpc(endpoint, service, stack)
                 running = asyncio.create_task(web.serve(sockets=[bound]))
-                watching = asyncio.create_task(_watch(repository, endpoint.reload_seconds))
+                watching = asyncio.create_task(repository.watch(endpoint.reload_seconds))
                 host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
                 started(RunningServer(f"http://{host}:{bound.getsockname()[1]}", grpc, repository))
                 await asyncio.wait((running, told), return_when=asyncio.FIRST_COMPLETED)
@@ -137,11 +137,6 @@ async def _serve(
                 await stack.aclose()
                 await repository.close()
                 return Shutdown(told.result() if told.done() else 0, complete)
-
-
-async def _watch(repository: ModelRepository, seconds: float) -> None:
-    if seconds > 0:
-        await repository.watch(seconds)
 
 
 def _bind(host: str, port: int) -> socket.socket:

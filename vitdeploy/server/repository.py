@@ -193,8 +193,11 @@ class ModelRepository:
                 entry.model, entry.reason = None, "unloaded"
 
     async def watch(self, seconds: float) -> None:
-        """Load again whatever changed on disk, for ever; what does not load leaves the old one in service."""
-        while True:
+        """Load again whatever changed on disk, looking every so many seconds, for ever; 0 is never.
+
+        What does not load leaves the old one in service.
+        """
+        while seconds:
             await asyncio.sleep(seconds)
             for entry in self._entries.values():
                 now = _manifest_state(entry.bundle.path)
