@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-EXTRAS := client,dev,export,kernels,openvino,package,ray,report,serve,tensorrt-rtx
+EXTRAS := client,dev,docs,export,kernels,openvino,package,ray,report,serve,tensorrt-rtx
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,10 +14,10 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	if $$p -c "$(SUPPORTED)" >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help demo test check lint bench-peers bench-serve clean
+.PHONY: help demo test check lint docs bench-peers bench-serve clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## export, verify, predict and measure a real model and a ViT-B/16
 	$(BIN)/python examples/demo.py
@@ -35,7 +35,10 @@ lint: $(READY)  ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-peers: $(READY)  ## measure against other tools, for README's tables (more than half an hour, on a quiet machine)
+docs: $(READY)  ## build the documentation as a site, in build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+bench-peers: $(READY)  ## measure against other tools, for the documents' tables (more than half an hour, on a quiet machine)
 	$(BIN)/python -m benchmarks.peers.run
 	$(BIN)/python -m benchmarks.peers.table --write
 

@@ -33,7 +33,9 @@ from torch.nn import functional as F
 from vitdeploy.config import Preprocess, ViTConfig
 from vitdeploy.data import digits_folder
 from vitdeploy.images import preprocess
-from vitdeploy.model.vit import ViT, forward_float64, parameter_count, state_of
+from vitdeploy.model.reference import forward_float64, state_of
+from vitdeploy.model.registry import parameter_count
+from vitdeploy.model.vit import ViT
 
 SEED = 0
 HELD_OUT = 0.25

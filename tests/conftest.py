@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from tests.helpers import interpreter  # noqa: F401  (before anything imports Triton)
+from tests.helpers.commands import in_a_process
 
 # Tests run in several processes at once: one core each, or their thread pools fight over the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 settings.register_profile("vitdeploy", deadline=None)  # a busy machine is not a slow function
 settings.load_profile("vitdeploy")
+
+
+@pytest.fixture(scope="session")
+def digits_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits model as ONNX in three precisions: a bundle to look at or to copy, not to change."""
+    folder = tmp_path_factory.mktemp("onnx") / "digits.bundle"
+    flags = ("--fp32", "--fp16", "--bf16", "--format", "onnx", "--batch", "1,8,64")
+    result = in_a_process("export", "-m", "digits", *flags, "-o", folder)
+    assert result.code == 0, result.err
+    return folder
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from tests.helpers.paths import ROOT
 from vitdeploy.config import Preprocess, ViTConfig
 from vitdeploy.data import digits_folder, digits_heldout, digits_images
 from vitdeploy.images import preprocess
-from vitdeploy.model.vit import ViT, build, expected_shapes
+from vitdeploy.model.registry import build_reference, expected_shapes
+from vitdeploy.model.vit import ViT
 
 LIMIT = 1_500_000
 
@@ -48,7 +49,7 @@ def pixels(settings: dict[str, Any]) -> Preprocess:
 
 @pytest.fixture(scope="module")
 def model(config: ViTConfig) -> ViT:
-    return build(config, load_file(digits_folder() / "model.safetensors"))
+    return build_reference(config, load_file(digits_folder() / "model.safetensors"))
 
 
 @pytest.fixture(scope="module")

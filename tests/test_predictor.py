@@ -111,6 +111,17 @@ def test_logits(predictor: Predictor) -> None:
         predictor.logits([])
 
 
+@pytest.mark.parametrize("batch", [None, BatchRange(4, 4, 4), BatchRange(3, 4, 8)])
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_inputs_of_any_number(tmp_path: Path, batch: BatchRange | None, count: int) -> None:
+    made = write_bundle(tmp_path / "b", batch=batch)
+    inputs = np.random.default_rng(0).normal(size=(count, 3, SIZE, SIZE)).astype(np.float32)
+    with vitdeploy.load(made) as predictor:
+        np.testing.assert_allclose(predictor.run(inputs), answer(inputs), rtol=1e-4, atol=1e-4)
+        few = inputs[: predictor.chunk]
+        np.testing.assert_allclose(predictor.run_batch(few), answer(few), rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_gives_nothing(predictor: Predictor) -> None:
     assert predictor.predict([]) == []
 
@@ -191,6 +202,19 @@ def test_the_most_exact_artifact_is_chosen(tmp_path: Path) -> None:
         assert predictor.session.facts.artifact == "onnx-fp32"
     with vitdeploy.load(made.root, artifact="fp16") as predictor:
         assert predictor.session.facts.precision == "fp16"
+
+
+def test_the_most_exact_that_any_backend_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Predictor.open_most_exact(write_bundle(tmp_path / "a", precisions=("fp16", "fp32"))) as predictor:
+        facts = predictor.session.facts
+    assert (facts.artifact, facts.backend) == ("onnx-fp32", "onnxruntime")
+    narrow = write_bundle(tmp_path / "b", precisions=("bf16",))
+    with Predictor.open_most_exact(narrow) as predictor:
+        facts = predictor.session.facts
+    assert (facts.artifact, facts.backend) == ("onnx-bf16", "openvino")
+    monkeypatch.setattr("vitdeploy.predictor.all_backends", lambda: ())
+    with pytest.raises(UsageError, match=r"onnx-bf16: .*bf16"):
+        Predictor.open_most_exact(narrow)
 
 
 def test_an_artifact_that_cannot_run_is_passed_over(tmp_path: Path) -> None:

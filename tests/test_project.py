@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import tomllib
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from tests.helpers.live_server import serving
 from tests.helpers.paths import ROOT
 
 PACKAGES = ("vitdeploy", "vitdeploy_kernels")
@@ -88,7 +92,10 @@ def test_wheel_holds_the_report_s_template(wheel: Path) -> None:
     assert {"vitdeploy/benchmark/report.html", "vitdeploy/benchmark/report.css"} <= names
 
 
-def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_installs_into_an_empty_environment(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     venv.create(tmp_path, with_pip=False)
     python = tmp_path / "bin" / "python"
     done = run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
@@ -102,10 +109,73 @@ def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -
     assert where.stdout.startswith(str(tmp_path)), where.stderr
 
 
+@pytest.mark.slow
+def test_wheel_exports_predicts_and_serves_in_an_environment_of_its_own(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``pip install vitdeploy[export,serve]``, but nothing is downloaded.
+
+    Pip installs the wheel into a fresh environment. What it depends on is linked there from this one, and the
+    wheel's own metadata says what that is: what the wheel lacks, or does not name, is not found.
+    """
+    venv.create(tmp_path / "venv", with_pip=False)
+    python, command = tmp_path / "venv/bin/python", tmp_path / "venv/bin/vitdeploy"
+    done = run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (installed,) = metadata.distributions(name="vitdeploy", path=[str(site)])
+    for distribution in needed(installed, {"export", "serve"}):
+        link(distribution, site)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    others = (
+        "import importlib.util as u; print(*(n for n in ('openvino', 'ray', 'pytest') if u.find_spec(n)))"
+    )
+    assert run(python, "-c", others).stdout.split() == []
+
+    done = run(command, "export", "-m", "digits", "-o", "digits.bundle")
+    assert done.returncode == 0, done.stderr
+    image = site / "vitdeploy/data/digits/images/3_0045.png"
+    done = run(command, "predict", "digits.bundle", image, "--json")
+    assert done.returncode == 0, done.stderr
+    best = json.loads(done.stdout)["images"][0]["predictions"][0]
+    assert best["label"] == "3"
+    with serving("digits.bundle", "--port", "0", command=(str(command), "serve")) as server:
+        reply = server.ask("POST", "/v1/models/digits:predict", image.read_bytes())
+        assert server.ask("GET", "/").status == 200  # a page that the wheel has to hold
+    assert reply.document["predictions"][0][0] == pytest.approx(best, abs=1e-6)
+
+
+def needed(distribution: metadata.Distribution, extras: set[str]) -> list[metadata.Distribution]:
+    """What a distribution with these extras depends on, as installed here, without itself."""
+    found: dict[str, metadata.Distribution] = {}
+    queue = [(distribution, extras)]
+    seen = set()
+    while queue:
+        one, extras = queue.pop()
+        for requirement in map(Requirement, one.requires or ()):
+            marker = requirement.marker
+            if marker and not any(marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+                continue
+            name = normal(requirement.name)
+            if (name, *sorted(requirement.extras)) not in seen:
+                seen.add((name, *sorted(requirement.extras)))
+                found[name] = metadata.distribution(name)
+                queue.append((found[name], requirement.extras))
+    return list(found.values())
+
+
+def link(distribution: metadata.Distribution, site: Path) -> None:
+    """Make a distribution's packages and metadata visible in another environment."""
+    for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+        if not (site / name).exists():
+            (site / name).symlink_to(Path(str(distribution.locate_file(name))))
+
+
 def test_public_names_are_pinned() -> None:
     import vitdeploy
 
-    assert sorted(vitdeploy.__all__) == ["__version__", "bench", "export", "load", "verify"]
+    assert sorted(vitdeploy.__all__) == ["__version__", "add_engines", "bench", "export", "load", "verify"]
     assert all(hasattr(vitdeploy, name) for name in vitdeploy.__all__)
 
 
@@ -164,20 +234,16 @@ def test_constraints_pin_every_dependency_that_is_tested() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     tested = [*project["dependencies"]]
-    for name in (
-        "client",
-        "dev",
-        "export",
-        "kernels",
-        "openvino",
-        "package",
-        "ray",
-        "report",
-        "serve",
-        "tensorrt-rtx",
-    ):
+    for name in makefile_extras():
         tested += extras[name]
     assert {normal(re.split(r"[<>=\[]", line)[0]) for line in tested} <= pinned
+
+
+def makefile_extras() -> list[str]:
+    """What `make` installs, and with it the tests."""
+    found = re.search(r"^EXTRAS := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1].split(",")
 
 
 def normal(name: str) -> str:

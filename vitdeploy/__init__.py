@@ -1,6 +1,7 @@
 """vitdeploy carries a Vision Transformer checkpoint to production, and proves each step.
 
-``export`` writes a bundle, ``load`` runs it, ``verify`` proves it on this machine, ``bench`` measures it.
+``export`` writes a bundle, ``add_engines`` adds TensorRT engines to it, ``load`` runs it, ``verify`` verifies
+it on this machine, ``bench`` measures it.
 Every error raised on purpose is a ``vitdeploy.errors.VitdeployError``.
 """
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     Path = str | os.PathLike[str]
 
-__all__ = ["__version__", "bench", "export", "load", "verify"]
+__all__ = ["__version__", "add_engines", "bench", "export", "load", "verify"]
 
 
 def export(
@@ -48,7 +49,7 @@ def export(
     engine: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a model into a new bundle and prove every artifact against its float64 reference.
+    """Export a model into a new bundle, with the parity of every artifact with its float64 reference.
 
     Args:
         model: a named variant (``"vit_base_patch16_224"``, ``"B/16"``, ``"digits"``), a folder or hub id of
@@ -92,9 +93,9 @@ def export(
     request = ExportRequest(
         model=pathlib.Path(model) if isinstance(model, os.PathLike) else model,
         checkpoint=None if checkpoint is None else pathlib.Path(checkpoint),
-        precisions=(precision,) if isinstance(precision, str) else tuple(precision),
-        formats=(format,) if isinstance(format, str) else tuple(format),
-        architectures=(arch,) if isinstance(arch, str) else tuple(arch),
+        precisions=_names(precision),
+        formats=_names(format),
+        architectures=_names(arch),
         image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
         batch=_batch_range(batch),
         opset=opset,
@@ -110,6 +111,57 @@ def export(
     return run_export(request, folder, force=force, progress=progress)
 
 
+def add_engines(
+    bundle: Path | Bundle,
+    *,
+    format: str | Sequence[str] = "auto",
+    arch: str | Sequence[str] = (),
+    precision: str | Sequence[str] = (),
+    engine: Mapping[str, Any] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Build TensorRT engines from a bundle's ONNX artifacts, prove them, and add them; needs no PyTorch.
+
+    Args:
+        bundle: its folder, or an opened one; it stays as it was when anything fails.
+        format: ``"tensorrt"``, for the GPU that is here; ``"tensorrt-rtx"``, for ``arch``; ``"auto"``: each
+            that can be built here.
+        arch: GPUs to build for, ``"sm_89"``; ``"sm_80+sm_89"`` is one engine for both.
+        precision: of the artifacts to build from; all of them when omitted.
+        engine: ``profiles``, a list of (min, opt, max) batch sizes; and the fields of
+            ``vitdeploy.tensorrt.records.BuildSettings``.
+        force: replace engines of the same name.
+        progress: receives the stages as they begin and finish.
+
+    Returns:
+        The bundle with its new engines.
+
+    Raises:
+        UsageError: nothing to build, or nothing to build it from.
+        BundleError: there is no bundle, it is damaged, or it has such an engine already.
+        MissingDependency, DeviceUnavailable: the library, or the GPU that it needs, is not there.
+        ExportError: an engine could not be built, or not in the declared precision.
+        ParityError: an engine that runs here does not compute what the reference computes.
+    """
+    from vitdeploy.bundle.folder import Bundle as BundleFolder
+    from vitdeploy.exporter.request import EngineRequest
+    from vitdeploy.exporter.tensorrt import add_engines as add
+
+    request = EngineRequest(
+        formats=_names(format),
+        architectures=_names(arch),
+        precisions=_names(precision),
+        **_engine_fields(engine or {}),
+    )
+    opened = bundle if isinstance(bundle, BundleFolder) else BundleFolder.open(pathlib.Path(bundle))
+    return add(opened, request, force=force, progress=progress)
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _batch_range(batch: int | tuple[int, int, int] | BatchRange) -> BatchRange:
     from vitdeploy.config import BatchRange
 
@@ -119,7 +171,7 @@ def _batch_range(batch: int | tuple[int, int, int] | BatchRange) -> BatchRange:
 
 
 def _engine_fields(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """What a caller says of engines, as the fields of an ExportRequest."""
+    """What a caller says of engines, as the fields of a request."""
     from vitdeploy.tensorrt.records import BuildSettings
 
     settings = dict(engine)
@@ -171,12 +223,12 @@ def verify(
     provider: str | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Prove a bundle on this machine: every byte, the preprocessing, every artifact on every backend.
+    """Verify a bundle on this machine: every byte, the preprocessing, every artifact on every backend.
 
     Args:
         bundle: its folder, or an opened one.
         backends: names; every one here that runs exported artifacts when omitted. Then an artifact that
-            none of them can run is not proven, and fails; of named ones, what they cannot run is skipped.
+            none of them can run is not verified, and fails; of named ones, what they cannot run is skipped.
         batches: batch sizes; each artifact's least, optimal and largest when omitted.
         data: a folder of labelled images (a sub-folder per label, or files named ``<label>_*.png``), for
             the accuracy of every artifact.

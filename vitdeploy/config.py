@@ -1,4 +1,4 @@
-"""What a model is: frozen configurations, and the table of named variants.
+"""What a model is: frozen configurations, one class for each kind of architecture, and the named variants.
 
 Nothing here imports torch; a configuration travels in a bundle's manifest.
 """
@@ -6,11 +6,15 @@ Nothing here imports torch; a configuration travels in a bundle's manifest.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 from vitdeploy.errors import ConfigError, UsageError, did_you_mean
 
+DEFAULT_MODEL = "vit_base_patch16_224"
+"""The named variant that is meant where a user names none."""
 Size = tuple[int, int]
 """Height, width."""
 
@@ -22,8 +26,53 @@ InputKind = Literal["float", "uint8"]
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
+class ModelConfig(ABC):
+    """What the configuration of every architecture states; each is a frozen dataclass derived from this."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
+    kind: ClassVar[str]
+    """The architecture, as a manifest names it; :func:`model_type` finds the class by it."""
+    fused_kernels: ClassVar[bool] = False
+    """Whether ``vitdeploy_kernels`` computes this architecture."""
+
+    image_size: Size
+    channels: int
+    classes: int
+    """Columns of the logits; 0 is a model without a head."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Blocks, of all stages together."""
+
+    @property
+    @abstractmethod
+    def output_shapes(self) -> Mapping[Output, tuple[int, ...]]:
+        """What the model can return, with the shape for one image; the first is the default."""
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The names of what the model can return; the first is the default."""
+        return tuple(self.output_shapes)
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """Its measures, in one line."""
+
+    def at_size(self, size: Size) -> Self:
+        """The same model for images of another height and width.
+
+        Raises:
+            ConfigError: the model cannot be built for them.
+        """
+        this: Any = self
+        resized: Self = replace(this, image_size=size)
+        return resized
+
+
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(ModelConfig):
     """A plain Vision Transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929).
 
     Tokens stand in the order CLS, distillation, registers, patches. The position table has
@@ -33,6 +82,9 @@ class ViTConfig:
     Raises:
         ConfigError: the numbers do not describe a model that can be built.
     """
+
+    kind = "vit"
+    fused_kernels = True
 
     image_size: Size = (224, 224)
     patch_size: int = 16
@@ -120,9 +172,40 @@ class ViTConfig:
         return self.width * (2 if self.pool == "cls_mean" else 1)
 
     @property
-    def outputs(self) -> tuple[Output, ...]:
-        """What this model can return; the first is the default."""
-        return ("logits", "features", "tokens") if self.classes else ("features", "tokens")
+    def output_shapes(self) -> Mapping[Output, tuple[int, ...]]:
+        logits: dict[Output, tuple[int, ...]] = {"logits": (self.classes,)} if self.classes else {}
+        return {**logits, "features": (self.features,), "tokens": (self.tokens, self.width)}
+
+    @property
+    def summary(self) -> str:
+        height, width = self.image_size
+        shape = f"width {self.width}, depth {self.depth}, heads {self.heads}, patch {self.patch_size}"
+        return f"{shape}, {height}x{width} pixels, {self.tokens} tokens"
+
+
+CONFIGS: Mapping[str, type[ModelConfig]] = {config.kind: config for config in (ViTConfig,)}
+"""The configuration of every kind."""
+
+
+def model_type(fields: Mapping[str, object]) -> tuple[type[ModelConfig], dict[str, object]]:
+    """The class of a configuration that was written as JSON, and its fields without ``kind``.
+
+    Bundles name no kind where it is ``vit``: the first ones knew no other.
+
+    Raises:
+        ConfigError: the kind is unknown.
+    """
+    kind = fields.get("kind", ViTConfig.kind)
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise ConfigError(f"unknown kind of model {kind!r}{did_you_mean(str(kind), CONFIGS)}")
+    return CONFIGS[kind], {name: value for name, value in fields.items() if name != "kind"}
+
+
+def model_fields(config: ModelConfig) -> dict[str, Any]:
+    """A configuration as it is written as JSON; :func:`model_type` is the way back."""
+    this: Any = config
+    kind = {} if config.kind == ViTConfig.kind else {"kind": config.kind}
+    return kind | asdict(this)
 
 
 @dataclass(frozen=True)

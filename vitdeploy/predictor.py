@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +13,10 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from vitdeploy.backends.base import Array, Backend, Options, Session, get_backend, runs_nothing
+from vitdeploy.backends.base import Array, Backend, Options, Session, all_backends, get_backend, runs_nothing
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Choice
-from vitdeploy.errors import BundleError, ImageError, UsageError
+from vitdeploy.errors import BundleError, ImageError, UsageError, VitdeployError
 from vitdeploy.images.decode import ImageSource, load_image
 from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.identity import this_machine
@@ -69,7 +69,7 @@ class Predictor:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         options = options or Options()
         if backend is None and artifact is None and options == Options(threads=options.threads):
-            choice, note = choice_here(opened)
+            choice, note = choice_for_this_machine(opened)
             if choice is not None:
                 threads = options.threads or choice.threads
                 options = Options(threads=threads, provider=choice.provider)
@@ -81,6 +81,23 @@ class Predictor:
         runtime = get_backend(backend or DEFAULT_BACKEND)
         chosen = opened.artifact(artifact) if artifact is not None else choose_artifact(opened, runtime)
         return cls(opened, runtime.load(opened, chosen, options), note)
+
+    @classmethod
+    def open_most_exact(cls, bundle: Bundle) -> Predictor:
+        """Open the most exact artifact that something on this machine runs: ONNX Runtime, if that does.
+
+        Raises:
+            VitdeployError: nothing runs one; the reason of the first backend that might.
+        """
+        reason: VitdeployError | None = None
+        others = [backend for backend in all_backends() if backend.name != DEFAULT_BACKEND]
+        for backend in (get_backend(DEFAULT_BACKEND), *others):
+            if backend.availability().ok:
+                try:
+                    return cls(bundle, backend.load(bundle, choose_artifact(bundle, backend), Options()))
+                except VitdeployError as error:
+                    reason = reason or error
+        raise reason or VitdeployError(f"{bundle.root}: no backend works on this machine")
 
     def predict(self, images: AnyImage | Iterable[AnyImage], top_k: int = 5) -> list[list[Prediction]]:
         """Classify one or many images.
@@ -116,7 +133,7 @@ class Predictor:
         for chunk in _chunks(images, self.chunk):
             prepared = [self._try(image) for image in chunk]
             good = [item for item in prepared if not isinstance(item, ImageError)]
-            rows = iter(self._run(good)) if good else iter(())
+            rows = iter(self.run_batch(np.stack(good)) if good else ())
             for item in prepared:
                 yield item if isinstance(item, ImageError) else self.best(next(rows), top_k)
 
@@ -130,7 +147,7 @@ class Predictor:
         """
         self._require_logits()
         chunks = _chunks(as_many(images), self.chunk)
-        outputs = [self._run([self.preprocess(image) for image in chunk]) for chunk in chunks]
+        outputs = [self.run_batch(np.stack([self.preprocess(image) for image in chunk])) for chunk in chunks]
         if not outputs:
             raise UsageError("no image was given")
         return np.concatenate(outputs)
@@ -146,6 +163,26 @@ class Predictor:
             raise UsageError(f"{self.bundle.root}: says nothing of preprocessing, so it cannot take images")
         picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image)
         return pixel_values(picture, manifest.preprocess, manifest.input)
+
+    def run(self, inputs: Array) -> Array:
+        """Return the model's output (N, ...) for inputs (N, ...), ``chunk`` at a time.
+
+        Args:
+            inputs: as :meth:`preprocess` makes them; at least one.
+
+        Raises:
+            BundleError: the runtime fails.
+        """
+        parts = range(0, len(inputs), self.chunk)
+        return np.concatenate([self.run_batch(inputs[begin : begin + self.chunk]) for begin in parts])
+
+    def run_batch(self, inputs: Array) -> Array:
+        """As :meth:`run`, in one batch; too few for the artifact are filled up, and the output is cut."""
+        facts = self.session.facts
+        least = facts.batch.min if facts.batch else 1
+        filled = inputs if len(inputs) >= least else inputs[np.arange(least) % len(inputs)]
+        outputs = self.session.run({facts.inputs[0].name: filled})
+        return outputs[facts.outputs[0].name][: len(inputs)]
 
     def best(self, logits: Array, top_k: int) -> list[Prediction]:
         """The likeliest classes of one image's logits, (classes,), the likeliest first.
@@ -198,14 +235,6 @@ class Predictor:
         except ImageError as error:
             return error
 
-    def _run(self, tensors: Sequence[Array]) -> Array:
-        """Outputs of at most ``chunk`` prepared images; too few for the artifact are filled up, then cut."""
-        facts = self.session.facts
-        missing = max(0, facts.batch.min - len(tensors)) if facts.batch else 0
-        stacked = np.stack([*tensors, *([tensors[-1]] * missing)])
-        outputs = self.session.run({facts.inputs[0].name: stacked})
-        return outputs[facts.outputs[0].name][: len(tensors)]
-
 
 def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:
     """The most exact artifact that ``backend`` runs on this machine; None is the reference weights.
@@ -223,7 +252,7 @@ def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:
     raise runs_nothing(backend, bundle)
 
 
-def choice_here(bundle: Bundle) -> tuple[Choice | None, str]:
+def choice_for_this_machine(bundle: Bundle) -> tuple[Choice | None, str]:
     """What ``vitdeploy bench --pick`` chose for this machine, and one line that says so.
 
     None where the bundle has no choice for this machine, or one that does not run here any more; then

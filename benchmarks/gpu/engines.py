@@ -23,7 +23,7 @@ import record
 
 from vitdeploy.backends.base import get_backend
 from vitdeploy.machine.gpus import Gpu, find_gpus
-from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, installed
+from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour
 
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("rtx_probe.py")
@@ -62,7 +62,7 @@ def steps(bundles: dict[str, Path | None], gpu: Gpu, work: Path) -> Iterator[Cha
     """All steps; the small model goes through every variant, the others through the first few."""
     yield (vitdeploy("doctor", "doctor"),)
     for flavour in FLAVOURS.values():
-        if installed(flavour) and flavour.portable:
+        if flavour.is_installed and flavour.portable:
             yield (Step(f"does {flavour.title} run here", (sys.executable, str(PROBE)), 120),)
     for model, given in bundles.items():
         bundle = work / f"{model.replace('/', '')}.bundle"
@@ -81,12 +81,12 @@ def variant(model: str, bundle: Path, name: str, gpu: Gpu) -> Iterator[Chain]:
     """One kind of engine of one model, of every flavour: built and proven, then measured beside its peers."""
     for flavour in FLAVOURS.values():
         label = f"{model}, {flavour.name}, {name}"
-        if not installed(flavour):
+        if not flavour.is_installed:
             continue
         arch = ("--arch", gpu.arch) if flavour.portable else ()
         flags = ("--format", flavour.name, *arch, *VARIANTS[name], "--force")
         yield (
-            vitdeploy(f"{label}: build", "export", "-m", bundle, *flags, seconds=600),
+            vitdeploy(f"{label}: build", "engine", bundle, *flags, seconds=600),
             vitdeploy(f"{label}: verify", "verify", bundle, "--backend", flavour.name),
             vitdeploy(f"{label}: bench", "bench", bundle, *peers(flavour), "--budget", "40s"),
         )
@@ -119,7 +119,7 @@ def smoke_steps(work: Path) -> Iterator[Chain]:
         label = f"digits, tensorrt-rtx, {name}"
         asked = ("--format", "tensorrt-rtx", "--arch", SMOKE_GPU.arch, *VARIANTS[name], "--force")
         yield (
-            vitdeploy(f"{label}: build", "export", "-m", bundle, *asked),
+            vitdeploy(f"{label}: build", "engine", bundle, *asked),
             vitdeploy(f"{label}: verify", "verify", bundle, "--backend", "tensorrt-rtx"),
         )
 

@@ -16,8 +16,8 @@ import tensorrt_rtx
 from onnx import TensorProto, helper, numpy_helper
 
 from vitdeploy.machine.gpus import find_gpus
+from vitdeploy.tensorrt.builder import Log, make_logger
 from vitdeploy.tensorrt.cuda import CudaDevice
-from vitdeploy.tensorrt.log import Log, make_logger
 
 WIDTH = 64
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitdeploy.benchmark.lanes import Lane, Target, own_environment
-from vitdeploy.bundle.manifest import Precision
+from vitdeploy.benchmark.lanes import Lane, Target
+from vitdeploy.bundle.dtypes import ArtifactPrecision
+from vitdeploy.machine.child import child_environment
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Peer:
     artifact: str
     title: str
     """For people."""
-    precision: Precision = "fp32"
+    precision: ArtifactPrecision = "fp32"
     environment: str | None = None
     """One of ``environments.NAMES``; None is vitdeploy's own."""
     spin: bool = False
@@ -91,5 +92,5 @@ def lane_of(peer: Peer, target: Target, checkpoint: Path, threads: int, python: 
             "spin": peer.spin,
         },
         provider=peer.runtime,
-        environment=own_environment(),
+        environment=child_environment(),
     )

@@ -1,14 +1,14 @@
-"""README's tables of vitdeploy against other tools, made from the committed results.
+"""The tables of vitdeploy against other tools, made from the committed results.
 
 python -m benchmarks.peers.table            # print them, and what does not hold of what we claim
-python -m benchmarks.peers.table --write    # put them into README.md
+python -m benchmarks.peers.table --write    # put them into docs/performance.md and README.md
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +24,10 @@ from vitdeploy.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PART = Part(ROOT / "README.md", "benchmarks/peers/table.py")
+PART = Part(ROOT / "docs" / "performance.md", "benchmarks/peers/table.py")
+SUMMARY = Part(ROOT / "README.md", "benchmarks/peers/table.py: summary")
 INTRODUCTION = """\
-Against other tools on the same weights, in the same rounds ([how](benchmarks/README.md)). A peer's time is
+Against other tools on the same weights, in the same rounds ([how](../benchmarks/README.md)). A peer's time is
 followed by how many times as fast vitdeploy is on the same runtime: the median over the rounds, and their
 quartiles."""
 
@@ -115,8 +116,37 @@ def title_of(peer: Peer) -> str:
 
 
 def tables(results: Sequence[Results]) -> str:
-    """The README's part."""
+    """The whole of what was measured."""
     return "\n\n".join([INTRODUCTION, *map(_table, results)])
+
+
+def summary(results: Results) -> str:
+    """One model's exported graphs against those of plain ``torch.onnx.export``, by runtime."""
+    (subject,) = results.subjects
+    batches = results.settings.batches
+    rows = []
+    for group in GROUPS:
+        plain = next((peer for peer in group.peers if peer.backend == "torch.onnx" and not peer.spin), None)
+        if plain is not None:
+            pairs = [(our_cell(results, group, b), peer_cell(results, plain, b)) for b in batches]
+            rows += [
+                [f"{group.title}: **vitdeploy**", *(f"**{_ms(ours)}**" for ours, _ in pairs)],
+                [f"— {plain.title}", *(_against(ours, theirs) for ours, theirs in pairs)],
+            ]
+    best = [found and ratio(found[0], found[1]) for found in (picked(results, batch) for batch in batches)]
+    rows.append(["our fastest against the fastest other tool", *(_said(one) if one else "" for one in best)])
+    words = (
+        f"{subject.model}, median ms, {results.environment.cpu.name}, {_threads(results)}. A peer's time is",
+        "followed by how many times as fast vitdeploy is (quartiles over the rounds). More models and tools,",
+        "and what an export costs: [docs/performance.md](docs/performance.md).",
+    )
+    return "\n".join([*words, "", *_lines(["", *(f"batch {b}" for b in batches)], rows)])
+
+
+def _lines(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(heading)} |"
+    yield "|---" * len(heading) + "|"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
 def _table(results: Results) -> str:
@@ -125,9 +155,7 @@ def _table(results: Results) -> str:
     rows = [
         f"**{subject.model}**, {results.environment.cpu.name}, {_threads(results)}:",
         "",
-        f"| median ms | {' | '.join(f'batch {b}' for b in batches)} |",
-        f"|---{'|---' * len(batches)}|",
-        *(f"| {' | '.join(row)} |" for row in _rows(results, batches)),
+        *_lines(["median ms", *(f"batch {b}" for b in batches)], _rows(results, batches)),
     ]
     return "\n".join([*rows, *_missing(results)])
 
@@ -227,7 +255,7 @@ def committed(folder: Path = RESULTS) -> list[Results]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the tables; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.table", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md and README.md")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a folder")
     options = parser.parse_args(arguments)
     try:
@@ -236,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         return error.exit_code
     broken = (claim for one in results for claim in broken_claims(one))
+    SUMMARY.publish(summary(results[0]), (), write=options.write)
     PART.publish(tables(results), broken, write=options.write)
     return 0
 

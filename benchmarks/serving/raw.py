@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.subjects import Subject
-from vitdeploy.benchmark.lanes import own_environment
 from vitdeploy.benchmark.loop import Array, Caller, Loaded, main
-from vitdeploy.machine.child import Worker
+from vitdeploy.machine.child import Worker, child_environment
 
 _LIMIT = 300.0
 _LEAST = 3
@@ -85,7 +84,7 @@ def raw_session(subject: Subject, kind: str, threads: int, folder: Path) -> Iter
             path = folder / f"raw-{index}.jpg"
             path.write_bytes(data)
             job["images"].append(str(path))
-    worker = Worker((sys.executable, "-P", "-m", module), job, own_environment(), _LIMIT)
+    worker = Worker((sys.executable, "-P", "-m", module), job, child_environment(), _LIMIT)
     try:
         worker.answer()
         yield Raw(worker, subject, folder)

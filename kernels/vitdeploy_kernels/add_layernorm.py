@@ -23,8 +23,6 @@ def add_layernorm_kernel(
     x_ptr,
     branch_ptr,
     bias_ptr,
-    gain_ptr,
-    shift_ptr,
     total_ptr,
     normed_ptr,
     stats_ptr,
@@ -58,34 +56,21 @@ def add_layernorm_kernel(
         tl.store(stats_ptr + 2 * row + 1, squares, mask=row_mask)
     if normed_ptr is not None:
         rstd = tl.math.rsqrt(squares / WIDTH + eps)
-        gain = tl.load(gain_ptr + column, mask=column_mask, other=0.0)
-        shift = tl.load(shift_ptr + column, mask=column_mask, other=0.0)
-        normed = (y - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+        normed = (y - mean[:, None]) * rstd[:, None]
         at = normed_ptr + (row * WIDTH)[:, None] + column[None, :]
         tl.store(at, narrow(normed, normed_ptr.dtype.element_ty), mask=inside)
 
 
-def supports(
-    x: Tensor,
-    branch: Tensor | None = None,
-    gain: Tensor | None = None,
-    shift: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Support:
+def supports(x: Tensor, branch: Tensor | None = None, bias: Tensor | None = None) -> Support:
     """Whether the kernel computes this; the shapes are :func:`add_layernorm`'s, None where there is none."""
     rows, width = x.shape[0], x.shape[-1]
-    vectors = {"gain": gain, "shift": shift, "bias": bias}
     return first_reason(
         (
             check_tensor("x", x, (None, None)),
             None if width <= WIDEST else f"rows are at most {WIDEST} columns wide, not {width}",
             None if branch is None else check_tensor("branch", branch, (rows, width), (x.dtype,)),
-            *(
-                check_tensor(name, vector, (width,), (torch.float32,))
-                for name, vector in vectors.items()
-                if vector is not None
-            ),
-            check_device(x, branch, gain, shift, bias),
+            None if bias is None else check_tensor("bias", bias, (width,), (torch.float32,)),
+            check_device(x, branch, bias),
         )
     )
 
@@ -94,8 +79,6 @@ def launch(
     x: Tensor,
     branch: Tensor | None,
     bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
     total: Tensor | None,
     normed: Tensor | None,
     stats: Tensor | None,
@@ -106,7 +89,7 @@ def launch(
     """The launch that writes those of total, normed and stats that are not None; nothing is checked here.
 
     ``total`` (rows, width) has x's dtype and may be x's own memory; ``normed`` (rows, width) and ``stats``
-    (rows, 1, 2) are contiguous. Without ``normed``, gain and shift may be None.
+    (rows, 1, 2) are contiguous.
     """
     rows, width = x.shape
     arguments: dict[str, Tensor | int | float] = {"x_ptr": x, "rows": rows, "eps": eps}
@@ -118,8 +101,8 @@ def launch(
         "BLOCK_M": config.block_m,
         "BLOCK_N": power_of_two(width),
     }
-    optional = {"branch": branch, "bias": bias, "gain": gain, "shift": shift}
-    for name, tensor in {**optional, "total": total, "normed": normed, "stats": stats}.items():
+    optional = {"branch": branch, "bias": bias, "total": total, "normed": normed, "stats": stats}
+    for name, tensor in optional.items():
         if tensor is None:
             constants[f"{name}_ptr"] = None
         else:
@@ -133,14 +116,12 @@ def _operator(
     x: Tensor,
     branch: Tensor | None,
     bias: Tensor | None,
-    gain: Tensor,
-    shift: Tensor,
     eps: float,
     config: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
     chosen = choose("add_layernorm", tuple(x.shape), x.device, config)
-    launch(x, branch, bias, gain, shift, total, normed, None, eps=eps, config=chosen).run()
+    launch(x, branch, bias, total, normed, None, eps=eps, config=chosen).run()
     return total, normed
 
 
@@ -149,8 +130,6 @@ def _(
     x: Tensor,
     branch: Tensor | None,
     bias: Tensor | None,
-    gain: Tensor,
-    shift: Tensor,
     eps: float,
     config: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
@@ -160,26 +139,22 @@ def _(
 def add_layernorm(
     x: Tensor,
     branch: Tensor | None,
-    gain: Tensor,
-    shift: Tensor,
-    *,
     bias: Tensor | None = None,
+    *,
     eps: float = 1e-6,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``total = x + branch + bias`` and ``LayerNorm(total) * gain + shift``, in one pass over memory.
+    """``total = x + branch + bias`` and its LayerNorm, in one pass over memory.
 
     The companion of a plain GEMM: it adds the residual and normalises, reading and writing every element
-    once. Sums and statistics are float32; the variance is that of the distances from the mean, taken from
-    registers, so that it does not cancel. LayerNorm sees the total as rounded, which is what a later
-    kernel reads.
+    once. LayerNorm has no gain and shift here (they are part of the layer behind it). Sums and statistics are
+    float32; the variance is that of the distances from the mean, taken from registers, so that it does not
+    cancel. LayerNorm sees the total as rounded, which is what a later kernel reads.
 
     Args:
         x: (rows, width) float16 or bfloat16, at most 8192 wide; rows may be apart, columns that are apart
             are copied.
         branch: (rows, width) in x's dtype, rows may be apart; or None.
-        gain: (width) float32.
-        shift: (width) float32.
         bias: (width) float32, or None.
         eps: LayerNorm's.
         config: the tables' choice for this shape when omitted; block_m rows are one program's.
@@ -196,13 +171,11 @@ def add_layernorm(
 
     Source: Ba et al. 2016, "Layer Normalization" (https://arxiv.org/abs/1607.06450).
     """
-    require(supports(x, branch, gain, shift, bias), "add_layernorm")
+    require(supports(x, branch, bias), "add_layernorm")
     total, normed = _operator(
         rows_of(x),
         None if branch is None else rows_of(branch),
         None if bias is None else bias.contiguous(),
-        gain.contiguous(),
-        shift.contiguous(),
         eps,
         config and config.as_list(),
     )
@@ -213,7 +186,7 @@ def add_layernorm(
 def _statistics(x: Tensor, config: Sequence[int] | None) -> Tensor:
     stats = x.new_empty(x.shape[0], 1, 2, dtype=torch.float32)
     chosen = choose("add_layernorm", tuple(x.shape), x.device, config)
-    launch(x, None, None, None, None, None, None, stats, eps=0.0, config=chosen).run()
+    launch(x, None, None, None, None, stats, eps=0.0, config=chosen).run()
     return stats
 
 

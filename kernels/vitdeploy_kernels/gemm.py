@@ -100,17 +100,13 @@ def halves(acc):
 
 
 @triton.jit
-def write_columns(
-    acc, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr
-):
+def write_columns(acc, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr):
     """:func:`write_tile` for columns from ``start``: mean, squares and count of what was written."""
     column = start + tl.arange(0, acc.shape[1])
     column_mask = column < COLUMNS
     inside = row_mask[:, None] & column_mask[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=column_mask, other=0.0)[None, :]
-    if gain_ptr is not None:
-        acc *= tl.load(gain_ptr + column, mask=column_mask, other=0.0)[None, :]
     acc += tl.load(add_ptr + add_rows[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     rounded = narrow(acc, out_ptr.dtype.element_ty)
     tl.store(out_ptr + (row * COLUMNS)[:, None] + column[None, :], rounded, mask=inside)
@@ -120,23 +116,21 @@ def write_columns(
 
 
 @triton.jit
-def write_parts(
-    acc, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr
-):
+def write_parts(acc, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr):
     """:func:`write_columns`, in two parts if there are more than PART."""
     if acc.shape[1] > PART:
         left, right = halves(acc)
         mean, squares, count = write_columns(
-            left, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+            left, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
         )
         start += left.shape[1]
         mean2, squares2, count2 = write_columns(
-            right, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+            right, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
         )
         mean, squares, count = combined(mean, squares, count, mean2, squares2, count2)
     else:
         mean, squares, count = write_columns(
-            acc, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+            acc, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
         )
     return mean, squares, count
 
@@ -145,7 +139,6 @@ def write_parts(
 def write_tile(
     acc,
     bias_ptr,
-    gain_ptr,
     add_ptr,
     add_rows,
     out_ptr,
@@ -156,9 +149,9 @@ def write_tile(
     COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write ``(acc + bias) * gain + add``, rounded, and the statistics of what was written.
+    """Write ``acc + bias + add``, rounded, and the statistics of what was written.
 
-    The j-th tile of columns; bias, gain and stats may be None. ``add_rows`` are the offsets, in elements,
+    The j-th tile of columns; bias and stats may be None. ``add_rows`` are the offsets, in elements,
     of the rows that are added; the rows of out are contiguous. A wide tile is finished part by part: all
     that is added would not fit into registers beside it.
     """
@@ -166,16 +159,16 @@ def write_tile(
     if BLOCK_N > 2 * PART:
         left, right = halves(acc)
         mean, squares, count = write_parts(
-            left, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+            left, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
         )
         start += BLOCK_N // 2
         mean2, squares2, count2 = write_parts(
-            right, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+            right, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
         )
         mean, squares, count = combined(mean, squares, count, mean2, squares2, count2)
     else:
         mean, squares, count = write_parts(
-            acc, bias_ptr, gain_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
+            acc, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
         )
     if stats_ptr is not None:
         at = stats_ptr + (row * tl.cdiv(COLUMNS, BLOCK_N) + j) * 2
@@ -191,16 +184,13 @@ def product(
     w_ptr,
     column,
     column_mask,
-    mean,
-    rstd,
     DEPTH: tl.constexpr,
     W_STRIDE: tl.constexpr,
-    NORMALISE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``a @ w`` of one tile in float32; with NORMALISE, ``((a - mean) * rstd) @ w``.
+    """``a @ w`` of one tile in float32.
 
     ``a_rows`` are the rows' offsets in elements (int64); w is (DEPTH, columns) with row stride W_STRIDE.
     """
@@ -216,12 +206,6 @@ def product(
             inside = depth < DEPTH - k
             a = tl.load(a_at, mask=row_mask[:, None] & inside[None, :], other=0.0)
             w = tl.load(w_at, mask=column_mask[None, :] & inside[:, None], other=0.0)
-        if NORMALISE:
-            away = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
-            if DEPTH % BLOCK_K != 0:
-                # What lies outside was zero, but normalised it could overflow, and Inf times zero is NaN.
-                away = tl.where(inside[None, :], away, 0.0)
-            a = narrow(away, w.dtype)
         acc = dot(a, w, acc)
         a_at += BLOCK_K
         w_at += BLOCK_K * W_STRIDE

@@ -23,9 +23,6 @@ from vitdeploy_kernels.support import (
     rows_of,
 )
 
-ILL_CONDITIONED = 64.0
-"""Rows whose mean is this many deviations from zero are normalised before the product, not after it."""
-
 
 @triton.jit(do_not_specialize=["rows"])
 def layernorm_linear_kernel(
@@ -45,8 +42,6 @@ def layernorm_linear_kernel(
     TILES_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    CENTRED: tl.constexpr,
-    LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -57,21 +52,14 @@ def layernorm_linear_kernel(
     column = j * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = row < rows, column < COLUMNS
     mean, rstd = row_statistics(stats_ptr, row, row_mask, eps, WIDTH, STATS_STRIDE, TILES, TILES_BLOCK, TILE)
+    acc = product(
+        x_ptr, row * X_STRIDE, row_mask, weight_ptr, column, column_mask,
+        WIDTH, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     # (x - mean) rstd @ w = rstd (x @ w - mean colsum(w)): exact, but it cancels where the mean dwarfs the
-    # deviation, so that tiles with such rows take the direct way.
-    direct = False if CENTRED else tl.max(tl.abs(mean) * rstd, axis=0) > LIMIT
-    if direct:
-        acc = product(
-            x_ptr, row * X_STRIDE, row_mask, weight_ptr, column, column_mask, mean, rstd,
-            WIDTH, COLUMNS, True, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    else:
-        acc = product(
-            x_ptr, row * X_STRIDE, row_mask, weight_ptr, column, column_mask, mean, rstd,
-            WIDTH, COLUMNS, False, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        colsum = tl.load(colsum_ptr + column, mask=column_mask, other=0.0)
-        acc = (acc - mean[:, None] * colsum[None, :]) * rstd[:, None]
+    # deviation, which it does not in a centred residual stream.
+    colsum = tl.load(colsum_ptr + column, mask=column_mask, other=0.0)
+    acc = (acc - mean[:, None] * colsum[None, :]) * rstd[:, None]
     acc += tl.load(bias_ptr + column, mask=column_mask, other=0.0)[None, :]
     acc = activate(acc, ACTIVATION)
     out = out_ptr + (row * COLUMNS)[:, None] + column[None, :]
@@ -107,7 +95,6 @@ def launch(
     *,
     eps: float,
     activation: str = "none",
-    centred: bool = False,
     config: Config,
 ) -> Launch:
     """The launch that writes ``out`` (rows, columns), contiguous; nothing is checked here."""
@@ -132,8 +119,6 @@ def launch(
         "TILES_BLOCK": power_of_two(parts),
         "TILE": power_of_two(tiles(width, parts)),
         "ACTIVATION": activation,
-        "CENTRED": centred,
-        "LIMIT": ILL_CONDITIONED,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -151,16 +136,12 @@ def _operator(
     bias: Tensor,
     eps: float,
     activation: str,
-    centred: bool,
     out_dtype: torch.dtype,
     config: Sequence[int] | None,
 ) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1], dtype=out_dtype)
     chosen = choose("layernorm_linear", (x.shape[0], weight.shape[1], x.shape[1]), x.device, config)
-    launch(
-        x, stats, weight, colsum, bias, out,
-        eps=eps, activation=activation, centred=centred, config=chosen,
-    ).run()  # fmt: skip
+    launch(x, stats, weight, colsum, bias, out, eps=eps, activation=activation, config=chosen).run()
     return out
 
 
@@ -173,7 +154,6 @@ def _(
     bias: Tensor,
     eps: float,
     activation: str,
-    centred: bool,
     out_dtype: torch.dtype,
     config: Sequence[int] | None,
 ) -> Tensor:
@@ -189,7 +169,6 @@ def layernorm_linear(
     *,
     eps: float = 1e-6,
     activation: str = "none",
-    centred: bool = False,
     out_dtype: torch.dtype | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -201,17 +180,15 @@ def layernorm_linear(
     and the activation. Products, sums and statistics are float32.
 
     Args:
-        x: (rows, width) float16 or bfloat16; rows may be apart (a view of the first token of each image,
-            say), columns that are apart are copied.
+        x: (rows, width) float16 or bfloat16, each row's mean at most about 64 deviations from zero, as in a
+            model whose residual stream is centred; rows may be apart (a view of the first token of each
+            image, say), columns that are apart are copied.
         stats: (rows, tiles, 2) float32, from ``linear_residual``, ``patch_embed`` or ``add_layernorm``.
         weight: (width, columns) in x's dtype.
         colsum: (columns) float32, the column sums of ``weight`` as rounded.
         bias: (columns) float32.
         eps: LayerNorm's.
         activation: none, gelu (erf, to 1.5e-7), gelu_tanh, quick_gelu, relu or silu.
-        centred: promises rows whose mean is less than about 64 deviations from zero, as in a model whose
-            residual stream was centred. Without it, tiles with such rows are normalised before the product:
-            always right, but the kernel needs more registers.
         out_dtype: float16, bfloat16 or float32; x's dtype when omitted.
         config: the tables' choice for this shape when omitted.
 
@@ -219,7 +196,8 @@ def layernorm_linear(
         (rows, columns), contiguous.
 
     Error: against float64 on the same rounded inputs, relative error of a row below 1e-3 in float16 and
-    8e-3 in bfloat16; that is the rounding of the output (and, in ill-conditioned rows, of the operand).
+    8e-3 in bfloat16; that is the rounding of the output. Beyond 64 deviations the subtraction of the mean
+    cancels, and the error grows with their number.
     A row with NaN or Inf becomes NaN, as LayerNorm makes it.
 
     Raises:
@@ -230,7 +208,7 @@ def layernorm_linear(
     require(supports(x, stats, weight, colsum, bias, activation), "layernorm_linear")
     result: Tensor = _operator(
         rows_of(x), stats.contiguous(), weight.contiguous(), colsum.contiguous(), bias.contiguous(),
-        eps, activation, centred, out_dtype or x.dtype, config and config.as_list(),
+        eps, activation, out_dtype or x.dtype, config and config.as_list(),
     )  # fmt: skip
     return result
 

@@ -1,4 +1,4 @@
-"""``residual + layer_scale * (x @ weight + bias)`` as one GEMM, and the row statistics of what it writes."""
+"""``residual + x @ weight + bias`` as one GEMM, and the row statistics of what it writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ def linear_residual_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    layer_scale_ptr,
     residual_ptr,
     out_ptr,
     stats_ptr,
@@ -39,19 +38,17 @@ def linear_residual_kernel(
     column = j * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = row < rows, column < COLUMNS
     acc = product(
-        x_ptr, row * X_STRIDE, row_mask, weight_ptr, column, column_mask, None, None,
-        DEPTH, COLUMNS, False, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, row * X_STRIDE, row_mask, weight_ptr, column, column_mask,
+        DEPTH, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     # A tile of the residual is read by the program that writes it, and before: out may be its memory.
     write_tile(
-        acc, bias_ptr, layer_scale_ptr, residual_ptr, row * RESIDUAL_STRIDE, out_ptr, stats_ptr,
+        acc, bias_ptr, residual_ptr, row * RESIDUAL_STRIDE, out_ptr, stats_ptr,
         row, row_mask, j, COLUMNS, BLOCK_N,
     )  # fmt: skip
 
 
-def supports(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, layer_scale: Tensor | None = None
-) -> Support:
+def supports(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Support:
     """Whether the kernel computes this; the shapes are :func:`linear_residual`'s."""
     columns = weight.shape[-1]
     return first_reason(
@@ -60,10 +57,7 @@ def supports(
             check_tensor("weight", weight, (x.shape[-1], None), (x.dtype,)),
             check_tensor("residual", residual, (x.shape[0], columns), (x.dtype,)),
             None if bias is None else check_tensor("bias", bias, (columns,), (torch.float32,)),
-            None
-            if layer_scale is None
-            else check_tensor("layer_scale", layer_scale, (columns,), (torch.float32,)),
-            check_device(x, weight, bias, residual, layer_scale),
+            check_device(x, weight, bias, residual),
         )
     )
 
@@ -76,7 +70,6 @@ def launch(
     out: Tensor,
     stats: Tensor | None,
     *,
-    layer_scale: Tensor | None = None,
     config: Config,
 ) -> Launch:
     """The launch that writes ``out`` (rows, columns), contiguous, which may be the residual's own memory.
@@ -102,7 +95,7 @@ def launch(
         "BLOCK_K": config.block_k,
         "GROUP": config.group,
     }
-    for name, tensor in (("bias_ptr", bias), ("layer_scale_ptr", layer_scale), ("stats_ptr", stats)):
+    for name, tensor in (("bias_ptr", bias), ("stats_ptr", stats)):
         if tensor is None:
             constants[name] = None
         else:
@@ -126,12 +119,11 @@ def _operator(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor,
-    layer_scale: Tensor | None,
     config: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     chosen = _chosen(x, weight, config)
     out, stats = _outputs(x, weight, chosen)
-    launch(x, weight, bias, residual, out, stats, layer_scale=layer_scale, config=chosen).run()
+    launch(x, weight, bias, residual, out, stats, config=chosen).run()
     return out, stats
 
 
@@ -141,7 +133,6 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor,
-    layer_scale: Tensor | None,
     config: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(x, weight, _chosen(x, weight, config))
@@ -153,12 +144,11 @@ def linear_residual(
     bias: Tensor | None,
     residual: Tensor,
     *,
-    layer_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``residual + layer_scale * (x @ weight + bias)`` and its row statistics, in one kernel.
+    """``residual + x @ weight + bias`` and its row statistics, in one kernel.
 
-    Bias, layer scale, residual and the statistics that the next LayerNorm needs are the epilogue of the
+    Bias, residual and the statistics that the next LayerNorm needs are the epilogue of the
     GEMM; each output is written once and nothing is read back. Products, sums and statistics are float32,
     with one rounding at the end.
 
@@ -167,7 +157,6 @@ def linear_residual(
         weight: (depth, columns) in x's dtype.
         bias: (columns) float32, or None.
         residual: (rows, columns) in x's dtype; rows may be apart.
-        layer_scale: (columns) float32, or None.
         config: the tables' choice for this shape when omitted; its block_n is the width of a tile of the
             statistics.
 
@@ -181,17 +170,14 @@ def linear_residual(
     Raises:
         UnsupportedError: a shape, dtype or device that the kernel does not take.
 
-    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (https://arxiv.org/abs/1603.05027);
-    layer scale: Touvron et al. 2021, "Going deeper with Image Transformers"
-    (https://arxiv.org/abs/2103.17239).
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (https://arxiv.org/abs/1603.05027).
     """
-    require(supports(x, weight, bias, residual, layer_scale), "linear_residual")
+    require(supports(x, weight, bias, residual), "linear_residual")
     out, stats = _operator(
         rows_of(x),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         rows_of(residual),
-        None if layer_scale is None else layer_scale.contiguous(),
         config and config.as_list(),
     )
     return out, stats

@@ -115,8 +115,6 @@ class Planner:
         self.dtype = weights.dtype
         self.rows = batch * shape.tokens
         self.steps: list[Step] = []
-        self.ones = self._take("ones", (shape.width,), torch.float32).fill_(1)
-        self.zeros = self._take("zeros", (shape.width,), torch.float32).zero_()
         self.image = self._take("image", shape.image_shape(batch), _image_dtype(shape))
         self.x = self._take("x", (self.rows, shape.width))
 
@@ -163,7 +161,7 @@ class Planner:
         if entry.route == "fused" or out.dtype != self.dtype:
             launch = layernorm_linear.launch(
                 x, stats, *folded, out,
-                eps=self.shape.eps, activation=activation, centred=self.shape.centred, config=entry.config,
+                eps=self.shape.eps, activation=activation, config=entry.config,
             )  # fmt: skip
             return self._launch(site, launch)
         normed = self._take("normed", (rows, self.shape.width))
@@ -188,7 +186,7 @@ class Planner:
     ) -> None:
         config = self._entry("add_layernorm", len(x), self.shape.width).config
         launch = add_layernorm.launch(
-            x, branch, bias, self.ones, self.zeros, total, normed, stats, eps=self.shape.eps, config=config
+            x, branch, bias, total, normed, stats, eps=self.shape.eps, config=config
         )
         self._launch(site, launch)
 

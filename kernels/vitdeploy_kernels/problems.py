@@ -108,17 +108,13 @@ def _layernorm_linear(spec: Spec, random: Random) -> Problem:
     folded = fold_layernorm(ones, zeros, weight, bias, random.dtype)
 
     def launch(config: Config) -> Launch:
-        return layernorm_linear.launch(
-            x, stats, *folded, out,
-            eps=EPS, activation=activation, centred=bool(spec.number("centred")), config=config,
-        )  # fmt: skip
+        return layernorm_linear.launch(x, stats, *folded, out, eps=EPS, activation=activation, config=config)
 
     def unfused(table: Table) -> Run:
         normed, rounded = torch.empty_like(x), folded.bias.to(random.dtype)
         norm = add_layernorm.launch(
-            x, None, None, ones, zeros, None, normed, None,
-            eps=EPS, config=table.config("add_layernorm", (rows, width)),
-        )  # fmt: skip
+            x, None, None, None, normed, None, eps=EPS, config=table.config("add_layernorm", (rows, width))
+        )
 
         def run() -> None:
             norm.run()
@@ -145,7 +141,7 @@ def _linear_residual(spec: Spec, random: Random) -> Problem:
     def unfused(table: Table) -> Run:
         branch, stats = torch.empty_like(residual), random.empty(rows, 1, 2, dtype=torch.float32)
         add = add_layernorm.launch(
-            residual, branch, bias, None, None, out, None, stats,
+            residual, branch, bias, out, None, stats,
             eps=EPS, config=table.config("add_layernorm", (rows, columns)),
         )  # fmt: skip
 
@@ -201,16 +197,15 @@ def _head_linear(spec: Spec, random: Random) -> Problem:
 def _add_layernorm(spec: Spec, random: Random) -> Problem:
     rows, width = spec.shape
     x, branch, bias = random.normal(rows, width), random.normal(rows, width), random.single(width)
-    gain, shift = 1 + random.single(width), random.single(width)
     total, normed = random.empty(rows, width), random.empty(rows, width)
 
     def launch(config: Config) -> Launch:
-        return add_layernorm.launch(x, branch, bias, gain, shift, total, normed, None, eps=EPS, config=config)
+        return add_layernorm.launch(x, branch, bias, total, normed, None, eps=EPS, config=config)
 
     def expected() -> Tensor:
-        return reference.add_layernorm(x, branch, bias, gain, shift, EPS)[1]
+        return reference.add_layernorm(x, branch, bias, EPS)[1]
 
-    return Problem(launch, normed, expected, (x, branch, bias, gain, shift, total))
+    return Problem(launch, normed, expected, (x, branch, bias, total))
 
 
 def _attention(spec: Spec, random: Random) -> Problem:

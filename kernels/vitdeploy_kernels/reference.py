@@ -72,28 +72,22 @@ def layernorm_linear(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activa
     return activate(normalise(x, eps) @ weight.double() + bias.double(), activation)
 
 
-def linear_residual(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, layer_scale: Tensor | None = None
-) -> Tensor:
-    """``residual + layer_scale * (x @ weight + bias)``."""
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """``residual + x @ weight + bias``."""
     y = x.double() @ weight.double()
     if bias is not None:
         y = y + bias.double()
-    if layer_scale is not None:
-        y = y * layer_scale.double()
     return residual.double() + y
 
 
-def add_layernorm(
-    x: Tensor, branch: Tensor | None, bias: Tensor | None, gain: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """``y = x + branch + bias`` and ``LayerNorm(y) * gain + shift``; the second is of the exact y."""
+def add_layernorm(x: Tensor, branch: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """``y = x + branch + bias`` and its LayerNorm; the second is of the exact y."""
     y = x.double()
     if branch is not None:
         y = y + branch.double()
     if bias is not None:
         y = y + bias.double()
-    return y, normalise(y, eps) * gain.double() + shift.double()
+    return y, normalise(y, eps)
 
 
 def attention(qkv: Tensor, heads: int, scale: float, bias: Tensor | None = None) -> Tensor:

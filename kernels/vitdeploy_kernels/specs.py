@@ -51,7 +51,7 @@ def spec_of(launch: Launch) -> Spec:
 
     if name == "layernorm_linear":
         shape = (size("rows"), size("COLUMNS"), size("WIDTH"))
-        return Spec(name, shape, (("activation", str(fixed["ACTIVATION"])), ("centred", size("CENTRED"))))
+        return Spec(name, shape, (("activation", str(fixed["ACTIVATION"])),))
     if name == "linear_residual":
         return Spec(name, (size("rows"), size("COLUMNS"), size("DEPTH")))
     if name == "head_linear":

@@ -1,9 +1,9 @@
 """What the runner runs: the shape of a plain pre-norm ViT and its weights, folded for the fused kernels.
 
 The weights are those of the checkpoint after exact rewrites: LayerNorm's gain and shift in the linear
-layer behind it, layer scale in the one before it, no key bias, the value bias in the projection's. Where
-the residual stream is *centred* (every layer that writes to it gives rows whose mean is zero, which
-LayerNorm, its only reader, cannot see), the kernels take a shorter way.
+layer behind it, layer scale in the one before it, no key bias, the value bias in the projection's; and the
+residual stream is *centred*: every layer that writes to it gives rows whose mean is zero, which LayerNorm,
+its only reader, cannot see.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class VitShape:
         queries: leading tokens the output depends on, None if it reads every token. With a number, the
             last block is the absorbed one: no keys and no values are projected.
         classes: columns of a fused head over the first token; 0 if the readout is the caller's.
-        centred: the residual stream has zero mean.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -47,7 +46,6 @@ class VitShape:
     queries: int | None = 1
     classes: int = 1000
     uint8: bool = False
-    centred: bool = True
 
     @property
     def tokens(self) -> int:
@@ -151,7 +149,7 @@ def build_weights(shape: VitShape, dtype: torch.dtype, normal: Callable[..., Ten
         return fold_layernorm(gain, torch.zeros_like(gain), weight, bias, dtype)
 
     def centred(weight: Tensor) -> Tensor:
-        return weight - weight.mean(dim=-1, keepdim=True) if shape.centred else weight
+        return weight - weight.mean(dim=-1, keepdim=True)
 
     def linear(depth: int) -> Linear:
         weight = centred(normal(depth, width, scale=0.5 * depth**-0.5))

@@ -15,12 +15,12 @@ from tests.helpers.weights_bundles import CONFIG, SPEC, artifact, golden, write_
 from vitdeploy.backends import aotinductor
 from vitdeploy.backends.aotinductor import AotInductor, _Job
 from vitdeploy.backends.base import Options, get_backend
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Precision
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
 from vitdeploy.machine.cache import cache_folder
-from vitdeploy.model.vit import forward_float64
+from vitdeploy.model.reference import forward_float64
 from vitdeploy.verification.local import runnable
 from vitdeploy.verification.parity import check_session
 
@@ -69,7 +69,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_the_graph_is_the_reference(weights_bundle: Make, compiler: Compiler, precision: Precision) -> None:
+def test_the_graph_is_the_reference(
+    weights_bundle: Make, compiler: Compiler, precision: ArtifactPrecision
+) -> None:
     with AotInductor().load(weights_bundle(), artifact(precision), Options(threads=1)) as session:
         records = check_session(session, golden(), batches=[1, 2, 3, 4])
         assert all(record.passed for record in records), records
@@ -118,7 +120,7 @@ def test_whatever_changes_the_code_changes_the_entry(
 ) -> None:
     usual = BatchRange(1, 2, 4)
 
-    def name(precision: Precision = "fp32", batch: BatchRange | None = usual, **bundle: Any) -> str:
+    def name(precision: ArtifactPrecision = "fp32", batch: BatchRange | None = usual, **bundle: Any) -> str:
         return _Job(weights_bundle(**bundle), precision, batch, "cpu").name
 
     same = name()

@@ -18,10 +18,10 @@ from vitdeploy.backends.aotinductor import AotInductor
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.backends.torch import DeviceTimer, Torch, _no_tf32
 from vitdeploy.backends.torch_compile import TorchCompile
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Precision
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency, UsageError
-from vitdeploy.model.vit import forward_float64
+from vitdeploy.model.reference import forward_float64
 from vitdeploy.verification.parity import check_session
 
 Make = Callable[..., Bundle]
@@ -48,7 +48,7 @@ def test_every_output(weights_bundle: Make, output: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_the_artifacts_precision(weights_bundle: Make, precision: Precision) -> None:
+def test_the_artifacts_precision(weights_bundle: Make, precision: ArtifactPrecision) -> None:
     with Torch().load(weights_bundle(), artifact(precision), Options()) as session:
         records = check_session(session, golden())
         assert all(record.passed for record in records), records
@@ -154,7 +154,7 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled(weights_bundle: Make, precision: Precision) -> None:
+def test_compiled(weights_bundle: Make, precision: ArtifactPrecision) -> None:
     bundle = weights_bundle()
     with TorchCompile().load(bundle, artifact(precision), Options(threads=1)) as session:
         assert session.facts.backend == "torch-compile"

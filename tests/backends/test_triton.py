@@ -18,12 +18,12 @@ from tests.helpers.weights_bundles import CONFIG, SPEC, artifact, golden
 from vitdeploy.backends import triton as module
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.backends.triton import Triton
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Precision
 from vitdeploy.cli import main
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
 from vitdeploy.machine.gpus import Gpu
-from vitdeploy.model.vit import forward_float64
+from vitdeploy.model.reference import forward_float64
 from vitdeploy.verification.parity import check_session
 
 Make = Callable[..., Bundle]
@@ -69,7 +69,7 @@ def test_other_outputs(weights_bundle: Make, output: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("provider")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_the_artifacts_precision_and_batches(weights_bundle: Make, precision: Precision) -> None:
+def test_the_artifacts_precision_and_batches(weights_bundle: Make, precision: ArtifactPrecision) -> None:
     with Triton().load(weights_bundle(), artifact(precision), Options()) as session:
         records = check_session(session, golden())
         assert [record.failures for record in records] == [(), (), ()]

@@ -111,7 +111,7 @@ def test_a_choice_that_does_not_run_any_more(tmp_path: Any, monkeypatch: pytest.
     with Predictor.open(made.root) as plain:
         assert plain.session.facts.artifact == "onnx-fp32"
         assert "picked for this machine, but does not run here now: openvino is not inst" in plain.note
-    assert predictor.choice_here(made) == (None, ""), "the bundle as it was opened had no choice"
+    assert predictor.choice_for_this_machine(made) == (None, ""), "the bundle as it was opened had no choice"
 
 
 def test_weights_and_providers() -> None:

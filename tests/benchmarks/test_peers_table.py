@@ -91,6 +91,14 @@ def test_rows_hold_each_peer_against_ours_on_its_runtime() -> None:
     assert len(found) == 2 + len(OURS) + len(set(titles)) + 1
 
 
+def test_the_summary_holds_plain_exports_against_ours_by_runtime() -> None:
+    lines = table.summary(measured(lambda name: 1.1)).splitlines()
+    assert "| ONNX Runtime, fp32: **vitdeploy** | **81.6** | **652.8** |" in lines
+    assert "| — torch.onnx.export | 89.8, 1.10 × (1.10 to 1.10) | 718.1, 1.10 × (1.10 to 1.10) |" in lines
+    assert sum(line.startswith("| — ") for line in lines) == 3
+    assert lines[-1].endswith("| 1.10 × (1.10 to 1.10) | 1.10 × (1.10 to 1.10) |")
+
+
 def test_rounds_that_were_measured_again_are_not_paired() -> None:
     ours, theirs = cell("a", "fp32", 1, 10.0), cell("b", "fp32", 1, 20.0)
     assert table.ratio(ours, theirs) == (2.0, 2.0, 2.0)
@@ -147,7 +155,8 @@ def test_partial_results_are_refused(tmp_path: Path) -> None:
         table.committed(tmp_path)
 
 
-def test_the_readme_says_what_the_committed_results_say() -> None:
+def test_the_documents_say_what_the_committed_results_say() -> None:
     results = table.committed()
     assert table.PART.read() == table.tables(results)
+    assert table.SUMMARY.read() == table.summary(results[0])
     assert [line for one in results for line in table.broken_claims(one)] == []

@@ -212,6 +212,7 @@ def foreign_states(folder: Path) -> list[tuple[dict[str, Tensor], dict[str, Any]
     return states
 
 
+@pytest.mark.slow
 def test_no_wrong_shape_or_setting_escapes_as_another_error(folder: Path, tmp_path: Path) -> None:
     dice = random.Random(1)
     shapes = [(), (0,), (1,), (3, 0), (1, 1, 1), (2, 3, 4, 5), (48,), (16, 16), (1, 17, 16)]

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.bundles import write_bundle
-from tests.helpers.commands import Exported, Result, Run, in_a_process
+from tests.helpers.commands import Exported, Run, in_a_process, in_this_process
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.cli import main
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """``run("verify", folder)`` in this process."""
 
-    def call(*arguments: object) -> Result:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
+    return functools.partial(in_this_process, capsys)
 
 
 @pytest.fixture

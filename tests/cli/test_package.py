@@ -54,7 +54,7 @@ def test_json(run: Run, bundle: Bundle, tmp_path: Path) -> None:
         (["--target", "triton-server", "--model-version", "0"], 2, "version 0"),
         (["--target", "triton-server", "--model-version", "x"], 2, "valid integer"),
         (["--target", "triton-server", "--device", "cuda"], 2, "unknown device 'cuda'"),
-        (["--target", "triton-server", "--max-batch", "99"], 2, "proven up to 8"),
+        (["--target", "triton-server", "--max-batch", "99"], 2, "verified up to 8"),
         (["--target", "triton-server", "--artifact", "int8"], 2, "has no artifact 'int8'"),
         (["--target", "triton-server", "--storage-uri", "s3://a"], 2, "takes no --storage-uri"),
         (["--target", "kserve"], 2, "needs --storage-uri"),

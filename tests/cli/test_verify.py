@@ -14,13 +14,13 @@ from vitdeploy.bundle.folder import Bundle
 ORT = ("--backend", "onnxruntime")
 
 
-def test_a_proven_bundle(run: Run, bundle: Bundle) -> None:
+def test_a_right_bundle(run: Run, bundle: Bundle) -> None:
     result = run("verify", bundle.root, *ORT, "--batch", "1,8")
     assert result.code == 0
     rows = [line for line in result.out.splitlines() if line.startswith("onnx-")]
     assert len(rows) == 4
     assert all(row.endswith("ok") for row in rows)
-    assert "proven: 3 files intact" in result.out
+    assert "verified: 3 files intact" in result.out
     assert "hashes" in result.err
 
 
@@ -37,7 +37,7 @@ def test_a_wrong_artifact_exits_5_with_the_table(run: Run, tmp_path: Path) -> No
     result = run("verify", made.root, *ORT)
     assert result.code == 5
     assert result.out.count("FAILED") == 3
-    assert "proven" not in result.out
+    assert "verified" not in result.out
     assert "error: " in result.err
     assert "relative error" in result.err
     as_json = run("verify", made.root, *ORT, "--json")
@@ -102,7 +102,8 @@ def test_errors(run: Run, bundle: Bundle, flags: list[str], code: int, message: 
     assert message in result.err
 
 
-def test_the_digits_bundle_is_proven(run: Run, digits: Exported) -> None:
+@pytest.mark.slow
+def test_the_digits_bundle_is_verified(run: Run, digits: Exported) -> None:
     from vitdeploy.data import digits_images
 
     result = run("verify", digits.folder, "--data", digits_images()[0].parent, *ORT)

@@ -8,17 +8,18 @@ from torch import Tensor
 
 from tests.helpers.models import CONFIGS, pixels, random_vit
 from vitdeploy.exporter.fallback import Proposal, Verdict, emulate, smallest_islands
-from vitdeploy.model import vit as model
-from vitdeploy.model.deployed import LoweredViT
+from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
-from vitdeploy.model.rewrites import lower
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.rewrites import deploy
+from vitdeploy.model.vit import ViT
 
 CONFIG = CONFIGS["vit"]
 FP16 = PrecisionPlan.of("fp16")
 
 
-def accepts(vit: model.ViT, x: Tensor) -> Verdict:
-    reference = model.forward_float64(vit, x)
+def accepts(vit: ViT, x: Tensor) -> Verdict:
+    reference = forward_float64(vit, x)
 
     def close(output: Tensor) -> bool:
         error = (output.double() - reference).norm() / reference.norm()
@@ -27,7 +28,7 @@ def accepts(vit: model.ViT, x: Tensor) -> Verdict:
     return close
 
 
-def planted(block: int, value: float) -> model.ViT:
+def planted(block: int, value: float) -> ViT:
     """A model whose residual stream carries a huge value in one channel from this block's MLP on."""
     vit = random_vit(CONFIG)
     vit.blocks[block].mlp.fc2.bias[7] = value
@@ -36,9 +37,9 @@ def planted(block: int, value: float) -> model.ViT:
     return vit
 
 
-def search(vit: model.ViT, plan: PrecisionPlan = FP16) -> tuple[Proposal | None, LoweredViT, Tensor]:
+def search(vit: ViT, plan: PrecisionPlan = FP16) -> tuple[Proposal | None, DeployedModel, Tensor]:
     x = pixels(CONFIG)
-    deployed = lower(vit, PrecisionPlan.of("fp32"))
+    deployed = deploy(vit, PrecisionPlan.of("fp32"))
     return smallest_islands(deployed, plan, x, accepts(vit, x)), deployed, x
 
 
@@ -80,7 +81,7 @@ def test_a_model_that_breaks_everywhere_gets_no_proposal() -> None:
 
 def test_emulation_leaves_the_model_as_it_was() -> None:
     vit, x = random_vit(CONFIG), pixels(CONFIG)
-    deployed = lower(vit, PrecisionPlan.of("fp32"))
+    deployed = deploy(vit, PrecisionPlan.of("fp32"))
     before = {name: p.clone() for name, p in deployed.named_parameters()}
     with torch.inference_mode():
         expected = deployed(x)
@@ -92,9 +93,9 @@ def test_emulation_leaves_the_model_as_it_was() -> None:
 
 def test_emulation_is_as_far_off_as_fp16_itself() -> None:
     vit, x = random_vit(CONFIG), pixels(CONFIG)
-    reference = model.forward_float64(vit, x)
+    reference = forward_float64(vit, x)
     with torch.inference_mode():
-        emulated = emulate(lower(vit, PrecisionPlan.of("fp32")), FP16, x)
-        real = lower(vit, FP16)(x)
+        emulated = emulate(deploy(vit, PrecisionPlan.of("fp32")), FP16, x)
+        real = deploy(vit, FP16)(x)
     ours, theirs = ((y.double() - reference).norm() for y in (emulated, real))
     assert 0.3 < ours / theirs < 3

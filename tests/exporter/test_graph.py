@@ -8,33 +8,31 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from tests.helpers.models import CONFIGS, pixels, random_vit
+from tests.helpers.traces import NAMES, RANGE, SPREAD, traced
 from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, summarise, undeclared
 from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.errors import ExportError
-from vitdeploy.exporter.graph import NEWEST_OPSET, OLDEST_OPSET, trace
-from vitdeploy.model import vit as model
+from vitdeploy.exporter.graph import trace
+from vitdeploy.exporter.request import NEWEST_OPSET, OLDEST_OPSET
 from vitdeploy.model.precision import DTYPES, PrecisionPlan, island_names
-from vitdeploy.model.rewrites import lower
-
-NAMES = ("pixel_values", "logits")
-RANGE = BatchRange(1, 2, 8)
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.rewrites import deploy
+from vitdeploy.model.vit import ViT
 
 
 def emit(
     config: ViTConfig, path: Path, *, precision: str = "fp32", opset: int = 20, batch: BatchRange = RANGE
 ):  # type: ignore[no-untyped-def]
     """Write the deployed model's graph; return the reference model and the file's proto."""
-    vit = random_vit(config, spread=0.2)
-    deployed = lower(vit, PrecisionPlan(DTYPES[precision]))  # type: ignore[index]
-    ir.save(trace(deployed, pixels(config, 1), batch=batch, opset=opset, names=NAMES), path)
-    return vit, onnx.load(path)
+    plan = PrecisionPlan(DTYPES[precision])  # type: ignore[index]
+    path.write_bytes(traced(config, plan, opset, batch))
+    return random_vit(config, spread=SPREAD), onnx.load(path)
 
 
 def largest_block(proto: onnx.ModelProto) -> int:
@@ -43,20 +41,24 @@ def largest_block(proto: onnx.ModelProto) -> int:
     return max(Counter(name[1] for name in names if name[0] == "blocks").values())
 
 
-def relative_error(path: Path, vit: model.ViT, config: ViTConfig, batch: int = 3) -> float:
+def relative_error(path: Path, vit: ViT, config: ViTConfig, batch: int = 3) -> float:
     x = pixels(config, batch)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     got = session.run(None, {"pixel_values": x.numpy()})[0]
-    expected = model.forward_float64(vit, x).numpy()
+    expected = forward_float64(vit, x).numpy()
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+QUICK = {(OLDEST_OPSET, "fp16"), (20, "fp32"), (20, "fp16"), (NEWEST_OPSET, "bf16")}
+"""Opsets and precisions of the quick loop."""
+
+
 @pytest.mark.parametrize(
-    "opset",
+    "opset, precision",
     [
-        pytest.param(opset, marks=() if opset in (OLDEST_OPSET, 20, NEWEST_OPSET) else pytest.mark.slow)
+        pytest.param(opset, precision, marks=() if (opset, precision) in QUICK else pytest.mark.slow)
         for opset in range(OLDEST_OPSET, NEWEST_OPSET + 1)
+        for precision in DTYPES
     ],
 )
 def test_every_opset_is_valid_small_and_right(tmp_path: Path, opset: int, precision: str) -> None:
@@ -70,13 +72,21 @@ def test_every_opset_is_valid_small_and_right(tmp_path: Path, opset: int, precis
     assert largest_block(proto) <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["distilled", "deit3"])
 def test_blocks_stay_small_with_their_casts(tmp_path: Path, name: str) -> None:
     _, proto = emit(CONFIGS[name], tmp_path / "m.onnx", precision="fp16")
     assert largest_block(proto) <= 27
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "no_head"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("vit", "distilled", "dinov2") else pytest.mark.slow)
+        for name in CONFIGS
+        if name != "no_head"
+    ],
+)
 def test_every_family_is_clean(tmp_path: Path, name: str) -> None:
     vit, proto = emit(CONFIGS[name], tmp_path / "m.onnx")
     assert relative_error(tmp_path / "m.onnx", vit, CONFIGS[name]) < 1e-5
@@ -122,7 +132,7 @@ def test_a_fixed_batch_is_a_constant(tmp_path: Path) -> None:
 
 def test_a_dynamic_batch_of_one_and_many(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
-    vit, proto = emit(config, tmp_path / "m.onnx", batch=BatchRange(1, 1, 8))
+    vit, proto = emit(config, tmp_path / "m.onnx")
     assert summarise(proto).inputs == {"pixel_values": ("float32", ("N", 3, 32, 48))}
     for batch in (1, 2, 8):
         assert relative_error(tmp_path / "m.onnx", vit, config, batch) < 1e-5
@@ -132,7 +142,7 @@ def test_the_proof_lists_what_the_file_holds(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     emit(config, tmp_path / "m.onnx", precision="fp16")
     plan = PrecisionPlan.of("fp16")
-    islands = island_names(lower(random_vit(config), plan), plan)
+    islands = island_names(deploy(random_vit(config), plan), plan)
     proof = prove_precision(read_graph(tmp_path / "m.onnx"), "fp16", islands)
     gemms = [row for row in proof.ops if row.op in ("MatMul", "Gemm")]
     norms = [row for row in proof.ops if row.op == "LayerNormalization"]
@@ -146,8 +156,8 @@ def test_the_proof_lists_what_the_file_holds(tmp_path: Path) -> None:
 def test_the_proof_finds_a_gemm_that_silently_stayed_in_fp32(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     plan = PrecisionPlan.of("fp16").with_islands(frozenset({"blocks.1.mlp.fc1"}))
-    deployed = lower(random_vit(config), plan)
-    ir.save(trace(deployed, pixels(config, 1), batch=RANGE, opset=20, names=NAMES), tmp_path / "m.onnx")
+    deployed = deploy(random_vit(config), plan)
+    (tmp_path / "m.onnx").write_bytes(traced(config, plan))
     proto = read_graph(tmp_path / "m.onnx")
     assert prove_precision(proto, "fp16", island_names(deployed, plan)).ok
     undeclared_plan = PrecisionPlan.of("fp16")

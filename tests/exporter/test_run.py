@@ -24,7 +24,8 @@ from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
-from vitdeploy.model import vit as model
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.registry import build_reference
 from vitdeploy.progress import Progress
 from vitdeploy.tensorrt.records import BuildSettings
 
@@ -58,9 +59,19 @@ class Recorder(Progress):
         self.notes.append(text)
 
 
-def test_a_bundle_holds_everything_it_promises(tmp_path: Path) -> None:
-    state = random_state(SHALLOW, spread=0.2)
-    bundle = export(tmp_path, SHALLOW, state, precisions=("fp32", "fp16", "bf16"), command="vitdeploy export")
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Recorder]:
+    """A small model, exported in three precisions, for all who only look at it."""
+    path, recorder = tmp_path_factory.mktemp("shallow"), Recorder()
+    source = folder(path / "checkpoint", SHALLOW, random_state(SHALLOW, spread=0.2))
+    precisions = ("fp32", "fp16", "bf16")
+    request = ExportRequest(model=source, batch=RANGE, precisions=precisions, command="vitdeploy export")
+    return run_export(request, path / "out.bundle", progress=recorder), recorder
+
+
+@pytest.mark.slow
+def test_a_bundle_holds_everything_it_promises(shallow: tuple[Bundle, Recorder]) -> None:
+    bundle, state = shallow[0], random_state(SHALLOW, spread=0.2)
     bundle.verify()
     manifest = bundle.manifest
     assert sorted(manifest.files) == [
@@ -85,10 +96,9 @@ def test_a_bundle_holds_everything_it_promises(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_golden_outputs_are_the_float64_references(tmp_path: Path) -> None:
-    bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2))
-    golden = bundle.golden()
-    vit = model.build(SHALLOW, {n: t.double() for n, t in random_state(SHALLOW, spread=0.2).items()})
+def test_golden_outputs_are_the_float64_references(shallow: tuple[Bundle, Recorder]) -> None:
+    golden = shallow[0].golden()
+    vit = build_reference(SHALLOW, {n: t.double() for n, t in random_state(SHALLOW, spread=0.2).items()})
     with torch.inference_mode():
         expected = vit(torch.from_numpy(golden["pixel_values"]).double())
     np.testing.assert_allclose(golden["reference"], expected.numpy(), rtol=0, atol=1e-12)
@@ -96,8 +106,12 @@ def test_golden_outputs_are_the_float64_references(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "uint8"])
-def test_input_kinds_agree_on_the_same_images(tmp_path: Path, kind: str) -> None:
-    bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2), input=kind)
+def test_input_kinds_agree_on_the_same_images(
+    tmp_path: Path, shallow: tuple[Bundle, Recorder], kind: str
+) -> None:
+    bundle = shallow[0]
+    if kind == "uint8":
+        bundle = export(tmp_path, SHALLOW, random_state(SHALLOW, spread=0.2), input=kind)
     golden = bundle.golden()
     if kind == "uint8":
         assert golden["pixel_values"].dtype == np.uint8
@@ -109,8 +123,8 @@ def test_input_kinds_agree_on_the_same_images(tmp_path: Path, kind: str) -> None
 
     raw = np.stack(golden_images((32, 48))).astype(np.float64)
     normalised = (raw / 255 - np.array(spec.mean)) / np.array(spec.std)
-    vit = model.build(SHALLOW, random_state(SHALLOW, spread=0.2))
-    expected = model.forward_float64(vit, torch.from_numpy(normalised).permute(0, 3, 1, 2))
+    vit = build_reference(SHALLOW, random_state(SHALLOW, spread=0.2))
+    expected = forward_float64(vit, torch.from_numpy(normalised).permute(0, 3, 1, 2))
     np.testing.assert_allclose(golden["reference"], expected.numpy(), rtol=0, atol=1e-5)
 
 
@@ -281,11 +295,11 @@ def test_an_absolute_bound_gates_the_rehearsal_before_anything_is_built(tmp_path
 
 
 @pytest.mark.slow
-def test_stages_are_told_in_order(tmp_path: Path) -> None:
-    recorder = Recorder()
-    source = folder(tmp_path / "checkpoint", SHALLOW, random_state(SHALLOW, spread=0.2))
-    run_export(ExportRequest(model=source, batch=RANGE), tmp_path / "out.bundle", progress=recorder)
-    assert recorder.stages == ["load", "reference", "weights", "onnx fp32", "parity fp32"]
+def test_stages_are_told_in_order(shallow: tuple[Bundle, Recorder]) -> None:
+    assert shallow[1].stages == [
+        *("load", "reference", "weights", "onnx fp32", "parity fp32"),
+        *("round as fp16", "onnx fp16", "parity fp16", "round as bf16", "onnx bf16", "parity bf16"),
+    ]
 
 
 def _names(where: Path) -> list[str]:

@@ -29,7 +29,7 @@ L4 = Gpu("NVIDIA L4", (8, 9))
 MakeJob = Callable[..., BuildJob]
 MakeMachine = Callable[..., "Machine"]
 every_version = pytest.mark.parametrize("version", FULL)
-_ASKED = ("vitdeploy.tensorrt.builder", "vitdeploy.exporter.engine_request", "vitdeploy.backends.tensorrt")
+_ASKED = ("vitdeploy.tensorrt.builder", "vitdeploy.exporter.request", "vitdeploy.backends.tensorrt")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ def go_to(monkeypatch: pytest.MonkeyPatch, version: str, gpu: Gpu | None) -> Mac
     for module in _ASKED:
         monkeypatch.setattr(importlib.import_module(module), "find_gpus", lambda: [gpu] if gpu else [])
     monkeypatch.setattr("vitdeploy.tensorrt.cuda.CudaDevice", lambda index: device)
-    monkeypatch.setattr(importlib.import_module("vitdeploy.exporter.tensorrt"), "build_engines", builder.run)
+    monkeypatch.setattr(
+        importlib.import_module("vitdeploy.exporter.tensorrt"), "build_engines", builder.run_build_job
+    )
     return Machine(library, device)
 
 
@@ -92,4 +94,4 @@ def make_job(
 
 def build(job: BuildJob) -> BuildResult:
     """Build in this process."""
-    return builder.run(job, lambda phase, fraction: None)
+    return builder.run_build_job(job, lambda phase, fraction: None)

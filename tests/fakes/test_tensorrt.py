@@ -16,7 +16,6 @@ from onnx import TensorProto, helper
 from tests.fakes.tensorrt import VERSIONS, make_tensorrt
 from tests.fakes.tensorrt_builds import SHAPES, Built, attention, linear, logger
 from tests.helpers.bundles import WEIGHT, graph
-from tests.helpers.commands import in_a_process
 
 FULL = VERSIONS[:3]
 COMPARED = ("MATRIX_MULTIPLY", "NORMALIZATION", "SOFTMAX")
@@ -33,12 +32,10 @@ def layers(network: Any) -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-def test_a_vision_transformers_network_is_that_of_the_real_parser(tmp_path: Path) -> None:
-    folder = tmp_path / "digits.bundle"
-    assert in_a_process("export", "-m", "digits", "-o", folder, "--fp32", "--fp16", "--bf16").code == 0
+def test_a_vision_transformers_network_is_that_of_the_real_parser(digits_onnx: Path) -> None:
     shapes = [(size, 3, 32, 32) for size in (1, 2, 8)]
     for name in ("model.onnx", "model.fp16.onnx", "model.bf16.onnx"):
-        model = (folder / name).read_bytes()
+        model = (digits_onnx / name).read_bytes()
         real = list(layers(Built(tensorrt_rtx, model, shapes=shapes).network))
         assert {kind for kind, *_ in real} == set(COMPARED)
         for version in VERSIONS:

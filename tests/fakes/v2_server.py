@@ -9,7 +9,6 @@ import json
 import ssl
 import struct
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,6 +64,9 @@ class V2Server:
     batches: list[tuple[str, int]] = field(default_factory=list)
     """Encoding and rows of every infer."""
 
+    stopped: threading.Event = field(default_factory=threading.Event)
+    """Set when it stops: until then a slow one keeps its callers waiting."""
+
     def __enter__(self) -> Self:
         handler = type("Handler", (_Handler,), {"app": self})
         self._http = _Quiet(("127.0.0.1", self.port), handler)
@@ -78,6 +80,7 @@ class V2Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stopped.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -218,15 +221,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"{")
                 self.close_connection = True
             case "slow":
-                time.sleep(5)
+                self.app.stopped.wait()
             case "drip":
                 self.send_response(200)
                 self.send_header("Content-Length", "100000")
                 self.end_headers()
-                for _ in range(50):
+                while not self.app.stopped.wait(0.1):
                     self.wfile.write(b" ")
                     self.wfile.flush()
-                    time.sleep(0.1)
             case "html":
                 self._send(502, b"<html><body>Bad Gateway</body></html>")
             case "garbage":

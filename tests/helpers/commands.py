@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from vitdeploy.cli import main
+
 COMMAND = (sys.executable, "-c", "import sys, vitdeploy.cli; sys.exit(vitdeploy.cli.main())")
 
 
@@ -38,6 +42,14 @@ class Exported:
 
     folder: Path
     result: Result
+
+
+def in_this_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> Result:
+    """Run ``vitdeploy`` here."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return Result(code, captured.out, captured.err)
 
 
 def in_a_process(*arguments: object, cwd: Path | None = None, **environment: str) -> Result:

@@ -12,7 +12,7 @@ import pytest
 from tests.fakes.machines import NEW, RTX, Machine
 from tests.helpers.bundles import SIZE, write_bundle
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.exporter.engine_request import EngineRequest
+from vitdeploy.exporter.request import EngineRequest
 from vitdeploy.exporter.tensorrt import add_engines
 from vitdeploy.tensorrt.records import BuildSettings
 

@@ -63,11 +63,11 @@ PRODUCT = faults(
     ("mask=column_mask[None, :] & inside[:, None]", "mask=inside[:, None]"),
     ("tl.load(a_at, mask=row_mask[:, None], other=0.0)", "tl.load(a_at)"),
     ("tl.load(w_at, mask=column_mask[None, :], other=0.0)", "tl.load(w_at)"),
-    ("size = tl.minimum(row_tiles - first, GROUP)", "size = GROUP", "plus_linear and False-False-dtype0"),
+    ("size = tl.minimum(row_tiles - first, GROUP)", "size = GROUP", "plus_linear and False-dtype0"),
 )  # fmt: skip
 
 EPILOGUE = (
-    *unmasked("gemm.py", RAGGED, "bias_ptr", "gain_ptr"),
+    *unmasked("gemm.py", RAGGED, "bias_ptr"),
     *faults(
         "gemm.py", RAGGED,
         ("squares + squares2 + away * away * (share * count)", "squares + squares2", "extreme and 256"),
@@ -75,7 +75,6 @@ EPILOGUE = (
         ("tl.maximum(tl.minimum(COLUMNS - start, acc.shape[1]), 0)", "acc.shape[1]"),
         ("tile_statistics(rounded.to(tl.float32)", "tile_statistics(acc", "of_rounded_values"),
         ("if bias_ptr is not None:", "if False:"),
-        ("if gain_ptr is not None:", "if False:"),
         (f"inside = {BOTH}\n    if", "inside = row_mask[:, None] & (column >= 0)[None, :]\n    if"),
         (f"inside = {BOTH}\n    if", "inside = (row >= 0)[:, None] & column_mask[None, :]\n    if"),
         ("tl.store(at, mean, mask=row_mask)", "tl.store(at, mean)"),
@@ -92,8 +91,6 @@ CONSUMER = faults(
     ("row_mask[:, None] & (tile < TILES)[None, :]", "row_mask[:, None] & (tile >= 0)[None, :]"),
     ("row_mask[:, None] & (tile < TILES)[None, :]", "(row >= 0)[:, None] & (tile < TILES)[None, :]"),
     ("tl.where(x >= 0, 1.0 - tail, tail)", "1.0 - tail", "activation and gelu-dtype0"),
-    ("(a.to(tl.float32) - mean[:, None]) * rstd", "a.to(tl.float32) * rstd", "extreme_rows"),
-    ("tl.where(inside[None, :], away, 0.0)", "away", "extreme_rows"),
 )  # fmt: skip
 
 LAYERNORM_LINEAR = (
@@ -101,7 +98,6 @@ LAYERNORM_LINEAR = (
     *faults(
         "layernorm_linear.py", RAGGED,
         ("(acc - mean[:, None] * colsum[None, :])", "acc"),
-        ("> LIMIT", "> 1e30", "extreme_rows"),
         (f"mask={BOTH}", "mask=row_mask[:, None]"),
         (f"mask={BOTH}", "mask=column_mask[None, :]"),
     ),
@@ -124,7 +120,7 @@ PATCH_EMBED = faults(
 )  # fmt: skip
 
 ADD_LAYERNORM = (
-    *unmasked("add_layernorm.py", RAGGED, "bias_ptr", "gain_ptr", "shift_ptr"),
+    *unmasked("add_layernorm.py", RAGGED, "bias_ptr"),
     *faults(
         "add_layernorm.py", RAGGED,
         (BOTH, "row_mask[:, None] & (column >= 0)[None, :]"),

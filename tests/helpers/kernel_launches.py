@@ -46,9 +46,8 @@ def linear_residual_launch() -> Launch:
 def plain_linear_residual_launch() -> Launch:
     """Without bias and statistics."""
     return linear_residual.launch(
-        meta(394, 256), meta(256, 128), None, meta(394, 128), meta(394, 128), None,
-        layer_scale=meta(128, dtype=SINGLE), config=GEMM,
-    )  # fmt: skip
+        meta(394, 256), meta(256, 128), None, meta(394, 128), meta(394, 128), None, config=GEMM
+    )
 
 
 def patch_embed_launch() -> Launch:
@@ -84,9 +83,8 @@ def layernorm_attention_launch() -> Launch:
 
 
 def add_layernorm_launch() -> Launch:
-    vector = meta(128, dtype=SINGLE)
     return add_layernorm.launch(
-        meta(394, 128), meta(394, 128), vector, vector, vector, meta(394, 128), meta(394, 128),
+        meta(394, 128), meta(394, 128), meta(128, dtype=SINGLE), meta(394, 128), meta(394, 128),
         meta(394, 1, 2, dtype=SINGLE), eps=1e-6, config=ROW,
     )  # fmt: skip
 

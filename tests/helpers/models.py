@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vitdeploy.config import ViTConfig
-from vitdeploy.model import vit
+from vitdeploy.model.registry import build_reference, expected_shapes
+from vitdeploy.model.vit import ViT
 
 SMALL: dict[str, Any] = {
     "image_size": (32, 48),
@@ -42,14 +43,14 @@ def random_state(config: ViTConfig, seed: int = 0, spread: float = 0.3) -> dict[
     """Weights in float32: norms near one, everything else normal with deviation ``spread``."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, shape in vit.expected_shapes(config).items():
+    for name, shape in expected_shapes(config).items():
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         state[name] = torch.randn(shape, generator=generator) * spread + centre
     return state
 
 
-def random_vit(config: ViTConfig, seed: int = 0, spread: float = 0.3) -> vit.ViT:
-    return vit.build(config, random_state(config, seed, spread))
+def random_vit(config: ViTConfig, seed: int = 0, spread: float = 0.3) -> ViT:
+    return build_reference(config, random_state(config, seed, spread))
 
 
 def pixels(config: ViTConfig, count: int = 3, seed: int = 1) -> Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.bundles import WEIGHT, write_bundle
-from vitdeploy.benchmark.lanes import Lane, Target, open_targets, own_environment
+from vitdeploy.benchmark.lanes import Lane, Target, open_targets
+from vitdeploy.machine.child import child_environment
 
 _SCRIPT = """
 import os, signal, sys, time
@@ -56,7 +57,7 @@ def lane(target: Target, folder: Path, name: str, body: str, **changes: Any) -> 
         "concurrency": 1,
         "command": (sys.executable, str(script)),
         "job": {"name": name, "concurrency": changes.get("concurrency", 1)},
-        "environment": own_environment(),
+        "environment": child_environment(),
     }
     return Lane(**{**given, **changes})
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.models import CONFIGS, pixels, random_state, random_vit
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle, BundleWriter
-from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, Provenance, TensorSpec
+from vitdeploy.bundle.manifest import Artifact, Manifest, Provenance, TensorSpec
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig
-from vitdeploy.model.vit import forward_float64
+from vitdeploy.model.reference import forward_float64
 
 CONFIG = CONFIGS["vit"]
 SPEC = Preprocess(size=CONFIG.image_size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
@@ -38,7 +39,7 @@ def write_weights(
         return writer.commit()
 
 
-def artifact(precision: Precision) -> Artifact:
+def artifact(precision: ArtifactPrecision) -> Artifact:
     """Something exported in this precision; its file is never opened."""
     height, width = CONFIG.image_size
     return Artifact(

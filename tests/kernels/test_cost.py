@@ -82,6 +82,7 @@ def test_large_tiles_are_for_many_rows(rows: int, columns: int) -> None:
         assert small < large
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_readme_are_what_their_script_writes() -> None:
     done = subprocess.run(
         [sys.executable, str(KERNELS / "roofline.py"), "--check"],

@@ -33,34 +33,28 @@ class Case:
         device: torch.device,
         dtype: torch.dtype = HALF,
         bias: bool = True,
-        layer_scale: bool = True,
     ) -> None:
-        vectors = torch.randn(2, columns)
+        vector = torch.randn(columns)
         self.x = guard_rows(torch.randn(rows, depth).to(dtype), device, gap=3)
         self.weight = guard((torch.randn(depth, columns) / depth**0.5).to(dtype), device)
-        self.bias = guard(vectors[0], device) if bias else None
-        self.layer_scale = guard(vectors[1], device) if layer_scale else None
+        self.bias = guard(vector, device) if bias else None
         # The columns' means differ, so that parts of a tile differ in more than noise.
         residual = torch.randn(rows, columns) + torch.arange(columns) / 16
         self.residual = guard_rows(residual.to(dtype), device)
 
     def expected(self) -> Tensor:
-        given = (self.x, self.weight, self.bias, self.residual, self.layer_scale)
+        given = (self.x, self.weight, self.bias, self.residual)
         return reference.linear_residual(*(None if t is None else t.cpu() for t in given))  # type: ignore[arg-type]
 
     def run(self, config: Config = SMALL) -> tuple[Tensor, Tensor]:
-        return linear_residual(
-            self.x, self.weight, self.bias, self.residual, layer_scale=self.layer_scale, config=config
-        )
+        return linear_residual(self.x, self.weight, self.bias, self.residual, config=config)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("bias, layer_scale", [(True, True), (True, False), (False, True), (False, False)])
-def test_is_residual_plus_linear(
-    dtype: torch.dtype, bias: bool, layer_scale: bool, device: torch.device
-) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_residual_plus_linear(dtype: torch.dtype, bias: bool, device: torch.device) -> None:
     torch.manual_seed(0)
-    case = Case(70, 100, 136, device, dtype, bias, layer_scale)
+    case = Case(70, 100, 136, device, dtype, bias)
     out, stats = case.run()
     assert out.dtype == dtype
     assert stats.shape == (70, 3, 2)
@@ -107,7 +101,6 @@ def test_any_shape_stays_inside(
             out.tensor if in_place else case.residual,
             out.tensor,
             stats.tensor,
-            layer_scale=case.layer_scale,
             config=config,
         )
     )
@@ -123,13 +116,13 @@ def test_ragged_tiles_stay_inside(depth: int, device: torch.device) -> None:
     case = Case(20, depth, 70, device)
     inputs = case.x, case.weight, case.bias, case.residual
     out, stats = Guarded((20, 70), HALF, device), Guarded((20, 2, 2), torch.float32, device)
-    run_inside(launch(*inputs, out.tensor, stats.tensor, layer_scale=case.layer_scale, config=SMALL))
+    run_inside(launch(*inputs, out.tensor, stats.tensor, config=SMALL))
     assert relative(out.tensor, case.expected()) < TOLERANCE[HALF]
     assert statistics_error(stats.tensor, out.tensor, 64) < EXACT
     assert out.intact()
     assert stats.intact()
     again = torch.empty(20, 70, dtype=HALF, device=device)
-    launch(*inputs, again, None, layer_scale=case.layer_scale, config=SMALL).run()
+    launch(*inputs, again, None, config=SMALL).run()
     assert torch.equal(again, out.tensor)
 
 
@@ -187,11 +180,11 @@ def test_sums_in_float32(device: torch.device) -> None:
     """A float16 sum of 4096 products of 1 would stop at 2048; a product of 300 by 300 would overflow."""
     x, weight = torch.ones(4, 4096).half(), torch.ones(4096, 16).half()
     x[:, 0], weight[0] = 300.0, 300.0
-    residual, layer_scale = torch.full((4, 16), -6e4).half(), torch.full((16,), 0.25)
-    x, weight, residual, layer_scale = (t.to(device) for t in (x, weight, residual, layer_scale))
-    out, _ = linear_residual(x, weight, None, residual, layer_scale=layer_scale, config=Config(16, 16, 128))
-    # (4095 + 90000) / 4 - 60000
-    assert torch.equal(out.cpu(), torch.full((4, 16), -36476.25).half())
+    residual = torch.full((4, 16), -6e4).half()
+    x, weight, residual = (t.to(device) for t in (x, weight, residual))
+    out, _ = linear_residual(x, weight, None, residual, config=Config(16, 16, 128))
+    # 4095 + 90000 - 60000
+    assert torch.equal(out.cpu(), torch.full((4, 16), 34095.0).half())
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
@@ -203,7 +196,7 @@ def test_overflow_and_nan_are_torchs(device: torch.device) -> None:
     case.x[7, 2] = torch.nan
     case.x[8, 1] = torch.inf
     case.bias[:] = 0
-    case.bias[6], case.layer_scale[6] = 1e4, 3.0
+    case.bias[6] = 3e4
     clean = torch.tensor([row for row in range(40) if row not in (3, 4, 7, 8)])
     out, stats = (t.cpu() for t in case.run())
     wanted = case.expected().half()
@@ -236,7 +229,7 @@ def test_compiles_and_exports(device: torch.device) -> None:
 def test_operator_is_a_good_citizen(device: torch.device) -> None:
     torch.manual_seed(7)
     case = Case(20, 32, 40, device)
-    inputs = (case.x.contiguous(), case.weight, case.bias, case.residual, case.layer_scale, SMALL.as_list())
+    inputs = (case.x.contiguous(), case.weight, case.bias, case.residual, SMALL.as_list())
     torch.library.opcheck(_operator, inputs)
 
 
@@ -251,7 +244,6 @@ def test_operator_is_a_good_citizen(device: torch.device) -> None:
         ({"bias": torch.zeros(40).half()}, "bias must be float32, not float16"),
         ({"residual": torch.zeros(19, 40).half()}, "residual must have the shape (20, 40), not (19, 40)"),
         ({"residual": torch.zeros(20, 40)}, "residual must be float16, not float32"),
-        ({"layer_scale": torch.zeros(1)}, "layer_scale must have the shape (40), not (1,)"),
         ({"weight": torch.zeros(32, 40).half().to("meta")}, "tensors lie on different devices"),
     ],
 )

@@ -40,7 +40,7 @@ from vitdeploy_kernels.warming import binary
 
 HOPPER = Target("Fake GPU 9000", (9, 0), 132, 1000)
 TABLE = shipped_table((9, 0))
-LINEAR = Spec("layernorm_linear", (5, 48, 32), (("activation", "gelu"), ("centred", 0)))
+LINEAR = Spec("layernorm_linear", (5, 48, 32), (("activation", "gelu"),))
 PIXELS = {"nhwc": 1, "patch": 4, "channels": 3, "height": 8, "width": 8, "prefix": 1}
 SPECS = (
     LINEAR,

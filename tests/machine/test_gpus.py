@@ -1,14 +1,15 @@
-"""GPUs as the CUDA driver tells of them."""
+"""GPUs as the CUDA driver tells of them, and nvidia-smi."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vitdeploy.machine.gpus import Gpu, find_gpus
+from vitdeploy.machine.gpus import Gpu, find_gpus, query_gpus
 
 DRIVER = """
 #include <string.h>
@@ -49,3 +50,40 @@ def test_a_driver_that_does_not_start_finds_none(tmp_path: Path) -> None:
 
 def test_no_driver_finds_none() -> None:
     assert find_gpus("libthere-is-no-such-driver.so") == []
+
+
+def answers(code: int, out: str = "", err: str = "") -> Any:
+    return lambda command, **_: subprocess.CompletedProcess(command, code, out, err)
+
+
+def raises(error: Exception) -> Any:
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    return run
+
+
+def test_gpus_of_nvidia_smi() -> None:
+    gpus, reason = query_gpus(
+        answers(0, "NVIDIA H200, 143771 MiB, 570.1, 9.0\nNVIDIA L4, 23034 MiB, 570.1, 8.9\n")
+    )
+    assert [(gpu["name"], gpu["compute_cap"]) for gpu in gpus] == [
+        ("NVIDIA H200", "9.0"),
+        ("NVIDIA L4", "8.9"),
+    ]
+    assert reason == ""
+
+
+@pytest.mark.parametrize(
+    "run, reason",
+    [
+        (raises(FileNotFoundError()), "no NVIDIA driver"),
+        (raises(subprocess.TimeoutExpired("nvidia-smi", 10)), "does not answer"),
+        (answers(9, "", "driver mismatch"), "failed: driver mismatch"),
+        (answers(0, "\n"), "lists none"),
+    ],
+)
+def test_no_gpus_of_nvidia_smi(run: Any, reason: str) -> None:
+    gpus, why = query_gpus(run)
+    assert gpus == ()
+    assert reason in why

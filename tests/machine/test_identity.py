@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from tests.helpers.paths import ROOT
-from vitdeploy.machine.identity import LIBRARIES, find_cpu, query_gpus
+from vitdeploy.machine.identity import LIBRARIES, find_cpu
 
 CPUINFO = """\
 processor\t: 0
@@ -48,43 +44,6 @@ def test_cpu_where_nothing_says_what_it_is(tmp_path: Path) -> None:
     cpu = find_cpu(tmp_path)
     assert cpu.name
     assert cpu.flags == ()
-
-
-def answers(code: int, out: str = "", err: str = "") -> Any:
-    return lambda command, **_: subprocess.CompletedProcess(command, code, out, err)
-
-
-def raises(error: Exception) -> Any:
-    def run(*_: object, **__: object) -> None:
-        raise error
-
-    return run
-
-
-def test_gpus() -> None:
-    gpus, reason = query_gpus(
-        answers(0, "NVIDIA H200, 143771 MiB, 570.1, 9.0\nNVIDIA L4, 23034 MiB, 570.1, 8.9\n")
-    )
-    assert [(gpu["name"], gpu["compute_cap"]) for gpu in gpus] == [
-        ("NVIDIA H200", "9.0"),
-        ("NVIDIA L4", "8.9"),
-    ]
-    assert reason == ""
-
-
-@pytest.mark.parametrize(
-    "run, reason",
-    [
-        (raises(FileNotFoundError()), "no NVIDIA driver"),
-        (raises(subprocess.TimeoutExpired("nvidia-smi", 10)), "does not answer"),
-        (answers(9, "", "driver mismatch"), "failed: driver mismatch"),
-        (answers(0, "\n"), "lists none"),
-    ],
-)
-def test_no_gpus(run: Any, reason: str) -> None:
-    gpus, why = query_gpus(run)
-    assert gpus == ()
-    assert reason in why
 
 
 def test_extras_exist() -> None:

@@ -13,7 +13,8 @@ from tests.helpers.models import CONFIGS, SMALL, pixels, random_vit
 from vitdeploy.config import Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
 from vitdeploy.model import fused, rewrites
-from vitdeploy.model import vit as model
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.vit import Block
 
 EXACT = 1e-12
 
@@ -33,19 +34,19 @@ def test_rewritten_blocks_over_a_centred_stream_give_the_same_output(config: ViT
     x = fused.centre_embedding(rewrites.patches_to_gemm(rewrites.doubled(vit.embedding)))(images)
     assert x.mean(dim=-1).abs().max() < EXACT
     for part in vit.blocks:
-        assert isinstance(part, model.Block)
+        assert isinstance(part, Block)
         x = fused.rewrite(rewrites.doubled(part))(x)
         assert x.mean(dim=-1).abs().max() < EXACT * 100
     for output in config.outputs:
         actual = copy.deepcopy(vit.readout).double()(x, output)
-        assert worst(actual, model.forward_float64(vit, images, output)) < EXACT
+        assert worst(actual, forward_float64(vit, images, output)) < EXACT
     assert all(torch.equal(p, before[name]) for name, p in vit.named_parameters()), "the original changed"
 
 
 @torch.no_grad()
 def test_folded_norms_leave_nothing_to_the_norm() -> None:
     block = rewrites.doubled(random_vit(CONFIGS["deit3"]).blocks[0])
-    assert isinstance(block, model.Block)
+    assert isinstance(block, Block)
     folded = fused.fold_norms(block)
     x = torch.randn(2, 5, 48, dtype=torch.float64)
     assert worst(folded(x), block(x)) < EXACT
@@ -75,7 +76,7 @@ def test_a_weight_beyond_fp16_is_named() -> None:
     vit = random_vit(CONFIGS["vit"])
     with torch.no_grad():
         block = vit.blocks[1]
-        assert isinstance(block, model.Block)
+        assert isinstance(block, Block)
         block.mlp.fc2.weight[0, 0] = 1e6
     with pytest.raises(PrecisionError, match=r"float16.*blocks\.1\.fc2\.weight"):
         fused.fuse(vit, torch.float16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,17 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers.models import CONFIGS, SMALL, pixels, random_vit
 from vitdeploy.config import Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
-from vitdeploy.model import rewrites as lowering
-from vitdeploy.model import vit as model
+from vitdeploy.model import rewrites
 from vitdeploy.model.precision import PrecisionPlan, island_names, sites
-from vitdeploy.model.rewrites import lower
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.rewrites import deploy
+from vitdeploy.model.vit import Block
 
 EXACT = 1e-12
 
 
-def double_block(config: ViTConfig, index: int = 0) -> model.Block:
-    block = random_vit(config).blocks[index]
-    assert isinstance(block, model.Block)
+@functools.cache
+def double_block(config: ViTConfig) -> Block:
+    """A block that the tests share: no rewrite changes it."""
+    block = random_vit(config).blocks[0]
+    assert isinstance(block, Block)
     return block.double()
 
 
@@ -38,15 +43,15 @@ def worst(a: Tensor, b: Tensor) -> float:
 BLOCKS = {name: c for name, c in CONFIGS.items() if name not in ("mean", "no_position")}
 
 
-@pytest.mark.parametrize("rewrite", [*lowering.BLOCK_REWRITES, lowering.merge_qkv], ids=lambda r: r.__name__)
+@pytest.mark.parametrize("rewrite", [*rewrites.BLOCK_REWRITES, rewrites.merge_qkv], ids=lambda r: r.__name__)
 @pytest.mark.parametrize("config", BLOCKS.values(), ids=BLOCKS)
 @torch.no_grad()
 def test_each_block_rewrite_alone_is_exact(rewrite: object, config: ViTConfig) -> None:
     block, x = double_block(config), tokens(config)
     before = {name: p.clone() for name, p in block.named_parameters()}
     expected = block(x)
-    if rewrite is lowering.merge_qkv:  # builds on a block whose layer scale is already folded
-        rewritten: nn.Module = lowering.merge_qkv(lowering.fold_layer_scale(block))
+    if rewrite is rewrites.merge_qkv:  # builds on a block whose layer scale is already folded
+        rewritten: nn.Module = rewrites.merge_qkv(rewrites.fold_layer_scale(block))
     else:
         rewritten = rewrite(block)  # type: ignore[operator]
     assert worst(rewritten(x), expected) < EXACT
@@ -58,17 +63,17 @@ def test_each_block_rewrite_alone_is_exact(rewrite: object, config: ViTConfig) -
 @torch.no_grad()
 def test_absorbed_block_gives_the_tokens_that_are_read(config: ViTConfig, queries: int) -> None:
     block, x = double_block(config), tokens(config)
-    absorbed = lowering.absorb_last_block(lowering.fold_layer_scale(block), queries)
+    absorbed = rewrites.absorb_last_block(rewrites.fold_layer_scale(block), queries)
     assert worst(absorbed(x), block(x)[:, :queries].flatten(0, 1)) < EXACT
 
 
-@given(chosen=st.sets(st.sampled_from(lowering.BLOCK_REWRITES)), name=st.sampled_from(sorted(BLOCKS)))
+@given(chosen=st.sets(st.sampled_from(rewrites.BLOCK_REWRITES)), name=st.sampled_from(sorted(BLOCKS)))
 @settings(deadline=None, max_examples=40)
 @torch.no_grad()
 def test_any_set_of_block_rewrites_is_exact(chosen: set[object], name: str) -> None:
     block, x = double_block(BLOCKS[name]), tokens(BLOCKS[name])
     expected = block(x)
-    for rewrite in lowering.BLOCK_REWRITES:
+    for rewrite in rewrites.BLOCK_REWRITES:
         if rewrite in chosen:
             block = rewrite(block)
     assert worst(block(x), expected) < EXACT
@@ -78,7 +83,7 @@ def test_any_set_of_block_rewrites_is_exact(chosen: set[object], name: str) -> N
 @torch.no_grad()
 def test_the_embedding_as_one_gemm_is_exact(config: ViTConfig) -> None:
     embedding, x = random_vit(config).embedding.double(), pixels(config).double()
-    assert worst(lowering.patches_to_gemm(embedding)(x), embedding(x)) < EXACT
+    assert worst(rewrites.patches_to_gemm(embedding)(x), embedding(x)) < EXACT
 
 
 @pytest.mark.parametrize("kind", ["float", "uint8"])
@@ -91,9 +96,9 @@ def test_the_whole_deployed_model_is_exact_for_every_output(config: ViTConfig, k
     mean, std = torch.tensor(spec.mean, dtype=torch.float64), torch.tensor(spec.std, dtype=torch.float64)
     normalised = ((raw.double() / 255 - mean) / std).permute(0, 3, 1, 2)
     for output in config.outputs:
-        expected = model.forward_float64(vit, normalised, output)
+        expected = forward_float64(vit, normalised, output)
         input_kind = "uint8" if kind == "uint8" else "float"
-        deployed = lower(vit, PrecisionPlan.exact(), output=output, input_kind=input_kind, preprocess=spec)
+        deployed = deploy(vit, PrecisionPlan.exact(), output=output, input_kind=input_kind, preprocess=spec)
         got = deployed(raw if kind == "uint8" else normalised)
         assert got.dtype == torch.float64
         assert worst(got, expected) < EXACT
@@ -104,11 +109,11 @@ def test_the_whole_deployed_model_is_exact_for_every_output(config: ViTConfig, k
 def test_deployed_dtypes_are_the_plans(precision: str) -> None:
     config = CONFIGS["vit"]
     plan = PrecisionPlan.of(precision)  # type: ignore[arg-type]
-    deployed = lower(random_vit(config), plan)
+    deployed = deploy(random_vit(config), plan)
     islands = island_names(deployed, plan)
     for name, module in sites(deployed):
-        wanted = torch.float32 if name in islands else plan.default
-        assert all(p.dtype == wanted for p in module.parameters(recurse=False)), name
+        dtype = torch.float32 if name in islands else plan.default
+        assert all(p.dtype == dtype for p in module.parameters(recurse=False)), name
     norms = {"norm", *(f"blocks.{i}.norm{k}" for i in range(config.depth) for k in (1, 2))}
     assert set(islands) == (set() if precision == "fp32" else norms)
     assert deployed(pixels(config)).dtype == torch.float32
@@ -117,7 +122,7 @@ def test_deployed_dtypes_are_the_plans(precision: str) -> None:
 def test_weights_are_rounded_once_from_float64() -> None:
     config = CONFIGS["vit"]
     vit = random_vit(config)
-    merged = lower(vit, PrecisionPlan.of("fp16")).blocks[0].attn.qkv.weight
+    merged = deploy(vit, PrecisionPlan.of("fp16")).blocks[0].attn.qkv.weight
     exact = vit.blocks[0].attn.q.weight.double() * config.head_width**-0.5
     assert torch.equal(merged[:, : config.width], exact.t().to(torch.float16))
 
@@ -126,8 +131,8 @@ def test_weights_beyond_fp16_are_named() -> None:
     vit = random_vit(CONFIGS["vit"])
     vit.blocks[1].mlp.fc1.weight[3, 4] = 70_000
     with pytest.raises(PrecisionError, match=r"blocks\.1\.mlp\.fc1\.weight \(largest magnitude 70000\)"):
-        lower(vit, PrecisionPlan.of("fp16"))
-    lower(vit, PrecisionPlan.of("bf16"))
+        deploy(vit, PrecisionPlan.of("fp16"))
+    deploy(vit, PrecisionPlan.of("bf16"))
 
 
 @pytest.mark.parametrize("output", ["logits", "features", "tokens"])
@@ -142,19 +147,19 @@ def test_reported_flops_are_those_pytorch_counts(name: str, output: Output) -> N
         return int(counter.get_total_flops())
 
     if output == "logits":
-        assert counted(vit) == lowering.forward_flops(config)
-    absorbed = lowering.queries_read(config, output)
-    rewrites = {r.name: r.flops_saved for r in lowering.applied_rewrites(config, output, "float")}
-    assert ("absorb_last_block" in rewrites) == (absorbed is not None)
+        assert counted(vit) == rewrites.forward_flops(config)
+    absorbed = rewrites.queries_read(config, output)
+    saved = {r.name: r.flops_saved for r in rewrites.applied_rewrites(config, output, "float")}
+    assert ("absorb_last_block" in saved) == (absorbed is not None)
     head = 2 * (2 if name == "distilled" else 1) * config.features * config.classes
-    gemms = lowering.forward_flops(config) - (0 if output == "logits" else head)
-    deployed = lower(vit, PrecisionPlan.of("fp32"), output=output)
-    assert counted(deployed) == gemms - rewrites.get("absorb_last_block", 0)
+    gemms = rewrites.forward_flops(config) - (0 if output == "logits" else head)
+    deployed = deploy(vit, PrecisionPlan.of("fp32"), output=output)
+    assert counted(deployed) == gemms - saved.get("absorb_last_block", 0)
 
 
 def test_absorbing_saves_eight_percent_of_vit_b() -> None:
     config = ViTConfig()
-    saved = lowering._absorbed_flops(config, 1) / lowering.forward_flops(config)
+    saved = rewrites._absorbed_flops(config, 1) / rewrites.forward_flops(config)
     assert 0.07 < saved < 0.09
 
 

@@ -10,7 +10,9 @@ import torch
 
 from tests.helpers.models import CONFIGS, SMALL, pixels, random_state, random_vit
 from vitdeploy.config import ViTConfig, decode_variant
-from vitdeploy.model import vit as model
+from vitdeploy.model.reference import forward_float64, state_of
+from vitdeploy.model.registry import build_reference, parameter_count
+from vitdeploy.model.vit import Attention, FusedAttention, sincos2d
 
 
 @pytest.mark.parametrize(
@@ -18,25 +20,26 @@ from vitdeploy.model import vit as model
     [("Ti/16", 5.7), ("S/16", 22), ("B/16", 86), ("L/16", 304), ("H/14", 632), ("vit_base_patch32_224", 88)],
 )
 def test_parameter_counts_are_the_papers(name: str, millions: float) -> None:
-    assert model.parameter_count(decode_variant(name)) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert parameter_count(decode_variant(name)) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_streamed_float64_is_the_whole_model_in_float64(config: ViTConfig) -> None:
     vit, x = random_vit(config), pixels(config)
-    whole = model.build(config, {name: t.double() for name, t in random_state(config).items()})
+    whole = build_reference(config, {name: t.double() for name, t in random_state(config).items()})
     with torch.inference_mode():
         for output in config.outputs:
             torch.testing.assert_close(
-                model.forward_float64(vit, x, output), whole(x.double(), output), rtol=0, atol=1e-13
+                forward_float64(vit, x, output), whole(x.double(), output), rtol=0, atol=1e-13
             )
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_fused_attention_is_the_same_function(config: ViTConfig) -> None:
     state = {name: t.double() for name, t in random_state(config).items()}
-    plain, fused = (model.build(config, state, kind) for kind in (model.Attention, model.FusedAttention))
-    assert {type(block.attn) for block in fused.blocks} == {model.FusedAttention}
+    plain, fused = (build_reference(config, state, fused_attention=fused) for fused in (False, True))
+    assert {type(block.attn) for block in plain.blocks} == {Attention}
+    assert {type(block.attn) for block in fused.blocks} == {FusedAttention}
     x = pixels(config).double()
     with torch.inference_mode():
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
@@ -81,13 +84,13 @@ def test_the_papers_equations() -> None:
     x = pixels(config, 1)
     state = {name: t.double().numpy() for name, t in random_state(config).items()}
     expected = numpy_forward(config, state, x[0].double().numpy())
-    got = model.forward_float64(random_vit(config), x)[0].numpy()
+    got = forward_float64(random_vit(config), x)[0].numpy()
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-11)
 
 
 def test_sinusoidal_table_by_its_formula() -> None:
     config = ViTConfig(**SMALL, position="sincos2d", position_prefix=0)
-    table = model.sincos2d(config).numpy()
+    table = sincos2d(config).numpy()
     rows, columns = config.grid
     quarter = config.width // 4
     for y, x, i in ((0, 0, 0), (1, 2, 3), (rows - 1, columns - 1, quarter - 1)):
@@ -99,7 +102,7 @@ def test_sinusoidal_table_by_its_formula() -> None:
 
 def test_building_shares_the_weights() -> None:
     state = random_state(CONFIGS["vit"])
-    held = model.state_of(model.build(CONFIGS["vit"], state))
+    held = state_of(build_reference(CONFIGS["vit"], state))
     assert set(held) == set(state)
     assert all(held[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items())
 

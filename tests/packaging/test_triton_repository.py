@@ -158,7 +158,7 @@ def test_on_a_gpu(package: Make, bundle: Bundle) -> None:
     [
         (("bf16",), {}, "no bf16 kernels"),
         (("fp32",), {"device": "gpu", "threads": 2}, "--threads is about the CPU"),
-        (("fp32",), {"max_batch": 9}, "proven up to 8"),
+        (("fp32",), {"max_batch": 9}, "verified up to 8"),
     ],
 )
 def test_what_does_not_run_there(

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
-from vitdeploy.server.codec import DATATYPES, parse_request, render_response, timeout_seconds
+from vitdeploy.server.codec import WIRE, parse_request, render_response, timeout_seconds
 from vitdeploy.server.messages import InferRequest, InferResponse, RequestedOutput, RequestError
 
 Array = np.ndarray[Any, Any]
-DTYPES = [np.dtype(name) for name in DATATYPES]
+DTYPES = [*WIRE]
 
 
 def arrays(dtype: np.dtype[Any], *, finite: bool) -> st.SearchStrategy[Array]:
@@ -33,7 +33,7 @@ def encoded(inputs: list[tuple[str, Array, bool]], **how: Any) -> tuple[memoryvi
     """What tritonclient sends for (name, array, binary)."""
     tensors = []
     for name, array, binary in inputs:
-        tensor = InferInput(name, list(array.shape), DATATYPES[array.dtype.name])
+        tensor = InferInput(name, list(array.shape), WIRE[array.dtype])
         tensors.append(tensor.set_data_from_numpy(array, binary_data=binary))
     body, length = InferenceServerClient.generate_request_body(tensors, **how)
     return memoryview(body), length

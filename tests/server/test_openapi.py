@@ -18,7 +18,7 @@ import vitdeploy
 from tests.helpers.asgi import application
 from tests.helpers.live_server import Live, serving
 from vitdeploy.server import http
-from vitdeploy.server.codec import DATATYPES
+from vitdeploy.server.codec import WIRE
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 PAGES = {"/", "/docs", "/openapi.json", "/favicon.ico"}
@@ -102,4 +102,4 @@ def resolved(document: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 def test_datatypes_are_those_of_the_codec() -> None:
     document = json.loads(resources.files("vitdeploy.server").joinpath("openapi.json").read_text())
     datatypes = document["components"]["schemas"]["Tensor"]["properties"]["datatype"]["enum"]
-    assert datatypes == [*DATATYPES.values(), "BYTES"]
+    assert datatypes == [*WIRE.values(), "BYTES"]

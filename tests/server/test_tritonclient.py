@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 from tests.helpers.bundles import LABELS, answer
 from tests.helpers.live_server import Live
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.verification.parity import TOLERANCES, compare, failures
+from vitdeploy.verification.parity import TOLERANCES, measure_parity, tolerance_failures
 
 HTTP, GRPC = tritonclient.http, tritonclient.grpc
 Array = np.ndarray[Any, Any]
@@ -55,7 +55,7 @@ def tensor(library: Any, array: Array, **how: bool) -> Any:
 def require_right(expected: Array, found: Array) -> None:
     tolerance = TOLERANCES["fp32"]
     assert found.dtype == np.float32
-    assert failures(compare(expected, found, tolerance, "logits"), tolerance) == ()
+    assert tolerance_failures(measure_parity(expected, found, tolerance, "logits"), tolerance) == ()
 
 
 def batches(golden: dict[str, Array]) -> Iterator[tuple[Array, Array]]:

@@ -18,7 +18,7 @@ from tests.helpers.bundles import LABELS, WEIGHT, answer, answer_images, graph, 
 from tests.helpers.engine_bundles import PLAN, RECORD, each, engines, images, loads, name_of, reseal
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency, UsageError, VitdeployError
-from vitdeploy.exporter.engine_request import EngineRequest
+from vitdeploy.exporter.request import EngineRequest
 from vitdeploy.exporter.tensorrt import add_engines
 from vitdeploy.machine.gpus import Gpu
 from vitdeploy.verification.local import verify_bundle
@@ -124,7 +124,7 @@ def test_engines_for_another_gpu(version: str, machine: MakeMachine, target: Pat
         with pytest.raises(DeviceUnavailable, match="is for sm_89, and th") as caught:
             attempt()
         assert caught.value.exit_code == 3
-    assert "vitdeploy export -m" in str(caught.value.hint)
+    assert "vitdeploy engine " in str(caught.value.hint)
     assert loads(here) == 0
 
 
@@ -155,9 +155,7 @@ def test_another_version_of_the_library(
     message = f"built by version {built}, and the library is {relation}: {running}"
     with pytest.raises(BundleError, match=message) as caught:
         vitdeploy.load(target, backend="tensorrt")
-    assert f"vitdeploy export -m {target} --format tensorrt --precision fp32 --force" in str(
-        caught.value.hint
-    )
+    assert f"vitdeploy engine {target} --format tensorrt --precision fp32 --force" in str(caught.value.hint)
     assert loads(here) == 0
 
 
@@ -263,16 +261,16 @@ def test_an_engine_that_fails_while_it_runs(
             predictor.session.run({"pixel_values": images(2)})
         with pytest.raises(UsageError, match="batch size 9, but tensorrt-fp32-sm_89 serves 1 to 8") as caught:
             predictor.session.run({"pixel_values": images(9)})
-    assert str(caught.value.hint).startswith("vitdeploy export -m ")
+    assert str(caught.value.hint).startswith("vitdeploy engine ")
     assert str(caught.value.hint).endswith("--precision fp32 --force --profile MIN,OPT,MAX")
 
 
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitdeploy.backends.tensorrt.installed", lambda flavour: False)
+    monkeypatch.setattr("vitdeploy.tensorrt.flavours.Flavour.is_installed", False)
 
 
 def no_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitdeploy.tensorrt.cuda.installed", lambda: False)
+    monkeypatch.setattr("vitdeploy.tensorrt.cuda.cuda_core_installed", lambda: False)
 
 
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_without_a_driver_there_is_no_device(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cuda.installed()
+    assert cuda.cuda_core_installed()
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(MissingDependency, match="running engines needs the library 'cuda-core'") as caught:
         cuda.CudaDevice(0)
@@ -87,7 +87,7 @@ def test_whether_it_is_installed(answer: Exception | None, monkeypatch: pytest.M
             raise answer
 
     monkeypatch.setattr("importlib.util.find_spec", find)
-    assert not cuda.installed()
+    assert not cuda.cuda_core_installed()
 
 
 def view(tensor: object) -> cuda.DeviceView:

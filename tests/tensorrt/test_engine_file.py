@@ -15,10 +15,18 @@ from vitdeploy.bundle.manifest import PrecisionProof
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
 from vitdeploy.machine.gpus import Gpu
-from vitdeploy.tensorrt.engine_file import check_files, check_machine, foreign_to, read_record, runs_on
+from vitdeploy.tensorrt.engine_file import (
+    HEADER_BYTES,
+    check_files,
+    check_machine,
+    check_size,
+    foreign_to,
+    read_header,
+    read_record,
+    runs_on,
+)
 from vitdeploy.tensorrt.flavours import FLAVOURS, check_targets, parse_version
 from vitdeploy.tensorrt.fusion import FusionReport
-from vitdeploy.tensorrt.header import HEADER_BYTES, check_size, read_header
 from vitdeploy.tensorrt.records import BuildSettings, EngineRecord
 
 L4, H100 = Gpu("NVIDIA L4", (8, 9)), Gpu("NVIDIA H100", (9, 0))

@@ -14,7 +14,7 @@ from tests.helpers.small_bundles import siblings
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency, ParityError, UsageError
-from vitdeploy.exporter.engine_request import EngineRequest, orders_of
+from vitdeploy.exporter.request import EngineRequest, orders_of
 from vitdeploy.exporter.tensorrt import add_engines
 from vitdeploy.machine.gpus import Gpu
 from vitdeploy.progress import Progress
@@ -34,8 +34,14 @@ class Heard(Progress):
         self.notes.append(text)
 
 
-def request(*formats: str, arch: tuple[str, ...] = (), profiles: Any = (), **settings: Any) -> EngineRequest:
-    return EngineRequest(formats or ("tensorrt",), arch, profiles, BuildSettings.of(**settings))
+def request(
+    *formats: str,
+    arch: tuple[str, ...] = (),
+    profiles: Any = (),
+    precisions: tuple[str, ...] = (),
+    **settings: Any,
+) -> EngineRequest:
+    return EngineRequest(formats or ("tensorrt",), arch, profiles, BuildSettings.of(**settings), precisions)
 
 
 @pytest.mark.parametrize("version", FULL)
@@ -173,7 +179,7 @@ def test_an_engine_that_cannot_be_built_changes_nothing(
 
 def test_the_unused_gpu_is_said(machine: MakeMachine, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(NEW)
-    monkeypatch.setattr("vitdeploy.tensorrt.cuda.installed", lambda: False)
+    monkeypatch.setattr("vitdeploy.tensorrt.cuda.cuda_core_installed", lambda: False)
     heard = Heard()
     bundle = add_engines(write_bundle(target), request(), progress=heard)
     assert not bundle.manifest.parity
@@ -184,10 +190,10 @@ def test_the_unused_gpu_is_said(machine: MakeMachine, target: Path, monkeypatch:
 def test_only_the_precisions_that_are_asked_for(machine: MakeMachine, target: Path) -> None:
     machine(NEW)
     bundle = write_bundle(target, precisions=("fp32", "fp16"))
-    names = [a.name for a in add_engines(bundle, request(), precisions=("fp16",)).manifest.artifacts]
+    names = [a.name for a in add_engines(bundle, request(precisions=("fp16",))).manifest.artifacts]
     assert names == ["onnx-fp32", "onnx-fp16", "tensorrt-fp16-sm_89"]
     with pytest.raises(UsageError, match="has no ONNX artifact in bf16") as caught:
-        add_engines(Bundle.open(target), request(), precisions=("bf16",))
+        add_engines(Bundle.open(target), request(precisions=("bf16",)))
     assert caught.value.hint == "it has onnx-fp32, onnx-fp16"
 
 

@@ -179,7 +179,7 @@ def test_no_library(
         raise ImportError("libnvinfer.so.11: cannot open\nshared object file")
 
     machine(NEW)
-    monkeypatch.setattr("vitdeploy.tensorrt.flavours.installed", lambda flavour: there)
+    monkeypatch.setattr("vitdeploy.tensorrt.flavours.Flavour.is_installed", there)
     monkeypatch.setattr("vitdeploy.tensorrt.flavours.importlib.import_module", fail)
     with pytest.raises(MissingDependency, match=message) as caught:
         build(job())

@@ -19,7 +19,7 @@ from vitdeploy.machine.cache import cache_folder
 from vitdeploy.machine.gpus import Gpu
 from vitdeploy.tensorrt import builder
 from vitdeploy.tensorrt.caches import TimingCache
-from vitdeploy.tensorrt.header import read_header
+from vitdeploy.tensorrt.engine_file import read_header
 
 ONE = (BatchRange(1, 2, 8),)
 
@@ -129,7 +129,7 @@ def test_hardware_compatibility(
 def test_progress_is_reported(version: str, machine: MakeMachine, job: MakeJob) -> None:
     machine(version)
     said: list[tuple[str, float]] = []
-    builder.run(job(engines=2), lambda phase, fraction: said.append((phase, fraction)))
+    builder.run_build_job(job(engines=2), lambda phase, fraction: said.append((phase, fraction)))
     fractions = [fraction for _, fraction in said]
     assert said[0] == ("parsing", 0.0)
     assert fractions == sorted(fractions)
@@ -173,7 +173,7 @@ def test_what_another_process_measured_meanwhile_stays(
             origin = [list(map(int, version.split("."))), list(L4.capability)]
             kept.write(json.dumps({"origin": origin, "builds": 1, "timed": ["another layer"]}).encode())
 
-    builder.run(job(), meanwhile)
+    builder.run_build_job(job(), meanwhile)
     assert here.calls("combine")
     timed = json.loads(kept.read())["timed"]
     assert "another layer" in timed

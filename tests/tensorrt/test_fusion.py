@@ -12,8 +12,8 @@ from onnx import TensorProto
 from tests.fakes.machines import FULL, RTX
 from tests.fakes.tensorrt import make_tensorrt
 from tests.fakes.tensorrt_builds import Built, attention
-from vitdeploy.tensorrt.fusion import FusionReport, Place, fused, fusible
-from vitdeploy.tensorrt.layers import Layer, network_layers
+from vitdeploy.tensorrt.fusion import FusionReport, FusionSite, fused, fusible
+from vitdeploy.tensorrt.proof import Layer, network_layers
 
 SHAPES = [(1, 3, 4), (2, 3, 4), (8, 3, 4)]
 
@@ -92,9 +92,9 @@ def kernel(*nodes: str) -> Layer:
 
 
 PLACES = (
-    Place(site="attn", pattern="attention", nodes=("qk", "soft", "pv"), fused=True),
-    Place(site="norm", pattern="LayerNorm", nodes=("norm",), fused=True),
-    Place(site="mlp", pattern="GELU", nodes=("gelu",), fused=True),
+    FusionSite(site="attn", pattern="attention", nodes=("qk", "soft", "pv"), fused=True),
+    FusionSite(site="norm", pattern="LayerNorm", nodes=("norm",), fused=True),
+    FusionSite(site="mlp", pattern="GELU", nodes=("gelu",), fused=True),
 )
 
 

@@ -19,8 +19,15 @@ from tests.fakes.tensorrt_builds import Built, attention
 from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
 from vitdeploy.config import Precision
 from vitdeploy.errors import ExportError, PrecisionError
-from vitdeploy.tensorrt.layers import Layer, inspected_layers, network_layers, onnx_nodes
-from vitdeploy.tensorrt.proof import check_built, prove_network, require
+from vitdeploy.tensorrt.proof import (
+    Layer,
+    check_built,
+    inspected_layers,
+    network_layers,
+    onnx_nodes,
+    prove_network,
+    require,
+)
 
 SHAPES = [(1, 3, 4), (2, 3, 4), (8, 3, 4)]
 

@@ -21,7 +21,7 @@ from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import ExportError, PrecisionError
 from vitdeploy.tensorrt.child import build_engines
-from vitdeploy.tensorrt.header import read_header
+from vitdeploy.tensorrt.engine_file import read_header
 from vitdeploy.tensorrt.records import BuildJob, BuildResult
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")

@@ -1,4 +1,4 @@
-"""``vitdeploy export --format tensorrt-rtx`` from the command line, on real models, without a GPU."""
+"""TensorRT for RTX engines by ``vitdeploy engine`` and ``export``, of real models, without a GPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 import tensorrt_rtx
 import torch
 
-from tests.helpers.commands import COMMAND, Result, in_a_process
+from tests.helpers.commands import COMMAND, Result, in_a_process, in_this_process
 from tests.helpers.onnx_graphs import widen
 from vitdeploy.bundle.folder import Bundle, BundleWriter
 from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.config import BatchRange, Precision
-from vitdeploy.exporter.engine_request import EngineRequest, orders_of
-from vitdeploy.exporter.onnx import INPUT, OnnxOptions, write_onnx
-from vitdeploy.exporter.request import ExportRequest
+from vitdeploy.exporter.onnx import INPUT, write_onnx
+from vitdeploy.exporter.request import EngineRequest, ExportRequest, orders_of
+from vitdeploy.exporter.subject import Subject, open_subject
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
@@ -33,20 +33,10 @@ RTX = ("--format", "tensorrt-rtx")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits model as ONNX in three precisions."""
-    folder = tmp_path_factory.mktemp("onnx") / "digits.bundle"
-    flags = ("--fp32", "--fp16", "--bf16", "--format", "onnx", "--batch", "1,8,64")
-    result = in_a_process("export", "-m", "digits", *flags, "-o", folder)
-    assert result.code == 0, result.err
-    return folder
-
-
 @pytest.fixture
-def bundle(exported: Path, tmp_path: Path) -> Path:
-    """A copy of it, to add to."""
-    return Path(shutil.copytree(exported, tmp_path / "digits.bundle"))
+def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
+    """The digits model as ONNX in three precisions, to add to."""
+    return Path(shutil.copytree(digits_onnx, tmp_path / "digits.bundle"))
 
 
 @pytest.fixture
@@ -63,7 +53,7 @@ def unchanged(bundle: Path) -> Iterator[Callable[[], bool]]:
 
 
 def add(bundle: Path, *flags: str) -> Result:
-    return in_a_process("export", "-m", bundle, *RTX, *flags)
+    return in_a_process("engine", bundle, *RTX, *flags)
 
 
 def record_of(bundle: Path, artifact: Artifact) -> EngineRecord:
@@ -179,27 +169,33 @@ def test_inspect_and_verify_tell_of_engines(bundle: Path) -> None:
 def test_engines_can_be_added_without_pytorch(bundle: Path) -> None:
     script = (
         "import sys; sys.modules['torch'] = None\nfrom vitdeploy.cli import main\n"
-        f"sys.exit(main(['export', '-m', {str(bundle)!r}, '--format', 'tensorrt-rtx', '--arch', 'sm_89']))"
+        f"sys.exit(main(['engine', {str(bundle)!r}, '--format', 'tensorrt-rtx', '--arch', 'sm_89']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def vit_base(request: pytest.FixtureRequest) -> Subject:
+    """A ViT-B/16 for square images of so many pixels, opened once for all precisions."""
+    return open_subject(ExportRequest(model="B/16", image_size=(request.param, request.param)))[1]
+
+
 @pytest.mark.parametrize(
-    "precision, size, tokens",
-    [("fp32", 224, 197), ("fp16", 224, 197), ("bf16", 224, 197), ("fp16", 384, 577)],
+    "vit_base, precision, size, tokens",
+    [(224, "fp32", 224, 197), (224, "fp16", 224, 197), (224, "bf16", 224, 197), (384, "fp16", 384, 577)],
+    indirect=["vit_base"],
 )
-def test_vit_base(tmp_path: Path, precision: Precision, size: int, tokens: int) -> None:
-    batch = BatchRange(1, 8, 64)
-    request = ExportRequest(model="B/16", precisions=(precision,), image_size=(size, size), batch=batch)
-    _, subject = request.open()
+def test_vit_base(tmp_path: Path, vit_base: Subject, precision: Precision, size: int, tokens: int) -> None:
+    batch, subject = BatchRange(1, 8, 64), vit_base
     (order,), _ = orders_of(EngineRequest(("tensorrt-rtx",), ("sm_89", "sm_80+sm_120")))
     with BundleWriter(tmp_path / "b.bundle") as writer:
         source = write_onnx(
             subject,
             PrecisionPlan.of(precision),
             writer,
-            OnnxOptions(batch),
+            batch=batch,
+            opset=20,
             example=torch.zeros(1, 3, size, size),
             requested=precision,
         )
@@ -252,7 +248,7 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
         2,
         "no profile serves batch sizes 2 to 3",
     ),
-    (("--arch", "sm_89", "--batch", "1,2,4"), 2, "engines are added to it, and --batch cannot change it"),
+    (("--arch", "sm_89", "--batch", "1,2,4"), 2, "no such option: --batch"),
     (("--format", "onnx"), 2, "'onnx' is no format of engines"),
     (("--format", "tensort"), 2, "'tensort' is no format of engines; did you mean 'tensorrt'?"),
     (("--arch", "sm_89", "--format", "tensorrt"), 3, "a TensorRT engine needs the library 'tensorrt'"),
@@ -261,9 +257,14 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
 
 @pytest.mark.parametrize("flags, code, message", BAD)
 def test_bad_input_is_one_line_and_changes_nothing(
-    bundle: Path, unchanged: Callable[[], bool], flags: tuple[str, ...], code: int, message: str
+    bundle: Path,
+    unchanged: Callable[[], bool],
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    code: int,
+    message: str,
 ) -> None:
-    result = add(bundle, *flags)
+    result = in_this_process(capsys, "engine", bundle, *RTX, *flags)
     assert result.code == code, result.err
     errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -295,7 +296,7 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(bundle: Path, unchanged: Callab
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))\n"
         "from vitdeploy.cli import main\n"
-        f"sys.exit(main(['export', '-m', {str(bundle)!r}, '--format', 'tensorrt-rtx', '--arch', 'sm_89']))"
+        f"sys.exit(main(['engine', {str(bundle)!r}, '--format', 'tensorrt-rtx', '--arch', 'sm_89']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -309,7 +310,7 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(bundle: Path, unchanged: Callab
 def building(bundle: Path) -> subprocess.Popen[str]:
     """A build of many engines, at the moment when the first lies on the disk."""
     process = subprocess.Popen(
-        [*COMMAND, "export", "-m", bundle, *RTX, "--arch", "sm_75,sm_80,sm_86,sm_89", "--precision", "fp16"],
+        [*COMMAND, "engine", bundle, *RTX, "--arch", "sm_75,sm_80,sm_86,sm_89", "--precision", "fp16"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -333,12 +334,12 @@ def test_ctrl_c_leaves_no_file(bundle: Path, unchanged: Callable[[], bool]) -> N
     assert unchanged()
 
 
-def test_a_killed_build_leaves_the_bundle_and_the_next_one_cleans_up(bundle: Path, exported: Path) -> None:
+def test_a_killed_build_leaves_the_bundle_and_the_next_one_cleans_up(bundle: Path, digits_onnx: Path) -> None:
     process = building(bundle)
     process.kill()
     process.communicate(timeout=60)
     Bundle.open(bundle).verify()
-    assert Bundle.open(bundle).manifest == Bundle.open(exported).manifest
+    assert Bundle.open(bundle).manifest == Bundle.open(digits_onnx).manifest
     result = add(bundle, "--precision", "fp16", "--arch", "sm_89")
     assert result.code == 0, result.err
     assert list(bundle.parent.iterdir()) == [bundle]

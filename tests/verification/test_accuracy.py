@@ -18,10 +18,10 @@ from vitdeploy.errors import BundleError, UsageError
 from vitdeploy.verification.accuracy import (
     LabelledImages,
     bundled_images,
-    compare,
-    measure,
+    compare_accuracy,
     paired_interval,
     score,
+    top_classes,
 )
 
 
@@ -42,20 +42,20 @@ def test_counts() -> None:
 
 
 def test_comparison() -> None:
-    found = compare(MODEL, REFERENCE, LABELLED)
+    found = compare_accuracy(MODEL, REFERENCE, LABELLED)
     assert (found.images, found.top1, found.top5) == (4, 0.5, 0.75)
     assert (found.reference_top1, found.reference_top5, found.top1_difference) == (0.75, 1.0, -0.25)
     assert found.top1_interval == paired_interval(both=1, first=1, second=2, trials=4)
-    few = compare(MODEL[:, :1], REFERENCE[:, :1], LABELLED)
+    few = compare_accuracy(MODEL[:, :1], REFERENCE[:, :1], LABELLED)
     assert (few.top5, few.reference_top5) == (None, None)
     assert few.top1_interval == found.top1_interval
 
 
 def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(ValueError, match="0, 0 and 0 images"):
-        compare(MODEL[:0], REFERENCE[:0], LABELLED[:0])
+        compare_accuracy(MODEL[:0], REFERENCE[:0], LABELLED[:0])
     with pytest.raises(ValueError, match="3, 4 and 4 images"):
-        compare(MODEL[:3], REFERENCE, LABELLED)
+        compare_accuracy(MODEL[:3], REFERENCE, LABELLED)
 
 
 # --- the interval ---------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_it_holds_the_true_difference_as_often_as_it_says(
 def test_few_classes_have_first_places_only(tmp_path: Path) -> None:
     images = [random_image(seed) for seed in range(7)]
     with vitdeploy.load(write_bundle(tmp_path / "b")) as predictor:
-        found = measure(predictor, LabelledImages(tuple(images), np.zeros(7, np.int64)))
+        found = top_classes(predictor, LabelledImages(tuple(images), np.zeros(7, np.int64)))
     assert len(LABELS) == 5
     assert (found.shape, found.dtype) == ((7, 1), np.int64)
     assert found[:, 0].tolist() == answer_images(images).argmax(axis=1).tolist()
@@ -146,14 +146,14 @@ def test_nan_is_no_answer(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "b", weight=np.full((192, 5), np.nan, np.float32))
     images = LabelledImages((random_image(0),), np.zeros(1, np.int64))
     with vitdeploy.load(made) as predictor, pytest.raises(BundleError, match="NaN"):
-        measure(predictor, images)
+        top_classes(predictor, images)
 
 
 def test_features_are_no_places(tmp_path: Path) -> None:
     images = LabelledImages((random_image(0),), np.zeros(1, np.int64))
     made = write_bundle(tmp_path / "b", output="features", labels=None)
     with vitdeploy.load(made) as predictor, pytest.raises(UsageError, match="features"):
-        measure(predictor, images)
+        top_classes(predictor, images)
 
 
 @pytest.mark.slow
@@ -163,9 +163,9 @@ def test_the_digits_bundle_has_its_own_images(tmp_path: Path) -> None:
     assert images is not None
     assert len(images.images) == len(images.labels) == 450
     with vitdeploy.load(made) as predictor:
-        found = measure(predictor, images)
+        found = top_classes(predictor, images)
     with vitdeploy.load(made, backend="torch") as predictor:
-        comparison = compare(found, measure(predictor, images), images.labels)
+        comparison = compare_accuracy(found, top_classes(predictor, images), images.labels)
     assert found.shape == (450, 5)
     assert comparison.top1 == comparison.reference_top1 == 446 / 450
     assert comparison.top5 is not None

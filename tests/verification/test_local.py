@@ -1,4 +1,4 @@
-"""An honest bundle is proven; whatever is wrong with one is found, and says where."""
+"""An honest bundle is verified; whatever is wrong with one is found, and says where."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vitdeploy.verification.parity import TOLERANCES
 ORT = ["onnxruntime"]
 
 
-def test_an_honest_bundle_is_proven(tmp_path: Path) -> None:
+def test_an_honest_bundle_is_verified(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
     report = vitdeploy.verify(made.root, backends=ORT)
     assert report.passed
@@ -107,7 +107,7 @@ def test_nothing_to_compare_with_is_a_failure(tmp_path: Path) -> None:
         vitdeploy.verify(write_bundle(tmp_path / "b", golden={}), backends=ORT)
 
 
-def test_an_artifact_that_nothing_here_runs_is_not_proven(
+def test_an_artifact_that_nothing_here_runs_is_not_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = write_bundle(tmp_path / "b", precisions=("fp32", "bf16"))
@@ -128,7 +128,9 @@ class Weights(OnnxRuntime):
         return None if artifact is None else super().supports(manifest, artifact)
 
 
-def test_an_artifact_is_proven_only_by_who_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_is_verified_only_by_who_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = write_bundle(tmp_path / "b")
     monkeypatch.setattr("vitdeploy.verification.local.all_backends", lambda: (Weights(),))
     report = vitdeploy.verify(made)

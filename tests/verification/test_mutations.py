@@ -15,14 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from tests.helpers import bundles
+from tests.helpers.bundles import SIZE, answer, write_bundle
 from tests.helpers.models import CONFIGS, random_state
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.golden import golden_images
+from vitdeploy.bundle.golden import golden_images, raw_images
 from vitdeploy.bundle.manifest import canonical, digest_of
 from vitdeploy.checkpoint.opening import Checkpoint, open_model, save_folder
 from vitdeploy.config import BatchRange, Preprocess
@@ -31,9 +34,18 @@ from vitdeploy.exporter import run
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
 from vitdeploy.images import preprocess
-from vitdeploy.model import deployed as lowered
+from vitdeploy.images.preprocess import apply
 from vitdeploy.model import rewrites
-from vitdeploy.model import vit as model
+from vitdeploy.model.deployed import (
+    AbsorbedBlock,
+    DeployedBlock,
+    DeployedEmbedding,
+    DeployedMlp,
+    DeployedReadout,
+    Norm,
+)
+from vitdeploy.model.registry import build_reference
+from vitdeploy.model.vit import Block, Embedding, Mlp, Readout
 from vitdeploy.verification import parity
 from vitdeploy.verification.local import verify_bundle
 
@@ -56,7 +68,18 @@ def export(folder: Path, **request: Any) -> Bundle:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    bundle = export(tmp_path_factory.mktemp("good"))
+    """The linear classifier with this file's preprocessing and labels."""
+    spec = dataclasses.replace(SPEC, size=(SIZE, SIZE))
+    inputs = np.stack([apply(Image.fromarray(image), spec) for image in golden_images(spec.size)])
+    golden = {"pixel_values": inputs, "reference": answer(inputs)}
+    for index, image in enumerate(raw_images()):
+        golden |= {
+            f"image.{index}": image,
+            f"image.{index}.pixel_values": apply(Image.fromarray(image), spec),
+        }
+    labels = LABELS[: len(bundles.LABELS)]
+    folder = tmp_path_factory.mktemp("good") / "linear.bundle"
+    bundle = write_bundle(folder, preprocess=spec, labels=labels, golden=golden)
     verify_bundle(bundle, backends=["onnxruntime"]).check()
     return bundle
 
@@ -64,7 +87,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def replace_rewrite(name: str, faulty: Callable[[model.Block], model.Block]) -> Plant:
+def replace_rewrite(name: str, faulty: Callable[[Block], Block]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         real = tuple(faulty if r.__name__ == name else r for r in rewrites.BLOCK_REWRITES)
         patch.setattr(rewrites, "BLOCK_REWRITES", real)
@@ -77,7 +100,7 @@ def replace_rewrite(name: str, faulty: Callable[[model.Block], model.Block]) -> 
 def swapped_q_and_k(patch: pytest.MonkeyPatch) -> None:
     real = rewrites.merge_qkv
 
-    def merge(block: model.Block) -> lowered.Block:
+    def merge(block: Block) -> DeployedBlock:
         block = copy.copy(block)
         attn = copy.copy(block.attn)
         attn._modules = {**attn._modules, "q": attn.k, "k": attn.q}
@@ -87,26 +110,26 @@ def swapped_q_and_k(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rewrites, "merge_qkv", merge)
 
 
-def missing_scale(block: model.Block) -> model.Block:
+def missing_scale(block: Block) -> Block:
     block = copy.deepcopy(block)
     block.attn.scale = 1.0
     return block
 
 
-def lost_value_bias(block: model.Block) -> model.Block:
+def lost_value_bias(block: Block) -> Block:
     block = copy.deepcopy(block)
     block.attn.v.register_parameter("bias", None)
     return block
 
 
 def wrong_eps(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(rewrites, "_norm", lambda norm: lowered.Norm(norm.weight, norm.bias, 1e-3))
+    patch.setattr(rewrites, "_norm", lambda norm: Norm(norm.weight, norm.bias, 1e-3))
 
 
 def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
     real = rewrites._mlp
 
-    def mlp(part: model.Mlp) -> lowered.Mlp:
+    def mlp(part: Mlp) -> DeployedMlp:
         deployed = real(part)
         deployed.activation = "gelu_tanh"
         return deployed
@@ -117,7 +140,7 @@ def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
 def transposed_positions(patch: pytest.MonkeyPatch) -> None:
     real = rewrites.patches_to_gemm
 
-    def patches(embedding: model.Embedding) -> lowered.Embedding:
+    def patches(embedding: Embedding) -> DeployedEmbedding:
         deployed = real(embedding)
         rows, columns = CONFIG.grid
         tokens = deployed.tokens.value.data
@@ -131,7 +154,7 @@ def transposed_positions(patch: pytest.MonkeyPatch) -> None:
 def dropped_head_bias(patch: pytest.MonkeyPatch) -> None:
     real = rewrites.read_out
 
-    def read_out(readout: model.Readout, output: Any) -> lowered.Readout:
+    def read_out(readout: Readout, output: Any) -> DeployedReadout:
         deployed = real(readout, output)
         assert deployed.head is not None
         deployed.head.bias = None
@@ -141,12 +164,12 @@ def dropped_head_bias(patch: pytest.MonkeyPatch) -> None:
 
 
 def dropped_residual(patch: pytest.MonkeyPatch) -> None:
-    def forward(self: lowered.AbsorbedBlock, x: torch.Tensor) -> torch.Tensor:
+    def forward(self: AbsorbedBlock, x: torch.Tensor) -> torch.Tensor:
         pooled = self.attn(self.norm1(x))
         result: torch.Tensor = self.add2(pooled, self.mlp(self.norm2(pooled)))
         return result
 
-    patch.setattr(lowered.AbsorbedBlock, "forward", forward)
+    patch.setattr(AbsorbedBlock, "forward", forward)
 
 
 def swapped_mean_and_std(patch: pytest.MonkeyPatch) -> None:
@@ -158,7 +181,7 @@ def swapped_mean_and_std(patch: pytest.MonkeyPatch) -> None:
 def bgr(patch: pytest.MonkeyPatch) -> None:
     real = rewrites.patches_to_gemm
 
-    def patches(embedding: model.Embedding) -> lowered.Embedding:
+    def patches(embedding: Embedding) -> DeployedEmbedding:
         embedding = copy.deepcopy(embedding)
         embedding.patch_embed.weight = nn.Parameter(embedding.patch_embed.weight.flip(1), requires_grad=False)
         return real(embedding)
@@ -178,6 +201,11 @@ DEPLOYMENT: dict[str, tuple[Plant, dict[str, Any]]] = {
     "mean_and_std_swapped": (swapped_mean_and_std, {"input": "uint8"}),
     "bgr_for_rgb": (bgr, {"input": "uint8"}),
 }
+
+
+@pytest.mark.slow
+def test_nothing_is_found_where_nothing_is_planted(tmp_path: Path) -> None:
+    verify_bundle(export(tmp_path), backends=["onnxruntime"]).check()
 
 
 @pytest.mark.slow
@@ -212,10 +240,10 @@ def test_one_nan_weight_is_named_when_it_is_loaded(tmp_path: Path) -> None:
 
 
 def test_one_nan_weight_is_named_when_it_appears_later() -> None:
-    vit = model.build(CONFIG, random_state(CONFIG))
+    vit = build_reference(CONFIG, random_state(CONFIG))
     vit.blocks[1].mlp.fc2.weight[3, 5] = float("nan")
     with pytest.raises(PrecisionError, match=r"blocks\.1\.mlp\.fc2\.weight"):
-        rewrites.lower(vit, run.PrecisionPlan.of("fp32"))
+        rewrites.deploy(vit, run.PrecisionPlan.of("fp32"))
 
 
 def other_filter(patch: pytest.MonkeyPatch) -> None:
@@ -281,12 +309,14 @@ def test_permuted_labels_do_not_open(good: Bundle, tmp_path: Path) -> None:
 def test_permuted_labels_under_a_forged_digest_fail_on_labelled_images(good: Bundle, tmp_path: Path) -> None:
     root = shutil.copytree(good.root, tmp_path / "copy")
     reference = good.golden()["reference"]
-    for i, image in enumerate(golden_images(CONFIG.image_size)):
-        folder = tmp_path / "data" / LABELS[int(reference[i].argmax())]
+    labels = good.manifest.labels
+    assert labels is not None
+    for i, image in enumerate(golden_images((SIZE, SIZE))):
+        folder = tmp_path / "data" / labels[int(reference[i].argmax())]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{i}.png")
     straight = verify_bundle(good, backends=["onnxruntime"], data=tmp_path / "data")
-    permuted = good.manifest.model_copy(update={"labels": LABELS[1:] + LABELS[:1]})
+    permuted = good.manifest.model_copy(update={"labels": labels[1:] + labels[:1]})
     forged = permuted.model_copy(update={"digest": digest_of(permuted)})
     (root / "manifest.json").write_bytes(canonical(forged))
     shifted = verify_bundle(Bundle.open(root), backends=["onnxruntime"], data=tmp_path / "data")

@@ -19,8 +19,9 @@ from scipy.spatial.distance import cosine
 from scipy.special import rel_entr, softmax
 
 from vitdeploy.backends.base import Array, Session, SessionFacts
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import GOLDEN, Bundle, BundleWriter
-from vitdeploy.bundle.manifest import Manifest, ParityMetrics, Precision, Provenance, TensorSpec
+from vitdeploy.bundle.manifest import Manifest, ParityMetrics, Provenance, TensorSpec
 from vitdeploy.config import BatchRange, Preprocess
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.images.preprocess import apply, apply_uint8
@@ -28,9 +29,9 @@ from vitdeploy.verification.parity import (
     TOLERANCES,
     check_preprocess,
     check_session,
-    compare,
-    failures,
+    measure_parity,
     passes,
+    tolerance_failures,
 )
 
 FP32, FP16 = TOLERANCES["fp32"], TOLERANCES["fp16"]
@@ -45,7 +46,7 @@ class Computed(Session):
         self,
         function: Callable[[Array], Array],
         batch: BatchRange | None = None,
-        precision: Precision = "fp32",
+        precision: ArtifactPrecision = "fp32",
         output: str = "logits",
     ) -> None:
         pixel_values = TensorSpec(name="pixel_values", dtype="float32", shape=("N", 4))
@@ -86,7 +87,7 @@ def right(inputs: Array) -> Array:
 class TestMetrics:
     def test_agree_with_scipy(self) -> None:
         actual = (REFERENCE + RNG.normal(size=REFERENCE.shape) * 0.01).astype(np.float32)
-        metrics = compare(REFERENCE, actual, FP16, "logits")
+        metrics = measure_parity(REFERENCE, actual, FP16, "logits")
         actual = actual.astype(np.float64)
         pairs = list(zip(actual, REFERENCE, strict=True))
         error = actual - REFERENCE
@@ -102,46 +103,46 @@ class TestMetrics:
         assert metrics.cosine == pytest.approx(min(1 - cosine(a, r) for a, r in pairs), abs=1e-12)
 
     def test_nothing_differs(self) -> None:
-        metrics = compare(REFERENCE, REFERENCE, FP32, "logits")
+        metrics = measure_parity(REFERENCE, REFERENCE, FP32, "logits")
         assert (metrics.max_abs, metrics.relative, metrics.kl) == (0, 0, 0)
         assert metrics.cosine == pytest.approx(1, abs=1e-15)
         assert metrics.top1_agree == metrics.top1_compared == 6
         assert metrics.top5_overlap == 1
-        assert failures(metrics, FP32) == ()
+        assert tolerance_failures(metrics, FP32) == ()
 
     def test_features_and_tokens_have_no_ranking(self) -> None:
-        metrics = compare(REFERENCE.reshape(6, 5, 4), REFERENCE.reshape(6, 5, 4), FP32, "tokens")
+        metrics = measure_parity(REFERENCE.reshape(6, 5, 4), REFERENCE.reshape(6, 5, 4), FP32, "tokens")
         assert metrics.kl is None
         assert metrics.top1_compared == metrics.top5_compared == 0
-        assert failures(metrics, FP32) == ()
+        assert tolerance_failures(metrics, FP32) == ()
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     def test_values_that_are_no_numbers(self, bad: float) -> None:
         actual = REFERENCE.copy()
         actual[4, 7] = actual[4, 8] = bad
-        metrics = compare(REFERENCE, actual, FP32, "logits")
+        metrics = measure_parity(REFERENCE, actual, FP32, "logits")
         assert metrics.nonfinite == 2
         assert metrics.worst == 4
         assert metrics.relative == 0  # of the other rows
-        assert failures(metrics, FP32) == ("2 NaN or infinite values (golden image 4)",)
-        metrics = compare(REFERENCE, np.full_like(REFERENCE, bad), FP32, "logits")
+        assert tolerance_failures(metrics, FP32) == ("2 NaN or infinite values (golden image 4)",)
+        metrics = measure_parity(REFERENCE, np.full_like(REFERENCE, bad), FP32, "logits")
         assert (metrics.nonfinite, metrics.relative) == (120, None)
-        assert failures(metrics, FP32)
+        assert tolerance_failures(metrics, FP32)
 
     def test_large_logits_do_not_overflow(self) -> None:
-        metrics = compare(REFERENCE * 1e4, REFERENCE * 1e4, FP32, "logits")
+        metrics = measure_parity(REFERENCE * 1e4, REFERENCE * 1e4, FP32, "logits")
         assert metrics.kl == 0
 
     def test_one_class_and_five(self) -> None:
         for classes in (1, 2, 5):
-            metrics = compare(REFERENCE[:, :classes], REFERENCE[:, :classes], FP32, "logits")
+            metrics = measure_parity(REFERENCE[:, :classes], REFERENCE[:, :classes], FP32, "logits")
             assert metrics.top5_overlap is None
             assert metrics.top1_compared == (0 if classes == 1 else 6)
-            assert failures(metrics, FP32) == ()
+            assert tolerance_failures(metrics, FP32) == ()
 
     def test_shapes_must_be_the_same(self) -> None:
         with pytest.raises(ValueError, match="shape"):
-            compare(REFERENCE, REFERENCE[:, :1], FP32, "logits")
+            measure_parity(REFERENCE, REFERENCE[:, :1], FP32, "logits")
 
     @given(st.floats(0.1, 0.999), st.integers(0, 2**32 - 1))
     def test_an_error_within_tolerance_never_changes_a_decided_class(self, share: float, seed: int) -> None:
@@ -151,16 +152,16 @@ class TestMetrics:
         error = rng.normal(size=(4, 8))
         norms = [np.linalg.norm(array, axis=1, keepdims=True) for array in (expected, error)]
         actual = expected + error / norms[1] * norms[0] * FP16.relative * share
-        metrics = compare(expected, actual, FP16, "logits")
+        metrics = measure_parity(expected, actual, FP16, "logits")
         assert metrics.top1_agree == metrics.top1_compared
         assert metrics.top5_overlap in (None, 1.0)
 
     def test_near_ties_are_not_compared(self) -> None:
         tied = np.zeros((1, 8))
         tied[0, 2], tied[0, 5] = 3.0, 3.0 + 1e-6
-        metrics = compare(tied, tied, FP16, "logits")
+        metrics = measure_parity(tied, tied, FP16, "logits")
         assert metrics.top1_compared == 0
-        assert failures(metrics, FP16) == ()
+        assert tolerance_failures(metrics, FP16) == ()
 
 
 class TestVerdicts:
@@ -174,29 +175,29 @@ class TestVerdicts:
     )
     def test_each_limit_is_a_limit(self, field: str, limit: float, message: str) -> None:
         metrics = ParityMetrics(rows=1, elements=1, worst=3)
-        assert failures(metrics.model_copy(update={field: limit}), FP32) == ()
-        found = failures(metrics.model_copy(update={field: limit * 1.01}), FP32)
+        assert tolerance_failures(metrics.model_copy(update={field: limit}), FP32) == ()
+        found = tolerance_failures(metrics.model_copy(update={field: limit * 1.01}), FP32)
         assert len(found) == 1
         assert re.match(message, found[0])
 
     def test_the_users_own_absolute_limit(self) -> None:
         strict = FP32.model_copy(update={"max_abs": 1e-9})
         metrics = ParityMetrics(rows=1, elements=1, max_abs=2e-9)
-        assert failures(metrics, FP32) == ()
-        assert failures(metrics, strict) == ("max abs error 2e-09 exceeds 1e-09",)
+        assert tolerance_failures(metrics, FP32) == ()
+        assert tolerance_failures(metrics, strict) == ("max abs error 2e-09 exceeds 1e-09",)
 
     def test_other_classes(self) -> None:
         metrics = ParityMetrics(
             rows=9, elements=9, top1_compared=8, top1_agree=6, top5_compared=2, top5_overlap=0.9
         )
-        assert failures(metrics, FP32) == (
+        assert tolerance_failures(metrics, FP32) == (
             "another top class on 2 of 8 decided rows",
             "other top five classes: 90% found again",
         )
 
     def test_nothing_compared_is_a_failure(self) -> None:
-        assert failures(ParityMetrics(rows=0, elements=0), FP32) == ("nothing was compared",)
-        assert failures(compare(np.zeros((0, 3)), np.zeros((0, 3)), FP32, "logits"), FP32)
+        assert tolerance_failures(ParityMetrics(rows=0, elements=0), FP32) == ("nothing was compared",)
+        assert tolerance_failures(measure_parity(np.zeros((0, 3)), np.zeros((0, 3)), FP32, "logits"), FP32)
         assert not passes(np.zeros((3, 0)), np.zeros((3, 0)), TOLERANCES["fp32"], "logits")
 
     def test_tolerances_widen_with_precision(self) -> None:
@@ -286,9 +287,9 @@ class TestSessions:
         [
             ({}, "no golden data"),
             ({"pixel_values": INPUTS}, "no golden data"),
-            ({"pixel_values": INPUTS[:0], "reference": np.zeros((0, 20))}, "prove nothing"),
-            ({"pixel_values": INPUTS, "reference": np.zeros((4, 20))}, "prove nothing"),
-            ({"pixel_values": INPUTS, "reference": np.zeros((5, 0))}, "prove nothing"),
+            ({"pixel_values": INPUTS[:0], "reference": np.zeros((0, 20))}, "nothing to compare"),
+            ({"pixel_values": INPUTS, "reference": np.zeros((4, 20))}, "nothing to compare"),
+            ({"pixel_values": INPUTS, "reference": np.zeros((5, 0))}, "nothing to compare"),
             ({"pixel_values": INPUTS, "reference": np.zeros((5, 20))}, "zero for golden image 0"),
             ({"pixel_values": INPUTS, "reference": np.full((5, 20), np.nan)}, r"itself has NaN .*image 0"),
         ],

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import Availability, numpy_dtype, one_line
 from vitdeploy.backends.compiled_cache import load_or_compile
-from vitdeploy.backends.torch import Forward, Torch, dtype_of, forward_of, load_vit
+from vitdeploy.backends.torch import Forward, Torch, dtype_of, forward_of, load_reference
 from vitdeploy.backends.torch_compile import with_compiler
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Precision, input_spec
+from vitdeploy.bundle.manifest import input_spec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError
 from vitdeploy.machine.identity import cpu_info
@@ -47,7 +48,7 @@ class AotInductor(Torch):
         return with_compiler(super().availability(), "AOTInductor")
 
     def _forward(
-        self, bundle: Bundle, precision: Precision, batch: BatchRange | None, device: str
+        self, bundle: Bundle, precision: ArtifactPrecision, batch: BatchRange | None, device: str
     ) -> Forward:
         job = _Job(bundle, precision, batch, device)
         try:
@@ -61,7 +62,7 @@ class _Job:
     """What is to be compiled, and for what."""
 
     bundle: Bundle
-    precision: Precision
+    precision: ArtifactPrecision
     batch: BatchRange | None
     device: str
 
@@ -129,15 +130,13 @@ class _Job:
         """What sessions compute, as the exporter takes it."""
         import torch
 
-        from vitdeploy.model.vit import FusedAttention
-
-        vit = load_vit(self.bundle, dtype_of(self.precision), self.device, FusedAttention)
-        forward_ = forward_of(vit, self.bundle.manifest)
+        model = load_reference(self.bundle, dtype_of(self.precision), self.device, fused_attention=True)
+        forward_ = forward_of(model, self.bundle.manifest)
 
         class Session(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.vit = vit
+                self.model = model
 
             def forward(self, pixels: Tensor) -> Tensor:
                 return forward_(pixels)

@@ -14,8 +14,9 @@ from typing import Any, Protocol, Self, cast
 
 import numpy as np
 
+from vitdeploy.bundle.dtypes import ArtifactPrecision, DType
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, DType, Manifest, Precision, TensorSpec
+from vitdeploy.bundle.manifest import Artifact, Manifest, TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError, did_you_mean
 
@@ -65,7 +66,7 @@ class SessionFacts:
     backend: str
     artifact: str
     """The artifact's name, or the weights file's where the model runs without an artifact."""
-    precision: Precision
+    precision: ArtifactPrecision
     """What the artifact is declared to be in."""
     executes: str
     """What the runtime computes in; a backend that widens or narrows the artifact says so here."""
@@ -79,7 +80,7 @@ class SessionFacts:
     """Of the libraries that compute."""
     uses_files: bool = True
     """Whether it runs the artifact's own files, where the backend reads its format; what it makes itself in
-    their place proves nothing about them."""
+    their place says nothing about them."""
     fusion: tuple[str, ...] = ()
     """Which parts of the model run fused, and which do not and why; from backends that know."""
     rebuild: str = "export with --batch MIN,OPT,MAX"

@@ -27,6 +27,7 @@ from vitdeploy.backends.onnxruntime_providers import (
     shares,
     unavailable,
 )
+from vitdeploy.bundle.dtypes import from_onnx
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
@@ -146,13 +147,7 @@ def _open(
         raise DeviceUnavailable(message, hint="its log above names the library it could not load")
     check_signature(
         artifact,
-        {value.name: _dtype(value) for value in session.get_inputs()},
-        {value.name: _dtype(value) for value in session.get_outputs()},
+        {value.name: from_onnx(value.type) for value in session.get_inputs()},
+        {value.name: from_onnx(value.type) for value in session.get_outputs()},
     )
     return session
-
-
-def _dtype(value: Any) -> str:
-    """The numpy name of what ONNX Runtime calls ``tensor(float)``."""
-    name = str(value.type).removeprefix("tensor(").removesuffix(")")
-    return {"float": "float32", "double": "float64"}.get(name, name)

@@ -2,7 +2,7 @@
 
 TensorRT comes with onnxruntime-gpu; TensorRT for RTX with builds that have it, else with NVIDIA's plugin
 package. Neither has been run on a GPU by this project yet: the names of their options are held against what
-their libraries read, and the plugin has compiled models behind a stand-in for the CUDA driver.
+their libraries read.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from vitdeploy.backends.base import Options, one_line, split_device
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.config import Precision
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, VitdeployError, did_you_mean
 from vitdeploy.machine.cache import CacheFile
 from vitdeploy.machine.gpus import Gpu, find_gpus
@@ -138,8 +140,8 @@ def _tensorrt(library: Any, bundle: Bundle, artifact: Artifact, device: int) -> 
     if not _strongly_typed(library, version) and artifact.precision != "fp32":
         # Without these a weakly typed network is widened to fp32; with them its layers may be narrowed.
         options |= {
-            "trt_fp16_enable": str(int(_has_type(artifact, "fp16", "float16"))),
-            "trt_bf16_enable": str(int(_has_type(artifact, "bf16", "bfloat16"))),
+            "trt_fp16_enable": str(int(_has_type(artifact, "fp16"))),
+            "trt_bf16_enable": str(int(_has_type(artifact, "bf16"))),
             "trt_layer_norm_fp32_fallback": "1",
         }
         executes = f"{artifact.precision}, in types that TensorRT chooses layer by layer"
@@ -207,14 +209,14 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
-def _has_type(artifact: Artifact, precision: str, dtype: str) -> bool:
-    """Whether an artifact computes in a type anywhere."""
-    operations = artifact.proof.ops if artifact.proof else ()
+def _has_type(artifact: Artifact, precision: Precision) -> bool:
+    """Whether an artifact computes in a precision anywhere."""
+    operations, dtype = artifact.proof.ops if artifact.proof else (), PRECISION_DTYPES[precision]
     return artifact.precision == precision or any(operation.dtype == dtype for operation in operations)
 
 
 def has_bf16(artifact: Artifact) -> bool:
-    return _has_type(artifact, "bf16", "bfloat16")
+    return _has_type(artifact, "bf16")
 
 
 def _forbid_tf32() -> None:

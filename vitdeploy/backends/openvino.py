@@ -21,11 +21,12 @@ from vitdeploy.backends.base import (
     require_support,
     split_device,
 )
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, TensorSpec
+from vitdeploy.bundle.manifest import Artifact, Manifest, TensorSpec
 from vitdeploy.errors import BundleError, MissingDependency, UsageError
 
-_HINTS: Mapping[Precision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
+_HINTS: Mapping[ArtifactPrecision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 _NAMES = {"f32": "fp32", "f16": "fp16"}
 _GEMMS = ("FullyConnected", "MatMul", "Convolution")
 
@@ -128,7 +129,7 @@ def _dtypes(values: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str]:
     }
 
 
-def _precision(core: Any, precision: Precision) -> str:
+def _precision(core: Any, precision: ArtifactPrecision) -> str:
     """What to compute in. Left alone, it computes fp32 models in bf16 wherever the CPU has that.
 
     A precision the CPU lacks is widened, never traded for another narrow one; "mixed" is widened

@@ -29,12 +29,12 @@ from vitdeploy.errors import BundleError, DeviceUnavailable, ExportError, UsageE
 from vitdeploy.machine.gpus import Gpu, find_gpus
 from vitdeploy.tensorrt import cuda
 from vitdeploy.tensorrt.api import ICudaEngine, TensorRt
+from vitdeploy.tensorrt.builder import Log, make_logger
 from vitdeploy.tensorrt.caches import KernelCache
 from vitdeploy.tensorrt.engine_file import check_files, check_machine, foreign_to, read_record, runs_on
-from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, installed, open_library
+from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, import_tensorrt
 from vitdeploy.tensorrt.fusion import FusionReport, fused
-from vitdeploy.tensorrt.layers import inspected_layers
-from vitdeploy.tensorrt.log import Log, make_logger
+from vitdeploy.tensorrt.proof import inspected_layers
 from vitdeploy.tensorrt.records import EngineRecord
 from vitdeploy.tensorrt.session import Engine
 
@@ -49,9 +49,9 @@ class _EngineBackend:
 
     def availability(self) -> Availability:
         hint = f'pip install "vitdeploy[{self.flavour.name}]"'
-        if not installed(self.flavour):
+        if not self.flavour.is_installed:
             return Availability(False, f"{self.flavour.module} is not installed", hint)
-        if not cuda.installed():
+        if not cuda.cuda_core_installed():
             return Availability(False, "cuda-core is not installed", hint)
         if not find_gpus():
             return Availability(
@@ -69,7 +69,7 @@ class _EngineBackend:
         if artifact is None or artifact.format != self.flavour.name:
             require_support(self, bundle, artifact)
         assert artifact is not None
-        library = open_library(self.flavour, f"the {self.name} backend")
+        library = import_tensorrt(self.flavour, f"the {self.name} backend")
         index, gpu = self._gpu(options.device, artifact)
         path, record = self._checked(bundle, artifact)
         rebuild = rebuild_command(bundle.root, artifact)
@@ -194,7 +194,7 @@ class EngineSession(Session):
 
 def rebuild_command(bundle: Path, artifact: Artifact) -> str:
     """The command that builds an engine anew."""
-    words = ["vitdeploy", "export", "-m", str(bundle), "--format", artifact.format]
+    words = ["vitdeploy", "engine", str(bundle), "--format", artifact.format]
     words += ["--precision", artifact.precision]
     if FLAVOURS[artifact.format].portable:
         words += ["--arch", "+".join(artifact.targets)]

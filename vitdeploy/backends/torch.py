@@ -21,8 +21,9 @@ from vitdeploy.backends.base import (
     require_support,
     split_device,
 )
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES, ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
+from vitdeploy.bundle.manifest import Artifact, Manifest, input_spec, output_spec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 
@@ -30,11 +31,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from vitdeploy.model.vit import Attention, ViT
+    from vitdeploy.model.reference import Reference
 
 Forward = Callable[["Tensor"], "Tensor"]
-
-_DTYPES: Mapping[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Torch:
@@ -56,7 +55,7 @@ class Torch:
             return f"the bundle has no {WEIGHTS}"
         if artifact is not None and artifact.format == "triton-aot":
             return f"{artifact.name} holds kernels for the triton backend"
-        if artifact is not None and artifact.precision not in _DTYPES:
+        if artifact is not None and artifact.precision not in PRECISION_DTYPES:
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
         return None
 
@@ -66,7 +65,7 @@ class Torch:
         require_support(self, bundle, artifact)
         device = cuda_device(torch, options.device or "cpu")
         bundle.verify_hashes([WEIGHTS])
-        precision: Precision = artifact.precision if artifact else "fp32"
+        precision: ArtifactPrecision = artifact.precision if artifact else "fp32"
         manifest = bundle.manifest
         assert manifest.model is not None
         batch = artifact.batch if artifact else None
@@ -85,12 +84,11 @@ class Torch:
         return TorchSession(facts, self._forward(bundle, precision, batch, device), options.threads)
 
     def _forward(
-        self, bundle: Bundle, precision: Precision, batch: BatchRange | None, device: str
+        self, bundle: Bundle, precision: ArtifactPrecision, batch: BatchRange | None, device: str
     ) -> Forward:
         """The function of a session: the network's input to float32 output."""
-        from vitdeploy.model.vit import FusedAttention
-
-        return forward_of(load_vit(bundle, dtype_of(precision), device, FusedAttention), bundle.manifest)
+        model = load_reference(bundle, dtype_of(precision), device, fused_attention=True)
+        return forward_of(model, bundle.manifest)
 
 
 def reference_session(bundle: Bundle) -> Session:
@@ -104,7 +102,7 @@ def reference_session(bundle: Bundle) -> Session:
     torch = library(Torch.name)
     require_support(Torch(), bundle, None)
     bundle.verify_hashes([WEIGHTS])
-    vit, manifest = load_vit(bundle, torch.float64), bundle.manifest
+    model, manifest = load_reference(bundle, torch.float64), bundle.manifest
     facts = SessionFacts(
         backend=Torch.name,
         artifact=WEIGHTS,
@@ -113,11 +111,11 @@ def reference_session(bundle: Bundle) -> Session:
         device="cpu",
         provider="cpu",
         batch=None,
-        inputs=(input_spec(vit.config, manifest.input),),
-        outputs=(output_spec(vit.config, manifest.output),),
+        inputs=(input_spec(model.config, manifest.input),),
+        outputs=(output_spec(model.config, manifest.output),),
         versions={"torch": str(torch.__version__)},
     )
-    return TorchSession(facts, forward_of(vit, manifest), None)
+    return TorchSession(facts, forward_of(model, manifest), None)
 
 
 class TorchSession(Session):
@@ -210,20 +208,21 @@ def cuda_device(torch: Any, wanted: str) -> str:
     return f"cuda:{index}"
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
+def dtype_of(precision: ArtifactPrecision) -> torch.dtype:
     """What the model computes in throughout."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _DTYPES[precision])
+    dtype: torch.dtype = getattr(torch, PRECISION_DTYPES[precision])
     return dtype
 
 
-def load_vit(
+def load_reference(
     bundle: Bundle,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    attention: type[Attention] | None = None,
-) -> ViT:
+    *,
+    fused_attention: bool = False,
+) -> Reference:
     """The model with the bundle's weights, as they are or rounded once; the reference itself by default.
 
     Raises:
@@ -232,25 +231,25 @@ def load_vit(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from vitdeploy.model.vit import Attention, build
+    from vitdeploy.model.registry import build_reference
 
     config, path = bundle.manifest.model, bundle.path(WEIGHTS)
     assert config is not None
     try:
         state = {name: tensor.to(device, dtype) for name, tensor in load_file(path).items()}
-        return build(config, state, attention or Attention)
+        return build_reference(config, state, fused_attention=fused_attention)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise BundleError(f"{path}: not the weights of this model: {one_line(error)}") from error
 
 
-def forward_of(vit: nn.Module, manifest: Manifest) -> Forward:
+def forward_of(model: nn.Module, manifest: Manifest) -> Forward:
     """The model as a function of what artifacts read; uint8 images are normalised in float32."""
     import torch
 
-    weight, output = next(vit.parameters()), manifest.output
+    weight, output = next(model.parameters()), manifest.output
 
     def forward(pixels: Tensor) -> Tensor:
-        outputs: Tensor = vit(pixels.to(weight.dtype), output)
+        outputs: Tensor = model(pixels.to(weight.dtype), output)
         return outputs.to(torch.float32)
 
     if manifest.input == "float" or manifest.preprocess is None:

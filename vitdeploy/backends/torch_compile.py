@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from vitdeploy.backends.base import Availability
 from vitdeploy.backends.torch import Forward, Torch
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Precision
 from vitdeploy.config import BatchRange
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class TorchCompile(Torch):
         return with_compiler(super().availability(), "torch.compile")
 
     def _forward(
-        self, bundle: Bundle, precision: Precision, batch: BatchRange | None, device: str
+        self, bundle: Bundle, precision: ArtifactPrecision, batch: BatchRange | None, device: str
     ) -> Forward:
         import torch
         import torch._dynamo

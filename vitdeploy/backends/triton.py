@@ -21,10 +21,11 @@ from vitdeploy.backends.base import (
     refuse,
     require_support,
 )
-from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_vit
+from vitdeploy.backends.torch import DeviceTimer, cuda_device, library, load_reference
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES, ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, Manifest, Precision, input_spec, output_spec
-from vitdeploy.config import BatchRange
+from vitdeploy.bundle.manifest import AOT, Artifact, Manifest, input_spec, output_spec
+from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency
 from vitdeploy.machine.gpus import find_gpus
 
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
     from vitdeploy_kernels.package import Package
     from vitdeploy_kernels.runner import VitRunner
 
-DTYPES: Mapping[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}
-"""Precisions that the kernels compute in, by PyTorch's names."""
-AOT = "triton-aot"
-"""The format of artifacts that hold the kernels themselves."""
+PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
+"""What the kernels compute in."""
 TABLE = "table.json"
 """Beside the kernels of each architecture: the configurations they were compiled with."""
 TUNED = "kernels/tuned"
@@ -73,11 +72,13 @@ class Triton:
             return "it builds a ViT from its configuration, and this bundle holds a module of the user's own"
         if WEIGHTS not in manifest.files:
             return f"the bundle has no {WEIGHTS}"
+        if not manifest.model.fused_kernels:
+            return f"it has no kernels for a model of the kind {manifest.model.kind!r}"
         if artifact is not None and artifact.format == AOT and _interpreted():
             return "its kernels are a GPU's, and the interpreter runs none of them"
         if artifact is not None and artifact.precision == "mixed":
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
-        if artifact is not None and artifact.precision not in DTYPES:
+        if artifact is not None and artifact.precision not in PRECISIONS:
             return f"it computes in fp16 or bf16, and {artifact.name} is {artifact.precision}"
         return None
 
@@ -89,7 +90,7 @@ class Triton:
         require_support(self, bundle, artifact)
         device = self._device(torch, options.device)
         bundle.verify_hashes([WEIGHTS])
-        precision: Precision = artifact.precision if artifact else "fp16"
+        precision: ArtifactPrecision = artifact.precision if artifact else "fp16"
         batch = artifact.batch if artifact else BatchRange()
         kernels = _Kernels.of(bundle, artifact, device)
         runner = _runner(torch, bundle, precision, batch, device, kernels)
@@ -225,7 +226,12 @@ class _Kernels:
 
 
 def _runner(
-    torch: Any, bundle: Bundle, precision: Precision, batch: BatchRange, device: str, kernels: _Kernels
+    torch: Any,
+    bundle: Bundle,
+    precision: ArtifactPrecision,
+    batch: BatchRange,
+    device: str,
+    kernels: _Kernels,
 ) -> VitRunner:
     """The folded model and its plans.
 
@@ -233,14 +239,15 @@ def _runner(
         DeviceUnavailable: this GPU among several is too old.
         BundleError: the kernels fail, or the memory does not suffice.
     """
-    from vitdeploy.model.fused import buckets_of, fuse
+    from vitdeploy.model.fused import buckets_of
+    from vitdeploy.model.registry import architecture_of
     from vitdeploy_kernels.runner import VitRunner
     from vitdeploy_kernels.support import UnsupportedError
 
-    manifest = bundle.manifest
-    model = fuse(
-        load_vit(bundle),
-        getattr(torch, DTYPES[precision]),
+    manifest, reference = bundle.manifest, load_reference(bundle)
+    model = architecture_of(reference.config).fuse(
+        reference,
+        getattr(torch, PRECISION_DTYPES[precision]),
         output=manifest.output,
         input_kind=manifest.input,
         preprocess=manifest.preprocess,

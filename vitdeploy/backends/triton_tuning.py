@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitdeploy.backends.base import get_backend, require_support
-from vitdeploy.backends.triton import DTYPES, TUNED
+from vitdeploy.backends.triton import PRECISIONS, TUNED
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import DeviceUnavailable, UsageError
@@ -63,9 +64,9 @@ def tune_bundle(
         DeviceUnavailable: there is no GPU that they run on.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-    kind = next((name for name in DTYPES if name == precision), None)
+    kind = next((name for name in PRECISIONS if name == precision), None)
     if kind is None:
-        raise UsageError(f"the kernels compute in {' or '.join(DTYPES)}, not in {precision!r}")
+        raise UsageError(f"the kernels compute in {' or '.join(PRECISIONS)}, not in {precision!r}")
     if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UsageError(f"{folder} is not a folder that can be written")  # before the search, not after it
     backend = get_backend("triton")
@@ -75,7 +76,7 @@ def tune_bundle(
         raise DeviceUnavailable(f"nothing to tune for: {state.reason}", hint="run it where the GPU is")
     target = _target()
     table, findings, shapes, lines = _search(
-        opened, target, batches, DTYPES[kind], budget, progress or Progress()
+        opened, target, batches, PRECISION_DTYPES[kind], budget, progress or Progress()
     )
     path = _keep(opened, table, folder)
     return TuneReport(target.name, path, len(findings), shapes, tuple(lines))
@@ -101,7 +102,8 @@ def _search(
 ) -> tuple[Table, list[Finding], int, list[str]]:
     import torch
 
-    from vitdeploy.model.fused import buckets_of, shape_of
+    from vitdeploy.model.fused import buckets_of
+    from vitdeploy.model.registry import architecture_of
     from vitdeploy_kernels import tuner
     from vitdeploy_kernels.config import shipped_table
     from vitdeploy_kernels.warming import Warmer
@@ -112,7 +114,8 @@ def _search(
     sizes = batches or sorted({size for each in served for size in buckets_of(each)})
     dtype = getattr(torch, dtype_name)
     start = shipped_table(target.capability, target.name)
-    shape = shape_of(manifest.model, manifest.output, manifest.input)
+    model = manifest.model
+    shape = architecture_of(model).kernel_shape(model, manifest.output, manifest.input)
     specs = tuner.specs_of([shape], sizes, dtype, start)
     lines: list[str] = []
     with progress.stage("tune") as stage, Warmer(dtype, os.cpu_count() or 1) as warmer:

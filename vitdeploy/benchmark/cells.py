@@ -17,7 +17,7 @@ from vitdeploy.benchmark.results import Accuracy, Parity, Startup
 from vitdeploy.errors import VitdeployError
 from vitdeploy.machine.child import Worker, WorkerFailure
 from vitdeploy.predictor import Predictor
-from vitdeploy.verification.accuracy import LabelledImages, Places, measure
+from vitdeploy.verification.accuracy import LabelledImages, TopClasses, top_classes
 from vitdeploy.verification.parity import TOLERANCES, check_session
 
 
@@ -136,11 +136,11 @@ class LaneRun:
         with self._failures():
             return self.session(batch).last(batch)
 
-    def places(self, images: LabelledImages) -> Places:
+    def places(self, images: LabelledImages) -> TopClasses:
         """The classes it puts first; raises CellFailure."""
         first = self.facts.batch.min if self.facts and self.facts.batch else 1
         with self._failures():
-            return measure(Predictor(self.lane.target.bundle, self.session(first)), images)
+            return top_classes(Predictor(self.lane.target.bundle, self.session(first)), images)
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,15 +14,15 @@ from pydantic import TypeAdapter
 
 from vitdeploy.backends.base import Array, Session, SessionFacts
 from vitdeploy.benchmark.results import Skipped, Subject
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, Precision, TensorSpec
+from vitdeploy.bundle.manifest import Artifact, TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ParityError, UsageError
-from vitdeploy.machine.child import Worker
+from vitdeploy.machine.child import Worker, child_environment
 from vitdeploy.verification.local import Pair, runnable
 
 _FACTS = TypeAdapter(SessionFacts)
-_ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Lane:
     target: Target
     backend: str
     artifact: str
-    precision: Precision
+    precision: ArtifactPrecision
     threads: int | None
     concurrency: int
     command: tuple[str, ...]
@@ -178,7 +177,7 @@ def _lane(target: Target, pair: Pair, threads: int | None, concurrency: int, cho
             "concurrency": concurrency,
         },
         provider=choices.provider or "",
-        environment=own_environment(),
+        environment=child_environment(),
         batch=artifact.batch if artifact else None,
         size_bytes=_size(artifact, reads=reads, weights=weights),
     )
@@ -186,11 +185,6 @@ def _lane(target: Target, pair: Pair, threads: int | None, concurrency: int, cho
 
 def _size(artifact: Artifact | None, *, reads: bool, weights: int | None) -> int | None:
     return artifact.size if artifact is not None and reads else weights
-
-
-def own_environment() -> dict[str, str]:
-    """The variables of a child that imports this very vitdeploy, installed or not."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))}
 
 
 def _require_batches(target: Target, lanes: Sequence[Lane], batches: Sequence[int]) -> None:

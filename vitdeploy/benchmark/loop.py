@@ -27,10 +27,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from vitdeploy.machine.child import private_pipes
 from vitdeploy.machine.memory import forget_peak, peak_memory
 
 Array = np.ndarray[Any, Any]
@@ -50,11 +51,10 @@ class Loaded:
 
 def serve(load: Callable[[dict[str, Any]], Loaded]) -> int:
     """Serve requests until standard input ends; returns the exit code of the process."""
-    requests, answers = _private_pipes()
+    requests, answers = private_pipes()
 
     def send(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
-        answers.flush()
 
     job = requests.readline()
     if not job:
@@ -76,16 +76,6 @@ def serve(load: Callable[[dict[str, Any]], Loaded]) -> int:
         except Exception as error:
             send(_failure(error))
     return 0
-
-
-def _private_pipes() -> tuple[IO[str], IO[str]]:
-    """Both ends of the conversation, out of reach of a library that prints or reads by itself."""
-    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return requests, answers
 
 
 def _failure(error: Exception) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from vitdeploy._version import __version__
 from vitdeploy.benchmark.results import Cpu, Environment, Git
-from vitdeploy.machine.identity import LIBRARIES, find_cpu, installed_version, query_gpus
+from vitdeploy.machine.gpus import query_gpus
+from vitdeploy.machine.identity import LIBRARIES, find_cpu, installed_version
 
 FOREIGN = 0.05
 """Share of the processors that other programs may take before a measurement counts as disturbed."""

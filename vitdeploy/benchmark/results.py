@@ -14,7 +14,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vitdeploy.bundle.manifest import Precision, first_problem
+from vitdeploy.bundle.dtypes import ArtifactPrecision
+from vitdeploy.bundle.manifest import first_problem
 from vitdeploy.config import Size
 from vitdeploy.errors import UsageError
 from vitdeploy.machine.identity import machine_name
@@ -152,7 +153,7 @@ class Cell(_Record):
     backend: str
     provider: str
     artifact: str
-    precision: Precision
+    precision: ArtifactPrecision
     executes: str
     """What the runtime computes in."""
     batch: int = Field(ge=1)

@@ -18,7 +18,6 @@ from vitdeploy.benchmark.lanes import (
     Target,
     lanes_of,
     open_targets,
-    own_environment,
     serves,
 )
 from vitdeploy.benchmark.machine import Moment, Watch, environment
@@ -27,13 +26,14 @@ from vitdeploy.benchmark.metronome import Metronome, metronome
 from vitdeploy.benchmark.results import Accuracy, Beat, Cell, Results, Settings, Skipped
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import UsageError
+from vitdeploy.machine.child import child_environment
 from vitdeploy.progress import Progress, Stage
 from vitdeploy.verification.accuracy import (
     LabelledImages,
     bundled_images,
-    compare,
+    compare_accuracy,
     find_labelled,
-    reference_places,
+    reference_top_classes,
 )
 
 _BAR = 20
@@ -107,7 +107,7 @@ def run_plan(plan: Plan, *, progress: Progress | None = None, counters: Counters
     partial, notes = False, list[str]()
     try:
         _prove(runs, cells, progress)
-        with metronome(own_environment()) as beat:
+        with metronome(child_environment()) as beat:
             beats.append(beat)
             _time(referee, cells, beat, progress)
         for cell in cells:
@@ -168,14 +168,14 @@ def _score(
         return []
     images, notes = plan.images[name], list[str]()
     with progress.stage("accuracy") as stage:
-        reference = reference_places(own[0].lane.target.bundle, images)
+        reference = reference_top_classes(own[0].lane.target.bundle, images)
         if reference is None:
             return [
                 f"{name}: no accuracy, because the float64 reference needs PyTorch and the model's weights"
             ]
         for run in right:
             try:
-                found = compare(run.places(images), reference, images.labels)
+                found = compare_accuracy(run.places(images), reference, images.labels)
                 run.accuracy = Accuracy.model_validate(asdict(found))
             except CellFailure as error:
                 notes.append(f"{run.lane.name}: no accuracy: {error}")

@@ -16,13 +16,17 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
+    PlainValidator,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
     ValidationError,
     model_serializer,
     model_validator,
 )
 
-from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
+from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, OpDType
+from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, model_fields, model_type
 from vitdeploy.errors import BundleError, VitdeployError
 
 MANIFEST = "manifest.json"
@@ -30,11 +34,10 @@ SCHEMA_VERSION: Final = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
 """Nothing longer is parsed; the manifest of a model with 1000 labels has some 100 KB."""
 
+AOT = "triton-aot"
+"""The format of artifacts that hold the fused kernels, compiled ahead of time."""
 REBUILD = "copy or export the bundle again"
 
-Precision = Literal["fp32", "fp16", "bf16", "mixed"]
-DType = Literal["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int32", "int64"]
-OpDType = DType | Literal["float8e4m3fn", "undefined"]
 Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 Count = Annotated[int, Field(ge=0)]
 
@@ -76,22 +79,30 @@ class TensorSpec(_Record):
     shape: tuple[int | str, ...]
 
 
-def input_spec(config: ViTConfig, kind: InputKind) -> TensorSpec:
-    """What a ViT takes: pixel values (N, C, H, W) float32, or images (N, H, W, C) uint8."""
+def input_spec(config: ModelConfig, kind: InputKind) -> TensorSpec:
+    """What a model takes: pixel values (N, C, H, W) float32, or images (N, H, W, C) uint8."""
     height, width = config.image_size
     if kind == "uint8":
         return TensorSpec(name="pixel_values", dtype="uint8", shape=("N", height, width, config.channels))
     return TensorSpec(name="pixel_values", dtype="float32", shape=("N", config.channels, height, width))
 
 
-def output_spec(config: ViTConfig, output: Output) -> TensorSpec:
+def output_spec(config: ModelConfig, output: Output) -> TensorSpec:
     """What it gives, float32."""
-    shapes: dict[Output, tuple[int | str, ...]] = {
-        "logits": ("N", config.classes),
-        "features": ("N", config.features),
-        "tokens": ("N", config.tokens, config.width),
-    }
-    return TensorSpec(name=output, dtype="float32", shape=shapes[output])
+    return TensorSpec(name=output, dtype="float32", shape=("N", *config.output_shapes[output]))
+
+
+def _parse_model(value: object) -> ModelConfig:
+    if isinstance(value, ModelConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("a model's configuration must be an object")
+    config, fields = model_type(value)
+    return TypeAdapter(config).validate_python(fields)
+
+
+ModelRecord = Annotated[ModelConfig, PlainValidator(_parse_model), PlainSerializer(model_fields)]
+"""A configuration of any kind, told apart by ``kind``."""
 
 
 class OpPrecision(_Record):
@@ -117,8 +128,8 @@ class Artifact(_Record):
     name: str = Field(min_length=1)
     """Unique within the bundle: ``onnx-fp16``."""
     format: str = Field(min_length=1)
-    precision: Precision
-    requested: Precision
+    precision: ArtifactPrecision
+    requested: ArtifactPrecision
     """The precision asked for; ``fallback`` says why it is another one, where it is."""
     path: SafePath
     files: tuple[SafePath, ...]
@@ -257,7 +268,7 @@ class Manifest(_Record):
     created: str = Field(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\z")
     generator: str
     """``vitdeploy`` and its version."""
-    model: ViTConfig | None = None
+    model: ModelRecord | None = None
     """Null for a model of the user's own, which exists as artifacts only."""
     output: Output = "logits"
     input: InputKind = "float"

@@ -7,12 +7,13 @@ precision decides the answer, and holds it against the islands that the plan dec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from vitdeploy.bundle.manifest import OpDType, OpPrecision, PrecisionProof
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES, OpDType, from_onnx
+from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
 from vitdeploy.config import Precision
 from vitdeploy.errors import UsageError
 
@@ -31,8 +32,6 @@ NORMALISATIONS = frozenset(
 )
 WATCHED = GEMMS | NORMALISATIONS | {"Softmax", "ReduceMean"}
 _WIDE = ("float32", "float64")
-NAMES: Mapping[Precision, OpDType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""Precisions as dtypes."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
 def _dtype_name(element_type: int) -> OpDType:
     import onnx
 
-    name = onnx.TensorProto.DataType.Name(element_type).lower()
-    names: dict[str, OpDType] = {"float": "float32", "double": "float64", "": "undefined"}
-    return names.get(name, cast(OpDType, name))
+    return cast(OpDType, from_onnx(onnx.TensorProto.DataType.Name(element_type)))
 
 
 def _types(model: onnx.ModelProto) -> dict[str, OpDType]:
@@ -97,7 +94,7 @@ def prove_precision(model: onnx.ModelProto, precision: Precision, islands: Colle
         import onnx.shape_inference
 
         types |= _types(onnx.shape_inference.infer_shapes(model))
-    wanted = NAMES[precision]
+    wanted = PRECISION_DTYPES[precision]
     rows = []
     for node in model.graph.node:
         if node.op_type not in WATCHED:
@@ -117,7 +114,7 @@ def declared(node: str, islands: Collection[str]) -> bool:
 
 def undeclared(ops: Iterable[OpPrecision], precision: Precision) -> tuple[OpPrecision, ...]:
     """The GEMMs that make a proof fail."""
-    wanted = NAMES[precision]
+    wanted = PRECISION_DTYPES[precision]
     return tuple(row for row in ops if row.op in GEMMS and row.dtype != wanted and not row.island)
 
 

@@ -211,11 +211,9 @@ def _read_pickle(path: Path, start: bytes) -> tuple[dict[str, Tensor], tuple[str
         notes.append(f"weights taken from {wrapper!r} of {path.name}")
         content = content[wrapper]
     if not _is_state(content):
-        found = (
-            f"keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "no dict"
-        )
+        keys = f"keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "no dict"
         raise CheckpointError(
-            f"{path} holds no state dict ({found})", hint=f"known wrappers: {', '.join(_WRAPPERS)}"
+            f"{path} holds no state dict ({keys})", hint=f"known wrappers: {', '.join(_WRAPPERS)}"
         )
     state = {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, Tensor)}
     return state, tuple(notes)

@@ -22,17 +22,25 @@ from torch import Tensor, nn
 
 from vitdeploy.bundle.files import sha256
 from vitdeploy.checkpoint import families
-from vitdeploy.checkpoint.families import own
+from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Foreign, Reading, take_over
-from vitdeploy.checkpoint.families.positions import fit_positions
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_json, read_shards, read_weights
-from vitdeploy.config import Preprocess, Size, ViTConfig, decode_variant, is_variant, variant_names
+from vitdeploy.config import (
+    DEFAULT_MODEL,
+    ModelConfig,
+    Preprocess,
+    Size,
+    ViTConfig,
+    decode_variant,
+    is_variant,
+    model_fields,
+    variant_names,
+)
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError, did_you_mean
-from vitdeploy.model.vit import expected_shapes
+from vitdeploy.model.registry import expected_shapes
 
-DEFAULT_MODEL = "vit_base_patch16_224"
 DIGITS = "digits"
 
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -45,9 +53,9 @@ _WEIGHTS = ("model.safetensors", "weights.safetensors", "pytorch_model.bin")
 class Checkpoint:
     """A model ready for export: configuration, weights, preprocessing, labels, and where they are from."""
 
-    config: ViTConfig
+    config: ModelConfig
     state: Mapping[str, Tensor]
-    """Exactly the names and shapes of ``model.expected_shapes(config)``; dtypes as in the file. A position
+    """Exactly the names and shapes of ``registry.expected_shapes(config)``; dtypes as in the file. A position
     table that was interpolated is float64, or float32 where its family computes it so."""
     preprocess: Preprocess
     labels: tuple[str, ...] | None
@@ -121,8 +129,8 @@ def save_folder(checkpoint: Checkpoint, path: Path) -> None:
     """
     path.mkdir(parents=True, exist_ok=True)
     config = {
-        "model_type": own.MODEL_TYPE,
-        "model": dataclasses.asdict(checkpoint.config),
+        "model_type": reference.MODEL_TYPE,
+        "model": model_fields(checkpoint.config),
         "preprocess": dataclasses.asdict(checkpoint.preprocess),
         "labels": checkpoint.labels,
     }
@@ -165,14 +173,14 @@ def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
 
 def _folder_weights(folder: Path, source: str) -> Weights:
     index = folder / "model.safetensors.index.json"
-    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if index.is_file() and (found is None or found.name != "model.safetensors"):
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if index.is_file() and (weights is None or weights.name != "model.safetensors"):
         return read_shards(index)
-    if found is None:
+    if weights is None:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
         hint = f"give the file itself: {source}/{others[0]}" if others else "a folder needs model.safetensors"
         raise CheckpointError(f"{source}: none of {', '.join((*_WEIGHTS, index.name))} is there", hint=hint)
-    return read_weights(found)
+    return read_weights(weights)
 
 
 def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None, dict[str, str]]:
@@ -187,7 +195,7 @@ def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None
     if manifest.is_file():
         content = read_json(manifest)
         described = {key: content.get(key) for key in ("model", "preprocess", "labels")}
-        return {"model_type": own.MODEL_TYPE, **described}, {manifest.name: sha256(manifest)}
+        return {"model_type": reference.MODEL_TYPE, **described}, {manifest.name: sha256(manifest)}
     if whole:
         raise CheckpointError(
             f"{folder}: there is no config.json",
@@ -201,9 +209,9 @@ def _from_hub(name: str) -> tuple[Foreign, Weights]:
     if name.startswith(("/", ".", "~")) or Path(name).suffix in SUFFIXES:
         raise CheckpointError(f"{name}: no such file or folder")
     if not _HUB_ID.fullmatch(name):
-        known = (*variant_names(), DIGITS)
+        names = (*variant_names(), DIGITS)
         raise UsageError(
-            f"unknown model {name!r}{did_you_mean(name, known)}",
+            f"unknown model {name!r}{did_you_mean(name, names)}",
             hint="a named variant, a folder or file, a hub id (owner/name), timm:NAME or module:function",
         )
     try:
@@ -242,12 +250,11 @@ def _convert(
     if classes is not None and native.classes != classes:
         raise CheckpointError(f"{foreign.source} has {native.classes} classes, not {classes}")
     size = image_size or (template.image_size if template else reading.default_size) or native.image_size
-    config = replace(native, image_size=size)
+    config = native.at_size(size)
     state, notes = take_over(reading, family.name, foreign.source)
-    if (table := state.get("pos_embed")) is not None:
-        state["pos_embed"] = fit_positions(table, native, size, family.positions)
-        if state["pos_embed"] is not table:
-            notes = (*notes, _interpolation_note(reading, size, family.name))
+    if fitted := family.positions.fit(state, native, size):
+        state |= fitted
+        notes = (*notes, _interpolation_note(reading, size, family.name))
     return Checkpoint(
         config=config,
         state=state,
@@ -260,12 +267,12 @@ def _convert(
     )
 
 
-def _check_template(source: str, config: ViTConfig, template: ViTConfig) -> None:
+def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> None:
     fields = ("patch_size", "channels", "width", "depth", "heads", "mlp_width", "distillation_token")
     differing = [
-        f"{field} {getattr(config, field)}, not {getattr(template, field)}"
+        f"{field} {getattr(config, field, None)}, not {getattr(template, field)}"
         for field in fields
-        if getattr(config, field) != getattr(template, field)
+        if getattr(config, field, None) != getattr(template, field)
     ]
     if differing:
         raise CheckpointError(
@@ -283,7 +290,7 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int) 
     if classes is not None and classes < 0:
         raise UsageError(f"classes must be at least 0, not {classes}")
     config = decode_variant(name)
-    config = replace(config, image_size=image_size or config.image_size)
+    config = config.at_size(image_size or config.image_size)
     config = config if classes is None else replace(config, classes=classes)
     return Checkpoint(
         config=config,
@@ -297,7 +304,7 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int) 
     )
 
 
-def random_state(config: ViTConfig, seed: int) -> dict[str, Tensor]:
+def random_state(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Return float32 weights that depend on ``config`` and ``seed`` alone.
 
     Every parameter is normal with deviation 0.02, clamped to twice that, around 1 for the gains of LayerNorm

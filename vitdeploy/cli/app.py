@@ -12,7 +12,19 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from vitdeploy._version import __version__
-from vitdeploy.cli import bench, doctor, export, inspect, output, package, predict, serve, tune, verify
+from vitdeploy.cli import (
+    bench,
+    doctor,
+    engine,
+    export,
+    inspect,
+    output,
+    package,
+    predict,
+    serve,
+    tune,
+    verify,
+)
 from vitdeploy.cli.interruption import Interrupted, interruptible
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 
@@ -35,7 +47,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_root)
-    for verb in (export, verify, bench, inspect, predict, serve, package, tune, doctor):
+    for verb in (export, engine, verify, bench, inspect, predict, serve, package, tune, doctor):
         name = verb.__name__.rpartition(".")[2]
         app.command(name, short_help=verb.SUMMARY, epilog=_examples(verb.EXAMPLES))(verb.command)
     return app
@@ -116,13 +128,24 @@ def _report(error: VitdeployError, arguments: Sequence[str]) -> int:
 
 def _usage_error(error: Any) -> UsageError:
     """What typer objects to, in our words: one suggestion, no capital letter, no final full stop."""
+    context = getattr(error, "ctx", None)
+    option = getattr(error, "option_name", None)
+    if context and context.info_name == "export" and option in _options(context.parent.command, "engine"):
+        # `export` builds engines with the defaults; what can be chosen about them is asked of `engine`.
+        hint = f"vitdeploy export writes the bundle, then: vitdeploy engine BUNDLE {option} ..."
+        return UsageError(f"{option} is an option of `vitdeploy engine`", hint=hint)
     if known := getattr(error, "possibilities", None):
-        message = f"no such option: {error.option_name}{did_you_mean(error.option_name, known)}"
+        message = f"no such option: {option}{did_you_mean(option or '', known)}"
     else:
         message = error.format_message().replace(". Did you mean", "; did you mean").rstrip(".")
-    context = getattr(error, "ctx", None)
     hint = f"{context.command_path if context else 'vitdeploy'} --help shows what there is"
     return UsageError(message[:1].lower() + message[1:], hint=hint)
+
+
+def _options(app: Any, verb: str) -> set[str]:
+    """The options of a verb, as they are typed."""
+    parameters = app.commands[verb].params
+    return {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def _examples(lines: Sequence[str]) -> str:

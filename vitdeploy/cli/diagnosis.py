@@ -11,7 +11,8 @@ from typing import Any
 
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import all_backends
-from vitdeploy.machine.identity import LIBRARIES, Cpu, find_cpu, installed_version, query_gpus
+from vitdeploy.machine.gpus import query_gpus
+from vitdeploy.machine.identity import LIBRARIES, Cpu, find_cpu, installed_version
 
 
 @dataclass(frozen=True)

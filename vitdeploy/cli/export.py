@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,6 @@ from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
-    from vitdeploy.exporter.engine_request import EngineRequest
     from vitdeploy.exporter.plan import ExportPlan
     from vitdeploy.exporter.request import ExportRequest
 
@@ -24,7 +23,6 @@ EXAMPLES = (
     "vitdeploy export -m digits --batch 8 --input uint8",
     "vitdeploy export -m B/16 --fp16 --format onnx,triton-aot --arch sm_89,sm_90",
     "vitdeploy export -m B/16 --fp16 --format tensorrt-rtx --arch sm_89,sm_120",
-    "vitdeploy export -m vit.bundle --format tensorrt --precision fp16 --profile 1,1,1 --profile 2,8,64",
     "vitdeploy export -m my_models:build --image-size 224x320 --dry-run",
 )
 
@@ -36,7 +34,7 @@ Model = Annotated[
         "--model",
         metavar="MODEL",
         help="A named variant (vit_base_patch16_224, B/16, digits), a transformers folder or hub id, "
-        "timm:NAME, or module:function; or a bundle, to add engines to it.  [default: vit_base_patch16_224]",
+        "timm:NAME, or module:function.  [default: vit_base_patch16_224]",
     ),
 ]
 Checkpoint = Annotated[
@@ -44,73 +42,44 @@ Checkpoint = Annotated[
 ]
 OutputDir = Annotated[
     Path | None,
-    typer.Option("-o", "--output-dir", metavar="DIR", help="The bundle.  [default: ./MODEL.bundle]"),
+    typer.Option(
+        "-o", "--output-dir", metavar="DIR", help="The folder of the bundle.  [default: ./MODEL.bundle]"
+    ),
 ]
 Format = Annotated[
     str,
     typer.Option(
         metavar="F,...",
-        help="onnx; tensorrt, tensorrt-rtx: engines; triton-aot: the fused kernels; auto: ONNX and the "
-        "engines that can be built here.",
+        help="What to build: onnx; engines for tensorrt or tensorrt-rtx; triton-aot, the fused kernels; "
+        "auto, ONNX and the engines that can be built here.",
     ),
 ]
 Arch = Annotated[
     str | None,
     typer.Option(
-        metavar="A,...", help="GPUs for tensorrt-rtx and triton-aot: sm_89,sm_120; sm_80+sm_89: one engine."
-    ),
-]
-Profile = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="MIN,OPT,MAX", help="Engines: an optimization profile; repeat it.  [default: --batch]"
-    ),
-]
-Workspace = Annotated[
-    str | None, typer.Option(metavar="BYTES", help="Engines: GPU memory for one kernel: 512M, 4G.")
-]
-OptLevel = Annotated[
-    int | None, typer.Option(metavar="0..5", help="Engines: how long TensorRT searches for kernels.")
-]
-TimingCache = Annotated[
-    bool,
-    typer.Option("--timing-cache/--no-timing-cache", help="tensorrt: keep its timings for the next build."),
-]
-HardwareCompat = Annotated[
-    str,
-    typer.Option(
-        metavar="none|ampere_plus|same_compute_capability", help="tensorrt: other GPUs to run on, too."
-    ),
-]
-VersionCompatible = Annotated[
-    bool, typer.Option("--version-compatible", help="tensorrt: later versions may load the engine.")
-]
-Weights = Annotated[
-    str,
-    typer.Option(
-        metavar="full|refit|stripped",
-        help="Engines: refit: weights can be replaced; stripped: taken from the ONNX file at load.",
+        metavar="A,...",
+        help="GPUs that tensorrt-rtx and triton-aot build for: sm_89,sm_120; sm_80+sm_89 is one engine for "
+        "both.",
     ),
 ]
 Fp32 = Annotated[bool, typer.Option("--fp32", help="Add an fp32 artifact; the default.")]
 Fp16 = Annotated[bool, typer.Option("--fp16", help="Add an fp16 artifact.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Add a bf16 artifact.")]
-Precisions = Annotated[str | None, typer.Option(metavar="P,...", help="The same, as a list: fp32,fp16,bf16.")]
+Precisions = Annotated[str | None, typer.Option(metavar="P,...", help="The same as a list: fp32,fp16,bf16.")]
 ImageSize = Annotated[
-    str | None, typer.Option(metavar="N|HxW", help="Pixels; the checkpoint's own when omitted.")
+    str | None,
+    typer.Option(metavar="N|HxW", help="Height and width in pixels.  [default: the checkpoint's own]"),
 ]
 Batch = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MIN,OPT,MAX|N", help="Batch sizes to serve; one number fixes it.  [default: 1,8,32]"
-    ),
+    str, typer.Option(metavar="MIN,OPT,MAX|N", help="Batch sizes to serve; one number fixes the batch size.")
 ]
-Opset = Annotated[int, typer.Option(metavar="N", help="ONNX operator set, 17 to 23.")]
+Opset = Annotated[int, typer.Option(metavar="N", help="The ONNX operator set, 17 to 23.")]
 Input = Annotated[
     str,
     typer.Option(
         metavar="float|uint8",
-        help="float: (N,3,H,W) pixel values; uint8: (N,H,W,3) images, normalisation folded in.",
+        help="What the artifacts read: float, (N,3,H,W) pixel values; uint8, (N,H,W,3) images, with the "
+        "normalisation folded in.",
     ),
 ]
 Output = Annotated[
@@ -127,10 +96,10 @@ Atol = Annotated[
 NoFallback = Annotated[
     bool, typer.Option("--no-fallback", help="Fail where a precision needs fp32 islands to pass.")
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="Of random weights.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="The seed of random weights.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be built; write nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be built, and write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 def command(
@@ -139,19 +108,12 @@ def command(
     output_dir: OutputDir = None,
     format: Format = "auto",
     arch: Arch = None,
-    profile: Profile = None,
-    workspace: Workspace = None,
-    opt_level: OptLevel = None,
-    timing_cache: TimingCache = True,
-    hardware_compat: HardwareCompat = "none",
-    version_compatible: VersionCompatible = False,
-    weights: Weights = "full",
     fp32: Fp32 = False,
     fp16: Fp16 = False,
     bf16: Bf16 = False,
     precision: Precisions = None,
     image_size: ImageSize = None,
-    batch: Batch = None,
+    batch: Batch = "1,8,32",
     opset: Opset = 20,
     input: Input = "float",
     output_kind: Output = None,
@@ -165,42 +127,23 @@ def command(
     """Export a model into a bundle and prove every artifact against its float64 reference.
 
     Without a checkpoint a named variant has seeded random weights. Precisions add up: --fp32 --fp16
-    builds both. Anything that fails, or is interrupted, leaves nothing behind. With -m BUNDLE, engines
-    are built from the ONNX artifacts it has, and added to it; that needs no PyTorch.
+    builds both. Anything that fails, or is interrupted, leaves nothing behind. Engines are built with
+    TensorRT's own defaults; `vitdeploy engine` adds others to a bundle.
     """
-    flags = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
-    precisions = tuple(dict.fromkeys((*flags, *(parse.names(precision) or ()))))
-    pixels = parse.image_size(image_size)
-    engines = _engine_request(
-        (format, arch),
-        profile,
-        workspace=parse.byte_count(workspace, "--workspace"),
-        level=opt_level,
-        timing_cache=timing_cache,
-        hardware=hardware_compat,
-        version_compatible=version_compatible,
-        weights=weights,
-    )
     if model is not None and _is_bundle(model):
-        fixed = {"--checkpoint": checkpoint, "-o": output_dir, "--image-size": image_size, "--batch": batch}
-        given = tuple(flag for flag, value in fixed.items() if value is not None)
-        return _add_engines(Path(model), engines, precisions, given, force, as_json)
-    sizes = parse.batch_range("1,8,32" if batch is None else batch)
-    from vitdeploy.exporter import exporting
-
-    with exporting():
-        from vitdeploy.exporter.request import ExportRequest
+        hint = f"`vitdeploy engine {shlex.quote(model)}` adds engines to it"
+        raise UsageError(f"{model} is a bundle, and no model to export", hint=hint)
+    flags = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
+    from vitdeploy.exporter.request import ExportRequest
 
     request = ExportRequest(
         model=model,
         checkpoint=checkpoint,
-        precisions=precisions or ("fp32",),
-        formats=engines.formats,
-        architectures=engines.architectures,
-        profiles=engines.profiles,
-        settings=engines.settings,
-        image_size=pixels,
-        batch=sizes,
+        precisions=tuple(dict.fromkeys((*flags, *(parse.names(precision) or ())))) or ("fp32",),
+        formats=parse.names(format) or (),
+        architectures=parse.names(arch) or (),
+        image_size=parse.image_size(image_size),
+        batch=parse.batch_range(batch),
         opset=opset,
         input=input,
         output=output_kind,
@@ -219,47 +162,19 @@ def _is_bundle(model: str) -> bool:
     return Path(model, MANIFEST).is_file()
 
 
-def _engine_request(
-    where: tuple[str, str | None], profile: list[str] | None, **settings: Any
-) -> EngineRequest:
-    """What the flags say of engines; ``where`` is ``--format`` and ``--arch``."""
-    from vitdeploy.exporter.engine_request import EngineRequest
-    from vitdeploy.tensorrt.records import BuildSettings
-
-    formats, architectures = (parse.names(text) or () for text in where)
-    profiles = parse.profiles(profile)
-    return EngineRequest(formats, architectures, profiles, BuildSettings.of(**settings))
-
-
-def _add_engines(
-    folder: Path,
-    request: EngineRequest,
-    precisions: tuple[str, ...],
-    given: tuple[str, ...],
-    force: bool,
-    as_json: bool,
-) -> None:
-    from vitdeploy.bundle.folder import Bundle
-    from vitdeploy.exporter.tensorrt import add_engines
-
-    if given:
-        message = f"{folder} is a bundle: engines are added to it, and {', '.join(given)} cannot change it"
-        raise UsageError(message, hint="--profile sets an engine's batch sizes")
-    with output.Stages() as stages, output.stdout_is_ours():
-        opened = Bundle.open(folder)
-        bundle = add_engines(opened, request, precisions=precisions, force=force, progress=stages)
-    _show(bundle, folder, stages, as_json)
-
-
 def _export(request: ExportRequest, folder: Path | None, force: bool, as_json: bool) -> None:
-    from vitdeploy.exporter.run import run_export
+    from vitdeploy.exporter import exporting
+
+    with exporting():
+        from vitdeploy.exporter.run import run_export
 
     with output.Stages() as stages, output.stdout_is_ours():
         bundle = run_export(request, folder, force=force, progress=stages)
-    _show(bundle, folder or Path(bundle.root.name), stages, as_json)
+    show_bundle(bundle, folder or Path(bundle.root.name), stages, as_json)
 
 
-def _show(bundle: Bundle, where: Path, stages: output.Stages, as_json: bool) -> None:
+def show_bundle(bundle: Bundle, where: Path, stages: output.Stages, as_json: bool) -> None:
+    """Print a bundle that was written: its artifacts, rewrites and proofs, and what to do next."""
     if not as_json:
         return _print_bundle(bundle, where)
     manifest = bundle.manifest
@@ -290,7 +205,10 @@ def _print_bundle(bundle: Bundle, where: Path) -> None:
 
 
 def _dry_run(request: ExportRequest, folder: Path | None, force: bool, as_json: bool) -> None:
-    from vitdeploy.exporter.plan import plan_export
+    from vitdeploy.exporter import exporting
+
+    with exporting():
+        from vitdeploy.exporter.plan import plan_export
 
     with output.stdout_is_ours():
         plan = plan_export(request, folder, force=force)

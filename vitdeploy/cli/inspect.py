@@ -93,9 +93,7 @@ def _facts(manifest: Manifest) -> None:
         ("parameters", f"{manifest.parameters / 1e6:.1f} M"),
     ]
     if config:
-        height, width = config.image_size
-        shape = f"width {config.width}, depth {config.depth}, heads {config.heads}, patch {config.patch_size}"
-        rows.append(("model", f"{shape}, {height}x{width} pixels, {config.tokens} tokens"))
+        rows.append(("model", config.summary))
     if manifest.flops:
         rows.append(("compute", f"{output.flops(manifest.flops)} per image"))
     rows.append(("input", manifest.input))
@@ -135,8 +133,7 @@ def _onnx(path: Path, as_json: bool) -> None:
 
 
 def _engine(path: Path, as_json: bool) -> None:
-    from vitdeploy.tensorrt.engine_file import check_files, read_record
-    from vitdeploy.tensorrt.header import HEADER_BYTES, check_size, read_header
+    from vitdeploy.tensorrt.engine_file import HEADER_BYTES, check_files, check_size, read_header, read_record
 
     with path.open("rb") as file:
         header = read_header(file.read(HEADER_BYTES), str(path))

@@ -12,7 +12,6 @@ from vitdeploy.errors import ParityError
 if TYPE_CHECKING:
     from vitdeploy.bundle.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
 
-_SHORT = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _KINDS = {
     "Softmax": "softmax",
     "patch_embed": "fused GEMM",
@@ -80,10 +79,10 @@ def print_rewrites(rewrites: Sequence[Rewrite], flops: int | None) -> None:
 
 
 def print_proofs(manifest: Manifest) -> None:
-    proven = [artifact for artifact in manifest.artifacts if artifact.proof]
-    if proven:
+    audited = [artifact for artifact in manifest.artifacts if artifact.proof]
+    if audited:
         output.heading("precision proof")
-    for artifact in proven:
+    for artifact in audited:
         if artifact.proof:
             verdict = "" if artifact.proof.ok else "  NOT as declared"
             output.line(f"  {artifact.path}: {proof_line(artifact.proof.ops)}{verdict}")
@@ -113,7 +112,9 @@ def print_parity(records: Sequence[ParityRecord]) -> None:
 
 def count_ops(ops: Sequence[OpPrecision]) -> list[dict[str, Any]]:
     """How many operations of each kind compute in each dtype."""
-    counts = Counter((_kind(op), _SHORT.get(op.dtype, op.dtype), op.island) for op in ops)
+    from vitdeploy.bundle.dtypes import DATATYPES
+
+    counts = Counter((_kind(op), DATATYPES.get(op.dtype, op.dtype).lower(), op.island) for op in ops)
     return [
         {"kind": kind, "dtype": dtype, "count": count, "declared_island": island}
         for (kind, dtype, island), count in counts.items()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vitdeploy.model import deployed
+from vitdeploy.model.deployed import Add
 from vitdeploy.model.precision import PrecisionPlan, sites
 
 MOST_BRANCHES = 8
@@ -38,24 +38,24 @@ class _Search:
     plan: PrecisionPlan
     inputs: Tensor
     accepts: Verdict
-    known: dict[frozenset[str], bool] = field(default_factory=dict)
+    verdicts: dict[frozenset[str], bool] = field(default_factory=dict)
 
     def passes(self, islands: frozenset[str]) -> bool:
-        if islands not in self.known:
-            self.known[islands] = self.accepts(
+        if islands not in self.verdicts:
+            self.verdicts[islands] = self.accepts(
                 emulate(self.model, self.plan.with_islands(islands), self.inputs)
             )
-        return self.known[islands]
+        return self.verdicts[islands]
 
 
 @torch.inference_mode()
 def smallest_islands(
-    model: deployed.LoweredViT, plan: PrecisionPlan, inputs: Tensor, accepts: Verdict
+    model: nn.Module, plan: PrecisionPlan, inputs: Tensor, accepts: Verdict
 ) -> Proposal | None:
     """Find the fewest islands with which ``plan`` gives an acceptable output.
 
     Args:
-        model: the deployed model in fp32.
+        model: the deployed model in fp32, made of sites.
         inputs: what the model reads, (K, ...).
         accepts: whether an output (K, ...) is close enough to the reference.
 
@@ -63,13 +63,9 @@ def smallest_islands(
         None when not even a small set of islands helps.
     """
     search = _Search(model, plan, inputs, accepts)
-    named = [
-        (name, module)
-        for name, module in sites(model)
-        if not isinstance(module, deployed.Norm | deployed.Pool)
-    ]
-    adds = [name for name, module in named if isinstance(module, deployed.Add)]
-    others = [name for name, module in named if not isinstance(module, deployed.Add)]
+    named = [(name, site) for name, site in sites(model) if not site.always_fp32]
+    adds = [name for name, module in named if isinstance(module, Add)]
+    others = [name for name, module in named if not isinstance(module, Add)]
     branches = _needed(search, others, frozenset(adds))
     if branches is None:
         return None
@@ -82,21 +78,21 @@ def smallest_islands(
 
 def _needed(search: _Search, names: list[str], residual: frozenset[str]) -> frozenset[str] | None:
     """The sites that cannot leave fp32 while the whole residual stream stays in it."""
-    found: frozenset[str] = frozenset()
-    while not search.passes(residual | found):
-        if len(found) == MOST_BRANCHES or not search.passes(residual | frozenset(names)):
+    needed: frozenset[str] = frozenset()
+    while not search.passes(residual | needed):
+        if len(needed) == MOST_BRANCHES or not search.passes(residual | frozenset(names)):
             return None
         # The least k with which the first k sites, reduced, fail: the k-th is what breaks.
         low, high = 0, len(names)
         while high - low > 1:
             middle = (low + high) // 2
-            good = search.passes(residual | found | frozenset(names[middle:]))
+            good = search.passes(residual | needed | frozenset(names[middle:]))
             low, high = (middle, high) if good else (low, middle)
-        found |= {names[high - 1]}
-    for name in sorted(found):
-        if search.passes(residual | (found - {name})):
-            found -= {name}
-    return found
+        needed |= {names[high - 1]}
+    for name in sorted(needed):
+        if search.passes(residual | (needed - {name})):
+            needed -= {name}
+    return needed
 
 
 def _stretch(search: _Search, adds: list[str], branches: frozenset[str]) -> list[str]:

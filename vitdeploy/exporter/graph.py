@@ -16,10 +16,10 @@ from torch import nn
 
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ExportError
-from vitdeploy.model.deployed import LoweredViT
-from vitdeploy.model.vit import public_name
+from vitdeploy.exporter.request import OLDEST_OPSET
+from vitdeploy.model.deployed import DeployedModel
+from vitdeploy.model.reference import public_name
 
-OLDEST_OPSET, NEWEST_OPSET = 17, 23
 _NEWER_THAN_17 = 18
 _MARK = 1_000_003
 """A batch size, never allocated, that is prime and larger than any dimension of a model."""
@@ -32,7 +32,7 @@ def trace(
     """Trace ``module(example)`` and return its graph.
 
     Args:
-        module: a deployed ViT is traced at one batch size, which is then set free: half the time of a trace
+        module: a deployed model is traced at one batch size, which is then set free: half the time of a trace
             with a symbolic batch, which any other module gets.
         example: one input with the batch as its first axis; only its shape and dtype matter.
         batch: a fixed batch is traced as a constant, otherwise the first axis is ``N``.
@@ -41,16 +41,16 @@ def trace(
     Raises:
         ExportError: PyTorch cannot trace the module, or ONNX has no form of it at this opset.
     """
-    marked = isinstance(module, LoweredViT) and not batch.fixed
+    marked = isinstance(module, DeployedModel) and not batch.fixed
     rows = batch.min if batch.fixed else _MARK if marked else 2
     image = torch.zeros((1, *example.shape[1:]), dtype=example.dtype).expand(rows, *example.shape[1:])
     symbolic = None if batch.fixed or marked else ({0: torch.export.Dim("N", min=1, max=max(batch.max, 2))},)
     model = _exported(module, image, symbolic, max(opset, _NEWER_THAN_17), names)
     if opset == OLDEST_OPSET:
         _to_opset_17(model)
-    if (got := model.opset_imports.get("")) != opset:
+    if (used := model.opset_imports.get("")) != opset:
         raise ExportError(
-            f"the graph uses operators of opset {got}, not {opset}", hint="choose another --opset"
+            f"the graph uses operators of opset {used}, not {opset}", hint="choose another --opset"
         )
     if marked:
         free_batch(model, _MARK)
@@ -101,16 +101,16 @@ def free_batch(model: ir.Model, mark: int) -> None:
         if tensor is None or tensor.dtype != ir.DataType.INT64 or tensor.size > 16:
             continue
         numbers = tensor.numpy()
-        found = (numbers % mark == 0) & (numbers != 0)
-        if not found.any():
+        multiples = (numbers % mark == 0) & (numbers != 0)
+        if not multiples.any():
             continue
         if (
-            found.sum() > 1
+            multiples.sum() > 1
             or (numbers < 0).any()
             or {user.op_type for user, _ in value.uses()} != {"Reshape"}
         ):
             raise ExportError(f"the graph depends on the batch size: {value.name} is {numbers.tolist()}")
-        value.const_value = ir.tensor(np.where(found, -1, numbers), name=value.name)
+        value.const_value = ir.tensor(np.where(multiples, -1, numbers), name=value.name)
     values = (value for node in model.graph for value in node.outputs)
     for value in (*model.graph.inputs, *values):
         if value.shape is not None:

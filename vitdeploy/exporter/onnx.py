@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
 import onnx_ir as ir
 import torch
 
@@ -14,9 +14,9 @@ from vitdeploy._version import __version__
 from vitdeploy.bundle.manifest import Artifact, TensorSpec
 from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, undeclared
 from vitdeploy.config import BatchRange, Precision
-from vitdeploy.errors import ExportError, PrecisionError, UsageError
-from vitdeploy.exporter.graph import NEWEST_OPSET, OLDEST_OPSET, trace
-from vitdeploy.exporter.stream import save_streaming
+from vitdeploy.errors import ExportError, PrecisionError
+from vitdeploy.exporter.graph import trace
+from vitdeploy.exporter.request import NEWEST_OPSET
 from vitdeploy.exporter.subject import Subject
 from vitdeploy.machine.memory import release
 from vitdeploy.model.precision import DTYPES, PrecisionPlan
@@ -34,27 +34,21 @@ FILES = {
     "mixed": "model.mixed.onnx",
 }
 
-
-@dataclass(frozen=True)
-class OnnxOptions:
-    """What every ONNX artifact of one export has in common."""
-
-    batch: BatchRange = field(default_factory=BatchRange)
-    opset: int = 20
-
-    def __post_init__(self) -> None:
-        if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
-            raise UsageError(
-                f"opset {self.opset} is not supported", hint=f"choose {OLDEST_OPSET} to {NEWEST_OPSET}"
-            )
+_GRAPH, _INITIALIZER, _RAW_DATA = (
+    onnx.ModelProto.GRAPH_FIELD_NUMBER,
+    onnx.GraphProto.INITIALIZER_FIELD_NUMBER,
+    onnx.TensorProto.RAW_DATA_FIELD_NUMBER,
+)
+_LENGTH_DELIMITED = 2
 
 
 def write_onnx(
     subject: Subject,
     plan: PrecisionPlan,
     writer: BundleWriter,
-    options: OnnxOptions,
     *,
+    batch: BatchRange,
+    opset: int,
     example: torch.Tensor,
     requested: Precision,
     fallback: str | None = None,
@@ -74,7 +68,7 @@ def write_onnx(
     islands = subject.islands(deployed, plan)
     default = next(name for name, dtype in DTYPES.items() if dtype == plan.default)
     precision = plan.name
-    graph = trace(deployed, example, batch=options.batch, opset=options.opset, names=(INPUT, subject.output))
+    graph = trace(deployed, example, batch=batch, opset=opset, names=(INPUT, subject.output))
     _describe(graph, subject, precision)
     path = writer.file(FILES[precision])
     files = _save(graph, path)
@@ -100,8 +94,8 @@ def write_onnx(
         requested=requested,
         path=path.name,
         files=tuple(file.name for file in files),
-        opset=options.opset,
-        batch=options.batch,
+        opset=opset,
+        batch=batch,
         inputs=inputs,
         outputs=outputs,
         islands=islands,
@@ -114,7 +108,7 @@ def write_onnx(
 
 def _describe(model: ir.Model, subject: Subject, precision: str) -> None:
     model.producer_name, model.producer_version = "vitdeploy", __version__
-    model.graph.name = "vit" if subject.config else "model"
+    model.graph.name = subject.config.kind if subject.config else "model"
     model.metadata_props.update({"vitdeploy.precision": precision, "vitdeploy.input": subject.input})
 
 
@@ -140,8 +134,6 @@ def _spec(value: ir.Value) -> TensorSpec:
 
 
 def _check(path: Path) -> None:
-    import onnx
-
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -149,3 +141,49 @@ def _check(path: Path) -> None:
             f"{path.name} is not valid ONNX: {' '.join(str(error).split())}",
             hint=f"operators take more dtypes at a later --opset, up to {NEWEST_OPSET}",
         ) from error
+
+
+def save_streaming(model: ir.Model, path: Path) -> None:
+    """Write ``model`` to ``path``, weights inside, with one tensor in memory at a time.
+
+    The usual way builds a protobuf that holds every weight, then its bytes, then writes them: three models in
+    memory. A protobuf message is the concatenation of its fields, so the weights can follow one by one, once
+    the length of the graph that they belong to is known (https://protobuf.dev/programming-guides/encoding/).
+    The model loses its initialisers on the way.
+    """
+    tensors = [
+        value.const_value for value in model.graph.initializers.values() if value.const_value is not None
+    ]
+    model.graph.initializers.clear()
+    proto = ir.to_proto(model)
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    weights = [(_opening(tensor), tensor) for tensor in tensors]
+    length = len(graph) + sum(len(opening) + tensor.nbytes for opening, tensor in weights)
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString())
+        file.write(_header(_GRAPH, length))
+        file.write(graph)
+        for opening, tensor in weights:
+            file.write(opening)
+            file.write(tensor.tobytes())
+
+
+def _opening(tensor: ir.TensorProtocol) -> bytes:
+    """All of an initialiser field that comes before the tensor's data."""
+    described = onnx.TensorProto(name=tensor.name, data_type=int(tensor.dtype), dims=tensor.shape.numpy())
+    inner: bytes = described.SerializeToString() + _header(_RAW_DATA, tensor.nbytes)
+    return _header(_INITIALIZER, len(inner) + tensor.nbytes) + inner
+
+
+def _header(field: int, length: int) -> bytes:
+    """The tag and the length that come before a length-delimited field."""
+    return _varint(field << 3 | _LENGTH_DELIMITED) + _varint(length)
+
+
+def _varint(value: int) -> bytes:
+    groups = []
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])

@@ -11,11 +11,10 @@ from typing import Any
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, BundleWriter
 from vitdeploy.bundle.golden import GOLDEN_NAMES, raw_images
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import Size
-from vitdeploy.exporter.engine_request import Order, engines_of, orders_of
+from vitdeploy.config import Size, model_fields
 from vitdeploy.exporter.onnx import FILES, INPUT
-from vitdeploy.exporter.request import ExportRequest, default_folder
-from vitdeploy.exporter.subject import Subject
+from vitdeploy.exporter.request import ExportRequest, Order, engines_of, orders_of
+from vitdeploy.exporter.subject import Subject, open_subject
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -51,16 +50,16 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
         UsageError, CheckpointError, MissingDependency, DeviceUnavailable: as the export itself.
         BundleError: the export could not write there.
     """
-    target = folder or default_folder(request)
+    target = folder or request.default_folder
     orders, impossible = orders_of(request.engines)
     with BundleWriter(target, force=force):  # the same objections as the export's, and nothing committed
-        opened, subject = request.open()
+        opened, subject = open_subject(request)
     size = _image_size(subject)
     channels_last = subject.input == "uint8"
     shape = ("N", *size, 3) if channels_last else ("N", 3, *size)
     return ExportPlan(
         source=opened.source,
-        config=dataclasses.asdict(subject.config) if subject.config else {},
+        config=model_fields(subject.config) if subject.config else {},
         parameters=subject.parameters,
         flops=subject.flops,
         input=f"{INPUT} {'uint8' if channels_last else 'float32'} ({', '.join(map(str, shape))})",

@@ -1,26 +1,76 @@
-"""What a user asks of an export, checked for what can be checked before any work."""
+"""What a user asks of an export or of engines, from the command line or from Python, checked once.
+
+One engine is for one architecture, or for several joined by ``+``. Each is an artifact of its own, because
+each is proven on a GPU of its own. Needs no PyTorch.
+"""
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-from torch import nn
-
-from vitdeploy.backends.triton import AOT
-from vitdeploy.checkpoint.opening import DEFAULT_MODEL, Checkpoint, UserModule, open_model
-from vitdeploy.config import BatchRange, Precision, Size
-from vitdeploy.errors import UsageError, did_you_mean
-from vitdeploy.exporter import triton_aot
-from vitdeploy.exporter.engine_request import AUTO, EngineRequest
-from vitdeploy.exporter.onnx import OnnxOptions
-from vitdeploy.exporter.subject import Subject, subject_of
-from vitdeploy.model.precision import DTYPES
-from vitdeploy.tensorrt.flavours import FLAVOURS
+from vitdeploy.bundle.manifest import AOT
+from vitdeploy.config import DEFAULT_MODEL, BatchRange, Precision, Size
+from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
+from vitdeploy.machine.gpus import find_gpus
+from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets
 from vitdeploy.tensorrt.records import BuildSettings
 
+if TYPE_CHECKING:
+    from torch import nn
+
+AUTO = "auto"
 FORMATS: tuple[str, ...] = (AUTO, "onnx", *FLAVOURS, AOT)
+_FOLDER = "engines"
+OLDEST_OPSET, NEWEST_OPSET = 17, 23
+Group = tuple[str, ...]
+"""Architectures of one engine."""
+_LEVELS = range(6)
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """Which engines of a bundle's ONNX artifacts, and how they are built.
+
+    Raises:
+        UsageError: a value that no build could serve.
+    """
+
+    formats: tuple[str, ...] = ()
+    """Names of flavours; or ``auto``, each that this machine can build."""
+    architectures: tuple[str, ...] = ()
+    """GPUs to build for: ``sm_89``; ``sm_80+sm_89`` is one engine for both."""
+    profiles: tuple[BatchRange, ...] = ()
+    """Optimization profiles, the least batch sizes first; the artifact's own batch sizes when empty."""
+    settings: BuildSettings = field(default_factory=BuildSettings)
+    precisions: tuple[str, ...] = ()
+    """Of the ONNX artifacts to build from, as they are or as they were asked for; all when empty."""
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            if name not in (AUTO, *FLAVOURS):
+                message = f"{name!r} is no format of engines{did_you_mean(name, FLAVOURS)}"
+                raise UsageError(message, hint=f"to a bundle are added: {', '.join(FLAVOURS)}")
+        level, workspace = self.settings.level, self.settings.workspace
+        if level is not None and level not in _LEVELS:
+            raise UsageError(f"optimization level {level} does not exist", hint="0 (quick) to 5 (thorough)")
+        if workspace is not None and workspace < 1:
+            raise UsageError("the workspace must have at least one byte")
+        profiles = tuple(sorted(self.profiles, key=lambda batch: (batch.min, batch.max)))
+        for lower, upper in itertools.pairwise(profiles):
+            if upper.min > lower.max + 1:
+                gap = f"{lower.max + 1} to {upper.min - 1}"
+                raise UsageError(f"no profile serves batch sizes {gap}", hint="let the profiles adjoin")
+        object.__setattr__(self, "profiles", profiles)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(tuple(dict.fromkeys(text.split("+"))) for text in self.architectures)
 
 
 @dataclass(frozen=True)
@@ -29,12 +79,13 @@ class ExportRequest:
 
     Raises:
         UsageError: a value that no export could serve.
+        MissingDependency: kernels are asked for, and Triton is not installed.
     """
 
     model: str | Path | nn.Module | None = None
     checkpoint: Path | None = None
     precisions: tuple[str, ...] = ("fp32",)
-    formats: tuple[str, ...] = ("auto",)
+    formats: tuple[str, ...] = (AUTO,)
     image_size: Size | None = None
     batch: BatchRange = field(default_factory=BatchRange)
     opset: int = 20
@@ -52,26 +103,28 @@ class ExportRequest:
     command: str = ""
 
     def __post_init__(self) -> None:
-        for what, given, known in (
-            ("precision", self.precisions, tuple(DTYPES)),
+        for what, given, choices in (
+            ("precision", self.precisions, get_args(Precision)),
             ("format", self.formats, FORMATS),
         ):
             for name in given:
-                if name not in known:
+                if name not in choices:
                     raise UsageError(
-                        f"unknown {what} {name!r}{did_you_mean(name, known)}",
-                        hint=f"known: {', '.join(known)}",
+                        f"unknown {what} {name!r}{did_you_mean(name, choices)}",
+                        hint=f"known: {', '.join(choices)}",
                     )
         if self.atol is not None and not self.atol > 0:
             raise UsageError(f"atol must be positive, not {self.atol}")
-        OnnxOptions(self.batch, self.opset)
+        if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
+            hint = f"choose {OLDEST_OPSET} to {NEWEST_OPSET}"
+            raise UsageError(f"opset {self.opset} is not supported", hint=hint)
         if not self.engines.formats and (self.profiles or self.settings != BuildSettings()):
             hint = "--format onnx,tensorrt-rtx, or tensorrt"
             raise UsageError(
                 "profiles and builder settings are for engines, and no format makes any", hint=hint
             )
         if AOT in self.formats:
-            triton_aot.check_architectures(self.kernel_architectures)
+            _check_kernel_architectures(self.kernel_architectures)
             if not self.kernel_precisions:
                 listed = ", ".join(self.precisions)
                 raise UsageError(f"the kernels compute in fp16 or bf16, not in {listed}", hint="add --fp16")
@@ -86,14 +139,15 @@ class ExportRequest:
         """Engines are built from it, and proven by it where they do not run."""
         return {AOT} != set(self.formats)
 
-    @property
+    @cached_property
     def engines(self) -> EngineRequest:
         """What is asked of engines."""
         formats = tuple(name for name in self.formats if name == AUTO or name in FLAVOURS)
-        architectures = self._architectures(kernels=False)
-        return EngineRequest(formats, architectures, self.profiles, self.settings)
+        return EngineRequest(
+            formats, self._architectures(kernels=False), profiles=self.profiles, settings=self.settings
+        )
 
-    @property
+    @cached_property
     def kernel_architectures(self) -> tuple[str, ...]:
         """GPUs to compile the fused kernels for."""
         parts = (part for text in self._architectures(kernels=True) for part in text.split("+"))
@@ -103,45 +157,179 @@ class ExportRequest:
         """Of the architectures, those for the kernels or those for engines, where both are asked for."""
         if AOT not in self.formats or set(self.formats).isdisjoint((AUTO, *FLAVOURS)):
             return self.architectures
-        known = {True: set(triton_aot.known_architectures()), False: set(FLAVOURS["tensorrt-rtx"].targets)}
-        mine, theirs = known[kernels], known[not kernels]
+        takes = {True: set(kernel_targets()), False: set(FLAVOURS["tensorrt-rtx"].targets)}
+        mine, theirs = takes[kernels], takes[not kernels]
         parts = {text: set(text.split("+")) for text in self.architectures}
-        # What neither knows is left to both, to be refused.
+        # What neither takes is left to both, to be refused.
         return tuple(text for text in parts if parts[text] <= mine or not parts[text] <= theirs)
 
     @property
     def kernel_precisions(self) -> tuple[Precision, ...]:
         """In which the fused kernels are to be compiled."""
-        wanted = self.precisions if AOT in self.formats else ()
-        return tuple(precision for precision in ("fp16", "bf16") if precision in wanted)
+        asked = self.precisions if AOT in self.formats else ()
+        halves: tuple[Precision, ...] = ("fp16", "bf16")
+        return tuple(precision for precision in halves if precision in asked)
 
     @property
-    def onnx(self) -> OnnxOptions:
-        return OnnxOptions(self.batch, self.opset)
+    def default_folder(self) -> Path:
+        """Where a bundle goes when the user names no place: the model's name in the working directory."""
+        named = self.model is None or isinstance(self.model, str | Path)
+        name = str(self.model or DEFAULT_MODEL) if named else type(self.model).__name__
+        if self.checkpoint is not None and self.model is None:
+            name = self.checkpoint.stem
+        path = Path(name)
+        if path.exists():
+            name = path.stem if path.is_file() else path.resolve().name
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+        return Path(f"{stem or 'model'}.bundle")
 
-    def open(self) -> tuple[Checkpoint | UserModule, Subject]:
-        """Load the model."""
-        if isinstance(self.model, nn.Module):
-            opened: Checkpoint | UserModule = UserModule(
-                self.model, type(self.model).__name__, self.image_size or (224, 224)
+
+def _check_kernel_architectures(names: tuple[str, ...]) -> None:
+    targets = kernel_targets()
+    for name in names:
+        if name not in targets:
+            message = f"unknown architecture {name!r}{did_you_mean(name, targets)}"
+            raise UsageError(message, hint=f"known: {', '.join(targets)}")
+    if not names:
+        hint = f"--arch with some of {','.join(targets)}"
+        raise UsageError(f"--format {AOT} compiles for the GPUs that you name", hint=hint)
+
+
+def kernel_targets() -> tuple[str, ...]:
+    """GPUs that the fused kernels can be compiled for.
+
+    Raises:
+        MissingDependency: Triton is not installed.
+    """
+    return tuple(kernels_library("aot").ARCHITECTURES)
+
+
+def kernels_library(name: str) -> Any:
+    """A module of the kernels' package.
+
+    Raises:
+        MissingDependency: Triton is not installed.
+    """
+    try:
+        return importlib.import_module(f"vitdeploy_kernels.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise MissingDependency("triton", extra="kernels", purpose=f"--format {AOT}") from error
+
+
+@dataclass(frozen=True)
+class Order:
+    """The engines of one flavour that are to be built of each ONNX artifact."""
+
+    flavour: Flavour
+    groups: tuple[Group, ...]
+    """One empty group: for the GPU that is here."""
+    request: EngineRequest
+
+
+def orders_of(request: EngineRequest) -> tuple[tuple[Order, ...], tuple[str, ...]]:
+    """What of a request this machine can build, and notes on what it cannot.
+
+    Only what ``auto`` asks for is left out with a note; what is named must be there.
+
+    Raises:
+        UsageError: an architecture or a setting that the flavour does not have.
+        MissingDependency, DeviceUnavailable: a named flavour's library, or the GPU it needs, is not there.
+    """
+    orders, notes = [], []
+    for flavour in FLAVOURS.values():
+        if flavour.name in request.formats:
+            orders.append(_order(flavour, request))
+        elif AUTO in request.formats:
+            try:
+                orders.append(_order(flavour, request))
+            except (MissingDependency, DeviceUnavailable, UsageError) as error:
+                notes.append(f"no {flavour.name} engine: {error.message} ({error.hint})")
+    unused = AUTO in request.formats and not any(order.flavour.portable for order in orders)
+    if request.architectures and unused:
+        raise UsageError(f"nothing here builds for {', '.join(request.architectures)}", hint="; ".join(notes))
+    return tuple(orders), tuple(notes)
+
+
+def _order(flavour: Flavour, request: EngineRequest) -> Order:
+    if not flavour.is_installed:
+        raise MissingDependency(flavour.module, extra=flavour.name, purpose=f"a {flavour.title} engine")
+    _check_settings(flavour, request.settings)
+    gpus = find_gpus()
+    if not flavour.portable:
+        if not gpus:
+            hint = "build it where the GPU is; tensorrt-rtx builds anywhere for the GPUs that --arch names"
+            raise DeviceUnavailable(
+                f"{flavour.title} builds for the GPU that is here: there is none", hint=hint
             )
-        else:
-            name = None if self.model is None else str(self.model)
-            opened = open_model(name, checkpoint=self.checkpoint, image_size=self.image_size, seed=self.seed)
-        return opened, subject_of(opened, self.output, self.input)
+        alone = request.formats == (flavour.name,)  # else --arch may be meant for another format
+        if alone and request.groups not in ((), ((gpus[0].arch,),)):
+            raise UsageError(
+                f"{flavour.title} builds for the GPU that is here, {gpus[0].arch}, not for "
+                f"{', '.join(request.architectures)}",
+                hint="leave out --arch, or take --format tensorrt-rtx",
+            )
+        return Order(flavour, ((),), request)
+    groups = request.groups or tuple((gpu.arch,) for gpu in gpus[:1] if gpu.arch in flavour.targets)
+    if not groups:
+        hint = f"--arch with some of {','.join(flavour.targets)}"
+        raise UsageError(f"{flavour.title} builds for the GPUs that you name", hint=hint)
+    check_targets(flavour, groups)
+    return Order(flavour, groups, request)
 
 
-def default_folder(request: ExportRequest) -> Path:
-    """Where a bundle goes when the user names no place: the model's name in the working directory."""
-    name = (
-        type(request.model).__name__
-        if isinstance(request.model, nn.Module)
-        else str(request.model or DEFAULT_MODEL)
-    )
-    if request.checkpoint is not None and request.model is None:
-        name = request.checkpoint.stem
-    path = Path(name)
-    if path.exists():
-        name = path.stem if path.is_file() else path.resolve().name
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
-    return Path(f"{stem or 'model'}.bundle")
+def _check_settings(flavour: Flavour, settings: BuildSettings) -> None:
+    if not flavour.portable:
+        return
+    if settings.hardware != "none":
+        hint = "name the architectures: --arch sm_80+sm_89"
+        raise UsageError(f"{flavour.title} has no hardware compatibility level", hint=hint)
+    if settings.version_compatible:
+        message = f"{flavour.title} builds no version-compatible engines"
+        raise UsageError(message, hint="its engines are built anew in seconds")
+    if settings.weights != "full" and not find_gpus():
+        message = f"{flavour.title} needs a GPU to build an engine with {settings.weights} weights"
+        raise DeviceUnavailable(message, hint="build it where the GPU is, or with --weights full")
+
+
+@dataclass(frozen=True)
+class PlannedEngine:
+    """One engine of an order."""
+
+    order: Order
+    group: Group
+    kind: str
+    """What its ONNX artifact is called behind ``onnx-``: ``fp16``."""
+
+    @property
+    def targets(self) -> Group:
+        """The architectures that it runs on."""
+        if self.order.flavour.portable:
+            return self.group
+        if self.order.request.settings.hardware == "ampere_plus":
+            return ("sm_80+",)
+        return (find_gpus()[0].arch,)
+
+    @property
+    def name(self) -> str:
+        """Of its artifact: ``tensorrt-rtx-fp16-sm_89``."""
+        return f"{self.order.flavour.name}-{self.kind}-{'+'.join(self.targets)}"
+
+    @property
+    def folder(self) -> str:
+        """Where it lies; the engines of TensorRT for RTX apart from TensorRT's."""
+        return f"{_FOLDER}/{'+'.join(self.targets)}{'-rtx' if self.order.flavour.portable else ''}"
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/model.{self.kind.replace('-', '.')}.plan"
+
+    @property
+    def record(self) -> str:
+        return f"{self.folder}/model.{self.kind.replace('-', '.')}.json"
+
+
+def engines_of(order: Order, kind: str) -> tuple[PlannedEngine, ...]:
+    """What an order makes of one ONNX artifact."""
+    return tuple(PlannedEngine(order, group, kind) for group in order.groups)

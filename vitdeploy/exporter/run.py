@@ -16,20 +16,18 @@ import torch
 from safetensors.torch import save_file
 
 from vitdeploy._version import __version__
-from vitdeploy.backends.triton import AOT
 from vitdeploy.bundle import golden
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, Bundle, BundleWriter
-from vitdeploy.bundle.manifest import Artifact, Manifest, ParityRecord, Provenance, Tolerance
+from vitdeploy.bundle.manifest import AOT, Artifact, Manifest, ParityRecord, Provenance, Tolerance
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule
 from vitdeploy.config import Precision
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.exporter import triton_aot
-from vitdeploy.exporter.engine_request import Order, orders_of
+from vitdeploy.exporter.artifact_parity import engines_parity, first_failure, onnx_parity, worst
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
 from vitdeploy.exporter.onnx import INPUT, write_onnx
-from vitdeploy.exporter.proving import first_failure, prove_engines, prove_onnx, worst
-from vitdeploy.exporter.request import ExportRequest, default_folder
-from vitdeploy.exporter.subject import Subject, VitSubject
+from vitdeploy.exporter.request import ExportRequest, Order, orders_of
+from vitdeploy.exporter.subject import Subject, open_subject
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.memory import release
@@ -60,11 +58,11 @@ def run_export(
         ParityError: an artifact does not compute what the reference computes, and no fallback helps.
     """
     progress = progress or Progress()
-    target = folder or default_folder(request)
+    target = folder or request.default_folder
     orders, impossible = orders_of(request.engines)
     with BundleWriter(target, force=force) as writer:
         with progress.stage("load") as stage:
-            opened, subject = request.open()
+            opened, subject = open_subject(request)
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
         for note in (*opened.notes, *subject.notes):
             progress.note(note)
@@ -159,7 +157,7 @@ class _Job:
             self.progress.note(note)
         if built:
             bundle = self.writer.seal(self._manifest([*self.artifacts, *built]))
-            records = prove_engines(bundle, built, self.golden, self.request.atol, self.progress)
+            records = engines_parity(bundle, built, self.golden, self.request.atol, self.progress)
             self._accept(built, records)
 
     def _build_one(self, precision: Precision) -> None:
@@ -185,6 +183,8 @@ class _Job:
         config, name = self.subject.config, f"{AOT}-{precision}"
         if config is None:
             raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
+        if not config.fused_kernels:
+            raise UsageError(f"there are no fused kernels for a model of the kind {config.kind!r}")
         onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]
         rehearsed = onnx or self._rehearse(PrecisionPlan.of(precision))
         records = [record.model_copy(update={"artifact": name}) for record in rehearsed]
@@ -241,8 +241,8 @@ class _Job:
             output = self.subject.rehearse(plan, torch.from_numpy(self.golden[INPUT])).numpy()
             release()
             tolerance = self._tolerance(plan)
-            metrics = parity.compare(self.golden["reference"], output, tolerance, self.subject.output)
-            failures = parity.failures(metrics, tolerance)
+            metrics = parity.measure_parity(self.golden["reference"], output, tolerance, self.subject.output)
+            failures = parity.tolerance_failures(metrics, tolerance)
             record = ParityRecord(
                 artifact=f"onnx-{precision}",
                 backend=EMULATION,
@@ -261,7 +261,7 @@ class _Job:
         return parity.TOLERANCES[plan.name].model_copy(update={"max_abs": self.request.atol})
 
     def _search(self, plan: PrecisionPlan) -> Proposal | None:
-        if not isinstance(self.subject, VitSubject):
+        if not self.subject.searches_islands:
             return None
         with self.progress.stage("bisect") as stage:
             deployed = self.subject.deployed(PrecisionPlan.of("fp32"))
@@ -284,7 +284,8 @@ class _Job:
                 self.subject,
                 plan,
                 self.writer,
-                self.request.onnx,
+                batch=self.request.batch,
+                opset=self.request.opset,
                 example=example,
                 requested=requested,
                 fallback=fallback,
@@ -294,9 +295,9 @@ class _Job:
         with self.progress.stage(f"parity {plan.name}") as stage:
             draft = self._manifest([*self.artifacts, artifact])
             bundle = self.writer.seal(draft)
-            self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what lowering has read
+            self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what the rewrites have read
             release()
-            records = prove_onnx(bundle, bundle.artifact(artifact.name), self.golden, self.request.atol)
+            records = onnx_parity(bundle, bundle.artifact(artifact.name), self.golden, self.request.atol)
             release()
             stage.detail = worst(records)
         return artifact, records
@@ -312,7 +313,7 @@ class _Job:
     def _manifest(self, artifacts: Sequence[Artifact] | None = None) -> Manifest:
         subject = self.subject
         return Manifest(
-            name=default_folder(self.request).stem,
+            name=self.request.default_folder.stem,
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             generator=f"vitdeploy {__version__}",
             model=subject.config,

@@ -1,4 +1,4 @@
-"""What is exported: the reference ViT with a checkpoint's weights, or a module of the user's."""
+"""What is exported: a reference model with a checkpoint's weights, or a module of the user's."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.checkpoint.opening import Checkpoint, UserModule
-from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig
+from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model
+from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess
 from vitdeploy.errors import ExportError, UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
+from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.user_module import island_norms, only_tensor, rehearse, wrap
-from vitdeploy.model import vit
-from vitdeploy.model.deployed import LoweredViT
+from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan, island_names
-from vitdeploy.model.rewrites import applied_rewrites, forward_flops, lower, normalisation
+from vitdeploy.model.reference import forward_float64, state_of
+from vitdeploy.model.registry import architecture_of, build_reference
+from vitdeploy.model.rewrites import normalisation
 
 
 class Subject(ABC):
     """A model on its way into a bundle."""
 
-    config: ViTConfig | None
+    config: ModelConfig | None
+    searches_islands = False
+    """Whether the deployed module is made of sites, among which the fewest fp32 islands can be found."""
     preprocess: Preprocess
     labels: tuple[str, ...] | None
     output: Output
@@ -43,7 +48,7 @@ class Subject(ABC):
 
     @abstractmethod
     def reference(self, inputs: Tensor) -> Tensor:
-        """The float64 outputs of the unlowered model; inputs are what artifacts read."""
+        """The float64 outputs of the original model; inputs are what artifacts read."""
 
     @abstractmethod
     def deployed(self, plan: PrecisionPlan) -> nn.Module:
@@ -66,8 +71,10 @@ class Subject(ABC):
         return sum(tensor.numel() for tensor in self.state.values())
 
 
-class VitSubject(Subject):
-    """The reference ViT: rewritten, and open to a search for islands."""
+class CheckpointSubject(Subject):
+    """A model that vitdeploy builds: rewritten, and open to a search for islands."""
+
+    searches_islands = True
 
     def __init__(self, checkpoint: Checkpoint, output: Output | None, input_kind: InputKind) -> None:
         config = checkpoint.config
@@ -77,30 +84,37 @@ class VitSubject(Subject):
             raise UsageError(
                 f"{checkpoint.source} has no {output}", hint=f"it has: {', '.join(config.outputs)}"
             )
-        self.config: ViTConfig = config
+        self.config: ModelConfig = config
         self.preprocess = checkpoint.preprocess
         self.output = output or config.outputs[0]
         self.labels = checkpoint.labels if self.output == "logits" else None
         self.input = input_kind
-        self.rewrites = applied_rewrites(config, self.output, input_kind)
-        self.flops = forward_flops(config)
-        self._vit = vit.build(config, checkpoint.state)
+        self._architecture = architecture_of(config)
+        self.rewrites = self._architecture.applied_rewrites(config, self.output, input_kind)
+        self.flops = self._architecture.forward_flops(config)
+        self._reference = build_reference(config, checkpoint.state)
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        return vit.state_of(self._vit)
+        return state_of(self._reference)
 
     def reload(self, path: Path) -> None:
-        self._vit = vit.build(self._vit.config, load_file(path))
+        self._reference = build_reference(self.config, load_file(path))
 
     def reference(self, inputs: Tensor) -> Tensor:
         if self.input == "uint8":
             scale, shift = normalisation(self.preprocess)
             inputs = (inputs.double() * scale + shift).permute(0, 3, 1, 2)
-        return vit.forward_float64(self._vit, inputs, self.output)
+        return forward_float64(self._reference, inputs, self.output)
 
-    def deployed(self, plan: PrecisionPlan) -> LoweredViT:
-        return lower(self._vit, plan, output=self.output, input_kind=self.input, preprocess=self.preprocess)
+    def deployed(self, plan: PrecisionPlan) -> DeployedModel:
+        return self._architecture.deploy(
+            self._reference,
+            plan,
+            output=self.output,
+            input_kind=self.input,
+            preprocess=self.preprocess,
+        )
 
     def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
         return emulate(self.deployed(plan).float(), plan, inputs)
@@ -160,10 +174,29 @@ class ModuleSubject(Subject):
         return island_norms(deployed) if plan.default != torch.float32 else ()
 
 
+def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subject]:
+    """Load the model that is asked for.
+
+    Raises:
+        UsageError, CheckpointError, MissingDependency: it cannot be opened, or not so.
+    """
+    if isinstance(request.model, nn.Module):
+        name, size = type(request.model).__name__, request.image_size or (224, 224)
+        opened: Checkpoint | UserModule = UserModule(request.model, name, size)
+    else:
+        opened = open_model(
+            None if request.model is None else str(request.model),
+            checkpoint=request.checkpoint,
+            image_size=request.image_size,
+            seed=request.seed,
+        )
+    return opened, subject_of(opened, request.output, request.input)
+
+
 def subject_of(opened: Checkpoint | UserModule, output: str | None, input_kind: str) -> Subject:
     """The subject for what was opened, after a look at the names of output and input."""
-    outputs: dict[str, Output] = {"logits": "logits", "features": "features", "tokens": "tokens"}
-    inputs: dict[str, InputKind] = {"float": "float", "uint8": "uint8"}
+    outputs: dict[str, Output] = {name: name for name in get_args(Output)}
+    inputs: dict[str, InputKind] = {name: name for name in get_args(InputKind)}
     if output is not None and output not in outputs:
         raise UsageError(
             f"unknown output {output!r}{did_you_mean(output, outputs)}", hint=f"known: {', '.join(outputs)}"
@@ -172,5 +205,5 @@ def subject_of(opened: Checkpoint | UserModule, output: str | None, input_kind: 
         raise UsageError(
             f"unknown input {input_kind!r}{did_you_mean(input_kind, inputs)}", hint="float or uint8"
         )
-    kind = ModuleSubject if isinstance(opened, UserModule) else VitSubject
+    kind = ModuleSubject if isinstance(opened, UserModule) else CheckpointSubject
     return kind(opened, outputs[output] if output else None, inputs[input_kind])  # type: ignore[arg-type]

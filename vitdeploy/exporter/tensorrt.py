@@ -8,12 +8,11 @@ from vitdeploy.bundle.files import sha256
 from vitdeploy.bundle.folder import Bundle, BundleWriter
 from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.config import BatchRange, Precision
-from vitdeploy.errors import BundleError, UsageError, did_you_mean
-from vitdeploy.exporter.engine_request import AUTO, Engine, EngineRequest, Order, engines_of, orders_of
-from vitdeploy.exporter.proving import prove_engines
+from vitdeploy.errors import BundleError, UsageError
+from vitdeploy.exporter.artifact_parity import engines_parity
+from vitdeploy.exporter.request import EngineRequest, Order, PlannedEngine, engines_of, orders_of
 from vitdeploy.progress import Progress
 from vitdeploy.tensorrt.child import build_engines
-from vitdeploy.tensorrt.flavours import FLAVOURS
 from vitdeploy.tensorrt.records import BuildJob, BuildResult, BuiltEngine, EngineRecord
 
 
@@ -59,7 +58,7 @@ def write_engines(
 
 
 def _keep(
-    engine: Engine,
+    engine: PlannedEngine,
     source: Artifact,
     job: BuildJob,
     result: BuildResult,
@@ -108,14 +107,12 @@ def add_engines(
     bundle: Bundle,
     request: EngineRequest,
     *,
-    precisions: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Build engines of a bundle's ONNX artifacts and add them to it; it stays as it was when anything fails.
 
     Args:
-        precisions: of the artifacts to take, as they are or as they were asked for; all when empty.
         force: replace engines of the same name.
 
     Raises:
@@ -125,30 +122,26 @@ def add_engines(
         ParityError: an engine that runs here does not compute what the reference computes.
     """
     progress = progress or Progress()
-    for name in request.formats:
-        if name not in (AUTO, *FLAVOURS):
-            message = f"{name!r} is no format of engines{did_you_mean(name, FLAVOURS)}"
-            raise UsageError(message, hint=f"to a bundle are added: {', '.join(FLAVOURS)}")
     orders, notes = orders_of(request)
     for note in notes:
         progress.note(note)
     if not orders:
         raise UsageError("no engine can be built here", hint="vitdeploy doctor shows what is installed")
-    sources = _sources(bundle, precisions)
-    wanted = [
+    sources = _sources(bundle, request.precisions)
+    ordered = [
         engine.name for order in orders for source in sources for engine in engines_of(order, kind_of(source))
     ]
-    present = [artifact.name for artifact in bundle.manifest.artifacts if artifact.name in wanted]
+    present = [artifact.name for artifact in bundle.manifest.artifacts if artifact.name in ordered]
     if present and not force:
         raise BundleError(f"{bundle.root}: already has {', '.join(present)}", hint="--force replaces it")
     bundle.verify_hashes(name for source in sources for name in source.files)
     manifest, golden = bundle.manifest, bundle.golden()
-    kept = tuple(artifact for artifact in manifest.artifacts if artifact.name not in wanted)
-    parity = tuple(record for record in manifest.parity if record.artifact not in wanted)
+    kept = tuple(artifact for artifact in manifest.artifacts if artifact.name not in ordered)
+    parity = tuple(record for record in manifest.parity if record.artifact not in ordered)
     with bundle.edit() as writer:
         built = [a for order in orders for s in sources for a in write_engines(order, s, writer, progress)]
         draft = manifest.model_copy(update={"artifacts": (*kept, *built), "parity": parity})
-        records = prove_engines(writer.seal(draft), built, golden, manifest.max_abs, progress)
+        records = engines_parity(writer.seal(draft), built, golden, manifest.max_abs, progress)
         writer.seal(draft.model_copy(update={"parity": (*parity, *records)}))
         return writer.commit()
 
@@ -168,16 +161,16 @@ def default_precision(artifact: Artifact) -> Precision:
 
 def _sources(bundle: Bundle, precisions: Sequence[str]) -> list[Artifact]:
     onnx = [artifact for artifact in bundle.manifest.artifacts if artifact.format == "onnx"]
-    found = [a for a in onnx if not precisions or {a.precision, a.requested}.intersection(precisions)]
-    if not found:
+    chosen = [a for a in onnx if not precisions or {a.precision, a.requested}.intersection(precisions)]
+    if not chosen:
         what = f"in {', '.join(precisions)} " if precisions else ""
         hint = f"it has {', '.join(a.name for a in onnx)}" if onnx else "export it with --format onnx"
         raise UsageError(f"{bundle.root}: has no ONNX artifact {what}to build engines from", hint=hint)
-    return found
+    return chosen
 
 
 def _profiles(request: EngineRequest, source: Artifact) -> tuple[BatchRange, ...]:
-    profiles = tuple(request.sorted_profiles) or (source.batch,)
+    profiles = request.profiles or (source.batch,)
     if source.batch.fixed and profiles != (source.batch,):
         raise UsageError(
             f"{source.path} has the fixed batch size {source.batch.min}: no other profile fits",

@@ -11,49 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitdeploy.backends.triton import AOT, TABLE
+from vitdeploy.backends.triton import TABLE
 from vitdeploy.bundle.folder import BundleWriter
-from vitdeploy.bundle.manifest import Artifact, OpPrecision, PrecisionProof, input_spec, output_spec
-from vitdeploy.config import BatchRange, InputKind, Output, Precision, ViTConfig
-from vitdeploy.errors import ExportError, MissingDependency, UsageError, did_you_mean
+from vitdeploy.bundle.manifest import AOT, Artifact, OpPrecision, PrecisionProof, input_spec, output_spec
+from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Precision
+from vitdeploy.errors import ExportError
+from vitdeploy.exporter.request import kernels_library
 from vitdeploy.model.precision import DTYPES
 from vitdeploy.progress import Progress
 
 if TYPE_CHECKING:
     from vitdeploy_kernels.launch import Launch
 
-FOLDER = "kernels"
+_FOLDER = "kernels"
 _OPERANDS = ("weight_ptr", "qkv_ptr", "queries_ptr", "x_ptr")
 
 
-def check_architectures(names: Sequence[str]) -> None:
-    """Look at the architectures a user names.
-
-    Raises:
-        UsageError: none, or one that the kernels are not compiled for.
-        MissingDependency: Triton is not installed.
-    """
-    known = known_architectures()
-    for name in names:
-        if name not in known:
-            message = f"unknown architecture {name!r}{did_you_mean(name, known)}"
-            raise UsageError(message, hint=f"known: {', '.join(known)}")
-    if not names:
-        hint = f"--arch with some of {','.join(known)}"
-        raise UsageError(f"--format {AOT} compiles for the GPUs that you name", hint=hint)
-
-
-def known_architectures() -> tuple[str, ...]:
-    """GPUs that the kernels can be compiled for.
-
-    Raises:
-        MissingDependency: Triton is not installed.
-    """
-    return tuple(_library("aot").ARCHITECTURES)
-
-
 def write_kernels(
-    config: ViTConfig,
+    config: ModelConfig,
     precision: Precision,
     writer: BundleWriter,
     *,
@@ -69,14 +44,14 @@ def write_kernels(
         ExportError: a kernel cannot be compiled.
     """
     begin = time.perf_counter()
-    aot, package, tables = (_library(name) for name in ("aot", "package", "config"))
+    aot, package, tables = (kernels_library(name) for name in ("aot", "package", "config"))
     needed: dict[str, list[Launch]] = {}
     plan: list[tuple[str, Launch]] = []
     chosen = {arch: tables.shipped_table(aot.ARCHITECTURES[arch]) for arch in architectures}
     for arch, table in chosen.items():
         plan = _launches(config, precision, batch, output, input_kind, table)
         needed[arch] = [launch for _, launch in plan]
-    root = writer.file(f"{FOLDER}/{precision}/{TABLE}").parent
+    root = writer.file(f"{_FOLDER}/{precision}/{TABLE}").parent
     with progress.stage(f"{AOT} {precision}") as stage:
         try:
             files = package.write_package(root, needed)
@@ -107,7 +82,7 @@ def write_kernels(
 
 
 def _launches(
-    config: ViTConfig,
+    config: ModelConfig,
     precision: Precision,
     batch: BatchRange,
     output: Output,
@@ -115,35 +90,24 @@ def _launches(
     table: Any,
 ) -> list[tuple[str, Launch]]:
     """The launches of all batch buckets, those of the largest last, with their sites."""
-    from vitdeploy.model.fused import buckets_of, shape_of
+    from vitdeploy.model.fused import buckets_of
+    from vitdeploy.model.registry import architecture_of
 
-    shape, dtype = shape_of(config, output, input_kind), DTYPES[precision]
-    planner = _library("planner")
+    shape, dtype = architecture_of(config).kernel_shape(config, output, input_kind), DTYPES[precision]
+    planner = kernels_library("planner")
     return [pair for size in buckets_of(batch) for pair in planner.launches(shape, dtype, size, table)]
 
 
 def _proof(plan: Sequence[tuple[str, Launch]], precision: Precision) -> PrecisionProof:
     """The dtype of what each kernel multiplies, read from its launch; one row a site."""
-    wanted = str(DTYPES[precision]).removeprefix("torch.")
+    declared = str(DTYPES[precision]).removeprefix("torch.")
     ops = {}
     for site, launch in plan:
         operand = next(launch.arguments[name] for name in _OPERANDS if name in launch.arguments)
-        found = str(getattr(operand, "dtype", "undefined")).removeprefix("torch.")
-        ops[site] = OpPrecision(name=site, op=launch.name.removesuffix("_kernel"), dtype=found)
-    return PrecisionProof(ops=tuple(ops.values()), ok=all(op.dtype == wanted for op in ops.values()))
+        dtype = str(getattr(operand, "dtype", "undefined")).removeprefix("torch.")
+        ops[site] = OpPrecision(name=site, op=launch.name.removesuffix("_kernel"), dtype=dtype)
+    return PrecisionProof(ops=tuple(ops.values()), ok=all(op.dtype == declared for op in ops.values()))
 
 
 def _name(path: Path, writer: BundleWriter) -> str:
     return path.relative_to(writer.directory).as_posix()
-
-
-def _library(name: str) -> Any:
-    """A module of the kernels' package."""
-    import importlib
-
-    try:
-        return importlib.import_module(f"vitdeploy_kernels.{name}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "triton":
-            raise
-        raise MissingDependency("triton", extra="kernels", purpose=f"--format {AOT}") from error

@@ -72,7 +72,7 @@ def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
         image = load_image(image)
     if spec.exif:
         image = upright(image)
-    height, width = _resized((image.height, image.width), spec)
+    height, width = resized((image.height, image.width), spec)
     if height * width > MAX_PIXELS:
         raise ImageError(
             f"an image of {image.width}x{image.height} pixels is too elongated: resizing it to the "
@@ -83,7 +83,7 @@ def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
     return np.array(_crop(image, spec))
 
 
-def _resized(size: Size, spec: Preprocess) -> Size:
+def resized(size: Size, spec: Preprocess) -> Size:
     """The (height, width) that an image of ``size`` is resized to, before cropping."""
     if spec.resize == "none":
         return size

@@ -1,8 +1,10 @@
-"""The NVIDIA GPUs of this machine, as the CUDA driver describes them."""
+"""The NVIDIA GPUs of this machine: those that CUDA lets a process use, and all that there are."""
 
 from __future__ import annotations
 
 import ctypes
+import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _MAJOR, _MINOR = 75, 76
@@ -35,6 +37,28 @@ def find_gpus(driver: str = "libcuda.so.1") -> list[Gpu]:
         return []
     found = [_describe(cuda, device) for device in range(count.value)]
     return [gpu for gpu in found if gpu is not None]
+
+
+def query_gpus(
+    run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run,
+) -> tuple[tuple[dict[str, str], ...], str]:
+    """All NVIDIA GPUs as nvidia-smi describes them, and a reason where there are none.
+
+    More of each than :func:`find_gpus` says, and those that CUDA_VISIBLE_DEVICES hides, too.
+    """
+    fields = ("name", "memory.total", "driver_version", "compute_cap")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = run(query, capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:
+        return (), "no NVIDIA driver (nvidia-smi is not there)"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return (), f"nvidia-smi does not answer: {error}"
+    if done.returncode:
+        return (), f"nvidia-smi failed: {' '.join((done.stdout + done.stderr).split())[:200]}"
+    rows = [[value.strip() for value in row.split(",")] for row in done.stdout.splitlines() if row.strip()]
+    gpus = tuple(dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields))
+    return gpus, "" if gpus else "nvidia-smi lists none"
 
 
 def _describe(cuda: ctypes.CDLL, device: int) -> Gpu | None:

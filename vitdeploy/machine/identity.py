@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from vitdeploy.machine.gpus import query_gpus
 
 LIBRARIES: dict[str, str] = {
     "numpy": "",
@@ -85,25 +86,6 @@ def _memory(root: Path) -> int | None:
         except (OSError, ValueError):  # no such controller, or "max"
             continue
     return min(limits, default=None)
-
-
-def query_gpus(
-    run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run,
-) -> tuple[tuple[dict[str, str], ...], str]:
-    """NVIDIA GPUs as their driver's tool lists them, and a reason where there are none."""
-    fields = ("name", "memory.total", "driver_version", "compute_cap")
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        done = run(query, capture_output=True, text=True, timeout=10, check=False)
-    except FileNotFoundError:
-        return (), "no NVIDIA driver (nvidia-smi is not there)"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return (), f"nvidia-smi does not answer: {error}"
-    if done.returncode:
-        return (), f"nvidia-smi failed: {' '.join((done.stdout + done.stderr).split())[:200]}"
-    rows = [[value.strip() for value in row.split(",")] for row in done.stdout.splitlines() if row.strip()]
-    gpus = tuple(dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields))
-    return gpus, "" if gpus else "nvidia-smi lists none"
 
 
 def installed_version(distribution: str) -> str | None:

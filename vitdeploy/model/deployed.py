@@ -1,9 +1,10 @@
-"""The deployed form of a ViT: the modules whose graph is the one a person would draw.
+"""The deployed form of a model: the modules whose graph is the one a person would draw.
 
 Every module computes in the dtype its parameters have and casts what reaches it; where dtypes agree,
 no cast is traced. Linear weights lie as (in, out), so that a GEMM is one MatMul with a named weight.
 Shapes that are known at export are constants, the batch is the -1 of a reshape: no Shape operator is
-traced. :mod:`vitdeploy.model.rewrites` builds these modules from the reference model.
+traced. ``DeployedX`` is a ViT's counterpart of ``X`` in :mod:`vitdeploy.model.vit`, and
+:mod:`vitdeploy.model.rewrites` makes it from that.
 
 Shapes in comments: N images, C channels, P patch, T tokens, Q tokens that are read at the end,
 D width, h heads, d columns of a head.
@@ -11,19 +12,33 @@ D width, h heads, d columns of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdeploy.config import Activation, Output, ViTConfig
-from vitdeploy.model.vit import ACTIVATIONS
+from vitdeploy.model.reference import ACTIVATIONS
 
 
 def constant(value: Tensor | None) -> nn.Parameter | None:
     return None if value is None else nn.Parameter(value, requires_grad=False)
 
 
-class Linear(nn.Module):
+class Site(nn.Module):
+    """A module that computes something and has a dtype of its own in a precision plan."""
+
+    always_fp32: ClassVar[bool] = False
+    """An island of every reduced precision: its sums lose too much below fp32."""
+    follows_input: ClassVar[bool] = False
+    """Without a dtype of its own, unless it is an island."""
+    dtype: torch.dtype | None = None
+    """What a site without weights computes in; None is what reaches it."""
+
+
+class Linear(Site):
     """``x @ weight + bias`` with weight (in, out); over rows (R, in) that is a single Gemm operator."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -38,7 +53,7 @@ class Linear(nn.Module):
         return torch.addmm(self.bias, x, self.weight) if x.dim() == 2 else x @ self.weight + self.bias
 
 
-class HeadLinear(nn.Module):
+class HeadLinear(Site):
     """One GEMM per head: ``x @ weight`` with weight (h, in, out) and x (N, h, rows, in)."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -49,8 +64,10 @@ class HeadLinear(nn.Module):
         return x.to(self.weight.dtype) @ self.weight
 
 
-class Norm(nn.Module):
+class Norm(Site):
     """LayerNorm over the last axis."""
+
+    always_fp32 = True
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
         super().__init__()
@@ -63,30 +80,24 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-class Add(nn.Module):
+class Add(Site):
     """A residual addition, a module of its own so that it has a name and a dtype."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         dtype = self.dtype or x.dtype
         return x.to(dtype) + branch.to(dtype)
 
 
-class Softmax(nn.Module):
+class Softmax(Site):
     """Softmax over the last axis, in its own dtype when it has one."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtype: torch.dtype | None = None
+    follows_input = True
 
     def forward(self, scores: Tensor) -> Tensor:
         return scores.to(self.dtype or scores.dtype).softmax(dim=-1)
 
 
-class Attention(nn.Module):
+class DeployedAttention(nn.Module):
     """Self-attention with one GEMM for queries, keys and values; ``qkv`` has columns (3, h, d)."""
 
     def __init__(self, qkv: Linear, proj: Linear, heads: int, scale: float) -> None:
@@ -106,7 +117,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(-1, tokens, width))  # (N, T, D)
 
 
-class Mlp(nn.Module):
+class DeployedMlp(nn.Module):
     """Two GEMMs with an activation between them, gated where the model is."""
 
     def __init__(self, fc1: Linear, fc2: Linear, activation: Activation, gated: bool) -> None:
@@ -122,10 +133,10 @@ class Mlp(nn.Module):
         return self.fc2(ACTIVATIONS[self.activation](x))
 
 
-class Block(nn.Module):
+class DeployedBlock(nn.Module):
     """Pre-norm block; layer scale is already part of ``attn.proj`` and ``mlp.fc2``."""
 
-    def __init__(self, norm1: Norm, attn: nn.Module, norm2: Norm, mlp: Mlp) -> None:
+    def __init__(self, norm1: Norm, attn: nn.Module, norm2: Norm, mlp: DeployedMlp) -> None:
         super().__init__()
         self.norm1, self.attn, self.add1 = norm1, attn, Add()
         self.norm2, self.mlp, self.add2 = norm2, mlp, Add()
@@ -168,7 +179,7 @@ def first_tokens(x: Tensor, count: int) -> Tensor:
     return x[:, 0] if count == 1 else x[:, :count].reshape(-1, x.shape[2])
 
 
-class AbsorbedBlock(Block):
+class AbsorbedBlock(DeployedBlock):
     """The last block when only the first Q tokens are read: (N, T, D) -> (N Q, D)."""
 
     attn: AbsorbedAttention
@@ -178,7 +189,7 @@ class AbsorbedBlock(Block):
         return self.add2(pooled, self.mlp(self.norm2(pooled)))
 
 
-class Tokens(nn.Module):
+class Tokens(Site):
     """What the embedding adds to every image: prefix tokens, positions, the patch projection's bias."""
 
     def __init__(self, value: Tensor) -> None:
@@ -189,7 +200,7 @@ class Tokens(nn.Module):
         return x.to(self.value.dtype) + self.value
 
 
-class Embedding(nn.Module):
+class DeployedEmbedding(nn.Module):
     """Pixels to tokens by one GEMM; prefix tokens, positions and bias are one constant (T, D).
 
     The prefix rows enter as rows of zeros below which the constant lies, so no token is expanded at run time.
@@ -218,13 +229,14 @@ class Embedding(nn.Module):
         return self.tokens(x)
 
 
-class Pool(nn.Module):
+class Pool(Site):
     """Tokens to one vector, for the ways of pooling that read every token."""
+
+    always_fp32 = True
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.prefix, self.both = config.prefix_tokens, config.pool == "cls_mean"
-        self.dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype or x.dtype)
@@ -232,7 +244,7 @@ class Pool(nn.Module):
         return torch.cat([x[:, 0], mean], dim=1) if self.both else mean
 
 
-class Readout(nn.Module):
+class DeployedReadout(nn.Module):
     """Final LayerNorm, pooling and head. An absorbed block hands over rows, the pooled tokens alone."""
 
     def __init__(
@@ -263,10 +275,13 @@ class Readout(nn.Module):
         return x if self.head is None else self.head(x)
 
 
-class LoweredViT(nn.Module):
-    """A ViT in its deployed form: pixels in, one output, float32 out whatever runs inside."""
+class DeployedModel(nn.Module):
+    """A model in its deployed form: pixels in, one output, float32 out whatever runs inside.
 
-    def __init__(self, embedding: Embedding, blocks: list[Block], readout: Readout) -> None:
+    The batch is every tensor's first axis, and no part computes with its size (see ``exporter.graph.trace``).
+    """
+
+    def __init__(self, embedding: nn.Module, blocks: Iterable[nn.Module], readout: nn.Module) -> None:
         super().__init__()
         self.embedding, self.blocks, self.readout = embedding, nn.ModuleList(blocks), readout
         self.output_dtype = torch.float32

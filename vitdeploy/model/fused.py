@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
 from vitdeploy.model import deployed
-from vitdeploy.model import vit as model
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
 from vitdeploy.model.rewrites import (
     BLOCK_REWRITES,
@@ -30,9 +29,10 @@ from vitdeploy.model.rewrites import (
     queries_read,
     read_out,
 )
-from vitdeploy_kernels import vit as fused
+from vitdeploy.model.vit import Block, Readout, ViT
+from vitdeploy_kernels import planner
+from vitdeploy_kernels import vit as kernels
 from vitdeploy_kernels.layernorm_linear import Folded, fold_layernorm
-from vitdeploy_kernels.planner import Readout
 from vitdeploy_kernels.runner import buckets
 
 PIXEL_SHIFT = 128
@@ -47,12 +47,12 @@ class FusedModel:
         readout: final LayerNorm, pooling and head in torch, where no fused head does it.
     """
 
-    shape: fused.VitShape
-    weights: fused.VitWeights
-    readout: Readout | None
+    shape: kernels.VitShape
+    weights: kernels.VitWeights
+    readout: planner.Readout | None
 
 
-def fold_norms(block: model.Block) -> model.Block:
+def fold_norms(block: Block) -> Block:
     """(n g + b) W = n (g W) + b W: LayerNorm's gain and shift become part of the linear layers behind it."""
     block = edited(block)
     attn = block.attn
@@ -66,7 +66,7 @@ def fold_norms(block: model.Block) -> model.Block:
     return block
 
 
-def centre_block(block: model.Block) -> model.Block:
+def centre_block(block: Block) -> Block:
     """LayerNorm takes the mean away, so what a block adds to the residual stream may have none."""
     block = edited(block)
     for linear in (block.attn.proj, block.mlp.fc2):
@@ -75,19 +75,19 @@ def centre_block(block: model.Block) -> model.Block:
     return block
 
 
-def centre_embedding(embedding: deployed.Embedding) -> deployed.Embedding:
+def centre_embedding(embedding: deployed.DeployedEmbedding) -> deployed.DeployedEmbedding:
     """The same for what the embedding writes first."""
     weight, tokens = (
         value - value.mean(dim=1, keepdim=True)
         for value in (embedding.patch_embed.weight, embedding.tokens.value)
     )
     linear = deployed.Linear(weight, None)
-    return deployed.Embedding(linear, tokens, embedding.config, channels_last=embedding.channels_last)
+    return deployed.DeployedEmbedding(linear, tokens, embedding.config, channels_last=embedding.channels_last)
 
 
 @torch.no_grad()
 def fuse(
-    vit: model.ViT,
+    vit: ViT,
     dtype: torch.dtype,
     *,
     output: Output = "logits",
@@ -105,32 +105,34 @@ def fuse(
         PrecisionError: a weight does not fit into the dtype (each is named).
     """
     config = vit.config
-    shape = shape_of(config, output, input_kind)
+    shape = kernel_shape(config, output, input_kind)
     embedding = patches_to_gemm(doubled(vit.embedding))
     if input_kind == "uint8":
         if preprocess is None:
             raise ValueError("uint8 input needs the preprocessing whose mean and std to fold")
         embedding = fold_normalisation(embedding, preprocess)
     projection = _projection(centre_embedding(embedding), dtype)
-    blocks: list[fused.Block] = []
-    last: fused.AbsorbedBlock | None = None
+    blocks: list[kernels.Block] = []
+    last: kernels.AbsorbedBlock | None = None
     for index, part in enumerate(vit.blocks):
-        block = rewrite(cast(model.Block, doubled(part)))
+        block = rewrite(cast(Block, doubled(part)))
         if index < shape.full_blocks:
             blocks.append(_moved(_full(block, dtype), device))
         else:
             last = _moved(_absorbed(block, dtype), device)
     readout = doubled(vit.readout)
     head = _folded(readout.norm, readout.head, dtype) if shape.classes and readout.head is not None else None
-    weights = fused.VitWeights(_moved(projection, device), tuple(blocks), last, head and _moved(head, device))
+    weights = kernels.VitWeights(
+        _moved(projection, device), tuple(blocks), last, head and _moved(head, device)
+    )
     _check_range(weights, dtype)
     return FusedModel(shape, weights, None if head else _readout(readout, output, dtype, device))
 
 
-def shape_of(config: ViTConfig, output: Output, input_kind: InputKind) -> fused.VitShape:
+def kernel_shape(config: ViTConfig, output: Output, input_kind: InputKind) -> kernels.VitShape:
     """The kernels' view of a configuration; a head is fused over a CLS token without a layer in between."""
     plain = output == "logits" and config.pool == "cls" and not config.representation_width
-    return fused.VitShape(
+    return kernels.VitShape(
         image_size=config.image_size,
         patch=config.patch_size,
         channels=config.channels,
@@ -153,7 +155,7 @@ def buckets_of(batch: BatchRange) -> tuple[int, ...]:
     return tuple(size for size in buckets(batch.max) if size >= batch.min)
 
 
-def rewrite(block: model.Block) -> model.Block:
+def rewrite(block: Block) -> Block:
     """Every rewrite of a block's weights, in float64."""
     for step in (fold_norms, *BLOCK_REWRITES, centre_block):
         block = step(block)
@@ -164,17 +166,17 @@ def _folded(norm: nn.LayerNorm, linear: nn.Linear, dtype: torch.dtype) -> Folded
     return fold_layernorm(norm.weight, norm.bias, linear.weight.t(), linear.bias, dtype)
 
 
-def _linear(linear: nn.Linear, dtype: torch.dtype) -> fused.Linear:
-    return fused.Linear(linear.weight.t().to(dtype).contiguous(), linear.bias.float())
+def _linear(linear: nn.Linear, dtype: torch.dtype) -> kernels.Linear:
+    return kernels.Linear(linear.weight.t().to(dtype).contiguous(), linear.bias.float())
 
 
-def _full(block: model.Block, dtype: torch.dtype) -> fused.Block:
+def _full(block: Block, dtype: torch.dtype) -> kernels.Block:
     attn, mlp = block.attn, block.mlp
     parts = (attn.q, attn.k, attn.v)
     weight = torch.cat([part.weight for part in parts]).t()
     zeros = torch.zeros_like(attn.proj.bias)
     bias = torch.cat([zeros if b is None else b for b in map(bias_of, parts)])
-    return fused.Block(
+    return kernels.Block(
         qkv=fold_layernorm(block.norm1.weight, block.norm1.bias, weight, bias, dtype),
         proj=_linear(attn.proj, dtype),
         fc1=_folded(block.norm2, mlp.fc1, dtype),
@@ -182,11 +184,11 @@ def _full(block: model.Block, dtype: torch.dtype) -> fused.Block:
     )
 
 
-def _absorbed(block: model.Block, dtype: torch.dtype) -> fused.AbsorbedBlock:
+def _absorbed(block: Block, dtype: torch.dtype) -> kernels.AbsorbedBlock:
     """See :func:`vitdeploy.model.rewrites.absorb_last_block`."""
     attn, mlp = block.attn, block.mlp
     heads = (attn.heads, attn.head_width, -1)
-    return fused.AbsorbedBlock(
+    return kernels.AbsorbedBlock(
         q=_folded(block.norm1, attn.q, dtype),
         key=attn.k.weight.reshape(heads).to(dtype).contiguous(),  # (h, d, D)
         value=attn.v.weight.reshape(heads).transpose(1, 2).to(dtype).contiguous(),  # (h, D, d)
@@ -196,7 +198,7 @@ def _absorbed(block: model.Block, dtype: torch.dtype) -> fused.AbsorbedBlock:
     )
 
 
-def _projection(embedding: deployed.Embedding, dtype: torch.dtype) -> fused.Embedding:
+def _projection(embedding: deployed.DeployedEmbedding, dtype: torch.dtype) -> kernels.Embedding:
     """Pixels in steps of 1/255 have weights that fp16 would hold as subnormals: a power of two goes apart."""
     weight, tokens = embedding.patch_embed.weight.detach(), embedding.tokens.value.detach().clone()
     scale = 1.0
@@ -204,12 +206,12 @@ def _projection(embedding: deployed.Embedding, dtype: torch.dtype) -> fused.Embe
         tokens[embedding.config.prefix_tokens :] += PIXEL_SHIFT * weight.sum(dim=0)
         _, exponent = torch.frexp(weight.abs().max())
         scale = 2.0 ** int(exponent)
-    return fused.Embedding((weight / scale).to(dtype).contiguous(), tokens.float(), scale)
+    return kernels.Embedding((weight / scale).to(dtype).contiguous(), tokens.float(), scale)
 
 
 def _readout(
-    readout: model.Readout, output: Output, dtype: torch.dtype, device: torch.device | str
-) -> Readout:
+    readout: Readout, output: Output, dtype: torch.dtype, device: torch.device | str
+) -> planner.Readout:
     part = assign_dtypes(read_out(readout, output), "readout", PrecisionPlan(dtype)).to(device)
 
     def compute(x: Tensor) -> Tensor:
@@ -243,7 +245,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-def _check_range(weights: fused.VitWeights, dtype: torch.dtype) -> None:
+def _check_range(weights: kernels.VitWeights, dtype: torch.dtype) -> None:
     overflowing = [name for name, tensor in _tensors(weights, "") if not torch.isfinite(tensor).all()]
     if overflowing:
         kind = str(dtype).removeprefix("torch.")

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import nn
 
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES, ArtifactPrecision
 from vitdeploy.config import Precision
 from vitdeploy.errors import PrecisionError
-from vitdeploy.model import deployed
-from vitdeploy.model.vit import public_name
+from vitdeploy.model.deployed import Site
+from vitdeploy.model.reference import public_name
 
 DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
+    precision: getattr(torch, PRECISION_DTYPES[precision]) for precision in get_args(Precision)
 }
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -54,7 +53,7 @@ class PrecisionPlan:
         return cls(torch.float64, island_dtype=torch.float64, output_dtype=torch.float64)
 
     @property
-    def name(self) -> Precision | Literal["mixed"]:
+    def name(self) -> ArtifactPrecision:
         """What artifacts of this plan are called."""
         return (
             "mixed" if self.islands else next(name for name, dtype in DTYPES.items() if dtype == self.default)
@@ -63,26 +62,14 @@ class PrecisionPlan:
     def with_islands(self, islands: frozenset[str]) -> PrecisionPlan:
         return replace(self, islands=islands)
 
-    def dtype(self, site: str, module: nn.Module) -> torch.dtype:
-        always = isinstance(module, deployed.Norm | deployed.Pool)
-        return self.island_dtype if always or site in self.islands else self.default
+    def dtype(self, name: str, site: Site) -> torch.dtype:
+        return self.island_dtype if site.always_fp32 or name in self.islands else self.default
 
 
-_SITES = (
-    deployed.Tokens,
-    deployed.Linear,
-    deployed.HeadLinear,
-    deployed.Norm,
-    deployed.Add,
-    deployed.Softmax,
-    deployed.Pool,
-)
-
-
-def sites(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def sites(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Site]]:
     """Every site of a deployed model or of a part of it, with its public name, in order of execution."""
     for name, module in model.named_modules():
-        if isinstance(module, _SITES):
+        if isinstance(module, Site):
             yield public_name(f"{prefix}.{name}" if prefix else name), module
 
 
@@ -104,10 +91,7 @@ def assign_dtypes(part: Part, prefix: str, plan: PrecisionPlan) -> Part:
         dtype = plan.dtype(name, module)
         for key, parameter in module.named_parameters(recurse=False):
             setattr(module, key, _rounded(parameter, dtype, f"{name}.{key}", overflowing))
-        if isinstance(module, deployed.Softmax):
-            module.dtype = dtype if name in plan.islands else None
-        elif isinstance(module, deployed.Add | deployed.Pool):
-            module.dtype = dtype
+        module.dtype = None if module.follows_input and name not in plan.islands else dtype
     if overflowing:
         raise PrecisionError(
             f"weights do not fit into {str(plan.default).removeprefix('torch.')}: {', '.join(overflowing)}",

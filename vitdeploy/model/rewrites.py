@@ -2,7 +2,7 @@
 
 Each function takes one part of the model and returns another that computes the same function of real
 numbers; nothing here rounds. All run in float64, one part at a time, so that the weights are rounded
-once, when :func:`lower` puts them into the dtypes of a precision plan.
+once, when :func:`deploy` puts them into the dtypes of a precision plan.
 """
 
 from __future__ import annotations
@@ -16,10 +16,21 @@ from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig
-from vitdeploy.model import deployed as lowered
-from vitdeploy.model import vit as model
-from vitdeploy.model.deployed import HeadLinear, Linear, LoweredViT, Norm
+from vitdeploy.model.deployed import (
+    AbsorbedAttention,
+    AbsorbedBlock,
+    DeployedAttention,
+    DeployedBlock,
+    DeployedEmbedding,
+    DeployedMlp,
+    DeployedModel,
+    DeployedReadout,
+    HeadLinear,
+    Linear,
+    Norm,
+)
 from vitdeploy.model.precision import Part, PrecisionPlan, assign_dtypes
+from vitdeploy.model.vit import Block, Embedding, Mlp, Readout, ViT
 
 
 def forward_flops(config: ViTConfig) -> int:
@@ -34,7 +45,7 @@ def forward_flops(config: ViTConfig) -> int:
 # Rewrites of a block's weights: the block stays a reference block.
 
 
-def edited(block: model.Block) -> model.Block:
+def edited(block: Block) -> Block:
     """A copy whose modules can be changed while tensors stay shared."""
     memo = {id(tensor): tensor for tensor in block.parameters()}
     return copy.deepcopy(block, memo)
@@ -45,7 +56,7 @@ def parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
 
 
-def fold_attention_scale(block: model.Block) -> model.Block:
+def fold_attention_scale(block: Block) -> Block:
     """softmax(s q k') = softmax((s q) k'): the scale becomes part of the query projection."""
     block = edited(block)
     attn = block.attn
@@ -56,14 +67,14 @@ def fold_attention_scale(block: model.Block) -> model.Block:
     return block
 
 
-def drop_key_bias(block: model.Block) -> model.Block:
+def drop_key_bias(block: Block) -> Block:
     """q (k + b)' adds the same q b' to a whole row of scores, and softmax does not see it."""
     block = edited(block)
     block.attn.k.register_parameter("bias", None)
     return block
 
 
-def move_value_bias(block: model.Block) -> model.Block:
+def move_value_bias(block: Block) -> Block:
     """Rows of a softmax sum to one, so the value bias passes through attention into the projection's bias."""
     block = edited(block)
     attn = block.attn
@@ -73,7 +84,7 @@ def move_value_bias(block: model.Block) -> model.Block:
     return block
 
 
-def fold_layer_scale(block: model.Block) -> model.Block:
+def fold_layer_scale(block: Block) -> Block:
     """Layer scale multiplies the rows of the linear layer before it (its bias too)."""
     block = edited(block)
     for linear, scale in ((block.attn.proj, block.scale1), (block.mlp.fc2, block.scale2)):
@@ -99,11 +110,11 @@ def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _mlp(mlp: model.Mlp) -> lowered.Mlp:
-    return lowered.Mlp(_linear(mlp.fc1), _linear(mlp.fc2), mlp.activation, mlp.gated)
+def _mlp(mlp: Mlp) -> DeployedMlp:
+    return DeployedMlp(_linear(mlp.fc1), _linear(mlp.fc2), mlp.activation, mlp.gated)
 
 
-def merge_qkv(block: model.Block) -> lowered.Block:
+def merge_qkv(block: Block) -> DeployedBlock:
     """Three projections of the same rows are one GEMM with three times the columns."""
     attn = block.attn
     parts = (attn.q, attn.k, attn.v)
@@ -111,11 +122,11 @@ def merge_qkv(block: model.Block) -> lowered.Block:
     biases = [bias_of(p) for p in parts]
     rows = [torch.zeros_like(p.weight[:, 0]) if b is None else b for p, b in zip(parts, biases, strict=True)]
     bias = None if all(b is None for b in biases) else torch.cat(rows)
-    merged = lowered.Attention(Linear(weight, bias), _linear(attn.proj), attn.heads, attn.scale)
-    return lowered.Block(_norm(block.norm1), merged, _norm(block.norm2), _mlp(block.mlp))
+    merged = DeployedAttention(Linear(weight, bias), _linear(attn.proj), attn.heads, attn.scale)
+    return DeployedBlock(_norm(block.norm1), merged, _norm(block.norm2), _mlp(block.mlp))
 
 
-def absorb_last_block(block: model.Block, queries: int) -> lowered.AbsorbedBlock:
+def absorb_last_block(block: Block, queries: int) -> AbsorbedBlock:
     """When only ``queries`` tokens are read at the end, the last block needs no keys and no values.
 
     q k' = (q Wk) x' per head, and p (x Wv) = (p x) Wv: the projections move from T rows to ``queries`` rows.
@@ -126,11 +137,11 @@ def absorb_last_block(block: model.Block, queries: int) -> lowered.AbsorbedBlock
     heads = (attn.heads, attn.head_width, -1)
     key = HeadLinear(attn.k.weight.reshape(heads))  # (h, d, D)
     value = HeadLinear(attn.v.weight.reshape(heads).transpose(1, 2))  # (h, D, d)
-    absorbed = lowered.AbsorbedAttention(_linear(attn.q), key, value, _linear(attn.proj), attn.scale, queries)
-    return lowered.AbsorbedBlock(_norm(block.norm1), absorbed, _norm(block.norm2), _mlp(block.mlp))
+    absorbed = AbsorbedAttention(_linear(attn.q), key, value, _linear(attn.proj), attn.scale, queries)
+    return AbsorbedBlock(_norm(block.norm1), absorbed, _norm(block.norm2), _mlp(block.mlp))
 
 
-def patches_to_gemm(embedding: model.Embedding) -> lowered.Embedding:
+def patches_to_gemm(embedding: Embedding) -> DeployedEmbedding:
     """A convolution whose stride is its kernel is a GEMM over patches; all that is added is one constant."""
     bias = embedding.patch_embed.bias
     assert bias is not None
@@ -138,10 +149,10 @@ def patches_to_gemm(embedding: model.Embedding) -> lowered.Embedding:
     patches = bias.expand(embedding.config.patches, -1) if positions is None else bias + positions
     tokens = torch.cat([embedding.prefix(), patches])  # (T, D)
     weight = embedding.patch_embed.weight.flatten(1).t()  # (D, C, P, P) -> (C P P, D)
-    return lowered.Embedding(Linear(weight, None), tokens, embedding.config, channels_last=False)
+    return DeployedEmbedding(Linear(weight, None), tokens, embedding.config, channels_last=False)
 
 
-def fold_normalisation(embedding: lowered.Embedding, preprocess: Preprocess) -> lowered.Embedding:
+def fold_normalisation(embedding: DeployedEmbedding, preprocess: Preprocess) -> DeployedEmbedding:
     """((r u) - mean) / std is linear in the pixel u, so it moves into the projection: uint8 HWC goes in."""
     config = embedding.config
     scale, shift = normalisation(preprocess)
@@ -150,7 +161,7 @@ def fold_normalisation(embedding: lowered.Embedding, preprocess: Preprocess) -> 
     weight = (weight * scale[:, None, None]).transpose(0, 1).flatten(0, 1)  # (P P C, D)
     tokens = embedding.tokens.value.clone()
     tokens[config.prefix_tokens :] += offset
-    return lowered.Embedding(Linear(weight, None), tokens, config, channels_last=True)
+    return DeployedEmbedding(Linear(weight, None), tokens, config, channels_last=True)
 
 
 def normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
@@ -159,7 +170,7 @@ def normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
     return preprocess.rescale / std, -mean / std
 
 
-def read_out(readout: model.Readout, output: Output) -> lowered.Readout:
+def read_out(readout: Readout, output: Output) -> DeployedReadout:
     """Two averaged heads are one GEMM over both tokens; a head that is not asked for is left away."""
     head = None
     if output == "logits" and readout.head is not None:
@@ -170,7 +181,7 @@ def read_out(readout: model.Readout, output: Output) -> lowered.Readout:
             )  # (2 D, classes)
             head = Linear(weight, (readout.head.bias + readout.head_dist.bias) / 2)
     representation = None if readout.representation is None else _linear(readout.representation)
-    return lowered.Readout(readout.config, output, _norm(readout.norm), representation, head)
+    return DeployedReadout(readout.config, output, _norm(readout.norm), representation, head)
 
 
 def queries_read(config: ViTConfig, output: Output) -> int | None:
@@ -181,7 +192,7 @@ def queries_read(config: ViTConfig, output: Output) -> int | None:
 
 
 def applied_rewrites(config: ViTConfig, output: Output, input_kind: InputKind) -> tuple[Rewrite, ...]:
-    """The rewrites :func:`lower` applies to this configuration, with the FLOPs each saves per image."""
+    """The rewrites :func:`deploy` applies to this configuration, with the FLOPs each saves per image."""
     d, t, depth = config.width, config.tokens, config.depth
     queries = queries_read(config, output)
     merged = depth - bool(queries)
@@ -233,7 +244,7 @@ def _absorbed_flops(config: ViTConfig, queries: int) -> int:
     return full - absorbed
 
 
-BLOCK_REWRITES: tuple[Callable[[model.Block], model.Block], ...] = (
+BLOCK_REWRITES: tuple[Callable[[Block], Block], ...] = (
     fold_attention_scale,
     drop_key_bias,
     move_value_bias,
@@ -248,14 +259,14 @@ def doubled(part: Part) -> Part:
 
 
 @torch.no_grad()
-def lower(
-    vit: model.ViT,
+def deploy(
+    vit: ViT,
     plan: PrecisionPlan,
     *,
     output: Output = "logits",
     input_kind: InputKind = "float",
     preprocess: Preprocess | None = None,
-) -> LoweredViT:
+) -> DeployedModel:
     """Return the deployed form of ``vit`` in the dtypes of ``plan``; ``vit`` is not changed.
 
     Args:
@@ -274,13 +285,13 @@ def lower(
     assign_dtypes(embedding, "embedding", plan)
     blocks = []
     for i, part in enumerate(vit.blocks):
-        block = cast(model.Block, doubled(part))
+        block = cast(Block, doubled(part))
         for rewrite in BLOCK_REWRITES:
             block = rewrite(block)
         last = i == config.depth - 1
         deployed = absorb_last_block(block, queries) if last and queries else merge_qkv(block)
         blocks.append(assign_dtypes(deployed, f"blocks.{i}", plan))
     readout = assign_dtypes(read_out(doubled(vit.readout), output), "readout", plan)
-    result = LoweredViT(embedding, blocks, readout)
+    result = DeployedModel(embedding, blocks, readout)
     result.output_dtype = plan.output_dtype
     return result.eval()

@@ -10,21 +10,12 @@ of a head, M columns inside the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdeploy.config import Activation, Output, ViTConfig
-
-ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+from vitdeploy.config import Output, ViTConfig
+from vitdeploy.model.reference import ACTIVATIONS, Reference
 
 
 def sincos2d(config: ViTConfig) -> Tensor:
@@ -200,8 +191,11 @@ class Readout(nn.Module):
         return logits
 
 
-class ViT(nn.Module):
-    """The reference model. Parameters have the names of :func:`expected_shapes`."""
+class ViT(Reference):
+    """The reference model: logits (N, classes), features (N, features) or tokens (N, T, D)."""
+
+    config: ViTConfig
+    readout: Readout
 
     def __init__(self, config: ViTConfig, attention: type[Attention] = Attention) -> None:
         super().__init__()
@@ -211,81 +205,4 @@ class ViT(nn.Module):
         self.readout = Readout(config)
 
     def stages(self) -> list[tuple[str, nn.Module]]:
-        """The parts a forward pass goes through, in order, with their names in the state dict."""
         return [("embedding", self.embedding), *((f"blocks.{i}", b) for i, b in enumerate(self.blocks))]
-
-    def forward(self, pixel_values: Tensor, output: Output | None = None) -> Tensor:
-        """Return logits (N, classes), features (N, features) or tokens (N, T, D).
-
-        Args:
-            pixel_values: (N, C, H, W), normalised, in the parameters' dtype.
-            output: one of ``config.outputs``; the first of them when omitted.
-        """
-        x = pixel_values
-        for _, stage in self.stages():
-            x = stage(x)
-        return self.readout(x, output or self.config.outputs[0])
-
-
-_INNER = ("embedding.", "readout.")
-
-
-def public_name(name: str) -> str:
-    """The name a parameter has in a bundle's weights: without the module that groups it."""
-    for group in _INNER:
-        name = name.removeprefix(group)
-    return name
-
-
-def expected_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every parameter of this configuration, without allocating them."""
-    with torch.device("meta"):
-        return {public_name(name): tuple(p.shape) for name, p in ViT(config).named_parameters()}
-
-
-def parameter_count(config: ViTConfig) -> int:
-    return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
-
-
-def build(config: ViTConfig, state: Mapping[str, Tensor], attention: type[Attention] = Attention) -> ViT:
-    """Return the reference model holding ``state``'s tensors as they are: no copy, no conversion.
-
-    Args:
-        state: exactly the names of :func:`expected_shapes`, each with that shape.
-        attention: how it is computed; the plain way is the reference.
-
-    Raises:
-        KeyError: a parameter is missing.
-    """
-    with torch.device("meta"):
-        model = ViT(config, attention)
-    tensors = {name: state[public_name(name)] for name, _ in model.named_parameters()}
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def state_of(model: ViT) -> dict[str, Tensor]:
-    """The model's parameters under their public names."""
-    return {public_name(name): parameter.detach() for name, parameter in model.named_parameters()}
-
-
-@torch.inference_mode()
-def forward_float64(model: ViT, pixel_values: Tensor, output: Output | None = None) -> Tensor:
-    """Run the reference in float64, one part at a time, so that only one part is ever held in float64.
-
-    Args:
-        pixel_values: (N, C, H, W), any floating dtype.
-
-    Returns:
-        The output in float64.
-    """
-
-    def exact(module: nn.Module, *args: object) -> Tensor:
-        parameters = {name: p.double() for name, p in module.named_parameters()}
-        result: Tensor = torch.func.functional_call(module, parameters, args)
-        return result
-
-    x = pixel_values.double()
-    for _, stage in model.stages():
-        x = exact(stage, x)
-    return exact(model.readout, x, output or model.config.outputs[0])

@@ -6,23 +6,14 @@ What the fields mean: https://github.com/triton-inference-server/server/blob/mai
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitdeploy.bundle.manifest import DType, TensorSpec
+from vitdeploy.bundle.dtypes import DATATYPES
+from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ExportError, MissingDependency, UsageError
-
-TYPES: Mapping[DType, str] = {
-    "float64": "TYPE_FP64",
-    "float32": "TYPE_FP32",
-    "float16": "TYPE_FP16",
-    "uint8": "TYPE_UINT8",
-    "int8": "TYPE_INT8",
-    "int32": "TYPE_INT32",
-    "int64": "TYPE_INT64",
-}
 
 Document = dict[str, Any]
 """A part of a configuration, in protobuf's JSON form."""
@@ -61,7 +52,7 @@ class Batching:
             )
         if most is not None and most > batch.max:
             raise UsageError(
-                f"--max-batch {most}: {artifact} is proven up to {batch.max}",
+                f"--max-batch {most}: {artifact} is verified up to {batch.max}",
                 hint=f"export with --batch 1,{min(batch.opt, most)},{most}",
             )
         limit = most or batch.max
@@ -95,9 +86,9 @@ def tensor_of(spec: TensorSpec, batching: Batching, **more: Any) -> Document:
     Raises:
         UsageError: a type that requests cannot carry.
     """
-    if spec.dtype not in TYPES:
+    if spec.dtype == "bfloat16":
         raise UsageError(f"{spec.name} is {spec.dtype}, which requests to Triton cannot carry here")
-    return tensor(spec.name, TYPES[spec.dtype], batching.dims(spec.shape), **more)
+    return tensor(spec.name, f"TYPE_{DATATYPES[spec.dtype]}", batching.dims(spec.shape), **more)
 
 
 def warm_up(inputs: Sequence[TensorSpec], batching: Batching, images: Sequence[int]) -> list[Document]:
@@ -108,7 +99,7 @@ def warm_up(inputs: Sequence[TensorSpec], batching: Batching, images: Sequence[i
             "batch_size": size,
             "inputs": {
                 spec.name: {
-                    "data_type": TYPES[spec.dtype],
+                    "data_type": f"TYPE_{DATATYPES[spec.dtype]}",
                     "dims": batching.dims(spec.shape) or [1],
                     "zero_data": True,
                 }

@@ -6,6 +6,7 @@ import json
 import shlex
 from importlib.metadata import version
 
+from vitdeploy.bundle.dtypes import DATATYPES
 from vitdeploy.packaging.common import COMPOSE_GPU, label, render, write_text
 from vitdeploy.packaging.target import Job, Outcome
 from vitdeploy.packaging.triton_repository import IMAGE, MODELS, Repository, engine_record, takes_images
@@ -85,7 +86,7 @@ def _readme(job: Job, repository: Repository, images: bool) -> str:
         "models": MODELS,
         "input": spec.name,
         "output": output.name,
-        "datatype": "UINT8" if spec.dtype == "uint8" else "FP32" if spec.dtype == "float32" else "FP16",
+        "datatype": DATATYPES[spec.dtype],
         "dtype": spec.dtype,
         "shape": json.dumps(shape),
     }

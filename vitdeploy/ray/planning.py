@@ -10,7 +10,7 @@ from pathlib import Path
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import DeviceUnavailable, UsageError
-from vitdeploy.predictor import DEFAULT_BACKEND, choice_here, choose_artifact
+from vitdeploy.predictor import DEFAULT_BACKEND, choice_for_this_machine, choose_artifact
 from vitdeploy.ray.work import Item, Plan, Resources
 
 _ACTORS_PER_MACHINE = 8
@@ -75,7 +75,7 @@ def make_plan(request: Request) -> tuple[Plan, str]:
     )
     note = ""
     if request.backend is None and request.artifact is None and request.provider is None:
-        choice, note = choice_here(bundle)
+        choice, note = choice_for_this_machine(bundle)
         if choice is not None:
             batch = request.batch or choice.batch
             backend, artifact, provider = choice.backend, choice.artifact, choice.provider

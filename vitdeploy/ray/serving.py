@@ -107,7 +107,7 @@ class Replica:
             options=Options(threads=settings.threads, provider=settings.provider),
         )
         most = _batch(self._predictor, settings.max_batch)
-        _prove(self._predictor, most)
+        _check_parity(self._predictor, most)
         self._decoder = ThreadPoolExecutor(2, "decode")
         self._runner = ThreadPoolExecutor(1, "session")
         self._failure: str | None = None
@@ -174,19 +174,11 @@ class Replica:
         """Logits (classes,) of each of some images."""
         loop = asyncio.get_running_loop()
         try:
-            return list(await loop.run_in_executor(self._runner, run_together, self._predictor, tensors))
+            work = loop.run_in_executor(self._runner, lambda: self._predictor.run_batch(np.stack(tensors)))
+            return list(await work)
         except VitdeployError as error:
             self._failure = error.message
             raise
-
-
-def run_together(predictor: Predictor, tensors: list[Array]) -> Array:
-    """Logits (N, classes) of N prepared images; too few for the artifact are filled up, then cut."""
-    facts = predictor.session.facts
-    missing = max(0, facts.batch.min - len(tensors)) if facts.batch else 0
-    stacked = np.stack([*tensors, *([tensors[-1]] * missing)])
-    outputs = predictor.session.run({facts.inputs[0].name: stacked})
-    return outputs[facts.outputs[0].name][: len(tensors)]
 
 
 def _batch(predictor: Predictor, wanted: int) -> int:
@@ -203,7 +195,7 @@ def _batch(predictor: Predictor, wanted: int) -> int:
     return wanted
 
 
-def _prove(predictor: Predictor, most: int) -> None:
+def _check_parity(predictor: Predictor, most: int) -> None:
     """Hold the session against the reference, which warms it up, too.
 
     Raises:

@@ -13,30 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from vitdeploy.bundle.dtypes import DATATYPES
 from vitdeploy.errors import MissingDependency
 from vitdeploy.server.messages import Array, InferRequest, InferResponse, RequestedOutput, RequestError
 
-DATATYPES = {
-    "bool": "BOOL",
-    "uint8": "UINT8",
-    "uint16": "UINT16",
-    "uint32": "UINT32",
-    "uint64": "UINT64",
-    "int8": "INT8",
-    "int16": "INT16",
-    "int32": "INT32",
-    "int64": "INT64",
-    "float16": "FP16",
-    "float32": "FP32",
-    "float64": "FP64",
-}
-"""numpy's names of dtypes, and the protocol's."""
-
-WIRE = {np.dtype(name): wire for name, wire in DATATYPES.items()}
-"""The protocol's names by dtype: numpy takes long to name one."""
+WIRE = {np.dtype(name): wire for name, wire in DATATYPES.items() if name != "bfloat16"}
+"""The protocol's names of numpy's dtypes, which it takes long to name."""
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring = 2, 10, 60
-_DTYPES = {wire: np.dtype(name) for name, wire in DATATYPES.items()}
+_DTYPES = {wire: dtype for dtype, wire in WIRE.items()}
 _MAX_DIMENSIONS = 8
 _MOST_ELEMENTS = 1 << 31
 

@@ -244,7 +244,7 @@ class ModelRepository:
                 self._count(bundle, "ok")
                 self._retire(before)
                 facts = entry.model.facts
-                stage.detail = f"version {bundle.version}, {facts.artifact} on {facts.backend}, proven"
+                stage.detail = f"version {bundle.version}, {facts.artifact} on {facts.backend}, parity passed"
 
     def _count(self, bundle: NamedBundle, outcome: str) -> None:
         self._metrics.reloads.labels(bundle.name, bundle.version, outcome).inc()

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from vitdeploy.backends.base import Options, Session, SessionFacts, check_inputs
+from vitdeploy.bundle.dtypes import DATATYPES
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import BundleError, ImageError, ParityError, UsageError
 from vitdeploy.images.decode import load_image
 from vitdeploy.predictor import Prediction, Predictor
 from vitdeploy.server.batcher import Batcher, BatchingRules, RequestOutputs
-from vitdeploy.server.codec import DATATYPES
 from vitdeploy.server.messages import Array, InferRequest, InferResponse, RequestedOutput, RequestError
 from vitdeploy.server.statistics import Statistics
 from vitdeploy.verification.parity import check_session

@@ -6,6 +6,7 @@ Runs in a process of its own (``vitdeploy.tensorrt.child``): what crashes here t
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,6 @@ from vitdeploy.bundle.manifest import PrecisionProof
 from vitdeploy.errors import DeviceUnavailable, ExportError, UsageError
 from vitdeploy.machine.gpus import Gpu, find_gpus
 from vitdeploy.machine.memory import peak_memory
-from vitdeploy.tensorrt import proof as precision
 from vitdeploy.tensorrt.api import (
     Builder,
     IBuilderConfig,
@@ -25,14 +25,24 @@ from vitdeploy.tensorrt.api import (
     TensorRtForRtx,
 )
 from vitdeploy.tensorrt.caches import TimingCache
-from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, open_library
+from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, import_tensorrt
 from vitdeploy.tensorrt.fusion import FusionReport, fused, fusible
-from vitdeploy.tensorrt.layers import Layer, inspected_layers, network_layers
-from vitdeploy.tensorrt.log import Log, make_logger
+from vitdeploy.tensorrt.proof import (
+    Layer,
+    check_built,
+    inspected_layers,
+    network_layers,
+    prove_network,
+    require,
+)
 from vitdeploy.tensorrt.records import BuildJob, BuildResult, BuiltEngine, Report
 
+_KEPT = 40
+"""Lines of the log that an error may quote."""
+_ERRORS = ("INTERNAL_ERROR", "ERROR")
 
-def run(job: BuildJob, report: Report) -> BuildResult:
+
+def run_build_job(job: BuildJob, report: Report) -> BuildResult:
     """Build every engine of a job.
 
     Raises:
@@ -41,7 +51,7 @@ def run(job: BuildJob, report: Report) -> BuildResult:
         ExportError: the graph has operators that TensorRT lacks, or the builder fails.
     """
     flavour = FLAVOURS[job.flavour]
-    library = open_library(flavour, f"building {flavour.title} engines")
+    library = import_tensorrt(flavour, f"building {flavour.title} engines")
     gpu = None if flavour.portable else _gpu(flavour)
     framework = peak_memory()
     log = Log()
@@ -50,8 +60,8 @@ def run(job: BuildJob, report: Report) -> BuildResult:
     work = _Work(job, flavour, library, gpu, log, report)
     layers = work.parse()
     parsed = time.perf_counter() - begin
-    proof = precision.prove_network(layers, job.precision, job.islands)
-    precision.require(proof, job.precision, f"an engine of {Path(job.onnx).name}")
+    proof = prove_network(layers, job.precision, job.islands)
+    require(proof, job.precision, f"an engine of {Path(job.onnx).name}")
     fusion = fusible(layers)
     engines = tuple(work.build(index, proof, fusion) for index in range(len(job.targets)))
     return BuildResult(
@@ -68,13 +78,13 @@ def run(job: BuildJob, report: Report) -> BuildResult:
 
 
 def _gpu(flavour: Flavour) -> Gpu:
-    found = find_gpus()
-    if not found:
+    gpus = find_gpus()
+    if not gpus:
         raise DeviceUnavailable(
             f"{flavour.title} builds for the GPU that is here, and there is none",
             hint="build where the GPU is, or --format tensorrt-rtx with --arch, which builds anywhere",
         )
-    return found[0]
+    return gpus[0]
 
 
 class _Work:
@@ -89,8 +99,8 @@ class _Work:
         try:
             self.builder: Builder = library.Builder(self.logger)
         except TypeError as error:  # how the bindings say that there is no CUDA
-            said = log.last_errors()
-            raise DeviceUnavailable(f"{flavour.title} does not start on this machine: {said}") from error
+            errors = log.last_errors()
+            raise DeviceUnavailable(f"{flavour.title} does not start on this machine: {errors}") from error
         flag = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         self.network: INetworkDefinition = self.builder.create_network(flag)
         self.parser: OnnxParser = library.OnnxParser(self.network, self.logger)
@@ -103,8 +113,8 @@ class _Work:
         """
         name = Path(self.job.onnx).name
         if not self.parser.parse_from_file(self.job.onnx):
-            found = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
-            places = dict.fromkeys(_place(error) for error in found if error.node_operator())
+            errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
+            places = dict.fromkeys(_place(error) for error in errors if error.node_operator())
             if not places:
                 raise ExportError(f"{self.flavour.title} cannot read {name}: {self.log.last_errors()}")
             what = f"{self.flavour.title} has no form of {', '.join(places)}"
@@ -137,9 +147,9 @@ class _Work:
         path = Path(self.job.outputs[index])
         with path.open("wb") as file:
             file.write(memoryview(engine))
-        found = self._inspect(engine, proof, fusion, path.name) if self.gpu else None
+        engine_fusion = self._inspect(engine, proof, fusion, path.name) if self.gpu else None
         seconds = round(time.perf_counter() - begin, 3)
-        return BuiltEngine(seconds=seconds, size=path.stat().st_size, fusion=found)
+        return BuiltEngine(seconds=seconds, size=path.stat().st_size, fusion=engine_fusion)
 
     def _configure(self, targets: tuple[str, ...]) -> IBuilderConfig:
         library, settings = self.library, self.job.settings
@@ -213,7 +223,7 @@ class _Work:
             return None  # it has no weights to make a context of
         inspector = loaded.create_engine_inspector()
         layers = inspected_layers(inspector.get_engine_information(self.library.LayerInformationFormat.JSON))
-        precision.check_built(layers, proof, where)
+        check_built(layers, proof, where)
         return fused(layers, network)
 
 
@@ -245,3 +255,35 @@ def make_monitor(library: TensorRt, report: Report, index: int, count: int) -> A
                 self.outermost = None
 
     return Monitor()
+
+
+@dataclass
+class Log:
+    """What TensorRT says while it works, kept so that an error can quote it."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    """Severity and text."""
+
+    def add(self, severity: str, text: str) -> None:
+        self.lines.append((severity, " ".join(text.split())))
+        del self.lines[:-_KEPT]
+
+    def last_errors(self, count: int = 3) -> str:
+        """The newest errors; where there are none, the newest lines."""
+        errors = [text for severity, text in self.lines if severity in _ERRORS]
+        texts = dict.fromkeys((errors or [text for _, text in self.lines])[-count:])
+        return "; ".join(texts) or "its log is empty"
+
+
+def make_logger(library: TensorRt, log: Log) -> Any:
+    """A logger of TensorRT's kind that keeps what is worth quoting."""
+
+    class Logger(library.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity.name in (*_ERRORS, "WARNING"):
+                log.add(severity.name, msg)
+
+    return Logger()

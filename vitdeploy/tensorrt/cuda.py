@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-def installed() -> bool:
+def cuda_core_installed() -> bool:
     """Whether ``cuda.core`` is there; imports nothing."""
     try:
         return importlib.util.find_spec("cuda.core") is not None
@@ -123,17 +123,17 @@ class CudaDevice:
         from cuda.core.utils import StridedMemoryView
 
         try:
-            found = StridedMemoryView.from_any_interface(tensor, stream_ptr=self.handle)
+            memory = StridedMemoryView.from_any_interface(tensor, stream_ptr=self.handle)
         except (BufferError, TypeError, RuntimeError) as error:
             raise UsageError(
                 f"{type(tensor).__name__} is no tensor that DLPack can share: {error}"
             ) from error
         return DeviceView(
-            int(found.ptr),
-            tuple(found.shape),
-            np.dtype(found.dtype),
-            bool(found.is_device_accessible),
-            found.strides is None or is_contiguous(found.shape, found.strides),
+            int(memory.ptr),
+            tuple(memory.shape),
+            np.dtype(memory.dtype),
+            bool(memory.is_device_accessible),
+            memory.strides is None or is_contiguous(memory.shape, memory.strides),
         )
 
     def share(self, buffer: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> object:

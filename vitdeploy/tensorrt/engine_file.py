@@ -2,12 +2,18 @@
 
 TensorRT answers a foreign engine with a line in its log, or with a crash. Here it is one error that says what
 to build instead.
+
+Both TensorRTs begin an engine with a magic word and keep the version that built it in bytes 24 to 27, major
+first. TensorRT for RTX says more in its 64 bytes: the size of the whole (u64 at 16) and a mask of the compute
+capabilities that it was built for (u64 at 32).
 """
 
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -15,12 +21,59 @@ from pydantic import ValidationError
 from vitdeploy.bundle.manifest import REBUILD, first_problem
 from vitdeploy.errors import BundleError, DeviceUnavailable
 from vitdeploy.machine.gpus import Gpu
-from vitdeploy.tensorrt.flavours import parse_version
-from vitdeploy.tensorrt.header import HEADER_BYTES, check_size, read_header
+from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, parse_version
 from vitdeploy.tensorrt.records import EngineRecord
 
+HEADER_BYTES = 64
+_VERSION = slice(24, 28)
 _MAX_RECORD_BYTES = 16 * 2**20
 _TARGET = re.compile(r"sm_(?P<major>[0-9]{1,3})(?P<minor>[0-9])(?P<later>\+?)")
+
+
+@dataclass(frozen=True)
+class EngineHeader:
+    """What an engine says of itself."""
+
+    flavour: Flavour
+    version: tuple[int, ...]
+    targets: tuple[str, ...]
+    """Architectures; empty where the header does not say."""
+    size: int | None
+    """Of the whole engine in bytes, where the header says."""
+
+    @property
+    def version_text(self) -> str:
+        return ".".join(str(part) for part in self.version)
+
+
+def read_header(head: bytes, where: str) -> EngineHeader:
+    """Read the header from an engine's first bytes; ``where`` names it in errors.
+
+    Raises:
+        BundleError: too short, or no engine.
+    """
+    if len(head) < HEADER_BYTES:
+        raise BundleError(f"{where}: {len(head)} bytes are too few for an engine: it is truncated")
+    flavour = next((f for f in FLAVOURS.values() if head.startswith(f.magic)), None)
+    if flavour is None:
+        raise BundleError(f"{where}: not an engine of TensorRT (it begins with {head[:4]!r})")
+    if not flavour.portable:
+        return EngineHeader(flavour, tuple(head[_VERSION]), (), None)
+    (size,) = struct.unpack_from("<Q", head, 16)
+    (mask,) = struct.unpack_from("<Q", head, 32)
+    targets = tuple(arch for bit, arch in enumerate(flavour.targets) if mask >> bit & 1)
+    return EngineHeader(flavour, tuple(head[_VERSION]), targets, size)
+
+
+def check_size(header: EngineHeader, size: int, where: str) -> None:
+    """Hold the size that the header states against the file's.
+
+    Raises:
+        BundleError: the file is shorter or longer.
+    """
+    if header.size is not None and header.size != size:
+        what = "truncated" if size < header.size else "followed by something else"
+        raise BundleError(f"{where}: {what}: it has {size} bytes, and its header says {header.size}")
 
 
 def read_record(path: Path) -> EngineRecord:
@@ -47,17 +100,17 @@ def check_files(engine: Path, record: EngineRecord) -> None:
         header = read_header(file.read(HEADER_BYTES), str(engine))
     size = engine.stat().st_size
     check_size(header, size, str(engine))
-    said: dict[str, tuple[object, object]] = {
+    stated: dict[str, tuple[object, object]] = {
         "kind": (header.flavour.name, record.flavour),
         "version": (header.version, parse_version(record.version)),
         "size": (size, record.size),
     }
     if header.targets:
-        said["architectures"] = (set(header.targets), set(record.targets))
-    for what, (found, expected) in said.items():
-        if found != expected:
+        stated["architectures"] = (set(header.targets), set(record.targets))
+    for what, (actual, expected) in stated.items():
+        if actual != expected:
             raise BundleError(
-                f"{engine}: its {what} is {found}, and its record says {expected}", hint=REBUILD
+                f"{engine}: its {what} is {actual}, and its record says {expected}", hint=REBUILD
             )
 
 
@@ -90,11 +143,11 @@ def check_machine(record: EngineRecord, version: str, gpu: Gpu, rebuild: str) ->
 def runs_on(targets: Iterable[str], capability: tuple[int, int]) -> bool:
     """Whether one of an engine's targets is this compute capability; ``sm_80+`` is it and all later ones."""
     for target in targets:
-        found = _TARGET.fullmatch(target)
-        if found is None:  # nothing that was built here; whatever it is, it is not this GPU
+        match = _TARGET.fullmatch(target)
+        if match is None:  # nothing that was built here; whatever it is, it is not this GPU
             continue
-        wanted = (int(found["major"]), int(found["minor"]))
-        if capability == wanted or (found["later"] and capability >= wanted):
+        target_capability = (int(match["major"]), int(match["minor"]))
+        if capability == target_capability or (match["later"] and capability >= target_capability):
             return True
     return False
 
@@ -103,5 +156,5 @@ def foreign_to(targets: Sequence[str], gpus: Sequence[Gpu]) -> str | None:
     """Why none of the GPUs here runs an engine for these targets; None if one does, or if there is no GPU."""
     if not gpus or any(runs_on(targets, gpu.capability) for gpu in gpus):
         return None
-    here = ", ".join(dict.fromkeys(gpu.arch for gpu in gpus))
-    return f"it is for {', '.join(targets)}, and the GPU here is {here}"
+    archs = ", ".join(dict.fromkeys(gpu.arch for gpu in gpus))
+    return f"it is for {', '.join(targets)}, and the GPU here is {archs}"

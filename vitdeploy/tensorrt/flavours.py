@@ -38,6 +38,11 @@ class Flavour:
         """Whether it builds for GPUs that are not here."""
         return bool(self.targets)
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether its Python package can be imported; imports nothing."""
+        return importlib.util.find_spec(self.module) is not None
+
 
 _RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 FLAVOURS: Mapping[str, Flavour] = {
@@ -54,13 +59,8 @@ FLAVOURS: Mapping[str, Flavour] = {
 """By the name of their format."""
 
 
-def installed(flavour: Flavour) -> bool:
-    """Whether its Python package is there; imports nothing."""
-    return importlib.util.find_spec(flavour.module) is not None
-
-
-def open_library(flavour: Flavour, purpose: str) -> TensorRt:
-    """Import it.
+def import_tensorrt(flavour: Flavour, purpose: str) -> TensorRt:
+    """Import a flavour's library.
 
     Raises:
         MissingDependency: it, or the native library behind it, is not there.
@@ -70,7 +70,7 @@ def open_library(flavour: Flavour, purpose: str) -> TensorRt:
         library = cast(TensorRt, importlib.import_module(flavour.module))
     except ImportError as error:
         missing = MissingDependency(flavour.module, extra=flavour.name, purpose=purpose)
-        if installed(flavour):
+        if flavour.is_installed:
             reason = " ".join(str(error).split())
             VitdeployError.__init__(
                 missing,
@@ -79,9 +79,9 @@ def open_library(flavour: Flavour, purpose: str) -> TensorRt:
             )
         raise missing from error
     if parse_version(library.__version__)[0] not in flavour.majors:
-        known = " and ".join(str(major) for major in flavour.majors)
+        majors = " and ".join(str(major) for major in flavour.majors)
         raise UsageError(
-            f"{flavour.title} {library.__version__} is installed, and vitdeploy knows version {known}",
+            f"{flavour.title} {library.__version__} is installed, and vitdeploy knows version {majors}",
             hint=f'pip install "vitdeploy[{flavour.name}]"',
         )
     return library

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from vitdeploy.tensorrt.layers import MOVING, Layer, operator_of
+from vitdeploy.tensorrt.proof import MOVING, Layer, operator_of
 
 Pattern = Literal["attention", "LayerNorm", "GELU"]
 _HALF = ("float16", "bfloat16", "float8e4m3fn", "int8")
@@ -21,7 +21,7 @@ _BETWEEN = MOVING | {"ELEMENTWISE", "CAST", "SCALE", "QUANTIZE", "DEQUANTIZE"}
 _GELU_OPERATORS = ("Gelu", "Erf")
 
 
-class Place(BaseModel):
+class FusionSite(BaseModel):
     """One place in the model where a fused kernel is to be expected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,21 +43,21 @@ class FusionReport(BaseModel):
 
     source: Literal["network", "engine"]
     """``network``: what TensorRT can fuse; ``engine``: what the built engine does."""
-    places: tuple[Place, ...]
+    places: tuple[FusionSite, ...]
 
     def lines(self) -> tuple[str, ...]:
         """For people: ``11/12 attention can be fused``, then what cannot and why."""
         verb = "fused" if self.source == "engine" else "can be fused"
         lines = []
         for pattern in ("attention", "LayerNorm", "GELU"):
-            found = [place for place in self.places if place.pattern == pattern]
-            if found:
-                lines.append(f"{sum(place.fused for place in found)}/{len(found)} {pattern} {verb}")
+            sites = [place for place in self.places if place.pattern == pattern]
+            if sites:
+                lines.append(f"{sum(place.fused for place in sites)}/{len(sites)} {pattern} {verb}")
         reasons: dict[str, list[str]] = {}
         for place in self.places:
             if not place.fused:
                 reasons.setdefault(f"{place.pattern}: {place.reason}", []).append(place.site)
-        lines += [f"not fused, {reason} ({_some(sites)})" for reason, sites in reasons.items()]
+        lines += [f"not fused, {reason} ({_listed(sites)})" for reason, sites in reasons.items()]
         return tuple(lines)
 
 
@@ -71,17 +71,17 @@ def fused(engine: Sequence[Layer], network: FusionReport) -> FusionReport:
     kernels = [frozenset(layer.nodes) for layer in engine]
     places = []
     for place in network.places:
-        wanted = frozenset(place.nodes)
-        parts = [nodes for nodes in kernels if nodes & wanted]
+        nodes_of_place = frozenset(place.nodes)
+        parts = [nodes for nodes in kernels if nodes & nodes_of_place]
         # A LayerNorm is fused as soon as it is one kernel; a GELU when it rides on another operation's.
         company = place.pattern == "GELU"
-        ok = any(wanted <= nodes and (not company or nodes > wanted) for nodes in parts)
-        found = place.model_copy(update={"fused": ok, "reason": "" if ok else _why(place, len(parts))})
-        places.append(found)
+        ok = any(nodes_of_place <= nodes and (not company or nodes > nodes_of_place) for nodes in parts)
+        updated = place.model_copy(update={"fused": ok, "reason": "" if ok else _why(place, len(parts))})
+        places.append(updated)
     return FusionReport(source="engine", places=tuple(places))
 
 
-def _attentions(layers: Sequence[Layer]) -> Iterator[Place]:
+def _attentions(layers: Sequence[Layer]) -> Iterator[FusionSite]:
     producers = {tensor: layer for layer in layers for tensor in layer.writes}
     readers: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -89,7 +89,7 @@ def _attentions(layers: Sequence[Layer]) -> Iterator[Place]:
             readers.setdefault(tensor, []).append(layer)
     for layer in layers:
         if layer.kind == "ATTENTION_INPUT":
-            yield Place(site=_site(layer), pattern="attention", nodes=_nodes(layer), fused=True)
+            yield FusionSite(site=_site(layer), pattern="attention", nodes=_nodes(layer), fused=True)
         if layer.kind != "SOFTMAX":
             continue
         scores, mixed = _before(layer, producers), _after(layer, readers)
@@ -97,28 +97,28 @@ def _attentions(layers: Sequence[Layer]) -> Iterator[Place]:
         reason = _objection(scores, layer, mixed)
         nodes = tuple(node for part in parts for node in _nodes(part))
         site = _site(scores or layer)
-        yield Place(site=site, pattern="attention", nodes=nodes, fused=not reason, reason=reason)
+        yield FusionSite(site=site, pattern="attention", nodes=nodes, fused=not reason, reason=reason)
 
 
 def _before(layer: Layer, producers: dict[str, Layer]) -> Layer | None:
     """The product whose result reaches a softmax."""
-    while layer.reads and (found := producers.get(layer.reads[0])):
-        if found.kind == "MATRIX_MULTIPLY":
-            return found
-        if found.kind not in _BETWEEN:
+    while layer.reads and (producer := producers.get(layer.reads[0])):
+        if producer.kind == "MATRIX_MULTIPLY":
+            return producer
+        if producer.kind not in _BETWEEN:
             return None
-        layer = found
+        layer = producer
     return None
 
 
 def _after(layer: Layer, readers: dict[str, list[Layer]]) -> Layer | None:
     """The product that reads a softmax."""
-    while layer.writes and (found := readers.get(layer.writes[0])):
-        if found[0].kind == "MATRIX_MULTIPLY":
-            return found[0]
-        if found[0].kind not in _BETWEEN:
+    while layer.writes and (followers := readers.get(layer.writes[0])):
+        if followers[0].kind == "MATRIX_MULTIPLY":
+            return followers[0]
+        if followers[0].kind not in _BETWEEN:
             return None
-        layer = found[0]
+        layer = followers[0]
     return None
 
 
@@ -133,19 +133,19 @@ def _objection(scores: Layer | None, softmax: Layer, mixed: Layer | None) -> str
     return ""
 
 
-def _norms(layers: Sequence[Layer]) -> Iterator[Place]:
+def _norms(layers: Sequence[Layer]) -> Iterator[FusionSite]:
     for layer in layers:
         if layer.kind == "NORMALIZATION":
-            yield Place(site=_site(layer), pattern="LayerNorm", nodes=_nodes(layer), fused=True)
+            yield FusionSite(site=_site(layer), pattern="LayerNorm", nodes=_nodes(layer), fused=True)
 
 
-def _gelus(layers: Sequence[Layer]) -> Iterator[Place]:
+def _gelus(layers: Sequence[Layer]) -> Iterator[FusionSite]:
     for layer in layers:
         if any(operator_of(node) in _GELU_OPERATORS for node in layer.nodes):
-            yield Place(site=_site(layer), pattern="GELU", nodes=_nodes(layer), fused=True)
+            yield FusionSite(site=_site(layer), pattern="GELU", nodes=_nodes(layer), fused=True)
 
 
-def _why(place: Place, kernels: int) -> str:
+def _why(place: FusionSite, kernels: int) -> str:
     if place.reason:
         return place.reason
     if not kernels:
@@ -162,5 +162,5 @@ def _site(layer: Layer) -> str:
     return _nodes(layer)[0].rsplit("/", 1)[0]
 
 
-def _some(sites: Sequence[str]) -> str:
+def _listed(sites: Sequence[str]) -> str:
     return ", ".join(sites[:3]) + (f" and {len(sites) - 3} more" if len(sites) > 3 else "")

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vitdeploy.bundle.manifest import PrecisionProof, Sha256, TensorSpec
+from vitdeploy.bundle.manifest import PrecisionProof, Sha256, TensorSpec, first_problem
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.tensorrt.flavours import FlavourName
@@ -50,17 +50,17 @@ class BuildSettings(_Record):
             if name not in cls.model_fields:
                 suggestion = did_you_mean(name, cls.model_fields)
                 raise UsageError(f"unknown engine setting {name!r}{suggestion}")
-        for name, known in (("hardware", get_args(Hardware)), ("weights", get_args(Weights))):
-            given = str(values.get(name, known[0]))
-            if given not in known:
+        for name, choices in (("hardware", get_args(Hardware)), ("weights", get_args(Weights))):
+            given = str(values.get(name, choices[0]))
+            if given not in choices:
                 raise UsageError(
-                    f"unknown {name} {given!r}{did_you_mean(given, known)}", hint=f"known: {', '.join(known)}"
+                    f"unknown {name} {given!r}{did_you_mean(given, choices)}",
+                    hint=f"known: {', '.join(choices)}",
                 )
         try:
             return cls(**values)
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False)[0]
-            raise UsageError(f"engine setting {problem['loc'][0]}: {problem['msg'].lower()}") from error
+            raise UsageError(f"engine setting {first_problem(error)}") from error
 
 
 class BuildJob(_Record):

@@ -95,7 +95,7 @@ class Engine:
         self.device_seconds: float | None = None
         """Of the last run, from its first copy to its last on the GPU's clock, if it was to be timed."""
         largest = max(profile.max for profile in profiles)
-        self._staging = {spec.name: device.stage(size_of(spec, largest)) for spec in (*inputs, *outputs)}
+        self._staging = {spec.name: device.stage(tensor_bytes(spec, largest)) for spec in (*inputs, *outputs)}
         self._check_profiles()
 
     def run(self, arrays: Mapping[str, Array], *, timed: bool = False) -> dict[str, Array]:
@@ -143,9 +143,9 @@ class Engine:
         addresses = {name: view.address for name, view in views.items()}
         results = {}
         for spec in self._outputs:
-            buffer = self._device.allocate(size_of(spec, batch))
+            buffer = self._device.allocate(tensor_bytes(spec, batch))
             addresses[spec.name] = int(buffer.handle)
-            results[spec.name] = self._device.share(buffer, shape_of(spec, batch), np.dtype(spec.dtype))
+            results[spec.name] = self._device.share(buffer, tensor_shape(spec, batch), np.dtype(spec.dtype))
         self._execute(slot.context, batch, addresses)
         self._device.synchronize()
         return results
@@ -163,13 +163,13 @@ class Engine:
         spec = self._inputs[0]
         if not isinstance(spec.shape[0], str):
             return
-        found = []
+        ranges = []
         for index in range(self._engine.num_optimization_profiles):
             shapes = self._engine.get_tensor_profile_shape(spec.name, index)
-            found.append(tuple(int(shape[0]) for shape in shapes))
-        said = [(batch.min, batch.opt, batch.max) for batch in self._profiles]
-        if found != said:
-            raise BundleError(f"the engine's profiles are {found}, and its record says {said}")
+            ranges.append(tuple(int(shape[0]) for shape in shapes))
+        recorded = [(batch.min, batch.opt, batch.max) for batch in self._profiles]
+        if ranges != recorded:
+            raise BundleError(f"the engine's profiles are {ranges}, and its record says {recorded}")
 
     def _slot(self, batch: int) -> Slot:
         """The tightest profile that serves a batch size, with its context."""
@@ -223,7 +223,7 @@ class Engine:
             self._device.download(self._staging[spec.name])
 
     def _execute(self, context: IExecutionContext, batch: int, addresses: Mapping[str, int]) -> None:
-        ok = all(context.set_input_shape(spec.name, shape_of(spec, batch)) for spec in self._inputs)
+        ok = all(context.set_input_shape(spec.name, tensor_shape(spec, batch)) for spec in self._inputs)
         ok = ok and all(context.set_tensor_address(name, address) for name, address in addresses.items())
         if not ok or not context.execute_async_v3(self._device.handle):
             raise BundleError(f"TensorRT could not run the engine at batch size {batch}")
@@ -241,8 +241,8 @@ class Engine:
         slot.graphs[batch] = self._device.capture(lambda: self._queue(context, batch)), context
 
     def _result(self, spec: TensorSpec, batch: int) -> Array:
-        shape, dtype = shape_of(spec, batch), np.dtype(spec.dtype)
-        data = self._staging[spec.name].host[: size_of(spec, batch)]
+        shape, dtype = tensor_shape(spec, batch), np.dtype(spec.dtype)
+        data = self._staging[spec.name].host[: tensor_bytes(spec, batch)]
         return data.view(dtype).reshape(shape).copy()
 
     def _checked(self, spec: TensorSpec, tensors: Mapping[str, object]) -> DeviceView:
@@ -250,19 +250,19 @@ class Engine:
             raise UsageError(f"the engine needs the input {spec.name!r}")
         view = self._device.view(tensors[spec.name])
         batch = view.shape[0] if view.shape else 0
-        if view.dtype != np.dtype(spec.dtype) or view.shape != shape_of(spec, batch):
-            wanted = ", ".join(str(size) for size in spec.shape)
-            raise UsageError(f"{spec.name} must be ({wanted}) {spec.dtype}, not {view.shape} {view.dtype}")
+        if view.dtype != np.dtype(spec.dtype) or view.shape != tensor_shape(spec, batch):
+            shape = ", ".join(str(size) for size in spec.shape)
+            raise UsageError(f"{spec.name} must be ({shape}) {spec.dtype}, not {view.shape} {view.dtype}")
         if not view.on_device or not view.contiguous:
             raise UsageError(f"{spec.name} must lie on the GPU, row by row without gaps")
         return view
 
 
-def shape_of(spec: TensorSpec, batch: int) -> tuple[int, ...]:
+def tensor_shape(spec: TensorSpec, batch: int) -> tuple[int, ...]:
     """A tensor's shape at a batch size."""
     return tuple(batch if isinstance(size, str) else size for size in spec.shape)
 
 
-def size_of(spec: TensorSpec, batch: int) -> int:
+def tensor_bytes(spec: TensorSpec, batch: int) -> int:
     """A tensor's bytes at a batch size."""
-    return int(np.prod(shape_of(spec, batch))) * np.dtype(spec.dtype).itemsize
+    return int(np.prod(tensor_shape(spec, batch))) * np.dtype(spec.dtype).itemsize

@@ -19,7 +19,7 @@ from vitdeploy.images.decode import find_images
 from vitdeploy.predictor import AnyImage, Predictor
 
 Labels = NDArray[np.int64]
-Places = NDArray[np.int64]
+TopClasses = NDArray[np.int64]
 """(K, 5) class indices of each image, the likeliest first; (K, 1) of a model with five classes or fewer."""
 
 _TOP = 5
@@ -28,7 +28,7 @@ _Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class AccuracyRecord:
     """Right answers of one model on labelled images."""
 
     model: str
@@ -44,7 +44,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AccuracyComparison:
     """A model beside the reference on the same labelled images; shares between 0 and 1."""
 
     images: int
@@ -69,7 +69,7 @@ class LabelledImages:
 
 
 def find_labelled(folder: Path, manifest: Manifest) -> LabelledImages:
-    """Find images whose class their place says: ``<label>/*.png``, or ``<label>_*.png``.
+    """Find images whose folder or name says their class: ``<label>/*.png``, or ``<label>_*.png``.
 
     A label is one of the bundle's, or a class index.
 
@@ -127,7 +127,7 @@ def bundled_images(manifest: Manifest) -> LabelledImages | None:
     return LabelledImages(tuple(images), labels)
 
 
-def measure(predictor: Predictor, images: LabelledImages) -> Places:
+def top_classes(predictor: Predictor, images: LabelledImages) -> TopClasses:
     """The classes that a model puts first, for each image.
 
     Raises:
@@ -140,7 +140,7 @@ def measure(predictor: Predictor, images: LabelledImages) -> Places:
     return np.array([row[:width] for row in rows], np.int64).reshape(len(rows), width)
 
 
-def reference_places(bundle: Bundle, images: LabelledImages) -> Places | None:
+def reference_top_classes(bundle: Bundle, images: LabelledImages) -> TopClasses | None:
     """What the reference model in float64 puts first; None without PyTorch, or weights it knows.
 
     Raises:
@@ -153,52 +153,54 @@ def reference_places(bundle: Bundle, images: LabelledImages) -> Places | None:
     from vitdeploy.backends.torch import reference_session
 
     with reference_session(bundle) as session:
-        return measure(Predictor(bundle, session), images)
+        return top_classes(Predictor(bundle, session), images)
 
 
-def score(model: str, backend: str, places: Places, reference: Places, labels: Labels) -> Accuracy:
+def score(
+    model: str, backend: str, classes: TopClasses, reference: TopClasses, labels: Labels
+) -> AccuracyRecord:
     """Count right answers, and agreement with the reference."""
-    top5 = _among_five(places, labels)
-    return Accuracy(
+    top5 = _among_five(classes, labels)
+    return AccuracyRecord(
         model,
         backend,
         images=len(labels),
-        correct=int((places[:, 0] == labels).sum()),
-        agree=int((places[:, 0] == reference[:, 0]).sum()),
+        correct=int((classes[:, 0] == labels).sum()),
+        agree=int((classes[:, 0] == reference[:, 0]).sum()),
         top5=None if top5 is None else int(top5.sum()),
     )
 
 
-def compare(places: Places, reference: Places, labels: Labels) -> Comparison:
+def compare_accuracy(classes: TopClasses, reference: TopClasses, labels: Labels) -> AccuracyComparison:
     """Hold a model against the reference.
 
     Args:
-        places, reference: what :func:`measure` gives for each.
+        classes, reference: what :func:`top_classes` gives for each.
         labels: (K,) the right classes; K is at least 1.
 
     Raises:
         ValueError: no images, or not of the same number everywhere.
     """
-    if not len(places) == len(reference) == len(labels) > 0:
-        raise ValueError(f"{len(places)}, {len(reference)} and {len(labels)} images to compare")
-    right, known = places[:, 0] == labels, reference[:, 0] == labels
-    top5, reference_top5 = _among_five(places, labels), _among_five(reference, labels)
-    gained, lost = int((right & ~known).sum()), int((known & ~right).sum())
-    return Comparison(
+    if not len(classes) == len(reference) == len(labels) > 0:
+        raise ValueError(f"{len(classes)}, {len(reference)} and {len(labels)} images to compare")
+    right, reference_right = classes[:, 0] == labels, reference[:, 0] == labels
+    top5, reference_top5 = _among_five(classes, labels), _among_five(reference, labels)
+    gained, lost = int((right & ~reference_right).sum()), int((reference_right & ~right).sum())
+    return AccuracyComparison(
         images=len(labels),
         top1=float(right.mean()),
         top5=None if top5 is None else float(top5.mean()),
-        reference_top1=float(known.mean()),
+        reference_top1=float(reference_right.mean()),
         reference_top5=None if reference_top5 is None else float(reference_top5.mean()),
         top1_difference=(gained - lost) / len(labels),
-        top1_interval=paired_interval(int((right & known).sum()), gained, lost, len(labels)),
+        top1_interval=paired_interval(int((right & reference_right).sum()), gained, lost, len(labels)),
     )
 
 
-def _among_five(places: Places, labels: Labels) -> NDArray[np.bool_] | None:
+def _among_five(classes: TopClasses, labels: Labels) -> NDArray[np.bool_] | None:
     """(K,) whether the right class is among the first five; None where that says nothing."""
-    found: NDArray[np.bool_] = (places == labels[:, None]).any(axis=1)
-    return found if places.shape[1] == _TOP else None
+    right: NDArray[np.bool_] = (classes == labels[:, None]).any(axis=1)
+    return right if classes.shape[1] == _TOP else None
 
 
 def paired_interval(both: int, first: int, second: int, trials: int) -> tuple[float, float]:

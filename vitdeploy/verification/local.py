@@ -15,12 +15,19 @@ from vitdeploy.bundle.manifest import Artifact, ParityRecord
 from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError
 from vitdeploy.predictor import EXACTNESS, Predictor
 from vitdeploy.progress import Progress
-from vitdeploy.verification.accuracy import Accuracy, LabelledImages, Places, find_labelled, measure, score
+from vitdeploy.verification.accuracy import (
+    AccuracyRecord,
+    LabelledImages,
+    TopClasses,
+    find_labelled,
+    score,
+    top_classes,
+)
 from vitdeploy.verification.parity import PreprocessCheck, check_preprocess, check_session
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedArtifact:
     """An artifact that a backend of this machine does not run."""
 
     artifact: str
@@ -46,8 +53,8 @@ class VerifyReport:
     """Whose hashes are right."""
     preprocess: PreprocessCheck
     parity: tuple[ParityRecord, ...]
-    skipped: tuple[Skipped, ...]
-    accuracy: tuple[Accuracy, ...]
+    skipped: tuple[SkippedArtifact, ...]
+    accuracy: tuple[AccuracyRecord, ...]
     unproven: tuple[str, ...]
     """Artifacts that no backend ran; failures too, unless the backends were chosen by name."""
     failures: tuple[str, ...]
@@ -66,7 +73,7 @@ class VerifyReport:
         """
         if self.failures:
             more = f" (and {len(self.failures) - 3} more)" if len(self.failures) > 3 else ""
-            raise ParityError(f"{self.bundle}: not proven: {'; '.join(self.failures[:3])}{more}")
+            raise ParityError(f"{self.bundle}: not verified: {'; '.join(self.failures[:3])}{more}")
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -107,9 +114,9 @@ def verify_bundle(
         stage.detail = f"{preprocess.images} images, difference {preprocess.max_abs:.1e}"
     job.failures += [f"preprocessing: {reason}" for reason in preprocess.failures]
     job.run(pairs, images)
-    unproven = tuple(a.name for a in opened.manifest.artifacts if a.name not in job.run_here)
+    unproven = tuple(a.name for a in opened.manifest.artifacts if a.name not in job.executed)
     if backends is None:
-        job.require_proof(unproven)
+        job.require_all(unproven)
     return VerifyReport(
         bundle=opened.root,
         files=len(opened.manifest.files),
@@ -152,7 +159,7 @@ def runnable(bundle: Bundle, backends: Sequence[str] | None, *, models: bool = F
     pairs = []
     for backend in all_backends() if backends is None else map(get_backend, dict.fromkeys(backends)):
         if backends is not None:
-            pairs += _asked_for(bundle, backend)
+            pairs += _pairs_of(bundle, backend)
         else:
             state = backend.availability()
             missing = None if state.ok else state.reason
@@ -165,7 +172,7 @@ def runnable(bundle: Bundle, backends: Sequence[str] | None, *, models: bool = F
     return sorted(pairs, key=lambda pair: order.index(pair.name))
 
 
-def _asked_for(bundle: Bundle, backend: Backend) -> list[Pair]:
+def _pairs_of(bundle: Bundle, backend: Backend) -> list[Pair]:
     manifest, state = bundle.manifest, backend.availability()
     if not state.ok:
         message = f"the {backend.name} backend does not run here: {state.reason}"
@@ -185,42 +192,41 @@ class _Verification:
     batches: Sequence[int] | None
     progress: Progress
     records: list[ParityRecord] = field(default_factory=list)
-    run_here: set[str] = field(default_factory=set)
+    executed: set[str] = field(default_factory=set)
     """Artifacts that a backend has run, or has failed to."""
-    skipped: list[Skipped] = field(default_factory=list)
-    accuracy: list[Accuracy] = field(default_factory=list)
+    skipped: list[SkippedArtifact] = field(default_factory=list)
+    accuracy: list[AccuracyRecord] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fusion: list[Fusion] = field(default_factory=list)
 
     def run(self, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
         golden = self.bundle.golden()
-        answers: dict[str, tuple[str, Places]] = {}
+        answers: dict[str, tuple[str, TopClasses]] = {}
         for pair in pairs:
             if pair.reason is not None:
-                self.skipped.append(Skipped(pair.name, pair.backend.name, pair.reason))
+                self.skipped.append(SkippedArtifact(pair.name, pair.backend.name, pair.reason))
                 continue
             reads = pair.artifact is not None and pair.artifact.format in pair.backend.formats
             if reads:
-                self.run_here.add(pair.name)
+                self.executed.add(pair.name)
             try:
-                with self._load(pair) as session:
+                with pair.backend.load(self.bundle, pair.artifact, self.options) as session:
                     if reads and not session.facts.uses_files:
-                        self.run_here.remove(pair.name)
+                        self.executed.remove(pair.name)
                         why = "its files are not for this machine; what was compared was compiled here"
-                        self.skipped.append(Skipped(pair.name, pair.backend.name, why))
-                    self._prove(pair, session, golden)
+                        self.skipped.append(SkippedArtifact(pair.name, pair.backend.name, why))
+                    self._check_parity(pair, session, golden)
                     if images is not None and pair.name not in answers:
-                        answers[pair.name] = pair.backend.name, self._answers(session, images)
+                        answers[pair.name] = pair.backend.name, self._top_classes(session, images)
             except BundleError as error:
                 self.failures.append(f"{pair.name} on {pair.backend.name}: {error.message}")
         if images is not None and answers:
-            self._score(answers, images)
+            reference = self._reference(answers, images)
+            for name, (backend, classes) in answers.items():
+                self.accuracy.append(score(name, backend, classes, reference, images.labels))
 
-    def _load(self, pair: Pair) -> Session:
-        return pair.backend.load(self.bundle, pair.artifact, self.options)
-
-    def _prove(self, pair: Pair, session: Session, golden: Mapping[str, Any]) -> None:
+    def _check_parity(self, pair: Pair, session: Session, golden: Mapping[str, Any]) -> None:
         with self.progress.stage(f"{pair.name}") as stage:
             bound = self.bundle.manifest.max_abs
             records = check_session(session, golden, batches=self.batches, max_abs=bound)
@@ -233,34 +239,29 @@ class _Verification:
             where = f"{pair.name} on {pair.backend.name}, batch {record.batch}"
             self.failures += [f"{where}: {reason}" for reason in record.failures]
 
-    def require_proof(self, unproven: Sequence[str]) -> None:
-        """An artifact that nothing here can run is not proven, and neither is an empty bundle."""
-        for name in unproven:
+    def require_all(self, not_executed: Sequence[str]) -> None:
+        """An artifact that nothing here can run is not verified, and neither is an empty bundle."""
+        for name in not_executed:
             reasons = [f"{s.backend}: {s.reason}" for s in self.skipped if s.artifact == name]
             why = "; ".join(reasons) or "no backend reads its format"
             self.failures.append(f"{name}: no backend here runs it ({why})")
         if not self.records and not self.failures:
             self.failures.append("nothing was compared: the bundle has no artifacts")
 
-    def _answers(self, session: Session, images: LabelledImages) -> Places:
+    def _top_classes(self, session: Session, images: LabelledImages) -> TopClasses:
         with self.progress.stage("accuracy") as stage:
-            found = measure(Predictor(self.bundle, session), images)
+            classes = top_classes(Predictor(self.bundle, session), images)
             stage.detail = f"{session.facts.artifact}, {len(images.labels)} images"
-        return found
+        return classes
 
-    def _score(self, answers: dict[str, tuple[str, Places]], images: LabelledImages) -> None:
-        reference = self._reference(answers, images)
-        for name, (backend, found) in answers.items():
-            self.accuracy.append(score(name, backend, found, reference, images.labels))
-
-    def _reference(self, answers: dict[str, tuple[str, Places]], images: LabelledImages) -> Places:
+    def _reference(self, answers: dict[str, tuple[str, TopClasses]], images: LabelledImages) -> TopClasses:
         """What the reference model says; without torch, what the most exact artifact says."""
         backend = get_backend("torch")
         if backend.availability().ok and backend.supports(self.bundle.manifest, None) is None:
             with backend.load(self.bundle, None, Options(threads=self.options.threads)) as session:
-                found = self._answers(session, images)
-            self.accuracy.append(score("reference", backend.name, found, found, images.labels))
-            return found
+                classes = self._top_classes(session, images)
+            self.accuracy.append(score("reference", backend.name, classes, classes, images.labels))
+            return classes
         exact = min(
             (a for a in self.bundle.manifest.artifacts if a.name in answers),
             key=lambda artifact: EXACTNESS.index(artifact.precision),

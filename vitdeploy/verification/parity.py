@@ -1,6 +1,6 @@
-"""Does an artifact compute what the checkpoint computes? Metrics, tolerances, verdicts.
+"""Parity: does an artifact compute what the checkpoint computes? Metrics, tolerances, verdicts.
 
-The reference is the unlowered model in float64 on the bundle's golden inputs, computed at export. Here
+The reference is the original model in float64 on the bundle's golden inputs, computed at export. Here
 is numpy only, so that a bundle can be verified where it runs.
 """
 
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitdeploy.backends.base import Session, run_in_batches
+from vitdeploy.backends.base import Array, Session, run_in_batches
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Precision, Tolerance
+from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Tolerance
 from vitdeploy.config import Output
 from vitdeploy.errors import ParityError
 from vitdeploy.images.preprocess import pixel_values
 
-Array = NDArray[Any]
 Float = NDArray[np.float64]
 
 # Measured with random weights on the golden images, worst image, ONNX Runtime, OpenVINO and PyTorch:
@@ -38,7 +38,7 @@ Float = NDArray[np.float64]
 #
 # Company in a batch changes the order of sums, so an image's answer may move by rounding, that is by
 # what the precision itself may lose; rows that get mixed up differ by a multiple of it.
-TOLERANCES: Mapping[Precision, Tolerance] = {
+TOLERANCES: Mapping[ArtifactPrecision, Tolerance] = {
     # 30 times the worst measured: room for deeper models, and for trained ones, whose massive activations
     # cost digits; half of the subtlest fault.
     "fp32": Tolerance(relative=5e-5, kl=1e-6, batch_invariance=5e-5),
@@ -51,13 +51,13 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
 }
 
 # Outputs without classes; whatever else a user's own model calls its output is ranked as logits.
-_KINDS: Mapping[str, Output] = {"features": "features", "tokens": "tokens"}
+_KINDS: Mapping[str, Output] = {name: name for name in get_args(Output) if name != "logits"}
 
 PREPROCESS_TOLERANCE = 1e-5
 """Rounding of float32; one level of 256 off is 4e-3 or more."""
 
 
-def compare(reference: Array, outputs: Array, tolerance: Tolerance, output: Output) -> ParityMetrics:
+def measure_parity(reference: Array, outputs: Array, tolerance: Tolerance, output: Output) -> ParityMetrics:
     """Measure outputs against the float64 reference, row by row.
 
     Args:
@@ -106,7 +106,7 @@ def _norm(rows: Float) -> Float:
 
 
 def _relative(difference: Float, expected: Float) -> Float:
-    tiny = np.finfo(np.float64).tiny  # a reference of zeros is refused by failures(), not here
+    tiny = np.finfo(np.float64).tiny  # a reference of zeros is refused by tolerance_failures(), not here
     return _norm(difference) / np.maximum(_norm(expected), tiny)
 
 
@@ -126,34 +126,34 @@ def _ranking(expected: Float, actual: Float, tolerance: Tolerance) -> dict[str, 
     """KL, and the rankings that an output within tolerance cannot change.
 
     An error of norm e moves the difference of two logits by at most sqrt(2) e, so a reference margin
-    wider than that is decided; narrower ones (random weights, near ties) prove nothing either way.
+    wider than that is decided; narrower ones (random weights, near ties) decide nothing either way.
     """
     logs = _log_softmax(expected), _log_softmax(actual)
     kl = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1)
     decided = np.sqrt(2) * tolerance.relative * _norm(expected)
     order = np.sort(expected, axis=1)[:, ::-1]
-    found: dict[str, Any] = {"kl": max(0.0, float(kl.max()))}
+    ranking: dict[str, Any] = {"kl": max(0.0, float(kl.max()))}
     if order.shape[1] > 1:
         top1 = order[:, 0] - order[:, 1] > decided
         agree = expected.argmax(axis=1) == actual.argmax(axis=1)
-        found |= {"top1_compared": int(top1.sum()), "top1_agree": int((agree & top1).sum())}
+        ranking |= {"top1_compared": int(top1.sum()), "top1_agree": int((agree & top1).sum())}
     if order.shape[1] > 5:
         top5 = order[:, 4] - order[:, 5] > decided
         best = (np.argsort(-array, axis=1, kind="stable")[:, :5] for array in (expected, actual))
         shares = [len(set(a) & set(b)) / 5 for a, b in zip(*best, strict=True)]
-        found["top5_compared"] = int(top5.sum())
-        found["top5_overlap"] = float(np.array(shares)[top5].mean()) if top5.any() else None
-    return found
+        ranking["top5_compared"] = int(top5.sum())
+        ranking["top5_overlap"] = float(np.array(shares)[top5].mean()) if top5.any() else None
+    return ranking
 
 
-def failures(metrics: ParityMetrics, tolerance: Tolerance) -> tuple[str, ...]:
+def tolerance_failures(metrics: ParityMetrics, tolerance: Tolerance) -> tuple[str, ...]:
     """Why the metrics are not within tolerance; empty if they are."""
     image = "" if metrics.worst is None else f" (golden image {metrics.worst})"
     if not metrics.elements:
         return ("nothing was compared",)
     if metrics.nonfinite:
         return (f"{metrics.nonfinite} NaN or infinite values{image}",)
-    found = []
+    problems = []
     for name, value, limit in (
         (f"relative error{image}", metrics.relative, tolerance.relative),
         ("KL divergence", metrics.kl, tolerance.kl),
@@ -161,18 +161,18 @@ def failures(metrics: ParityMetrics, tolerance: Tolerance) -> tuple[str, ...]:
         (f"max abs error{image}", metrics.max_abs, tolerance.max_abs),
     ):
         if value is not None and limit is not None and not value <= limit:
-            found.append(f"{name} {value:.2g} exceeds {limit:.2g}")
+            problems.append(f"{name} {value:.2g} exceeds {limit:.2g}")
     if metrics.top1_agree < metrics.top1_compared:
         wrong = metrics.top1_compared - metrics.top1_agree
-        found.append(f"another top class on {wrong} of {metrics.top1_compared} decided rows")
+        problems.append(f"another top class on {wrong} of {metrics.top1_compared} decided rows")
     if metrics.top5_overlap is not None and metrics.top5_overlap < 1:
-        found.append(f"other top five classes: {metrics.top5_overlap:.0%} found again")
-    return tuple(found)
+        problems.append(f"other top five classes: {metrics.top5_overlap:.0%} found again")
+    return tuple(problems)
 
 
 def passes(reference: Array, outputs: Array, tolerance: Tolerance, output: Output) -> bool:
     """Whether outputs are within a tolerance, such as one of ``TOLERANCES``."""
-    return not failures(compare(reference, outputs, tolerance, output), tolerance)
+    return not tolerance_failures(measure_parity(reference, outputs, tolerance, output), tolerance)
 
 
 def check_session(
@@ -192,7 +192,7 @@ def check_session(
         max_abs: an absolute bound on top of the precision's tolerance.
 
     Raises:
-        ParityError: no golden data, or a reference that cannot prove anything.
+        ParityError: no golden data, or a reference that nothing can be compared with.
         UsageError: a batch size that the session does not serve.
     """
     inputs, reference = _golden(golden)
@@ -206,7 +206,7 @@ def check_session(
     records = []
     for size in sizes:
         outputs = alone if size == least == 1 else _outputs(session, inputs, size)
-        metrics, found = _check_batch(outputs, alone, reference, facts.outputs[0].name, tolerance)
+        metrics, problems = _check_batch(outputs, alone, reference, facts.outputs[0].name, tolerance)
         record = ParityRecord(
             artifact=facts.artifact,
             backend=facts.backend,
@@ -214,27 +214,29 @@ def check_session(
             provider=facts.provider,
             metrics=metrics,
             tolerance=tolerance,
-            passed=not found,
-            failures=found,
+            passed=not problems,
+            failures=problems,
         )
         records.append(record)
     return records
 
 
 def _golden(golden: Mapping[str, Array]) -> tuple[Array, Array]:
-    """The golden inputs and their reference outputs, fit to prove something."""
+    """The golden inputs and their reference outputs, fit to compare with."""
     if "pixel_values" not in golden or "reference" not in golden:
-        raise ParityError("the bundle has no golden data, so nothing proves its artifacts")
+        raise ParityError("the bundle has no golden data, so nothing can be compared")
     inputs, reference = golden["pixel_values"], golden["reference"]
     if not len(inputs) or len(inputs) != len(reference) or not reference.size:
-        raise ParityError(f"{len(inputs)} golden inputs and {len(reference)} reference outputs prove nothing")
+        raise ParityError(
+            f"{len(inputs)} golden inputs and {len(reference)} reference outputs: nothing to compare"
+        )
     if not np.isfinite(reference).all():
         bad = int(np.argmin(np.isfinite(reference.reshape(len(reference), -1)).all(axis=1)))
         raise ParityError(f"the reference itself has NaN or infinite values (golden image {bad})")
     empty = ~reference.reshape(len(reference), -1).any(axis=1)
     if empty.any():
         raise ParityError(
-            f"the reference's output is zero for golden image {int(np.argmax(empty))}, so it proves nothing",
+            f"nothing to compare: the reference's output is zero for golden image {int(np.argmax(empty))}",
             hint="an untrained head? --output features leaves it out",
         )
     return inputs, reference
@@ -257,14 +259,14 @@ def _check_batch(
         return ParityMetrics(rows=0, elements=0), (problem,)
     order = np.arange(len(outputs)) % len(reference)
     expected = reference[order]
-    metrics = compare(expected, outputs, tolerance, _KINDS.get(name, "logits"))
+    metrics = measure_parity(expected, outputs, tolerance, _KINDS.get(name, "logits"))
     update: dict[str, Any] = {"worst": None if metrics.worst is None else int(order[metrics.worst])}
     if outputs is not alone and not metrics.nonfinite and np.isfinite(alone).all():
         rows = len(outputs), -1
         difference = (outputs.astype(np.float64) - alone[order]).reshape(rows)
         update["batch_invariance"] = float(_relative(difference, expected.reshape(rows)).max())
     metrics = metrics.model_copy(update=update)
-    return metrics, failures(metrics, tolerance)
+    return metrics, tolerance_failures(metrics, tolerance)
 
 
 @dataclass(frozen=True)
@@ -287,16 +289,18 @@ def check_preprocess(bundle: Bundle) -> PreprocessCheck:
     if spec is None or not names:
         missing = "no preprocessing" if spec is None else "no raw golden images"
         return PreprocessCheck(0, 0.0, (f"the bundle has {missing}",))
-    found, worst = [], 0.0
+    problems, worst = [], 0.0
     for name in names:
         image = Image.fromarray(golden[name])
         pixels = pixel_values(image, spec, bundle.manifest.input)
         recorded = golden[f"{name}.pixel_values"]
         if pixels.shape != recorded.shape or pixels.dtype != recorded.dtype:
-            found.append(f"{name}: {pixels.dtype} {pixels.shape}, recorded {recorded.dtype} {recorded.shape}")
+            problems.append(
+                f"{name}: {pixels.dtype} {pixels.shape}, recorded {recorded.dtype} {recorded.shape}"
+            )
             continue
         error = float(np.abs(pixels.astype(np.float64) - recorded.astype(np.float64)).max(initial=0.0))
         worst = max(worst, error)
         if not error <= PREPROCESS_TOLERANCE:
-            found.append(f"{name}: pixels differ by {error:.2g}")
-    return PreprocessCheck(len(names), worst, tuple(found))
+            problems.append(f"{name}: pixels differ by {error:.2g}")
+    return PreprocessCheck(len(names), worst, tuple(problems))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
-from vitdeploy.model.vit import build, forward_float64
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.registry import build_reference
 
 # Two float64 implementations add up in different orders; that is all they may differ by.
 EXACT = 1e-10
@@ -49,7 +50,7 @@ def agree() -> Callable[..., Checkpoint]:
         with torch.inference_mode():
             answer = model(pixels, **keywords)
         theirs = answer.logits if output == "logits" else answer.last_hidden_state
-        ours = forward_float64(build(opened.config, opened.state), pixels, output)
+        ours = forward_float64(build_reference(opened.config, opened.state), pixels, output)
         assert ours.shape == theirs.shape
         assert (ours - theirs).abs().max() <= EXACT
         # Nothing is proven by outputs that do not depend on the image.

@@ -12,7 +12,8 @@ from scipy import ndimage
 from tests.helpers.paths import ORACLES
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.errors import CheckpointError
-from vitdeploy.model.vit import build, forward_float64
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.registry import build_reference
 
 ORACLE = runpy.run_path(str(ORACLES / "google_npz.py"))
 
@@ -26,7 +27,7 @@ def opened(arrays: dict[str, Any], tmp_path: Path, **keywords: Any) -> Checkpoin
 
 def assert_agrees(checkpoint: Checkpoint, arrays: dict[str, Any]) -> None:
     pixels = torch.randn(2, 3, *checkpoint.config.image_size, dtype=torch.float64)
-    ours = forward_float64(build(checkpoint.config, checkpoint.state), pixels).numpy()
+    ours = forward_float64(build_reference(checkpoint.config, checkpoint.state), pixels).numpy()
     theirs = ORACLE["forward"](arrays, pixels.permute(0, 2, 3, 1).numpy())
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
     assert abs(theirs[0] - theirs[1]).max() > 1e-2

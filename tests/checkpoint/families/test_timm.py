@@ -17,7 +17,8 @@ from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.families.timm import FAMILY
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.errors import CheckpointError, MissingDependency
-from vitdeploy.model.vit import build, forward_float64
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.registry import build_reference
 
 RECORDED = ORACLES / "timm"
 CASES = sorted(folder.name for folder in RECORDED.iterdir() if folder.is_dir())
@@ -31,7 +32,7 @@ def load(folder: Path, **keywords: Any) -> Checkpoint:
 
 
 def run(opened: Checkpoint, pixels: Tensor) -> Tensor:
-    return forward_float64(build(opened.config, opened.state), pixels)
+    return forward_float64(build_reference(opened.config, opened.state), pixels)
 
 
 def copy(case: str, tmp_path: Path, **config: Any) -> Path:
@@ -76,8 +77,8 @@ def test_bare_weights_tell_all_but_heads_and_activation(case: str, tmp_path: Pat
     shutil.copy(RECORDED / case / "model.safetensors", tmp_path / "weights.safetensors")
     bare = open_model(checkpoint=tmp_path / "weights.safetensors")
     assert isinstance(bare, Checkpoint)
-    known = {"heads": whole.config.heads, "activation": whole.config.activation}
-    assert {**vars(bare.config), **known} == vars(whole.config)
+    told = {"heads": whole.config.heads, "activation": whole.config.activation}
+    assert {**vars(bare.config), **told} == vars(whole.config)
     assert any("heads" in note for note in bare.notes)
     assert any("preprocessing" in note for note in bare.notes)
 
@@ -195,7 +196,7 @@ def test_pre_logits_of_elder_timm_are_a_tanh_layer(tmp_path: Path) -> None:
     save_file(state, folder / "model.safetensors")
     opened = load(folder)
     pixels = torch.randn(2, 3, 16, 16)
-    features = forward_float64(build(opened.config, opened.state), pixels, "features")
+    features = forward_float64(build_reference(opened.config, opened.state), pixels, "features")
     hidden = torch.tanh(features @ state["pre_logits.fc.weight"].double().T + state["pre_logits.fc.bias"])
     expected = hidden @ state["head.weight"].double().T + state["head.bias"]
     torch.testing.assert_close(run(opened, pixels), expected, rtol=0, atol=1e-12)

@@ -12,7 +12,8 @@ from vitdeploy.checkpoint.families.base import Foreign, take_over
 from vitdeploy.checkpoint.families.positions import fit_positions
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.config import ViTConfig
-from vitdeploy.model.vit import build, forward_float64
+from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.registry import build_reference
 
 RECORDED = ORACLES / "torchvision"
 # The recordings have two heads of 8 columns; the file does not tell.
@@ -27,11 +28,11 @@ def test_logits_equal_torchvision(case: str) -> None:
     assert family.name == "torchvision"
     reading = family.read(foreign, TWO_HEADS)
     state, _ = take_over(reading, family.name, case)
-    ours = forward_float64(build(reading.config, state), answer["pixels"])
+    ours = forward_float64(build_reference(reading.config, state), answer["pixels"])
     torch.testing.assert_close(ours, answer["output"], rtol=0, atol=1e-10)
     state["pos_embed"] = fit_positions(state["pos_embed"], reading.config, (24, 24), family.positions)
     larger = ViTConfig(**{**vars(reading.config), "image_size": (24, 24)})
-    ours = forward_float64(build(larger, state), answer["other.pixels"])
+    ours = forward_float64(build_reference(larger, state), answer["other.pixels"])
     torch.testing.assert_close(ours, answer["other.output"], rtol=0, atol=1e-10)
 
 

@@ -54,16 +54,16 @@ def test_logits_of_full_size_equal_transformers(save: Save, agree: Agree) -> Non
     assert sum(tensor.numel() for tensor in opened.state.values()) == 86_567_656
 
 
-@pytest.mark.parametrize("own", [32, [32, 128]])
+@pytest.mark.parametrize("configured", [32, [32, 128]])
 @pytest.mark.parametrize("size", [(64, 64), (16, 16), (24, 56), (40, 32), (16, 64)])
 def test_interpolated_positions_equal_transformers(
-    save: Save, agree: Agree, own: int | list[int], size: tuple[int, int]
+    save: Save, agree: Agree, configured: int | list[int], size: tuple[int, int]
 ) -> None:
-    model = ViTForImageClassification(tiny(image_size=own))
+    model = ViTForImageClassification(tiny(image_size=configured))
     opened = agree(model, save(model), size, interpolate_pos_encoding=True)
     assert opened.preprocess.size == size
     # 4x16 patches are taken for 8x8, which is what 64x64 pixels need.
-    same = own != 32 and size == (64, 64)
+    same = configured != 32 and size == (64, 64)
     assert opened.state["pos_embed"].dtype == (torch.float32 if same else torch.float64)
 
 

@@ -108,17 +108,17 @@ def test_images_as_uint8(tmp_path: Path) -> None:
     assert "BGR images" in report.causes[0]
 
 
-@pytest.mark.parametrize("encodings, proven", [(("binary",), "binary"), (("json",), "json")])
+@pytest.mark.parametrize("encodings, taken", [(("binary",), "binary"), (("json",), "json")])
 def test_a_server_that_takes_one_encoding_only(
-    bundle: Bundle, encodings: tuple[str, ...], proven: str
+    bundle: Bundle, encodings: tuple[str, ...], taken: str
 ) -> None:
     with V2Server({"linear": served()}, encodings=encodings) as server:
         report = verify_live(bundle, LiveRequest(server.url, calls=5))
     assert report.passed, report.failures
-    assert {record.provider for record in report.parity} == {proven}
+    assert {record.provider for record in report.parity} == {taken}
     assert any("the server refuses" in note and "not supported" in note for note in report.notes)
     assert report.latency is not None
-    assert report.latency.encoding == proven
+    assert report.latency.encoding == taken
 
 
 def test_a_server_that_takes_none(bundle: Bundle) -> None:
@@ -278,7 +278,7 @@ def test_other_weights(bundle: Bundle) -> None:
     assert any("other weights, perhaps" in note for note in report.notes)
 
 
-def test_a_bundle_that_proves_nothing(tmp_path: Path) -> None:
+def test_a_bundle_without_golden_data(tmp_path: Path) -> None:
     empty = write_bundle(tmp_path / "linear.bundle", golden={})
     with V2Server({"linear": served()}) as server, pytest.raises(ParityError, match="no golden data"):
         verify_live(empty, LiveRequest(server.url))

@@ -46,7 +46,7 @@ def test_grpc_with_tls(bundle: Bundle, certificate: tuple[Path, Path]) -> None:
     with GrpcServer({"linear": served()}, tls=certificate) as server:
         assert verify_live(bundle, LiveRequest(server.url, ca=certificate[0], calls=5)).passed
         with pytest.raises(ServerError, match=r"grpcs://.*no TLS with it") as caught:
-            verify_live(bundle, LiveRequest(server.url, timeout=10))
+            verify_live(bundle, LiveRequest(server.url))
     assert "--ca-cert" in str(caught.value.hint)
 
 
@@ -54,12 +54,12 @@ def test_tls_to_a_server_without(bundle: Bundle) -> None:
     with V2Server({"linear": served()}) as server:
         for scheme in ("https", "grpcs"):
             with pytest.raises(ServerError, match=f"{scheme}://127"):
-                verify_live(bundle, LiveRequest(f"{scheme}://127.0.0.1:{server.port}", timeout=5))
+                verify_live(bundle, LiveRequest(f"{scheme}://127.0.0.1:{server.port}"))
 
 
 def test_no_tls_to_a_server_with(bundle: Bundle, certificate: tuple[Path, Path]) -> None:
     with V2Server({"linear": served()}, tls=certificate) as server, pytest.raises(ServerError):
-        verify_live(bundle, LiveRequest(f"http://127.0.0.1:{server.port}", timeout=5))
+        verify_live(bundle, LiveRequest(f"http://127.0.0.1:{server.port}"))
 
 
 def test_certificates_that_cannot_be_read(bundle: Bundle, tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
-"""Servers that cannot be asked: each way of it is one clear line, within a bounded time."""
+"""Servers that cannot be asked: each way of it is one clear line, and none is waited for without end."""
 
 from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,7 +28,7 @@ def free_port() -> int:
 def tcp_server(greeting: bytes | None) -> Iterator[int]:
     """Accepts; then says ``greeting`` and hangs up, or with None says nothing at all."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        open_ones = []
+        connections = []
 
         def serve() -> None:
             while True:
@@ -37,7 +36,7 @@ def tcp_server(greeting: bytes | None) -> Iterator[int]:
                     connection, _ = listening.accept()
                 except OSError:
                     return
-                open_ones.append(connection)
+                connections.append(connection)
                 if greeting is not None:
                     connection.recv(65536)
                     connection.sendall(greeting)
@@ -45,7 +44,7 @@ def tcp_server(greeting: bytes | None) -> Iterator[int]:
 
         threading.Thread(target=serve, daemon=True).start()
         yield listening.getsockname()[1]
-        for connection in open_ones:
+        for connection in connections:
             connection.close()
 
 
@@ -59,15 +58,13 @@ def test_nothing_listens(bundle: Bundle, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 def test_no_such_host(bundle: Bundle, scheme: str) -> None:
     with pytest.raises(ServerError, match=r"no such host: no-such-host\.invalid"):
-        verify_live(bundle, LiveRequest(f"{scheme}://no-such-host.invalid:8000", timeout=20))
+        verify_live(bundle, LiveRequest(f"{scheme}://no-such-host.invalid:8000"))
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "grpc", "grpcs"])
 def test_a_server_that_says_nothing(bundle: Bundle, scheme: str) -> None:
-    begin = time.monotonic()
     with tcp_server(None) as port, pytest.raises(ServerError, match=r"127\.0\.0\.1"):
         verify_live(bundle, LiveRequest(f"{scheme}://127.0.0.1:{port}", timeout=0.5))
-    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize(
@@ -87,36 +84,36 @@ def test_a_server_that_says_nothing(bundle: Bundle, scheme: str) -> None:
 )
 def test_servers_of_something_else(bundle: Bundle, greeting: bytes, message: str) -> None:
     with tcp_server(greeting) as port, pytest.raises(ServerError) as caught:
-        verify_live(bundle, LiveRequest(f"http://127.0.0.1:{port}", timeout=5))
+        verify_live(bundle, LiveRequest(f"http://127.0.0.1:{port}"))
     assert message in caught.value.message
     assert "\n" not in caught.value.message
 
 
 def test_grpc_to_an_http_server_and_the_other_way_round(bundle: Bundle) -> None:
     with V2Server({"linear": served()}) as server, pytest.raises(ServerError):
-        verify_live(bundle, LiveRequest(f"grpc://127.0.0.1:{server.port}", timeout=5))
+        verify_live(bundle, LiveRequest(f"grpc://127.0.0.1:{server.port}"))
     with GrpcServer({"linear": served()}) as server, pytest.raises(ServerError, match=r"127\.0\.0\.1"):
-        verify_live(bundle, LiveRequest(f"http://127.0.0.1:{server.port}", timeout=5))
+        verify_live(bundle, LiveRequest(f"http://127.0.0.1:{server.port}"))
 
 
 @pytest.mark.parametrize(
-    "fault, message",
+    "fault, timeout, message",
     [
-        ("close", "hung up before its answer was complete"),
-        ("half", "hung up before its answer was complete"),
-        ("slow", "no answer within 1 s"),
-        ("drip", "no answer within 1 s"),
+        ("close", 30, "hung up before its answer was complete"),
+        ("half", 30, "hung up before its answer was complete"),
+        ("slow", 1, "no answer within 1 s"),
+        ("drip", 1, "no answer within 1 s"),
     ],
 )
-def test_in_the_middle(bundle: Bundle, fault: str, message: str) -> None:
+def test_in_the_middle(bundle: Bundle, fault: str, timeout: float, message: str) -> None:
     with V2Server({"linear": served()}, fault=fault) as server, pytest.raises(ServerError, match=message):
-        verify_live(bundle, LiveRequest(server.url, timeout=1))
+        verify_live(bundle, LiveRequest(server.url, timeout=timeout))
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.DEADLINE_EXCEEDED])
 def test_grpc_in_the_middle(bundle: Bundle, code: grpc.StatusCode) -> None:
     with GrpcServer({"linear": served()}, code=code) as server, pytest.raises(ServerError, match="no answer"):
-        verify_live(bundle, LiveRequest(server.url, timeout=5))
+        verify_live(bundle, LiveRequest(server.url))
 
 
 def test_headers_are_sent_with_every_request(bundle: Bundle) -> None:

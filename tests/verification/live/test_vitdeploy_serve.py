@@ -44,7 +44,7 @@ def serving(*bundles: object, flags: tuple[str, ...] = ()) -> Iterator[Serving]:
             raise AssertionError("".join(said))
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 def consistent(folder: Path, weight: np.ndarray, **facts: object) -> Bundle:
@@ -55,11 +55,51 @@ def consistent(folder: Path, weight: np.ndarray, **facts: object) -> Bundle:
     return write_bundle(folder, weight=weight, golden=golden, **facts)
 
 
-def test_a_right_server(tmp_path: Path) -> None:
-    made = write_bundle(tmp_path / "linear.bundle", precisions=("fp32", "fp16"))
-    with serving(made.root) as server:
-        over_http = verify_live(made, LiveRequest(server.http))
-        over_grpc = verify_live(made, LiveRequest(server.grpc))
+WRONG = {
+    "wrong-mean": (
+        {"preprocess": Preprocess(size=(SIZE, SIZE), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))},
+        "normalised with ImageNet's mean and std",
+    ),
+    "wrong-filter": (
+        {"preprocess": Preprocess(size=(SIZE, SIZE), resample="nearest")},
+        "the nearest filter, not bilinear",
+    ),
+    "wrong-crop": (
+        {"preprocess": Preprocess(size=(SIZE, SIZE), resize="shortest_edge", resize_edge=SIZE)},
+        "cropped from a shorter edge of 8",
+    ),
+    "wrong-labels": ({"labels": tuple(sorted(LABELS))}, "labels are sorted by name"),
+}
+
+
+@dataclass(frozen=True)
+class Everything:
+    """One server of all bundles below, by the names of its models."""
+
+    server: Serving
+    right: Bundle
+    """Served as ``linear``, and as version 1 of ``versions``."""
+    fixed: Bundle
+    uint8: Bundle
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Everything]:
+    folder = tmp_path_factory.mktemp("served")
+    right = write_bundle(folder / "linear.bundle", precisions=("fp32", "fp16"))
+    fixed = write_bundle(folder / "fixed.bundle", batch=BatchRange(4, 4, 4))
+    uint8 = write_bundle(folder / "uint8.bundle", kind="uint8")
+    other = np.random.default_rng(3).normal(size=WEIGHT.shape).astype(np.float32)
+    new = consistent(folder / "new.bundle", other)
+    wrong = [f"{name}={write_bundle(folder / name, **facts).root}" for name, (facts, _) in WRONG.items()]
+    models = [f"linear={right.root}", f"fixed={fixed.root}", f"uint8={uint8.root}", *wrong]
+    with serving(*models, f"versions@1={right.root}", f"versions@2={new.root}") as server:
+        yield Everything(server, right, fixed, uint8)
+
+
+def test_a_right_server(everything: Everything) -> None:
+    over_http = verify_live(everything.right, LiveRequest(everything.server.http))
+    over_grpc = verify_live(everything.right, LiveRequest(everything.server.grpc))
     for report in (over_http, over_grpc):
         assert report.passed, (report.failures, report.causes)
         assert (report.model, report.version, report.fits) == ("linear", "1", "fp32")
@@ -70,61 +110,30 @@ def test_a_right_server(tmp_path: Path) -> None:
     assert not any("does not say which artifact" in note for note in over_http.notes)
 
 
-def test_versions_and_other_weights(tmp_path: Path) -> None:
-    right = write_bundle(tmp_path / "linear.bundle")
-    other = np.random.default_rng(3).normal(size=WEIGHT.shape).astype(np.float32)
-    consistent(tmp_path / "new.bundle", other)
-    with serving(f"linear@1={right.root}", f"linear@2={tmp_path / 'new.bundle'}") as server:
-        assert verify_live(right, LiveRequest(server.http, version="1")).passed
-        for url in (server.http, server.grpc):
-            report = verify_live(right, LiveRequest(url))
-            assert not report.passed
-            assert report.version == "2"
-            assert any("version 1 on the server gives the right answers" in cause for cause in report.causes)
-        report = verify_live(right, LiveRequest(server.http))
+def test_versions_and_other_weights(everything: Everything) -> None:
+    right, server = everything.right, everything.server
+    assert verify_live(right, LiveRequest(server.http, model="versions", version="1")).passed
+    for url in (server.http, server.grpc):
+        report = verify_live(right, LiveRequest(url, model="versions"))
+        assert not report.passed
+        assert report.version == "2"
+        assert any("version 1 on the server gives the right answers" in cause for cause in report.causes)
         assert any("the server serves another bundle" in cause for cause in report.causes)
 
 
-@pytest.mark.parametrize(
-    "facts, cause",
-    [
-        (
-            {
-                "preprocess": Preprocess(
-                    size=(SIZE, SIZE), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-                )
-            },
-            "normalised with ImageNet's mean and std",
-        ),
-        (
-            {"preprocess": Preprocess(size=(SIZE, SIZE), resample="nearest")},
-            "the nearest filter, not bilinear",
-        ),
-        (
-            {"preprocess": Preprocess(size=(SIZE, SIZE), resize="shortest_edge", resize_edge=SIZE)},
-            "cropped from a shorter edge of 8",
-        ),
-        ({"labels": tuple(sorted(LABELS))}, "labels are sorted by name"),
-    ],
-)
-def test_a_bundle_with_one_thing_wrong_is_served(
-    tmp_path: Path, facts: dict[str, object], cause: str
-) -> None:
-    right = write_bundle(tmp_path / "linear.bundle")
-    write_bundle(tmp_path / "wrong.bundle", **facts)
-    with serving(f"linear={tmp_path / 'wrong.bundle'}") as server:
-        report = verify_live(right, LiveRequest(server.http, batches=[1]))
+@pytest.mark.parametrize("name", WRONG)
+def test_a_bundle_with_one_thing_wrong_is_served(everything: Everything, name: str) -> None:
+    report = verify_live(everything.right, LiveRequest(everything.server.http, model=name, batches=[1]))
     assert not report.passed
-    assert cause in report.causes[0]
+    assert WRONG[name][1] in report.causes[0]
     assert all(record.passed for record in report.parity)
 
 
-def test_a_fixed_batch_size(tmp_path: Path) -> None:
-    made = write_bundle(tmp_path / "linear.bundle", batch=BatchRange(4, 4, 4))
-    with serving(made.root) as server:
-        for url in (server.http, server.grpc):
-            report = verify_live(made, LiveRequest(url))
-            assert report.passed, report.failures
+@pytest.mark.parametrize("name", ["fixed", "uint8"])
+def test_a_fixed_batch_size_and_images_as_uint8(everything: Everything, name: str) -> None:
+    for url in (everything.server.http, everything.server.grpc):
+        report = verify_live(getattr(everything, name), LiveRequest(url, model=name))
+        assert report.passed, report.failures
 
 
 def test_a_server_for_small_batches(tmp_path: Path) -> None:
@@ -134,14 +143,6 @@ def test_a_server_for_small_batches(tmp_path: Path) -> None:
             report = verify_live(made, LiveRequest(url))
             assert report.passed, report.failures
             assert {record.batch for record in report.parity} == {1, 2}
-
-
-def test_images_as_uint8(tmp_path: Path) -> None:
-    made = write_bundle(tmp_path / "linear.bundle", kind="uint8")
-    with serving(made.root) as server:
-        for url in (server.http, server.grpc):
-            report = verify_live(made, LiveRequest(url))
-            assert report.passed, report.failures
 
 
 @pytest.mark.slow

@@ -14,29 +14,28 @@ from tests.fakes.v2_models import linear, served
 from tests.fakes.v2_server import V2Server
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import ParityError, UsageError
-from vitdeploy.verification.live.metrics import WatchMetrics
 from vitdeploy.verification.live.round import LiveRequest, LiveVerification
-from vitdeploy.verification.live.watch import Round, Watch, in_a_thread, watch
+from vitdeploy.verification.live.watch import WatchMetrics, WatchRound, WatchSummary, in_a_thread, watch
 
 
 def run(
     bundle: Bundle,
     url: str,
     rounds: int,
-    between: Callable[[Round], None],
+    between: Callable[[WatchRound], None],
     metrics: WatchMetrics | None = None,
-) -> Watch:
+) -> WatchSummary:
     """That many rounds, one right after the other."""
-    total = Watch()
+    total = WatchSummary()
 
-    def ended(done: Round) -> None:
+    def ended(done: WatchRound) -> None:
         between(done)
         if done.number == rounds:
             raise KeyboardInterrupt
 
-    request = LiveRequest(url, calls=5, batches=[1], timeout=5)
+    request = LiveRequest(url, calls=5, batches=[1])
     with LiveVerification(bundle, request) as whole, contextlib.suppress(KeyboardInterrupt):
-        watch(whole, 0.5, ended=ended, metrics=metrics, total=total)
+        watch(whole, 0.01, ended=ended, metrics=metrics, total=total)
     return total
 
 
@@ -66,7 +65,7 @@ def test_a_server_that_breaks_goes_down_and_comes_back(bundle: Bundle) -> None:
     first.__enter__()
     second = V2Server({"linear": served()}, port=first.port)
 
-    def between(done: Round) -> None:
+    def between(done: WatchRound) -> None:
         seen.append((done.passed, done.reason))
         if done.number == 1:
             model.versions["1"] = lambda x: linear()(x[:, ::-1])
@@ -107,8 +106,8 @@ def test_the_bundle_cannot_be_watched_without_golden_data(bundle: Bundle) -> Non
 
 def test_nothing_compared_is_no_success() -> None:
     with pytest.raises(ParityError, match="before the first round was over"):
-        Watch().check()
-    assert Watch().as_dict()["ok"] is False
+        WatchSummary().check()
+    assert WatchSummary().as_dict()["ok"] is False
 
 
 def test_a_port_in_use() -> None:

@@ -5,12 +5,12 @@ To add a family: write its file with a ``Family``, add it to ``FAMILIES``, test 
 
 from __future__ import annotations
 
-from vitdeploy.checkpoint.families import deit, dinov2, google, own, timm, torchvision, vit
+from vitdeploy.checkpoint.families import deit, dinov2, google, reference, timm, torchvision, vit
 from vitdeploy.checkpoint.families.base import Family, Foreign
 from vitdeploy.errors import CheckpointError, did_you_mean
 
 FAMILIES: tuple[Family, ...] = (
-    own.FAMILY,
+    reference.FAMILY,
     dinov2.WITH_REGISTERS,
     dinov2.PLAIN,
     deit.FAMILY,
@@ -35,11 +35,11 @@ def recognise(foreign: Foreign) -> Family:
             return family
     model_type = (foreign.config or {}).get("model_type")
     if model_type is not None:
-        known = [own.MODEL_TYPE, "dinov2_with_registers", "dinov2", "deit", "vit"]
+        supported = [reference.MODEL_TYPE, "dinov2_with_registers", "dinov2", "deit", "vit"]
         raise CheckpointError(
             f"{foreign.source}: model_type {model_type!r} in config.json is not supported"
-            f"{did_you_mean(str(model_type), known)}",
-            hint=f"supported: {', '.join(sorted(known))}; {_HINT}",
+            f"{did_you_mean(str(model_type), supported)}",
+            hint=f"supported: {', '.join(sorted(supported))}; {_HINT}",
         )
     first = ", ".join(sorted(foreign.state)[:3]) or "none"
     raise CheckpointError(

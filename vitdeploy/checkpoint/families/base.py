@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vitdeploy.checkpoint.families.positions import PositionRule
-from vitdeploy.config import Preprocess, Size, ViTConfig
+from vitdeploy.config import ModelConfig, Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
-from vitdeploy.model.vit import expected_shapes
+from vitdeploy.model.registry import expected_shapes
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,25 @@ Pick = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of our parameters lies: a foreign name (``{i}`` is the block), and what to take of it."""
+    """Where one of our parameters lies: a foreign name, and what to take of it.
+
+    ``{i}`` in a name is the number of the block; where blocks lie in stages, ``{i}`` is the stage and ``{j}``
+    the block in it: ``layers.{i}.blocks.{j}.norm1.weight``.
+    """
 
     name: str
     pick: Pick = lambda tensor: tensor
 
 
 Layout = Mapping[str, Source]
-"""Our parameter names, with ``{i}`` for the block's number, to their sources."""
+"""Our parameter names, with ``{i}`` and ``{j}`` for the numbers in them, to their sources."""
 
 
 @dataclass(frozen=True)
 class Reading:
     """What a family understood of a foreign checkpoint."""
 
-    config: ViTConfig
+    config: ModelConfig
     """At the checkpoint's own resolution, that of its position table."""
     layout: Layout
     state: Mapping[str, Tensor]
@@ -116,7 +120,9 @@ def linear(ours: str, theirs: str) -> dict[str, Source]:
     return {f"{ours}.{leaf}": Source(f"{theirs}.{leaf}") for leaf in ("weight", "bias")}
 
 
-def rename(state: Mapping[str, Tensor], to: Callable[[str], str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def rename_tensors(
+    state: Mapping[str, Tensor], to: Callable[[str], str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors under other names, and those names' originals."""
     originals = {to(name): name for name in state}
     return {name: state[original] for name, original in originals.items()}, originals
@@ -132,21 +138,21 @@ def merged_qkv(weight: str, bias: str) -> dict[str, Source]:
 # --- reading a foreign config.json ----------------------------------------------------------------------
 
 
-def number(config: Mapping[str, object], key: str, default: float) -> float:
+def config_number(config: Mapping[str, object], key: str, default: float) -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
     return float(value)
 
 
-def whole(config: Mapping[str, object], key: str, default: int) -> int:
+def config_integer(config: Mapping[str, object], key: str, default: int) -> int:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise CheckpointError(f"config.json: {key} must be a whole number, not {value!r}")
     return value
 
 
-def pair(value: object, key: str) -> Size:
+def height_and_width(value: object, key: str) -> Size:
     """A length for both sides, or [height, width]."""
     sides = value if isinstance(value, (list, tuple)) else (value, value)
     if len(sides) != 2 or not all(type(side) is int for side in sides):
@@ -154,7 +160,7 @@ def pair(value: object, key: str) -> Size:
     return sides[0], sides[1]
 
 
-def mapping(config: Mapping[str, object] | None, key: str) -> Mapping[str, object]:
+def config_object(config: Mapping[str, object] | None, key: str) -> Mapping[str, object]:
     value = {} if config is None or config.get(key) is None else config[key]
     if not isinstance(value, Mapping):
         raise CheckpointError(f"config.json: {key} must be an object, not {value!r}")
@@ -164,26 +170,54 @@ def mapping(config: Mapping[str, object] | None, key: str) -> Mapping[str, objec
 # --- reading the tensors ---------------------------------------------------------------------------------
 
 
-def _parts(ours: str) -> tuple[str, str]:
-    """``blocks.3.norm1.weight`` to ``blocks.{i}.norm1.weight`` and ``3``."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(.*)", ours)
-    return (f"blocks.{{i}}.{match[2]}", match[1]) if match else (ours, "")
+_PLACES = "ij"
+"""What stands in a template for the first number of a name, and for the second."""
 
 
-def find(layout: Layout, state: Mapping[str, Tensor], ours: str) -> Tensor | None:
+def template_of(ours: str) -> tuple[str, tuple[str, ...]]:
+    """``layers.1.blocks.3.norm1.weight`` to ``layers.{i}.blocks.{j}.norm1.weight`` and ``("1", "3")``."""
+    numbers: list[str] = []
+
+    def place(match: re.Match[str]) -> str:
+        numbers.append(match[0])
+        return f"{{{_PLACES[len(numbers) - 1]}}}"
+
+    template = re.sub(r"(?<=\.)\d+(?=\.)", place, ours, count=len(_PLACES))
+    return template, tuple(numbers)
+
+
+def filled(template: str, numbers: Iterable[str]) -> str:
+    """The name in which these numbers stand for ``{i}`` and ``{j}``."""
+    return template.format(**dict(zip(_PLACES, numbers, strict=False)))
+
+
+def find_tensor(layout: Layout, state: Mapping[str, Tensor], ours: str) -> Tensor | None:
     """The tensor that becomes our parameter ``ours``, or None where the checkpoint lacks it."""
-    template, block = _parts(ours)
+    template, numbers = template_of(ours)
     source = layout.get(template)
-    tensor = state.get(source.name.format(i=block)) if source else None
+    tensor = state.get(filled(source.name, numbers)) if source else None
     return source.pick(tensor) if source and tensor is not None else None
 
 
 def count_blocks(layout: Layout, names: Iterable[str]) -> int:
-    """One more than the highest block number that any name carries."""
-    sources = {source.name for ours, source in layout.items() if ours.startswith("blocks.")}
-    pattern = re.compile("|".join(re.escape(name).replace(r"\{i\}", r"(\d+)") for name in sorted(sources)))
-    numbers = [int(n) for name in names if (match := pattern.fullmatch(name)) for n in match.groups() if n]
-    return max(numbers, default=-1) + 1
+    """One more than the highest block number that any name carries; of a model without stages."""
+    return max((i for i, *_ in _numbers(layout, names, "{i}")), default=-1) + 1
+
+
+def count_stages(layout: Layout, names: Iterable[str]) -> tuple[int, ...]:
+    """The blocks of each stage, one more than the highest number of both that any name carries."""
+    numbers = _numbers(layout, names, "{j}")
+    stages = max((i for i, _ in numbers), default=-1) + 1
+    return tuple(max((j for i, j in numbers if i == stage), default=-1) + 1 for stage in range(stages))
+
+
+def _numbers(layout: Layout, names: Iterable[str], place: str) -> set[tuple[int, ...]]:
+    """The numbers in those foreign names whose template has ``place``."""
+    sources = sorted({source.name for source in layout.values() if place in source.name})
+    patterns = [re.escape(name).replace(r"\{i\}", r"(\d+)").replace(r"\{j\}", r"(\d+)") for name in sources]
+    pattern = re.compile("|".join(patterns) or r"(?!)")
+    matches = (match for name in names if (match := pattern.fullmatch(name)))
+    return {tuple(int(number) for number in match.groups() if number is not None) for match in matches}
 
 
 def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -197,13 +231,13 @@ def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Ten
     used: set[str] = set()
     missing: dict[str, None] = {}
     wrong: dict[str, str] = {}
-    for ours, shape in _expected(reading, source).items():
-        template, block = _parts(ours)
+    for ours, shape in expected_of(reading.config, len(reading.state), source).items():
+        template, numbers = template_of(ours)
         if template not in reading.layout:
             raise CheckpointError(f"{source}: {family} checkpoints have no {ours}")
-        theirs = reading.layout[template].name.format(i=block)
+        theirs = filled(reading.layout[template].name, numbers)
         used.add(theirs)
-        tensor = find(reading.layout, reading.state, ours)
+        tensor = find_tensor(reading.layout, reading.state, ours)
         if tensor is None:
             missing[theirs] = None
         elif tuple(tensor.shape) == shape:
@@ -215,14 +249,17 @@ def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Ten
     notes, unexpected = _left_over(reading, used)
     _refuse_misfit(reading, f"{source} does not fit a {family} model", list(missing), unexpected, wrong)
     _check_values({reading.in_file(name): reading.state[name] for name in sorted(used)}, source)
-    return {ours: _own(tensor) for ours, tensor in state.items()}, notes
+    return {ours: _unshared(tensor) for ours, tensor in state.items()}, notes
 
 
-def _expected(reading: Reading, source: str) -> dict[str, tuple[int, ...]]:
-    """The parameters to look for; a configuration out of all proportion is refused before it costs memory."""
-    config = reading.config
-    if config.depth > len(reading.state):
-        tensors = len(reading.state)
+def expected_of(config: ModelConfig, tensors: int, source: str) -> dict[str, tuple[int, ...]]:
+    """The parameters to look for, with their shapes.
+
+    Raises:
+        CheckpointError: the configuration is out of all proportion to a file of so many tensors; this is seen
+            before it costs memory.
+    """
+    if config.depth > tensors:
         raise CheckpointError(
             f"{source}: the configuration has {config.depth} blocks, the file only {tensors} tensors"
         )
@@ -274,16 +311,23 @@ def _refuse_misfit(
 
 
 def _grouped(names: Iterable[str]) -> list[str]:
-    """Join names that differ in the block's number only: ``blocks.{0,1,2}.norm1.weight``."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        match = re.fullmatch(r"(.*?[._])(\d+)([./].*)", name)
-        before, block, after = match.groups() if match else (name, "", "")
-        groups.setdefault((before, after), []).append(block)
-    return [
-        before + (blocks[0] if len(blocks) == 1 else "{" + ",".join(blocks) + "}") + after
-        for (before, after), blocks in groups.items()
-    ]
+    """Join names that differ in one number only: ``blocks.{0,1,2}.norm1.weight``; then in another one."""
+    parts = [re.split(r"(?<=[._])(\d+)(?=[./])", name) for name in names]  # every second part is a number
+    for place in range(max(map(len, parts), default=0) - 2, 0, -2):
+        groups: dict[tuple[int, str], list[list[str]]] = {}
+        for index, name in enumerate(parts):
+            rest = "\0".join((*name[:place], "", *name[place + 1 :]))
+            groups.setdefault((len(name), rest) if len(name) > place else (-index, ""), []).append(name)
+        parts = [_joined(group, place) for group in groups.values()]
+    return ["".join(name) for name in parts]
+
+
+def _joined(names: Sequence[list[str]], place: int) -> list[str]:
+    """One name for names that differ in their part ``place`` only."""
+    first = names[0]
+    if len(names) == 1:
+        return first
+    return [*first[:place], "{" + ",".join(name[place] for name in names) + "}", *first[place + 1 :]]
 
 
 def _size(shape: Iterable[int]) -> str:
@@ -316,7 +360,7 @@ def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
         )
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _unshared(tensor: Tensor) -> Tensor:
     """The tensor in storage of its own: no slice of a merged one, contiguous."""
     shared = tensor.untyped_storage().nbytes() != tensor.nbytes
     return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()

@@ -7,7 +7,16 @@ DeiTForImageClassificationWithTeacher averages both heads' logits at inference.
 from __future__ import annotations
 
 from vitdeploy.checkpoint.families import huggingface
-from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, Source, flat, linear, rename
+from vitdeploy.checkpoint.families.base import (
+    Family,
+    Foreign,
+    Layout,
+    Reading,
+    Source,
+    flat,
+    linear,
+    rename_tensors,
+)
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import ViTConfig
 
@@ -29,7 +38,9 @@ def _claims(foreign: Foreign) -> bool:
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state, originals = rename(foreign.state, lambda name: huggingface.file_name(name, "deit", vit_mlp=True))
+    state, originals = rename_tensors(
+        foreign.state, lambda name: huggingface.file_name(name, "deit", vit_mlp=True)
+    )
     teacher = any(name.startswith(("cls_classifier.", "distillation_classifier.")) for name in state)
     layout = _TEACHER if teacher else _PLAIN
     config = huggingface.config_of(

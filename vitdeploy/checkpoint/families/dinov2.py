@@ -19,11 +19,11 @@ from vitdeploy.checkpoint.families.base import (
     Layout,
     Reading,
     Source,
+    config_integer,
+    config_number,
     flat,
     linear,
-    number,
-    rename,
-    whole,
+    rename_tensors,
 )
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import ViTConfig
@@ -50,7 +50,7 @@ _SWIGLU: Layout = {
 
 
 def _mlp_width(config: Mapping[str, object], gated: bool) -> int:
-    width = int(whole(config, "hidden_size", 768) * number(config, "mlp_ratio", 4))
+    width = int(config_integer(config, "hidden_size", 768) * config_number(config, "mlp_ratio", 4))
     # SwiGLU keeps two thirds, so that three matrices cost what two did, rounded up to a multiple of 8.
     return (int(width * 2 / 3) + 7) // 8 * 8 if gated else width
 
@@ -68,7 +68,7 @@ def _join_gates(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(foreign: Foreign, template: ViTConfig | None, model_type: str) -> Reading:
-    renamed, originals = rename(
+    renamed, originals = rename_tensors(
         foreign.state, lambda name: huggingface.file_name(name, model_type, vit_mlp=False)
     )
     state = _join_gates(renamed)
@@ -78,7 +78,9 @@ def _read(foreign: Foreign, template: ViTConfig | None, model_type: str) -> Read
         gated = any(".mlp.weights_in." in name for name in state)
     else:
         gated = bool(given.get("use_swiglu_ffn", False))
-        registers = whole(given, "num_register_tokens", 4) if model_type == "dinov2_with_registers" else 0
+        registers = (
+            config_integer(given, "num_register_tokens", 4) if model_type == "dinov2_with_registers" else 0
+        )
         fields |= {"mlp_width": _mlp_width(given, gated), "gated_mlp": gated, "registers": registers}
         fields["pool"] = "cls_mean" if "classifier.weight" in state else "cls"
     if gated:

@@ -12,7 +12,7 @@ import re
 import torch
 from torch import Tensor
 
-from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, Source, flat, rename
+from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, Source, flat, rename_tensors
 from vitdeploy.checkpoint.families.infer import infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import Preprocess, Size, ViTConfig
@@ -82,12 +82,12 @@ def _claims(foreign: Foreign) -> bool:
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     # A training checkpoint keeps the weights under opt/target/, beside the optimizer's state.
-    state, originals = rename(foreign.state, lambda name: name.removeprefix("opt/target/"))
+    state, originals = rename_tensors(foreign.state, lambda name: name.removeprefix("opt/target/"))
     name = f"{_ATTENTION}/query/kernel".format(i=0)
     query = state.get(name)
     if query is None or query.ndim != 3:
-        found = "missing" if query is None else f"of shape {tuple(query.shape)}"
-        raise CheckpointError(f"{foreign.source}: {name} must be (width, heads, head width); it is {found}")
+        actual = "missing" if query is None else f"of shape {tuple(query.shape)}"
+        raise CheckpointError(f"{foreign.source}: {name} must be (width, heads, head width); it is {actual}")
     heads, (_, sizes) = query.shape[1], what_is_open(template)
     config = infer_config(
         _LAYOUT, state, foreign.source, heads=lambda width: heads, sizes=sizes, activation="gelu_tanh"

@@ -13,11 +13,11 @@ from vitdeploy.checkpoint.families.base import (
     Layout,
     Reading,
     Source,
+    config_integer,
+    config_number,
     flat,
+    height_and_width,
     linear,
-    number,
-    pair,
-    whole,
 )
 from vitdeploy.checkpoint.families.infer import infer_config, what_is_open
 from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
@@ -120,30 +120,33 @@ def config_of(
             )
         heads, sizes = what_is_open(template)
         return infer_config(layout, state, foreign.source, heads=heads, sizes=sizes, **fields)
-    patch = pair(config.get("patch_size", patch_size), "patch_size")
+    patch = height_and_width(config.get("patch_size", patch_size), "patch_size")
     if patch[0] != patch[1]:
         raise CheckpointError(f"config.json: patch_size {list(patch)} is not square")
     return ViTConfig(
-        image_size=pair(config.get("image_size", 224), "image_size"),
+        image_size=height_and_width(config.get("image_size", 224), "image_size"),
         patch_size=patch[0],
-        channels=whole(config, "num_channels", 3),
-        width=whole(config, "hidden_size", 768),
-        depth=whole(config, "num_hidden_layers", 12),
+        channels=config_integer(config, "num_channels", 3),
+        width=config_integer(config, "hidden_size", 768),
+        depth=config_integer(config, "num_hidden_layers", 12),
         heads=_heads(config),
         qkv_bias=bool(config.get("qkv_bias", True)),
         **{
-            "mlp_width": whole(config, "intermediate_size", 3072),
+            "mlp_width": config_integer(config, "intermediate_size", 3072),
             "activation": _activation(config),
             "classes": _classes(config, state.get(layout["head.weight"].name)),
             **fields,
-            "norm_eps": number(config, "layer_norm_eps", fields["norm_eps"]),
+            "norm_eps": config_number(config, "layer_norm_eps", fields["norm_eps"]),
         },
     )
 
 
 def _heads(config: Mapping[str, object]) -> int:
-    width, heads = whole(config, "hidden_size", 768), whole(config, "num_attention_heads", 12)
-    if heads < 1 or whole(config, "head_dim", width // heads) * heads != width:
+    width, heads = (
+        config_integer(config, "hidden_size", 768),
+        config_integer(config, "num_attention_heads", 12),
+    )
+    if heads < 1 or config_integer(config, "head_dim", width // heads) * heads != width:
         raise CheckpointError(f"config.json: {heads} heads do not make up hidden_size {width}")
     return heads
 

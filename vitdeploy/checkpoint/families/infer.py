@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitdeploy.checkpoint.families.base import Layout, count_blocks, find
+from vitdeploy.checkpoint.families.base import Layout, count_blocks, find_tensor
 from vitdeploy.config import Pool, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
 
@@ -20,14 +20,14 @@ def infer_config(
     *,
     heads: Callable[[int], int],
     sizes: Sequence[Size],
-    **known: Any,
+    **stated: Any,
 ) -> ViTConfig:
     """Return the configuration that the shapes in ``state`` describe.
 
     Args:
         heads: attention heads for a width; no shape tells them.
         sizes: image sizes the position table may be for, likeliest first; otherwise its grid is square.
-        known: fields of ``ViTConfig`` that shapes cannot tell, or that the caller knows better.
+        stated: fields of ``ViTConfig`` that shapes cannot tell, or that the caller knows better.
 
     Raises:
         CheckpointError: a tensor everything depends on is missing or has an impossible shape.
@@ -57,11 +57,11 @@ def infer_config(
     }
     if gated:
         fields["activation"] = "silu"
-    if known.get("position", "learned") == "learned":
+    if stated.get("position", "learned") == "learned":
         fields |= _table(shapes, patch, sizes)
     else:
         fields |= {"position_prefix": 0, "image_size": sizes[0] if sizes else (224, 224)}
-    return ViTConfig(**(fields | known))
+    return ViTConfig(**(fields | stated))
 
 
 def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]:
@@ -111,15 +111,15 @@ class _Shapes:
         self.layout, self.state, self.source = layout, state, source
 
     def have(self, ours: str) -> bool:
-        return find(self.layout, self.state, ours.format(i=0)) is not None
+        return find_tensor(self.layout, self.state, ours.format(i=0, j=0)) is not None
 
     def rows(self, ours: str) -> int:
         """Rows of a matrix that not every model has."""
         return self.of(ours, 2)[0] if self.have(ours) else 0
 
     def of(self, ours: str, dimensions: int) -> tuple[int, ...]:
-        tensor = find(self.layout, self.state, ours.format(i=0))
-        name = self.layout[ours].name.format(i=0)
+        tensor = find_tensor(self.layout, self.state, ours.format(i=0, j=0))
+        name = self.layout[ours].name.format(i=0, j=0)
         if tensor is None:
             raise CheckpointError(f"{self.source}: the tensor {name} is missing")
         if tensor.ndim != dimensions or not tensor.numel():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitdeploy.config import Size, ViTConfig
+from vitdeploy.config import ModelConfig, Size, ViTConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class PositionRule:
     """The table is taken for a square grid whatever the configured image size, as transformers does."""
     even_at_own_size: bool = False
     """The square assumption holds at the configured, not square, image size too."""
+
+    def fit(self, state: Mapping[str, Tensor], config: ModelConfig, size: Size) -> dict[str, Tensor]:
+        """What of ``state``, which is for ``config.image_size``, is another tensor for images of ``size``."""
+        table = state.get("pos_embed")
+        if table is None or not isinstance(config, ViTConfig):
+            return {}
+        fitted = fit_positions(table, config, size, self)
+        return {} if fitted is table else {"pos_embed": fitted}
 
 
 def fit_positions(table: Tensor, config: ViTConfig, size: Size, rule: PositionRule) -> Tensor:

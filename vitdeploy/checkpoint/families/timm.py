@@ -19,14 +19,14 @@ from vitdeploy.checkpoint.families.base import (
     Layout,
     Reading,
     Source,
+    config_integer,
+    config_number,
+    config_object,
     flat,
+    height_and_width,
     linear,
-    mapping,
     merged_qkv,
-    number,
-    pair,
-    rename,
-    whole,
+    rename_tensors,
 )
 from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
@@ -97,12 +97,12 @@ def _claims(foreign: Foreign) -> bool:
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     config = foreign.config or {}
-    arguments, pretrained = mapping(config, "model_args"), mapping(config, "pretrained_cfg")
+    arguments, pretrained = config_object(config, "model_args"), config_object(config, "pretrained_cfg")
     architecture = str(config.get("architecture") or pretrained.get("architecture") or "").split(".")[0]
     _refuse_unsupported(architecture, arguments)
-    state, originals = rename(foreign.state, _modern_name)
+    state, originals = rename_tensors(foreign.state, _modern_name)
     layout = _layout("fc_norm" if "fc_norm.weight" in state else "norm")
-    known = _known(foreign.source, architecture, config, state)
+    stated = _stated_fields(foreign.source, architecture, config, state)
     heads, sizes = what_is_open(template)
     result = infer_config(
         layout,
@@ -110,7 +110,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         foreign.source,
         heads=_heads(architecture, arguments) or heads,
         sizes=[*_sizes(arguments, pretrained), *sizes],
-        **known,
+        **stated,
     )
     notes = [] if architecture or template else [heads_note(result)]
     if not pretrained:
@@ -127,27 +127,27 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     )
 
 
-def _known(
+def _stated_fields(
     source: str, architecture: str, config: Mapping[str, object], state: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """What the configuration says, and what the presence of a tensor means in timm."""
-    arguments, late = mapping(config, "model_args"), "fc_norm.weight" in state
-    known: dict[str, Any] = {"norm_after_pool": late, "norm_eps": number(arguments, "norm_eps", 1e-6)}
+    arguments, late = config_object(config, "model_args"), "fc_norm.weight" in state
+    fields: dict[str, Any] = {"norm_after_pool": late, "norm_eps": config_number(arguments, "norm_eps", 1e-6)}
     if (activation := _activation(architecture, arguments)) is not None:
-        known["activation"] = activation
+        fields["activation"] = activation
     pool = arguments.get("global_pool") or config.get("global_pool") or ("avg" if late else None)
     if pool not in (None, "avg", "token"):
         raise CheckpointError(f"{source}: pooling by {pool!r} is not supported")
     if "dist_token" in state:
-        known["pool"] = "both_heads"
+        fields["pool"] = "both_heads"
     elif pool is not None:
-        known["pool"] = "mean" if pool == "avg" else "cls"
+        fields["pool"] = "mean" if pool == "avg" else "cls"
     if arguments.get("pos_embed") in ("", "none"):
-        known["position"] = "none"
+        fields["position"] = "none"
     for ours, theirs in (("classes", "num_classes"), ("depth", "depth")):
-        if (stated := arguments.get(theirs, config.get(theirs))) is not None:
-            known[ours] = whole({theirs: stated}, theirs, 0)
-    return known
+        if (value := arguments.get(theirs, config.get(theirs))) is not None:
+            fields[ours] = config_integer({theirs: value}, theirs, 0)
+    return fields
 
 
 def _refuse_unsupported(architecture: str, arguments: Mapping[str, object]) -> None:
@@ -175,7 +175,7 @@ def _modern_name(name: str) -> str:
 def _heads(architecture: str, arguments: Mapping[str, object]) -> Callable[[int], int] | None:
     """The heads that the configuration or the name settles."""
     if "num_heads" in arguments:
-        heads = whole(arguments, "num_heads", 0)
+        heads = config_integer(arguments, "num_heads", 0)
         if heads < 1:
             raise CheckpointError(f"config.json: num_heads must be at least 1, not {heads}")
         return lambda width: heads
@@ -195,10 +195,10 @@ def _activation(architecture: str, arguments: Mapping[str, object]) -> Activatio
 def _sizes(arguments: Mapping[str, object], pretrained: Mapping[str, object]) -> list[Size]:
     sizes = []
     if arguments.get("img_size") is not None:
-        sizes.append(pair(arguments["img_size"], "img_size"))
+        sizes.append(height_and_width(arguments["img_size"], "img_size"))
     shape = pretrained.get("input_size")
     if isinstance(shape, (list, tuple)) and len(shape) == 3:
-        sizes.append(pair(shape[1:], "input_size"))
+        sizes.append(height_and_width(shape[1:], "input_size"))
     return sizes
 
 
@@ -220,7 +220,7 @@ def _labels(
     if not isinstance(names, (list, tuple)) or len(names) != classes or None in names:
         count = len(names) if isinstance(names, (list, tuple)) else 0
         raise CheckpointError(f"config.json: {count} label_names, but the head has {classes} classes")
-    words = mapping(config, "label_descriptions") or mapping(pretrained, "label_descriptions")
+    words = config_object(config, "label_descriptions") or config_object(pretrained, "label_descriptions")
     return tuple(str(words.get(str(name), name)) for name in names)
 
 
@@ -238,9 +238,9 @@ def from_library(name: str) -> Foreign:
         import timm
     except ImportError as error:
         raise MissingDependency("timm", extra="hub", purpose=f"--model timm:{name}") from error
-    known = timm.list_models() + timm.list_models(pretrained=True)
-    if name not in known:
-        raise CheckpointError(f"timm has no model {name!r}{did_you_mean(name, known)}")
+    names = timm.list_models() + timm.list_models(pretrained=True)
+    if name not in names:
+        raise CheckpointError(f"timm has no model {name!r}{did_you_mean(name, names)}")
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever the download raises: HTTP, offline, disk, no weights published

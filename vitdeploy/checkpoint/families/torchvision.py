@@ -11,7 +11,7 @@ from vitdeploy.checkpoint.families.base import (
     flat,
     linear,
     merged_qkv,
-    rename,
+    rename_tensors,
 )
 from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
@@ -55,7 +55,7 @@ def _modern_name(name: str) -> str:
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state, originals = rename(foreign.state, _modern_name)
+    state, originals = rename_tensors(foreign.state, _modern_name)
     heads, sizes = what_is_open(template)
     config = infer_config(_LAYOUT, state, foreign.source, heads=heads, sizes=sizes)
 

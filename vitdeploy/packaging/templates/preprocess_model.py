@@ -1,7 +1,7 @@
 """Image files in, the network's input out: the first step of the ensemble. Written by `vitdeploy package`.
 
 Runs inside of Triton's Python backend with numpy and Pillow alone. `vitdeploy_images` beside this file is
-vitdeploy's own preprocessing, so that the pixels are those on which the bundle was proven.
+vitdeploy's own preprocessing, so that the pixels are those on which the bundle was verified.
 """
 
 import json

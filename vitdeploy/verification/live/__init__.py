@@ -1,4 +1,5 @@
 """A live server held against a bundle: the golden tensors and images replayed over the network.
 
-``run.py`` is one round of it, ``watch.py`` repeats it; ``triton_client.py`` is what talks to the server.
+``round.py`` is one round of it, ``watch.py`` repeats it; ``client.py`` is what can be asked of a server, and
+``triton_client.py`` what asks it.
 """

@@ -1,25 +1,42 @@
-"""Why a live server's answers are wrong: it is run here with common mistakes until one explains them."""
+"""Why a live server's answers are wrong: the bundle is run here with common mistakes until one explains them.
+
+A mistake is what is done to an input, a preprocessing or an output, with a phrase that says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.config import InputKind, Preprocess
 from vitdeploy.errors import VitdeployError
 from vitdeploy.images.decode import load_image
-from vitdeploy.verification.live.hypotheses import image_mistakes, output_mistakes, tensor_mistakes
+from vitdeploy.images.preprocess import apply, pixel_values, resized
+from vitdeploy.predictor import Predictor, softmax
 from vitdeploy.verification.live.image_endpoints import Scored
 from vitdeploy.verification.live.images import Expected, score_error
-from vitdeploy.verification.live.local import LocalModel
+
+Change = Callable[[Array], Array]
 
 _GIVES = "the answers are what the model gives for "
 _SHARE = 0.1
 """A mistake that leaves no more than this of the error is named too, though not as the whole truth."""
+
+_STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "mean and std 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "CLIP's mean and std": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+
+_CROPS = (1.0, 0.95, 0.9, 0.875)
+"""Shares of the shorter edge that published checkpoints keep."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,7 @@ class Explanation:
 
 
 def explain_tensors(
-    bundle: Bundle, local: LocalModel | None, golden: Mapping[str, Array], answers: Array, tolerance: float
+    bundle: Bundle, local: Predictor | None, golden: Mapping[str, Array], answers: Array, tolerance: float
 ) -> str | None:
     """What would make the server give ``answers`` (K, ...) for the golden inputs, if one mistake does.
 
@@ -45,11 +62,11 @@ def explain_tensors(
     actual, expected = answers.astype(np.float64), reference.astype(np.float64)
     if not np.isfinite(actual).all():
         return "the model overflows there: fp16 where fp32 or bf16 is needed, or damaged weights"
-    if plain := _plainly(actual, expected, tolerance):
-        return plain
-    found = []
+    if text := _visible_mistake(actual, expected, tolerance):
+        return text
+    explanations = []
     if bundle.manifest.output == "logits":
-        found += [
+        explanations += [
             Explanation(text, relative(change(expected), actual, expected))
             for text, change in output_mistakes()
         ]
@@ -57,15 +74,15 @@ def explain_tensors(
         for phrase, mistake in tensor_mistakes(bundle.manifest.input, bundle.manifest.preprocess):
             changed = np.ascontiguousarray(mistake(inputs))
             if changed.shape == inputs.shape:
-                text = f"{_GIVES}{phrase}"
-                found.append(
-                    Explanation(text, _error_of(local, changed.astype(inputs.dtype), actual, expected))
-                )
-    return _best(found, relative(expected, actual), tolerance)
+                with contextlib.suppress(VitdeployError):
+                    outputs = local.run(changed.astype(inputs.dtype)).astype(np.float64)
+                    error = relative(outputs, actual, expected)
+                    explanations.append(Explanation(f"{_GIVES}{phrase}", error))
+    return _best(explanations, relative(expected, actual), tolerance)
 
 
 def explain_images(
-    bundle: Bundle, local: LocalModel, answers: Sequence[tuple[Expected, Sequence[Scored]]], bound: float
+    bundle: Bundle, local: Predictor, answers: Sequence[tuple[Expected, Sequence[Scored]]], bound: float
 ) -> str | None:
     """What preprocessing would make the server answer image files as it does, if one mistake does.
 
@@ -86,12 +103,12 @@ def explain_images(
             for row, (item, indices, scores) in zip(logits, scored, strict=True)
         )
 
-    found = []
+    explanations = []
     for phrase, convert in image_mistakes(bundle.manifest.input, spec):
-        logits = _logits(local, pictures, convert)
-        if logits is not None:
-            found.append(Explanation(f"{_GIVES}{phrase}", error(logits)))
-    return _best(found, error(np.stack([item.logits for item, _, _ in scored])), bound)
+        with contextlib.suppress(VitdeployError):  # a crop of nothing, a picture too elongated
+            logits = local.run(np.stack([convert(picture) for picture in pictures])).astype(np.float64)
+            explanations.append(Explanation(f"{_GIVES}{phrase}", error(logits)))
+    return _best(explanations, error(np.stack([item.logits for item, _, _ in scored])), bound)
 
 
 def relative(expected: Array, actual: Array, reference: Array | None = None) -> float:
@@ -103,19 +120,19 @@ def relative(expected: Array, actual: Array, reference: Array | None = None) -> 
     return float((difference / np.maximum(norms, max(1e-9 * norms.max(), 1e-200))).max())
 
 
-def _plainly(actual: Array, expected: Array, tolerance: float) -> str | None:
+def _visible_mistake(actual: Array, expected: Array, tolerance: float) -> str | None:
     """What shows without running anything: constant, mixed up or reordered answers."""
     rows = len(actual)
-    flat, wanted = actual.reshape(rows, -1), expected.reshape(rows, -1)
+    flat, right = actual.reshape(rows, -1), expected.reshape(rows, -1)
     if not flat.any():
         return "the server answers with zeros"
     if rows > 1 and np.ptp(flat, axis=0).max() <= tolerance * np.abs(flat).max():
         return "the server gives the same answer whatever it is sent"
-    if (order := _matching(flat, wanted, tolerance, once=False)) is not None and (
+    if (order := _matching(flat, right, tolerance, once=False)) is not None and (
         order != np.arange(rows)
     ).any():
         return "the server mixes up images: the answers are right, but each belongs to another one"
-    if (order := _matching(flat.T, wanted.T, tolerance, once=True)) is not None:
+    if (order := _matching(flat.T, right.T, tolerance, once=True)) is not None:
         moved = np.flatnonzero(order != np.arange(len(order)))
         if len(moved):
             at = int(moved[0])
@@ -139,32 +156,16 @@ def _matching(actual: Array, expected: Array, tolerance: float, *, once: bool) -
     return order if left <= tolerance * np.linalg.norm(expected) else None
 
 
-def _error_of(local: LocalModel, inputs: Array, actual: Array, reference: Array) -> float:
-    try:
-        return relative(local.run(inputs).astype(np.float64), actual, reference)
-    except VitdeployError:
-        return float("inf")
-
-
-def _logits(
-    local: LocalModel, pictures: Sequence[Image.Image], convert: Callable[[Image.Image], Array]
-) -> Array | None:
-    try:
-        return local.run(np.stack([convert(picture) for picture in pictures])).astype(np.float64)
-    except VitdeployError:  # a crop of nothing, a picture too elongated
-        return None
-
-
 def _read(
     answer: Sequence[Scored], labels: Sequence[str] | None, classes: int
 ) -> tuple[list[int], Array] | None:
     """The classes of an answer and their scores; None where it has others than the bundle's."""
-    known = list(labels) if labels is not None else [str(index) for index in range(classes)]
+    names = list(labels) if labels is not None else [str(index) for index in range(classes)]
     indices = []
     for scored in answer:
         index = scored.index
         if index is None:
-            index = known.index(scored.label) if scored.label in known else -1
+            index = names.index(scored.label) if scored.label in names else -1
         if not 0 <= index < classes:
             return None
         indices.append(index)
@@ -172,15 +173,136 @@ def _read(
     return (indices, scores) if np.isfinite(scores).all() and indices else None
 
 
-def _best(found: Sequence[Explanation], without: float, tolerance: float) -> str | None:
+def _best(explanations: Sequence[Explanation], without: float, tolerance: float) -> str | None:
     """The mistake that explains most, if it explains enough."""
-    best = min(found, key=lambda explanation: explanation.error, default=None)
+    best = min(explanations, key=lambda explanation: explanation.error, default=None)
     if best is None or not best.error < without:
         return None
     if best.error <= tolerance:
         as_good = max(3 * best.error, 0.05 * tolerance)
-        same = [e.text.removeprefix(_GIVES) for e in found if e.error <= as_good and e is not best]
+        same = [e.text.removeprefix(_GIVES) for e in explanations if e.error <= as_good and e is not best]
         return best.text + (f" (or: {'; or: '.join(same[:2])})" if same else "")
     if best.error <= _SHARE * without:
         return f"{best.text}, nearly (relative error {best.error:.2g} then, {without:.2g} now)"
     return None
+
+
+def tensor_mistakes(kind: InputKind, spec: Preprocess | None) -> Iterator[tuple[str, Change]]:
+    """What a server may do to a tensor before it reaches the model: a phrase, and the same done to (N, ...).
+
+    The phrase fits behind "the answers are what the model gives for".
+    """
+    if kind == "uint8":
+        yield "BGR images: the server swaps red and blue", lambda x: x[..., ::-1]
+        yield "images with rows and columns swapped", lambda x: x.transpose(0, 2, 1, 3)
+        return
+    yield "BGR tensors: the server swaps red and blue", lambda x: x[:, ::-1]
+    yield "tensors with rows and columns swapped", lambda x: x.transpose(0, 1, 3, 2)
+    yield (
+        "tensors whose channels are last: the server takes one layout for the other",
+        lambda x: x.transpose(0, 2, 3, 1).reshape(x.shape),
+    )
+    yield "tensors divided by 255: the server scales what is scaled", lambda x: x / np.float32(255)
+    if spec is not None:
+        mean, std = (np.array(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
+        yield "tensors normalised twice: the server does it again", lambda x: (x - mean) / std
+        yield "tensors that are not normalised: the server undoes it", lambda x: x * std + mean
+
+
+def image_mistakes(kind: InputKind, spec: Preprocess) -> Iterator[tuple[str, Callable[[Image.Image], Array]]]:
+    """Wrong ways from an image to the model's input (the right one left out): a phrase, and the way."""
+
+    def convert(image: Image.Image, spec: Preprocess) -> Array:
+        return pixel_values(image, spec, kind)
+
+    yield "BGR pixels: red and blue are swapped", lambda image: convert(_bgr(image), spec)
+    if kind == "float":
+        yield from _value_mistakes(spec)
+    for what, other in _geometries(spec):
+        yield what, lambda image, other=other: convert(image, other)  # type: ignore[misc]
+    yield (
+        "pixels resized without antialiasing",
+        lambda image: convert(_without_antialiasing(image, spec), replace(_bare(spec), exif=spec.exif)),
+    )
+    yield (
+        "pixels with rows and columns swapped",
+        lambda image: convert(image.transpose(Image.Transpose.TRANSPOSE), spec),
+    )
+    yield "mirrored pixels", lambda image: convert(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), spec)
+
+
+def output_mistakes() -> Iterator[tuple[str, Change]]:
+    """What a server may do to logits (N, classes): a sentence, and the same done here."""
+    yield "the server gives softmax probabilities, not logits", softmax
+    yield "the server gives log-probabilities, not logits", lambda x: np.log(np.maximum(softmax(x), 1e-300))
+    yield "the server gives sigmoid scores, not logits", lambda x: 1 / (1 + np.exp(-np.clip(x, -700, 700)))
+    yield "the server gives the negated logits", lambda x: -x
+
+
+def _without_antialiasing(image: Image.Image, spec: Preprocess) -> Image.Image:
+    """Resize as ``spec`` does, but bilinearly from the four nearest pixels alone, as OpenCV does; no crop."""
+    height, width = resized((image.height, image.width), spec)
+    pixels = np.asarray(image.convert("RGB")).astype(np.float64)  # (H, W, 3)
+    pixels = _interpolated(pixels, height)
+    pixels = _interpolated(pixels.transpose(1, 0, 2), width).transpose(1, 0, 2)
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def _interpolated(pixels: Array, size: int) -> Array:
+    """The first axis at ``size`` positions, each between two neighbours; beyond the last centre, the edge."""
+    have = len(pixels)
+    position = np.clip((np.arange(size) + 0.5) * have / size - 0.5, 0, have - 1)
+    low = position.astype(np.int64)
+    share = (position - low)[:, None, None]
+    made: Array = pixels[low] * (1 - share) + pixels[np.minimum(low + 1, have - 1)] * share
+    return made
+
+
+def _value_mistakes(spec: Preprocess) -> Iterator[tuple[str, Callable[[Image.Image], Array]]]:
+    for name, (mean, std) in _STATISTICS.items():
+        if not (np.allclose(mean, spec.mean, atol=1e-3) and np.allclose(std, spec.std, atol=1e-3)):
+            yield f"pixels normalised with {name}", _with(replace(spec, mean=mean, std=std))
+    plain = replace(spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    yield "pixels that are not normalised: 0 to 1 as they are", _with(plain)
+    yield "pixels from 0 to 255, neither scaled nor normalised", _with(replace(plain, rescale=1.0))
+    yield "pixels normalised without being scaled from 0..255 first", _with(replace(spec, rescale=1.0))
+    if spec.mean != spec.std and min(spec.mean) > 0:
+        yield "pixels with mean and std swapped", _with(replace(spec, mean=spec.std, std=spec.mean))
+    if len(set(spec.mean)) > 1 or len(set(spec.std)) > 1:
+        backwards = replace(spec, mean=spec.mean[::-1], std=spec.std[::-1])
+        yield "pixels whose channels have mean and std in the order BGR", _with(backwards)
+
+
+def _geometries(spec: Preprocess) -> Iterator[tuple[str, Preprocess]]:
+    """Other ways to the model's size."""
+    for name in ("nearest", "bilinear", "bicubic", "lanczos", "box"):
+        if name != spec.resample:
+            yield f"pixels resized with the {name} filter, not {spec.resample}", replace(spec, resample=name)
+    stretched = replace(_bare(spec), resize="exact")
+    if spec.resize != "exact" or spec.resize_to not in (None, spec.size):
+        yield "pixels squeezed to the model's size, not cropped", stretched
+    for share in _CROPS:
+        edge = math.floor(min(spec.size) / share)
+        if spec.resize != "shortest_edge" or spec.resize_edge != edge:
+            cropped = replace(_bare(spec), resize="shortest_edge", resize_edge=edge)
+            yield f"pixels cropped from a shorter edge of {edge}", cropped
+    if spec.resize != "none":
+        yield "pixels cropped without being resized", _bare(spec)
+    if spec.resize == "shortest_edge":
+        yield (
+            "pixels cropped one off the centre",
+            replace(spec, crop_rounding="round" if spec.crop_rounding == "floor" else "floor"),
+        )
+
+
+def _bare(spec: Preprocess) -> Preprocess:
+    """The same without any resizing."""
+    return replace(spec, resize="none", resize_edge=None, resize_to=None)
+
+
+def _with(spec: Preprocess) -> Callable[[Image.Image], Array]:
+    return lambda image: apply(image, spec)
+
+
+def _bgr(image: Image.Image) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1]))

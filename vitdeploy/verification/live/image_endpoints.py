@@ -7,7 +7,7 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +16,8 @@ from urllib.parse import quote
 import numpy as np
 
 from vitdeploy.errors import ServerError
-from vitdeploy.verification.live.address import Address
-from vitdeploy.verification.live.client import AnswerError, Array, Client, ModelFacts
-from vitdeploy.verification.live.target import IMAGE_SUFFIX, Target
+from vitdeploy.verification.live.client import Address, AnswerError, Client, ModelFacts
+from vitdeploy.verification.live.discovery import IMAGE_SUFFIX, LiveModel
 
 _MOST_BYTES = 16 * 2**20
 """Of an answer; a thousand classes have some 100 KB."""
@@ -42,7 +41,7 @@ class ImageEndpoint(Protocol):
         """For messages."""
 
     def ask(self, data: bytes, media_type: str, top_k: int) -> list[Scored]:
-        """Classify one image file; ``top_k`` is how many classes are wanted, which it may not follow.
+        """Classify one image file; ``top_k`` is how many classes are asked for, which it may not follow.
 
         Raises:
             ServerError: the server cannot be asked.
@@ -55,19 +54,19 @@ class PredictEndpoint:
     """``POST /v1/models/{name}:predict`` of ``vitdeploy serve``."""
 
     address: Address
-    target: Target
+    model: LiveModel
     timeout: float
     headers: Mapping[str, str]
     ca: Path | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.target.title} at :predict"
+        return f"{self.model.title} at :predict"
 
     @property
     def path(self) -> str:
-        version = f"/versions/{quote(self.target.asked)}" if self.target.asked else ""
-        return f"{self.address.base}/v1/models/{quote(self.target.name)}{version}:predict"
+        version = f"/versions/{quote(self.model.asked)}" if self.model.asked else ""
+        return f"{self.address.base}/v1/models/{quote(self.model.name)}{version}:predict"
 
     def ask(self, data: bytes, media_type: str, top_k: int) -> list[Scored]:
         try:
@@ -128,16 +127,17 @@ class TensorEndpoint:
         return self.model.name
 
     def ask(self, data: bytes, media_type: str, top_k: int) -> list[Scored]:
-        wanted = self.model.inputs[0]
-        shape = [1 if size == -1 else size for size in wanted.shape] or [1]
+        tensor = self.model.inputs[0]
+        shape = [1 if size == -1 else size for size in tensor.shape] or [1]
         array = np.empty(shape, dtype=object)
         array[...] = data
-        outputs = self.client.infer(self.model.name, self.version, {wanted.name: array}).outputs
+        outputs = self.client.infer(self.model.name, self.version, {tensor.name: array}).outputs
         if missing := [name for name in ("labels", "scores") if name not in outputs]:
-            there = ", ".join(outputs) or "none"
-            raise AnswerError(f"the answer lacks the output {missing[0]}; it has {there}")
-        labels = _row(outputs["labels"])
-        scores, indices = _row(outputs["scores"]), _row(outputs["indices"]) if "indices" in outputs else None
+            raise AnswerError(
+                f"the answer lacks the output {missing[0]}; it has {', '.join(outputs) or 'none'}"
+            )
+        labels, scores = list(outputs["labels"].reshape(-1)), list(outputs["scores"].reshape(-1))
+        indices = list(outputs["indices"].reshape(-1)) if "indices" in outputs else None
         if len(labels) != len(scores) or (indices is not None and len(indices) != len(scores)):
             raise AnswerError(f"the answer has {len(labels)} labels for {len(scores)} scores")
         return [
@@ -147,36 +147,31 @@ class TensorEndpoint:
 
 
 def find_endpoint(
-    client: Client, target: Target, timeout: float, headers: Mapping[str, str], ca: Path | None
+    client: Client, model: LiveModel, timeout: float, headers: Mapping[str, str], ca: Path | None
 ) -> ImageEndpoint | str:
     """Where this server takes image files, or the reason why it is asked for none.
 
     Raises:
         ServerError: the server cannot be asked.
     """
-    if takes_images(target.model):
-        return TensorEndpoint(client, target.model, target.asked)
-    if target.server.name == "vitdeploy":
+    if model.facts.takes_image_files:
+        return TensorEndpoint(client, model.facts, model.asked)
+    if model.server.name == "vitdeploy":
         if client.address.protocol == "http":
-            return PredictEndpoint(client.address, target, timeout, headers, ca)
+            return PredictEndpoint(client.address, model, timeout, headers, ca)
         return "vitdeploy serve takes image files over HTTP only"
-    name = f"{target.name}{IMAGE_SUFFIX}"
-    if target.index is None or any(entry.name == name for entry in target.index):
+    name = f"{model.name}{IMAGE_SUFFIX}"
+    if model.index is None or any(entry.name == name for entry in model.index):
         try:
-            model = client.model(name, "")
+            companion = client.model(name, "")
         except AnswerError as error:
-            if target.index is not None:
+            if model.index is not None:
                 return f"{name} does not work: {error.message}"
         else:
-            if takes_images(model):
-                return TensorEndpoint(client, model, "")
+            if companion.takes_image_files:
+                return TensorEndpoint(client, companion, "")
             return f"{name} takes no image files"
-    return f"the server has no {name} beside {target.name}, so nothing on it takes image files"
-
-
-def takes_images(model: ModelFacts) -> bool:
-    """Whether a v2 model's one input is bytes."""
-    return len(model.inputs) == 1 and model.inputs[0].datatype == "BYTES"
+    return f"the server has no {name} beside {model.name}, so nothing on it takes image files"
 
 
 def read_predictions(said: Any) -> list[Scored]:
@@ -190,10 +185,6 @@ def read_predictions(said: Any) -> list[Scored]:
         return [Scored(str(row["label"]), int(row["index"]), float(row["score"])) for row in rows]
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise AnswerError("the answer is not one list of label, index and score") from error
-
-
-def _row(array: Array) -> Sequence[Any]:
-    return list(array.reshape(-1))
 
 
 def _text(label: Any) -> str:

@@ -16,12 +16,12 @@ from PIL import Image
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import raw_images
-from vitdeploy.predictor import softmax
+from vitdeploy.images.decode import load_image
+from vitdeploy.predictor import Predictor, softmax
 from vitdeploy.verification.live.client import AnswerError
 from vitdeploy.verification.live.image_endpoints import ImageEndpoint, Scored
-from vitdeploy.verification.live.labels import compare_labels
-from vitdeploy.verification.live.local import LocalModel
 from vitdeploy.verification.live.report import ImageRecord
+from vitdeploy.verification.live.signature import compare_labels
 
 _TINY = 1e-30
 """Probabilities below are taken for this: in float32 they become zero."""
@@ -84,17 +84,17 @@ def image_files(bundle: Bundle) -> list[ImageFile]:
     return files
 
 
-def expect(local: LocalModel, files: Sequence[ImageFile]) -> list[Expected]:
+def expect(local: Predictor, files: Sequence[ImageFile]) -> list[Expected]:
     """Run the files through the bundle here.
 
     Raises:
         VitdeployError: the bundle cannot preprocess, or the runtime fails.
     """
-    logits = local.run(np.stack([local.pixels(file.data) for file in files])).astype(np.float64)
-    noisy = local.run(np.stack([_shaken(local, file) for file in files])).astype(np.float64)
+    logits = local.run(np.stack([local.preprocess(file.data) for file in files])).astype(np.float64)
+    noisy = local.run(np.stack([local.preprocess(_with_noise(file)) for file in files])).astype(np.float64)
     return [
-        Expected(file, own, centred_error(own, other) if file.format == "JPEG" else 0.0)
-        for file, own, other in zip(files, logits, noisy, strict=True)
+        Expected(file, row, centred_error(row, other) if file.format == "JPEG" else 0.0)
+        for file, row, other in zip(files, logits, noisy, strict=True)
     ]
 
 
@@ -190,18 +190,12 @@ def centred_error(expected: Array, actual: Array) -> float:
     )
 
 
-def _shaken(local: LocalModel, file: ImageFile) -> Array:
-    """The input for a file whose every value is a level higher or lower, by lot."""
-    signs = np.random.default_rng(0).choice(np.array([-1, 1]), size=_pixels(file).shape)
-    shaken = np.clip(_pixels(file).astype(np.int16) + signs, 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(shaken).save(buffer, "PNG")
-    return local.pixels(buffer.getvalue())
-
-
-def _pixels(file: ImageFile) -> Array:
-    with Image.open(io.BytesIO(file.data)) as image:
-        return np.asarray(image.convert("RGB"))
+def _with_noise(file: ImageFile) -> Array:
+    """The file's pixels (H, W, 3) uint8, every value a level higher or lower, by lot."""
+    pixels = np.asarray(load_image(file.data))
+    signs = np.random.default_rng(0).choice(np.array([-1, 1]), size=pixels.shape)
+    noisy: Array = np.clip(pixels.astype(np.int16) + signs, 0, 255).astype(np.uint8)
+    return noisy
 
 
 def _name(index: int, labels: Sequence[str] | None) -> str:
@@ -212,19 +206,19 @@ def _indices(
     answer: Sequence[Scored], labels: Sequence[str] | None, classes: int
 ) -> tuple[list[int] | None, tuple[str, ...], tuple[str, ...]]:
     """The classes of an answer, None if they are not the bundle's; what is wrong with the names, and why."""
-    known = labels if labels is not None else [str(index) for index in range(classes)]
+    names = labels if labels is not None else [str(index) for index in range(classes)]
     if all(scored.index is not None for scored in answer):
         indices = [int(scored.index or 0) for scored in answer]
         if len(set(indices)) < len(indices) or not all(0 <= index < classes for index in indices):
             return None, ("the answer has classes that the bundle does not, or one twice",), ()
         named = {index: scored.label for index, scored in zip(indices, answer, strict=True)}
-        return indices, *compare_labels(named, known)
-    strange = [scored.label for scored in answer if scored.label not in known]
+        return indices, *compare_labels(named, names)
+    strange = [scored.label for scored in answer if scored.label not in names]
     if strange:
         return None, (f"labels: the bundle has no class {strange[0]!r}",), ()
-    if len(set(known)) < len(known):
+    if len(set(names)) < len(names):
         return None, (), ()  # names alone do not tell which class is meant
-    return [list(known).index(scored.label) for scored in answer], (), ()
+    return [list(names).index(scored.label) for scored in answer], (), ()
 
 
 def _not_probabilities(scores: Array) -> str:

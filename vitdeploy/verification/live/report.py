@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vitdeploy.bundle.manifest import ParityRecord, Precision
+from vitdeploy.bundle.dtypes import ArtifactPrecision
+from vitdeploy.bundle.manifest import ParityRecord
 from vitdeploy.errors import ParityError
 from vitdeploy.verification.live.client import ServerFacts
 
@@ -76,9 +77,9 @@ class LiveReport:
     model: str
     version: str
     """That answered; empty where the server does not say."""
-    precision: Precision
+    precision: ArtifactPrecision
     """Whose tolerances decided."""
-    fits: Precision | None
+    fits: ArtifactPrecision | None
     """The most exact precision whose tolerances the numbers keep."""
     parity: tuple[ParityRecord, ...]
     labels: int

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import UsageError, VitdeployError
+from vitdeploy.predictor import Predictor
 from vitdeploy.progress import Progress
-from vitdeploy.verification.live.address import parse_address
-from vitdeploy.verification.live.client import AnswerError, Client
+from vitdeploy.verification.live.client import AnswerError, Client, parse_address
 from vitdeploy.verification.live.diagnosis import explain_images, explain_tensors, relative
+from vitdeploy.verification.live.discovery import (
+    ExpectedPrecision,
+    LiveModel,
+    expected_precision,
+    find_model,
+)
 from vitdeploy.verification.live.image_endpoints import ImageEndpoint, find_endpoint
 from vitdeploy.verification.live.images import Expected, ImageCheck, check_images, expect, image_files
-from vitdeploy.verification.live.labels import LabelCheck, check_labels
-from vitdeploy.verification.live.local import LocalModel
 from vitdeploy.verification.live.report import Latency, LiveReport
-from vitdeploy.verification.live.signature import SignatureCheck, check_signature, signature_of
-from vitdeploy.verification.live.target import Judged, Target, find_target, judged_by
+from vitdeploy.verification.live.signature import (
+    LabelCheck,
+    SignatureCheck,
+    check_labels,
+    compare_signature,
+    model_signature,
+)
 from vitdeploy.verification.live.tensors import (
-    Batches,
+    Encoding,
+    LiveSession,
     Replay,
-    answers,
     measure_latency,
     plan_batches,
     replay,
@@ -33,8 +44,8 @@ from vitdeploy.verification.live.tensors import (
 from vitdeploy.verification.live.triton_client import connect
 from vitdeploy.verification.parity import TOLERANCES
 
-CALLS = 100
-"""For the latency."""
+LATENCY_CALLS = 100
+"""For the latency of a single verification."""
 _MARGIN = 4.0
 """Times the error seen on golden tensors: what an image may differ by."""
 _OTHER_VERSIONS = 4
@@ -60,7 +71,8 @@ class LiveRequest:
     """Sent with every call; of gRPC its metadata."""
     ca: Path | None = None
     """A PEM file with the certificates to trust."""
-    calls: int = CALLS
+    calls: int = LATENCY_CALLS
+    """For the latency."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout < float("inf"):
@@ -68,7 +80,7 @@ class LiveRequest:
 
 
 class LiveVerification:
-    """Holds a live server against a bundle, as often as wanted; a context manager.
+    """Holds a live server against a bundle, as often as asked; a context manager.
 
     What does not depend on the server is read and computed once.
 
@@ -83,8 +95,8 @@ class LiveVerification:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         self.request = request
         self.golden = self.bundle.golden()
-        self.signature = signature_of(self.bundle)
-        self._local: LocalModel | VitdeployError | None = None
+        self.signature = model_signature(self.bundle)
+        self._local: Predictor | VitdeployError | None = None
         self._expected: list[Expected] | None = None
         self._local_error: float | None = None
         if request.artifact is not None:
@@ -97,27 +109,27 @@ class LiveVerification:
         Raises:
             ServerError: the server cannot be asked.
             UsageError: it does not know the model or version, or does not take a batch size asked for.
-            ParityError: the bundle has no golden data that proves anything.
+            ParityError: the bundle has no golden data to compare with.
         """
         with self._connect() as client:
             return _Round(self, client, progress or Progress()).run()
 
-    def local(self) -> LocalModel | VitdeployError:
+    def local(self) -> Predictor | VitdeployError:
         """The bundle run here, or the reason why it does not."""
         if self._local is None:
             try:
-                self._local = LocalModel.open(self.bundle)
+                self._local = Predictor.open_most_exact(self.bundle)
             except VitdeployError as error:
                 self._local = error
         return self._local
 
-    def local_error(self, local: LocalModel) -> float:
+    def local_error(self, local: Predictor) -> float:
         """The largest relative error of the bundle run here, of the golden tensors."""
         if self._local_error is None:
             self._local_error = relative(self.golden["reference"], local.run(self.golden["pixel_values"]))
         return self._local_error
 
-    def expected(self, local: LocalModel) -> list[Expected]:
+    def expected(self, local: Predictor) -> list[Expected]:
         """What the image files give here."""
         if self._expected is None:
             self._expected = expect(local, image_files(self.bundle))
@@ -125,7 +137,7 @@ class LiveVerification:
 
     def close(self) -> None:
         """Free what the runtime holds."""
-        if isinstance(self._local, LocalModel):
+        if isinstance(self._local, Predictor):
             self._local.close()
 
     def __enter__(self) -> Self:
@@ -142,39 +154,43 @@ class LiveVerification:
 
 
 class _Round:
-    def __init__(self, whole: LiveVerification, client: Client, progress: Progress) -> None:
-        self.whole, self.client, self.progress = whole, client, progress
-        self.bundle, self.request = whole.bundle, whole.request
+    """One comparison: what it finds wrong, why that may be, and what else there is to say."""
+
+    def __init__(self, verification: LiveVerification, client: Client, progress: Progress) -> None:
+        self.verification, self.client, self.progress = verification, client, progress
+        self.bundle, self.request = verification.bundle, verification.request
+        self.golden = verification.golden
         self.failures: list[str] = []
         self.causes: list[str] = []
         self.notes: list[str] = []
 
     def run(self) -> LiveReport:
         with self.progress.stage("connect") as stage:
-            target = find_target(self.client, self.bundle, self.request.model, self.request.version)
-            stage.detail = f"{target.server.name} {target.server.version}, {target.title}".replace(" ,", ",")
-        judged = judged_by(self.bundle, target, self.request.artifact)
-        check = check_signature(target.model, self.whole.signature)
-        self.failures += [f"{target.title}: {reason}" for reason in check.failures]
-        self.notes += [*check.notes, *filter(None, [judged.note])]
-        done, labels, latency = Replay(), LabelCheck(), None
+            model = find_model(self.client, self.bundle, self.request.model, self.request.version)
+            stage.detail = f"{model.server.name} {model.server.version}, {model.title}".replace(" ,", ",")
+        precision = expected_precision(self.bundle, model, self.request.artifact)
+        check = compare_signature(model.facts, self.verification.signature)
+        self.failures += [f"{model.title}: {reason}" for reason in check.failures]
+        self.notes += [*check.notes, *filter(None, [precision.note])]
+        replayed, labels, latency = Replay(), LabelCheck(), None
         if check.images:
-            self.notes.append(f"{target.name} takes image files, so no golden tensors were sent")
+            self.notes.append(f"{model.name} takes image files, so no golden tensors were sent")
         elif check.failures:
             self.notes.append("no golden tensors were sent, as the model does not take or give what they are")
         else:
-            done, labels, latency = self._tensors(target, judged, check)
-        images = self._images(target, judged, done, explain=not done.failures and not check.failures)
-        self._other_build(target)
+            replayed, labels, latency = self._tensors(model, precision, check)
+        explain = not replayed.failures and not check.failures
+        images = self._images(model, precision, replayed, explain=explain)
+        self._compare_digests(model)
         return LiveReport(
             bundle=self.bundle.root,
             url=str(self.client.address),
-            server=target.server,
-            model=target.name,
-            version=_version(target, done),
-            precision=judged.precision,
-            fits=done.fits,
-            parity=tuple(done.records),
+            server=model.server,
+            model=model.name,
+            version=_version(model, replayed),
+            precision=precision.precision,
+            fits=replayed.fits,
+            parity=tuple(replayed.records),
             labels=labels.compared,
             images=tuple(images.records),
             latency=latency,
@@ -184,160 +200,147 @@ class _Round:
         )
 
     def _tensors(
-        self, target: Target, judged: Judged, check: SignatureCheck
+        self, model: LiveModel, precision: ExpectedPrecision, check: SignatureCheck
     ) -> tuple[Replay, LabelCheck, Latency | None]:
-        whole, client = self.whole, self.client
-        image_bytes = whole.golden["pixel_values"][:1].nbytes if whole.golden else 1
-        batches = plan_batches(
-            self.bundle, judged, target, check.batch, self.request.batches, max(1, image_bytes)
-        )
-        done = replay(
-            client,
-            target,
-            whole.signature,
-            judged,
-            batches,
-            whole.golden,
-            self.bundle.manifest.max_abs,
-            self.progress,
-        )
-        self.failures += done.failures
-        self.notes += done.notes
-        if len(done.versions) > 1:
-            self.notes.append(f"versions {' and '.join(sorted(done.versions))} answered in turn")
-        if done.encoding is None:
-            return done, LabelCheck(), None
-        if done.failures:
-            self._explain(target, judged, batches, done)
-        inputs = whole.golden["pixel_values"][: batches.served.min]
+        signature = self.verification.signature
+        image_bytes = max(1, self.golden["pixel_values"][:1].nbytes if self.golden else 1)
+        batches = plan_batches(self.bundle, precision, model, check.batch, self.request.batches, image_bytes)
+
+        def session(encoding: Encoding, model: LiveModel = model) -> LiveSession:
+            return LiveSession(self.client, model, signature, precision.precision, batches.served, encoding)
+
+        encodings: tuple[Encoding, ...] = ("binary", "json")
+        if self.client.address.protocol == "grpc":
+            encodings = ("protobuf",)
+        max_abs = self.bundle.manifest.max_abs
+        replayed = replay(session, encodings, batches.sizes, self.golden, max_abs, self.progress)
+        self.failures += replayed.failures
+        self.notes += replayed.notes
+        if len(replayed.versions) > 1:
+            self.notes.append(f"versions {' and '.join(sorted(replayed.versions))} answered in turn")
+        if replayed.session is None:
+            return replayed, LabelCheck(), None
+        if replayed.failures:
+            others = [v for v in model.facts.versions if v not in replayed.versions and v != model.asked]
+            encoding = replayed.session.encoding
+            versions = {v: session(encoding, replace(model, asked=v)) for v in others[:_OTHER_VERSIONS]}
+            self._explain(model, precision, replayed, replayed.session, versions)
+        inputs = self.golden["pixel_values"][: batches.served.min]
         labels = LabelCheck()
         if len(inputs) == batches.served.min:
-            labels = check_labels(client, target, whole.signature, self.bundle, inputs)
+            labels = check_labels(self.client, model, signature, self.bundle, inputs)
         self.failures += labels.failures
         self.causes += labels.causes
         self.notes += labels.notes
-        return done, labels, self._latency(target, batches, done)
+        return replayed, labels, self._latency(model, replayed.session)
 
-    def _latency(self, target: Target, batches: Batches, done: Replay) -> Latency | None:
-        assert done.encoding is not None
-        inputs, calls = self.whole.golden["pixel_values"], self.request.calls
+    def _latency(self, model: LiveModel, session: LiveSession) -> Latency | None:
         try:
             with self.progress.stage("latency") as stage:
-                found = measure_latency(
-                    self.client, target, self.whole.signature, batches, done.encoding, inputs, calls
-                )
-                stage.detail = f"{found.calls} calls, median {found.median_ms:.3g} ms"
+                latency = measure_latency(session, self.golden["pixel_values"], self.request.calls)
+                stage.detail = f"{latency.calls} calls, median {latency.median_ms:.3g} ms"
         except AnswerError as error:
-            self.failures.append(f"{target.title}, one call after the other: {error.message}")
+            self.failures.append(f"{model.title}, one call after the other: {error.message}")
             return None
-        return found
+        return latency
 
-    def _explain(self, target: Target, judged: Judged, batches: Batches, done: Replay) -> None:
-        """Look for what makes the golden tensors' answers wrong."""
-        assert done.encoding is not None
-        local = self.whole.local()
-        model = local if isinstance(local, LocalModel) else None
-        tolerance = TOLERANCES[judged.precision].relative + (model.tolerance if model else 0.0)
-        golden = self.whole.golden
+    def _explain(
+        self,
+        model: LiveModel,
+        precision: ExpectedPrecision,
+        replayed: Replay,
+        session: LiveSession,
+        versions: Mapping[str, LiveSession],
+    ) -> None:
+        """Look for what makes the golden tensors' answers wrong; ``versions`` are the model's others."""
+        local = self.verification.local()
+        predictor = local if isinstance(local, Predictor) else None
+        tolerance = TOLERANCES[precision.precision].relative
+        tolerance += _tolerance(predictor) if predictor else 0.0
+        inputs, reference = self.golden["pixel_values"], self.golden["reference"]
+
+        def right(answers: Array) -> bool:
+            return answers.shape == reference.shape and relative(reference, answers) <= tolerance
+
         with self.progress.stage("diagnosis"):
-            if done.fits is not None and not any(r.metrics.nonfinite for r in done.records):
-                self.causes.append(f"the numbers are as exact as {done.fits}, not as {judged.precision}")
-            try:
-                found = answers(
-                    self.client,
-                    target,
-                    self.whole.signature,
-                    batches,
-                    done.encoding,
-                    golden["pixel_values"],
+            if replayed.fits is not None and not any(r.metrics.nonfinite for r in replayed.records):
+                self.causes.append(
+                    f"the numbers are as exact as {replayed.fits}, not as {precision.precision}"
                 )
+            try:
+                answers = session.answer_all(inputs)
             except AnswerError:
                 return  # said already
-            same = found.shape == golden["reference"].shape
-            if not (same and relative(golden["reference"], found) <= tolerance):
-                text = explain_tensors(self.bundle, model, golden, found, tolerance)
+            if not right(answers):
+                text = explain_tensors(self.bundle, predictor, self.golden, answers, tolerance)
                 self.causes += [text] if text else []
-                self._other_versions(target, batches, done, tolerance)
-            if not self.causes:
-                self._say_unknown(target)
+                for version, other in versions.items():
+                    with contextlib.suppress(AnswerError, VitdeployError):
+                        if right(other.answer_all(inputs)):
+                            self.causes.append(
+                                f"version {version} on the server gives the right answers: "
+                                "the wrong one is asked"
+                            )
+            if not self.causes and model.facts.digest in (None, self.bundle.manifest.digest):
+                self.notes.append("no common mistake explains the numbers: other weights, perhaps")
 
-    def _say_unknown(self, target: Target) -> None:
-        if target.model.digest in (None, self.bundle.manifest.digest):
-            self.notes.append("no common mistake explains the numbers: other weights, perhaps")
-
-    def _other_versions(self, target: Target, batches: Batches, done: Replay, tolerance: float) -> None:
-        """Whether another version on the server gives the right answers."""
-        assert done.encoding is not None
-        golden = self.whole.golden
-        others = [v for v in target.model.versions if v not in done.versions and v != target.asked]
-        for version in others[:_OTHER_VERSIONS]:
-            other = Target(target.server, target.model, version, target.index)
-            try:
-                found = answers(
-                    self.client, other, self.whole.signature, batches, done.encoding, golden["pixel_values"]
-                )
-            except (AnswerError, VitdeployError):
-                continue
-            if found.shape == golden["reference"].shape and relative(golden["reference"], found) <= tolerance:
-                self.causes.append(
-                    f"version {version} on the server gives the right answers: the wrong one is asked"
-                )
-
-    def _images(self, target: Target, judged: Judged, done: Replay, *, explain: bool) -> ImageCheck:
-        manifest = self.bundle.manifest
-        place = self._image_endpoint(target)
-        if isinstance(place, str):
-            self.notes.append(f"no image files were sent: {place}")
+    def _images(
+        self, model: LiveModel, precision: ExpectedPrecision, replayed: Replay, *, explain: bool
+    ) -> ImageCheck:
+        endpoint = self._image_endpoint(model)
+        if isinstance(endpoint, str):
+            self.notes.append(f"no image files were sent: {endpoint}")
             return ImageCheck()
-        local = self.whole.local()
+        local = self.verification.local()
         if isinstance(local, VitdeployError):
             reason = f"nothing here runs the bundle to compare with ({local.message})"
             self.notes.append(f"no image files were sent: {reason}")
             return ImageCheck()
-        tolerance = self._image_tolerance(judged, done, local)
+        tolerance = self._image_tolerance(precision, replayed, local)
         with self.progress.stage("images") as stage:
-            check = check_images(place, self.whole.expected(local), manifest.labels, tolerance)
+            expected = self.verification.expected(local)
+            check = check_images(endpoint, expected, self.bundle.manifest.labels, tolerance)
             errors = [record.error for record in check.records if record.error is not None]
             worst = f", relative error {max(errors):.1e}" if errors else ""
-            stage.detail = f"{len(check.records)} sent to {place.title}{worst}"
+            stage.detail = f"{len(check.records)} sent to {endpoint.title}{worst}"
         self.failures += check.failures
         self.causes += check.causes
-        if check.failures and explain and any(record.error is not None for record in check.records):
+        if check.failures and explain and errors:
             with self.progress.stage("diagnosis"):
                 text = explain_images(self.bundle, local, check.answers, tolerance)
             self.causes += [text] if text else []
         return check
 
-    def _image_tolerance(self, judged: Judged, done: Replay, local: LocalModel) -> float:
+    def _image_tolerance(self, precision: ExpectedPrecision, replayed: Replay, local: Predictor) -> float:
         """What both sides' precisions may do to an image's logits.
 
         Where the golden tensors have shown what the two lose in fact, a few times that: a wrong resize filter
         changes less than the tolerances of fp16 allow.
         """
-        allowed = TOLERANCES[judged.precision].relative + local.tolerance
-        worst = [r.metrics.relative for r in done.records]
-        if done.failures or not worst or None in worst:
+        allowed = TOLERANCES[precision.precision].relative + _tolerance(local)
+        worst = [r.metrics.relative for r in replayed.records]
+        if replayed.failures or not worst or None in worst:
             return allowed
-        seen = max(filter(None, worst), default=0.0) + self.whole.local_error(local)
+        seen = max(filter(None, worst), default=0.0) + self.verification.local_error(local)
         return min(allowed, max(_MARGIN * seen, 2 * TOLERANCES["fp32"].relative))
 
-    def _image_endpoint(self, target: Target) -> ImageEndpoint | str:
+    def _image_endpoint(self, model: LiveModel) -> ImageEndpoint | str:
         manifest, request = self.bundle.manifest, self.request
         if manifest.output != "logits":
             return f"the model gives {manifest.output}, which are no classes"
         if manifest.preprocess is None:
             return "the bundle says nothing of preprocessing"
-        return find_endpoint(self.client, target, request.timeout, request.headers, request.ca)
+        return find_endpoint(self.client, model, request.timeout, request.headers, request.ca)
 
-    def _other_build(self, target: Target) -> None:
+    def _compare_digests(self, model: LiveModel) -> None:
         """What it means that the server names another bundle than this one."""
-        theirs, ours = target.model.digest, self.bundle.manifest.digest
+        theirs, ours = model.facts.digest, self.bundle.manifest.digest
         if theirs is None or theirs == ours:
             return
+        digests = f"digest {theirs[:12]}, not {ours[:12]}"
         if self.failures:
-            self.causes.append(f"the server serves another bundle (digest {theirs[:12]}, not {ours[:12]})")
+            self.causes.append(f"the server serves another bundle ({digests})")
         else:
-            digests = f"digest {theirs[:12]}, not {ours[:12]}"
             self.notes.append(f"the server's bundle is another build ({digests}) with the same answers")
 
 
@@ -351,13 +354,18 @@ def verify_live(
         UsageError: the URL, the artifact, the model, its version or a batch size makes no sense.
         MissingDependency: tritonclient is not installed.
         ServerError: the server cannot be asked.
-        ParityError: the bundle has no golden data that proves anything.
+        ParityError: the bundle has no golden data to compare with.
     """
-    with LiveVerification(bundle, request) as whole:
-        return whole.round(progress)
+    with LiveVerification(bundle, request) as verification:
+        return verification.round(progress)
 
 
-def _version(target: Target, done: Replay) -> str:
-    if done.versions:
-        return sorted(done.versions)[-1]
-    return target.asked or (target.model.versions[0] if len(target.model.versions) == 1 else "")
+def _tolerance(predictor: Predictor) -> float:
+    """The relative error that its precision allows."""
+    return TOLERANCES[predictor.session.facts.precision].relative
+
+
+def _version(model: LiveModel, replayed: Replay) -> str:
+    if replayed.versions:
+        return sorted(replayed.versions)[-1]
+    return model.asked or (model.facts.versions[0] if len(model.facts.versions) == 1 else "")

@@ -1,28 +1,34 @@
-"""The golden tensors replayed on a live server: every encoding, several batch sizes, and the latency."""
+"""The golden tensors replayed on a live server: every encoding, several batch sizes, and the latency.
+
+A live model is a session there, so that it is held against the reference as any other is.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-from vitdeploy.backends.base import run_in_batches
+from vitdeploy.backends.base import Array, Session, SessionFacts, run_in_batches
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import ParityRecord, Precision
+from vitdeploy.bundle.manifest import ParityRecord
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
 from vitdeploy.progress import Progress
-from vitdeploy.verification.live.client import AnswerError, Array, Client
+from vitdeploy.verification.live.client import AnswerError, Client
+from vitdeploy.verification.live.discovery import ExpectedPrecision, LiveModel
 from vitdeploy.verification.live.report import Latency
-from vitdeploy.verification.live.session import Encoding, LiveSession
-from vitdeploy.verification.live.signature import Signature
-from vitdeploy.verification.live.target import Judged, Target
-from vitdeploy.verification.parity import TOLERANCES, check_session, failures
+from vitdeploy.verification.live.signature import ModelSignature
+from vitdeploy.verification.parity import TOLERANCES, check_session, tolerance_failures
+
+Encoding = Literal["binary", "json", "protobuf"]
 
 MOST = 32
-"""Images in a request at most, unless more are asked for: larger ones prove nothing more."""
+"""Images in a request at most, unless more are asked for: larger ones tell nothing more."""
 
 _MOST_BYTES = 32 * 2**20
 """In a request at most, likewise: half of what `vitdeploy serve` takes."""
@@ -36,6 +42,71 @@ _JSON_ELEMENTS = 2**20
 _LATENCY_SECONDS = 10.0
 """Calls for the latency end after this long; a few are made in any case."""
 _LEAST_CALLS = 5
+
+
+class LiveSession(Session):
+    """Runs arrays on a live server.
+
+    ``run`` raises ServerError where the server cannot be asked, and AnswerError where it answers with an
+    error, without the output, or from another version than the one asked for.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        model: LiveModel,
+        signature: ModelSignature,
+        precision: ArtifactPrecision,
+        batch: BatchRange,
+        encoding: Encoding,
+    ) -> None:
+        super().__init__(
+            SessionFacts(
+                backend=client.address.protocol,
+                artifact=model.title,
+                precision=precision,
+                executes="",
+                device="",
+                provider=encoding,
+                batch=batch,
+                inputs=(signature.input,),
+                outputs=(signature.output,),
+                versions={model.server.name: model.server.version},
+                rebuild="--batch says which sizes are sent",
+            )
+        )
+        self.encoding = encoding
+        self.least = batch.min
+        """Images in a request."""
+        self.answered: set[str] = set()
+        """Versions that answered."""
+        self.seconds = 0.0
+        """That the last run took."""
+        self._client = client
+        self._model = model
+
+    def answer_all(self, inputs: Array) -> Array:
+        """The output (K, ...) for inputs (K, ...), as few at a time as the server takes."""
+        return np.concatenate(run_in_batches(self, inputs, self.least))[: len(inputs)]
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        name, asked = self.facts.outputs[0].name, self._model.asked
+        answer = self._client.infer(self._model.name, asked, inputs, name, as_json=self.encoding == "json")
+        if name not in answer.outputs:
+            names = ", ".join(answer.outputs) or "none at all"
+            raise AnswerError(f"the answer lacks the output {name}; it has {names}")
+        if answer.version:
+            self.answered.add(answer.version)
+        if asked and answer.version not in ("", asked):
+            raise AnswerError(f"version {answer.version} answers, version {asked} was asked")
+        array = answer.outputs[name]
+        if array.dtype.kind not in "fiu":
+            raise AnswerError(f"the output {name} has no numbers in it")
+        self.seconds = answer.seconds
+        return {name: array}
+
+    def _close(self) -> None:
+        """The client belongs to whoever made it."""
 
 
 @dataclass(frozen=True)
@@ -55,63 +126,63 @@ class Replay:
     notes: list[str] = field(default_factory=list)
     versions: set[str] = field(default_factory=set)
     """That answered."""
-    encoding: Encoding | None = None
-    """One that the server takes; None if it takes none."""
+    session: LiveSession | None = None
+    """In the first encoding that the server takes; None if it takes none."""
 
     @property
-    def fits(self) -> Precision | None:
+    def fits(self) -> ArtifactPrecision | None:
         """The most exact precision whose tolerances every answer keeps; None if there is none."""
-        order: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # mixed has fp16's
+        order: tuple[ArtifactPrecision, ...] = ("fp32", "fp16", "bf16")  # mixed has fp16's
         for precision in order:
             bounds = TOLERANCES[precision]
-            if self.records and not any(failures(record.metrics, bounds) for record in self.records):
+            if self.records and not any(
+                tolerance_failures(record.metrics, bounds) for record in self.records
+            ):
                 return precision
         return None
 
 
 def plan_batches(
     bundle: Bundle,
-    judged: Judged,
-    target: Target,
+    expected: ExpectedPrecision,
+    model: LiveModel,
     fixed: int | None,
-    wanted: Sequence[int] | None,
+    asked: Sequence[int] | None,
     image_bytes: int,
 ) -> Batches:
     """Choose batch sizes: the least, three, and the most the server takes, up to 32 and to 32 MiB.
 
     Args:
         fixed: the one batch size that the server takes, if that does not vary.
-        wanted: what the user asked for.
+        asked: the sizes that the user asks for.
 
     Raises:
         UsageError: a size that the server does not take.
     """
-    ranges = [judged.artifact.batch] if judged.artifact else [a.batch for a in bundle.manifest.artifacts]
+    ranges = [expected.artifact.batch] if expected.artifact else [a.batch for a in bundle.manifest.artifacts]
     most = max((batch.max for batch in ranges), default=MOST)
     least = min((batch.min for batch in ranges), default=1)
-    if target.model.max_batch is not None:
-        least, most = 1, target.model.max_batch
+    if model.facts.max_batch is not None:
+        least, most = 1, model.facts.max_batch
     if fixed is not None:
         least = most = fixed
-    if wanted is not None and target.model.max_batch is None and fixed is None:
-        most = max(most, *wanted)  # nobody says what it takes
-        least = min(least, *wanted)
-    for size in wanted or ():
+    if asked is not None and model.facts.max_batch is None and fixed is None:
+        most = max(most, *asked)  # nobody says what it takes
+        least = min(least, *asked)
+    for size in asked or ():
         if not least <= size <= most:
             served = f"{least}" if least == most else f"{least} to {most}"
-            raise UsageError(f"batch size {size}, but {target.title} on the server takes {served}")
+            raise UsageError(f"batch size {size}, but {model.title} on the server takes {served}")
     middle = min(max(_MIDDLE, least), most)
     largest = max(least, min(most, MOST, _MOST_BYTES // image_bytes))
-    sizes = tuple(wanted or sorted({least, min(middle, largest), largest}))
+    sizes = tuple(asked or sorted({least, min(middle, largest), largest}))
     return Batches(sizes, BatchRange(least, least, most))
 
 
 def replay(
-    client: Client,
-    target: Target,
-    signature: Signature,
-    judged: Judged,
-    batches: Batches,
+    open_session: Callable[[Encoding], LiveSession],
+    encodings: Sequence[Encoding],
+    sizes: Sequence[int],
     golden: Mapping[str, Array],
     max_abs: float | None,
     progress: Progress,
@@ -122,39 +193,38 @@ def replay(
 
     Raises:
         ServerError: the server cannot be asked.
-        ParityError: the bundle has no golden data that proves anything.
+        ParityError: the bundle has no golden data to compare with.
     """
-    done = Replay()
+    replayed = Replay()
     refused: dict[Encoding, AnswerError] = {}
-    encodings: tuple[Encoding, ...] = ("binary", "json")
-    for encoding in encodings if client.address.protocol == "http" else ("protobuf",):
-        session = LiveSession(client, target, signature, judged.precision, batches.served, encoding)
-        errors = _replay_in(session, batches, golden, max_abs, progress, done)
-        if not any(record.provider == encoding for record in done.records) and errors[0][1].refused:
+    for encoding in encodings:
+        session = open_session(encoding)
+        errors = _replay_encoding(session, sizes, golden, max_abs, progress, replayed)
+        if not any(record.provider == encoding for record in replayed.records) and errors[0][1].refused:
             refused[encoding] = errors[0][1]
         else:
-            done.failures += [f"{where}: {error.message}" for where, error in errors]
+            replayed.failures += [f"{where}: {error.message}" for where, error in errors]
     for encoding, refusal in refused.items():
         text = f"the server refuses {encoding} tensors: {refusal.message}"
-        (done.notes if done.encoding else done.failures).append(text)
-    return done
+        (replayed.notes if replayed.session else replayed.failures).append(text)
+    return replayed
 
 
-def _replay_in(
+def _replay_encoding(
     session: LiveSession,
-    batches: Batches,
+    sizes: Sequence[int],
     golden: Mapping[str, Array],
     max_abs: float | None,
     progress: Progress,
-    done: Replay,
+    replayed: Replay,
 ) -> list[tuple[str, AnswerError]]:
-    """Add what one encoding gives to ``done``; returns where the server answered with errors, and with which.
+    """Add what one encoding gives; returns where the server answered with errors, and with which.
 
     A server that refuses the smallest batch is not sent the others.
     """
     facts, encoding = session.facts, session.encoding
     errors: list[tuple[str, AnswerError]] = []
-    for size in _sizes(batches.sizes, encoding, golden):
+    for size in _affordable_sizes(sizes, encoding, golden):
         where = f"{facts.artifact} over {facts.backend} ({encoding}), batch {size}"
         try:
             with progress.stage(f"{encoding} {size}") as stage:
@@ -163,33 +233,35 @@ def _replay_in(
                 stage.detail = "" if relative is None else f"relative error {relative:.1e}"
         except AnswerError as error:
             errors.append((where, error))
-            if error.refused and size == batches.sizes[0]:
+            if error.refused and size == sizes[0]:
                 break
             continue
-        done.records.append(record)
-        done.failures += [f"{where}: {reason}" for reason in record.failures]
-        done.encoding = done.encoding or encoding
-    done.versions |= session.answered
+        replayed.records.append(record)
+        replayed.failures += [f"{where}: {reason}" for reason in record.failures]
+        replayed.session = replayed.session or session
+    replayed.versions |= session.answered
     return errors
 
 
-def measure_latency(
-    client: Client,
-    target: Target,
-    signature: Signature,
-    batches: Batches,
-    encoding: Encoding,
-    inputs: Array,
-    calls: int,
-) -> Latency:
-    """Time calls one after the other, each with as few images as the server takes, a new one each time.
+def _affordable_sizes(sizes: Sequence[int], encoding: Encoding, golden: Mapping[str, Array]) -> list[int]:
+    """The batch sizes that an encoding is tried with; the least of them always."""
+    inputs = golden.get("pixel_values")
+    numbers = int(np.prod(inputs.shape[1:])) if inputs is not None else 0
+    small = [size for size in sizes if encoding != "json" or size * numbers <= _JSON_ELEMENTS]
+    return small or [min(sizes)]
+
+
+def measure_latency(session: LiveSession, inputs: Array, calls: int) -> Latency:
+    """Time calls one after the other, each with as few images as the server takes.
+
+    Args:
+        inputs: (K, ...), taken in turn.
 
     Raises:
         ServerError: the server cannot be asked.
         AnswerError: it answers with an error.
     """
-    session = LiveSession(client, target, signature, "fp32", batches.served, encoding)
-    name, size = signature.input.name, batches.served.min
+    name, size = session.facts.inputs[0].name, session.least
     seconds: list[float] = []
     begin = time.perf_counter()
     while len(seconds) < calls:
@@ -198,29 +270,4 @@ def measure_latency(
         seconds.append(session.seconds)
         if len(seconds) >= _LEAST_CALLS and time.perf_counter() - begin > _LATENCY_SECONDS:
             break
-    return Latency.of(seconds, size, encoding)
-
-
-def answers(
-    client: Client,
-    target: Target,
-    signature: Signature,
-    batches: Batches,
-    encoding: Encoding,
-    inputs: Array,
-) -> Array:
-    """What the server gives for each golden image (K, ...), as few at a time as it takes.
-
-    Raises:
-        ServerError, AnswerError: as :func:`measure_latency`.
-    """
-    session = LiveSession(client, target, signature, "fp32", batches.served, encoding)
-    return np.concatenate(run_in_batches(session, inputs, batches.served.min))[: len(inputs)]
-
-
-def _sizes(sizes: Sequence[int], encoding: Encoding, golden: Mapping[str, Array]) -> list[int]:
-    """Those that an encoding is tried with; the first of them always."""
-    inputs = golden.get("pixel_values")
-    numbers = int(np.prod(inputs.shape[1:])) if inputs is not None else 0
-    small = [size for size in sizes if encoding != "json" or size * numbers <= _JSON_ELEMENTS]
-    return small or [min(sizes)]
+    return Latency.of(seconds, size, session.encoding)

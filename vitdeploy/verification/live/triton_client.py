@@ -14,20 +14,22 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from vitdeploy.backends.base import Array
 from vitdeploy.errors import MissingDependency, ServerError, UsageError, VitdeployError
-from vitdeploy.verification.live.address import Address
 from vitdeploy.verification.live.client import (
-    Answer,
+    Address,
     AnswerError,
-    Array,
     Client,
     IndexEntry,
+    InferResult,
     ModelFacts,
     ServerFacts,
+    read_index,
+    read_model,
+    read_server,
 )
-from vitdeploy.verification.live.facts import read_index, read_model, read_server
 
-Result = TypeVar("Result")
+_T = TypeVar("_T")
 
 _STATUS = {
     "INVALID_ARGUMENT": 400,
@@ -135,7 +137,7 @@ class _TritonClient(Client):
         *,
         as_json: bool = False,
         classes: int = 0,
-    ) -> Answer:
+    ) -> InferResult:
         numpy_name = _library("tritonclient.utils").np_to_triton_dtype
         begin = time.perf_counter()
         tensors = []
@@ -143,19 +145,17 @@ class _TritonClient(Client):
             tensor = self._library.InferInput(key, list(array.shape), numpy_name(array.dtype))
             tensor.set_data_from_numpy(array, **self._binary(not as_json))
             tensors.append(tensor)
-        wanted = None
+        outputs_asked = None
         if output is not None:
-            made = self._library.InferRequestedOutput(
-                output, class_count=classes, **self._binary(not as_json)
-            )
-            wanted = [made]
-        result = self._call("infer", name, tensors, version, wanted, as_message=True)
+            how = self._binary(not as_json)
+            outputs_asked = [self._library.InferRequestedOutput(output, class_count=classes, **how)]
+        result = self._call("infer", name, tensors, version, outputs_asked, as_message=True)
         names, answered = self._guard(lambda: self._answered(result))
         outputs = self._guard(lambda: {key: result.as_numpy(key) for key in names})
         seconds = time.perf_counter() - begin
         if broken := [key for key, array in outputs.items() if not isinstance(array, np.ndarray)]:
             raise AnswerError(f"the output {broken[0]!r} has no data")
-        return Answer(outputs, answered, seconds)
+        return InferResult(outputs, answered, seconds)
 
     def close(self) -> None:
         self._client.close()
@@ -163,7 +163,7 @@ class _TritonClient(Client):
     def _call(self, method: str, *arguments: Any, as_message: bool = False) -> Any:
         return self._guard(lambda: self._send(getattr(self._client, method), arguments, as_message))
 
-    def _guard(self, work: Callable[[], Result]) -> Result:
+    def _guard(self, work: Callable[[], _T]) -> _T:
         """Run something of tritonclient; whatever it raises becomes an error of ours."""
         try:
             return work()
@@ -245,8 +245,8 @@ class HttpClient(_TritonClient):
         # The client's own timeouts begin anew with every byte.
         with _library("gevent").Timeout(self.timeout, TimeoutError()):
             if as_message:
-                name, tensors, version, wanted = arguments
-                return method(name, tensors, version, wanted, headers=dict(self._headers))
+                name, tensors, version, outputs = arguments
+                return method(name, tensors, version, outputs, headers=dict(self._headers))
             return method(*arguments, headers=dict(self._headers))
 
     def _binary(self, yes: bool) -> dict[str, bool]:
@@ -275,8 +275,8 @@ class GrpcClient(_TritonClient):
     def _send(self, method: Callable[..., Any], arguments: tuple[Any, ...], as_message: bool) -> Any:
         common = {"headers": {k.lower(): v for k, v in self._headers.items()}, "client_timeout": self.timeout}
         if as_message:
-            name, tensors, version, wanted = arguments
-            return method(name, tensors, version, wanted, **common)
+            name, tensors, version, outputs = arguments
+            return method(name, tensors, version, outputs, **common)
         return method(*arguments, as_json=True, **common)
 
     def _binary(self, yes: bool) -> dict[str, bool]:

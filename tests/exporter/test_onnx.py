@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitdeploy.exporter.stream import _varint, save_streaming
+from vitdeploy.exporter.onnx import _varint, save_streaming
 
 
 def small_model(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> ir.Model:

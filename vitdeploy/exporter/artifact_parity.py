@@ -1,4 +1,4 @@
-"""Holding what was built against the reference, on a runtime of this machine. Needs no PyTorch."""
+"""The parity of what was built: run on this machine, held against the float64 reference. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitdeploy.verification import parity
 Golden = Mapping[str, np.ndarray[Any, Any]]
 
 
-def prove_onnx(
+def onnx_parity(
     bundle: Bundle, artifact: Artifact, golden: Golden, max_abs: float | None
 ) -> list[ParityRecord]:
     """Run an ONNX artifact at each of its batch sizes.
@@ -33,7 +33,7 @@ def prove_onnx(
     raise MissingDependency("openvino", extra="openvino", purpose=f"proving {artifact.path} on this machine")
 
 
-def prove_engines(
+def engines_parity(
     bundle: Bundle, engines: Sequence[Artifact], golden: Golden, max_abs: float | None, progress: Progress
 ) -> list[ParityRecord]:
     """Run every engine that this machine can run; note those that it cannot.
@@ -50,11 +50,11 @@ def prove_engines(
             continue
         with progress.stage(f"parity {engine.precision}") as stage:
             with backend.load(bundle, artifact, Options()) as session:
-                found = parity.check_session(session, golden, max_abs=max_abs)
-            stage.detail = f"{engine.name}, {worst(found)}"
-        if trouble := first_failure(found):
+                measured = parity.check_session(session, golden, max_abs=max_abs)
+            stage.detail = f"{engine.name}, {worst(measured)}"
+        if trouble := first_failure(measured):
             raise ParityError(trouble, hint="build it from another precision")
-        records += found
+        records += measured
     return records
 
 

@@ -10,8 +10,8 @@ from tests.fakes.v2_server import V2Server
 from tests.helpers.bundles import LABELS
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.verification.live.client import AnswerError
-from vitdeploy.verification.live.labels import compare_labels, read_classes
 from vitdeploy.verification.live.round import LiveRequest, verify_live
+from vitdeploy.verification.live.signature import compare_labels, read_classes
 
 FEW = {"calls": 5, "batches": [1]}
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact, Precision
+from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.errors import ServerError, UsageError, did_you_mean
 from vitdeploy.verification.live.client import AnswerError, Client, IndexEntry, ModelFacts, ServerFacts
 from vitdeploy.verification.parity import TOLERANCES
@@ -17,11 +18,11 @@ IMAGE_SUFFIX = "_image"
 
 
 @dataclass(frozen=True)
-class Target:
-    """A served model."""
+class LiveModel:
+    """A model on a live server."""
 
     server: ServerFacts
-    model: ModelFacts
+    facts: ModelFacts
     asked: str
     """The version asked for; empty is the server's choice."""
     index: tuple[IndexEntry, ...] | None
@@ -29,7 +30,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        return self.model.name
+        return self.facts.name
 
     @property
     def title(self) -> str:
@@ -38,15 +39,15 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What precision the server's numbers are judged by, and why."""
+class ExpectedPrecision:
+    """The precision by whose tolerances the server's numbers are judged, and why."""
 
-    precision: Precision
+    precision: ArtifactPrecision
     artifact: Artifact | None
     note: str = ""
 
 
-def find_target(client: Client, bundle: Bundle, name: str | None, version: str) -> Target:
+def find_model(client: Client, bundle: Bundle, name: str | None, version: str) -> LiveModel:
     """Ask the server for the model of a bundle.
 
     Args:
@@ -79,42 +80,41 @@ def find_target(client: Client, bundle: Bundle, name: str | None, version: str) 
         raise _unknown_version(str(client.address), chosen, version, model.versions)
     if not model.name:
         raise ServerError(f"{client.address}: its metadata of {chosen} has no name")
-    return Target(server, model, version, index)
+    return LiveModel(server, model, version, index)
 
 
-def judged_by(bundle: Bundle, target: Target, wanted: str | None) -> Judged:
+def expected_precision(bundle: Bundle, model: LiveModel, asked: str | None) -> ExpectedPrecision:
     """Whose tolerances hold: of the artifact named, else of the one the server names, else the loosest.
 
     Raises:
-        UsageError: the bundle has no artifact ``wanted``.
+        UsageError: the bundle has no artifact ``asked``.
     """
-    if wanted is not None:
-        artifact = bundle.artifact(wanted)
-        return Judged(artifact.precision, artifact)
+    if asked is not None:
+        artifact = bundle.artifact(asked)
+        return ExpectedPrecision(artifact.precision, artifact)
     artifacts = bundle.manifest.artifacts
-    said = target.model.artifact
     for artifact in artifacts:
-        if artifact.name == said:
-            return Judged(artifact.precision, artifact)
+        if artifact.name == model.facts.artifact:
+            return ExpectedPrecision(artifact.precision, artifact)
     if not artifacts:
-        return Judged("fp32", None)
+        return ExpectedPrecision("fp32", None)
     loosest = max(artifacts, key=lambda artifact: TOLERANCES[artifact.precision].relative)
     if len({TOLERANCES[artifact.precision].relative for artifact in artifacts}) == 1:
-        return Judged(loosest.precision, loosest if len(artifacts) == 1 else None)
+        return ExpectedPrecision(loosest.precision, loosest if len(artifacts) == 1 else None)
     note = (
         f"the server does not say which artifact it runs, so {loosest.precision} decides, the bundle's least "
         f"exact (--artifact {artifacts[0].name} is stricter)"
     )
-    return Judged(loosest.precision, None, note)
+    return ExpectedPrecision(loosest.precision, None, note)
 
 
 def _name_of(bundle: Bundle, index: Sequence[IndexEntry] | None, where: str) -> str:
     """What a bundle's model is called on a server, when nobody says."""
-    own = bundle.manifest.name
+    title = bundle.manifest.name
     if index is None:
-        return own
+        return title
     served = list(dict.fromkeys(entry.name for entry in index))
-    for candidate in (own, bundle.root.resolve().stem):
+    for candidate in (title, bundle.root.resolve().stem):
         for name in served:
             if _plain(name) == _plain(candidate):
                 return name
@@ -124,8 +124,8 @@ def _name_of(bundle: Bundle, index: Sequence[IndexEntry] | None, where: str) -> 
     if not served:
         raise ServerError(f"{where}: serves no model at all")
     raise UsageError(
-        f"{where}: none of its models is named {own!r}, as the bundle is{did_you_mean(own, served)}",
-        hint=f"--model says which; it has {_some(served)}",
+        f"{where}: none of its models is named {title!r}, as the bundle is{did_you_mean(title, served)}",
+        hint=f"--model says which; it has {_listed(served)}",
     )
 
 
@@ -139,22 +139,22 @@ def _check_index(index: Sequence[IndexEntry], name: str, version: str, where: st
     if not entries:
         raise UsageError(
             f"{where}: has no model {name!r}{did_you_mean(name, served)}",
-            hint=f"it has {_some(served)}" if served else "it serves no model at all",
+            hint=f"it has {_listed(served)}" if served else "it serves no model at all",
         )
     versions = [entry.version for entry in entries if entry.version]
     if version and versions and version not in versions:
         raise _unknown_version(where, name, version, versions)
-    wanted = [entry for entry in entries if not version or entry.version in ("", version)]
-    if not any(entry.ready for entry in wanted):
-        reason = next((entry.reason for entry in wanted if entry.reason), "")
+    asked = [entry for entry in entries if not version or entry.version in ("", version)]
+    if not any(entry.ready for entry in asked):
+        reason = next((entry.reason for entry in asked if entry.reason), "")
         raise ServerError(f"{where}: {name} is not ready{f': {reason}' if reason else ''}")
 
 
 def _unknown_version(where: str, name: str, version: str, versions: Sequence[str]) -> UsageError:
-    there = _some(list(dict.fromkeys(versions)))
-    return UsageError(f"{where}: {name} has no version {version!r}", hint=f"it has {there}")
+    hint = f"it has {_listed(list(dict.fromkeys(versions)))}"
+    return UsageError(f"{where}: {name} has no version {version!r}", hint=hint)
 
 
-def _some(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return f"{', '.join(names[:8])}{more}"

@@ -1,7 +1,8 @@
-"""Our own names: a bundle's ``weights.safetensors``, and folders of ``config.json`` and weights.
+"""The reference models' names: ``weights.safetensors`` of bundles, folders of ``config.json`` and weights.
 
 ``config.json`` is ``{"model_type": "vitdeploy", "model": {...}, "preprocess": {...}, "labels": [...]}``: the
-fields of ``ViTConfig`` and of ``Preprocess``, and one label for each class or null.
+fields of a ``ModelConfig`` (of ``ViTConfig`` where no ``kind`` stands among them) and of ``Preprocess``, and
+one label for each class or null.
 """
 
 from __future__ import annotations
@@ -13,10 +14,20 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from vitdeploy.bundle.manifest import first_problem
-from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, Source, linear, mapping
+from vitdeploy.checkpoint.families.base import (
+    Family,
+    Foreign,
+    Layout,
+    Reading,
+    Source,
+    config_object,
+    expected_of,
+    linear,
+    template_of,
+)
 from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
-from vitdeploy.config import Preprocess, Size, ViTConfig
+from vitdeploy.config import ModelConfig, Preprocess, Size, ViTConfig, model_type
 from vitdeploy.errors import CheckpointError, ConfigError, did_you_mean
 from vitdeploy.images.preprocess import at_size
 
@@ -45,28 +56,41 @@ def _claims(foreign: Foreign) -> bool:
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     stated = foreign.config or {}
     notes = []
+    layout = _LAYOUT
+    config: ModelConfig
     if stated.get("model") is not None:
-        config = _parse(ViTConfig, mapping(stated, "model"), "model")
+        config = _model(config_object(stated, "model"))
+        names = expected_of(config, len(foreign.state), foreign.source)
+        layout = {template: Source(template) for template, _ in map(template_of, names)}
     else:
         heads, sizes = what_is_open(template)
-        config = infer_config(_LAYOUT, foreign.state, foreign.source, heads=heads, sizes=sizes)
-        notes += [] if template else [heads_note(config)]
+        inferred = infer_config(_LAYOUT, foreign.state, foreign.source, heads=heads, sizes=sizes)
+        notes += [] if template else [heads_note(inferred)]
+        config = inferred
     base = Preprocess(size=config.image_size)
     if stated.get("preprocess"):
-        base = _parse(Preprocess, mapping(stated, "preprocess"), "preprocess")
+        base = _parse(Preprocess, config_object(stated, "preprocess"), "preprocess")
 
     def preprocess(size: Size | None) -> Preprocess:
         return base if size in (None, base.size) else at_size(base, size)
 
     labels = _labels(stated.get("labels"), config.classes)
-    return Reading(config, _LAYOUT, foreign.state, preprocess, labels=labels, notes=tuple(notes))
+    return Reading(config, layout, foreign.state, preprocess, labels=labels, notes=tuple(notes))
+
+
+def _model(values: Mapping[str, object]) -> ModelConfig:
+    try:
+        kind, fields = model_type(values)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: model: {error.message}") from error
+    return _parse(kind, fields, "model")
 
 
 def _parse(kind: type[_Fields], values: Mapping[str, object], key: str) -> _Fields:
-    known = list(inspect.signature(kind).parameters)
+    fields = list(inspect.signature(kind).parameters)
     for name in values:
-        if name not in known:
-            raise CheckpointError(f"config.json: {key} has no field {name!r}{did_you_mean(name, known)}")
+        if name not in fields:
+            raise CheckpointError(f"config.json: {key} has no field {name!r}{did_you_mean(name, fields)}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:

@@ -1,0 +1,90 @@
+"""What vitdeploy has to know of an architecture, behind one interface.
+
+Whoever exports, runs or measures a model of any kind asks ``registry.architecture_of(config)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from vitdeploy.bundle.manifest import Rewrite
+from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess
+from vitdeploy.errors import UsageError
+from vitdeploy.model.deployed import DeployedModel
+from vitdeploy.model.precision import PrecisionPlan
+from vitdeploy.model.reference import Reference
+
+if TYPE_CHECKING:
+    import torch
+
+    from vitdeploy.model.fused import FusedModel
+    from vitdeploy_kernels.vit import VitShape
+
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
+ReferenceT = TypeVar("ReferenceT", bound=Reference)
+
+
+class Architecture(ABC, Generic[ConfigT, ReferenceT]):
+    """One architecture: its reference model, its deployed form, and what its rewrites are."""
+
+    @abstractmethod
+    def reference(self, config: ConfigT, *, fused_attention: bool = False) -> ReferenceT:
+        """The reference model, its parameters still without values.
+
+        Args:
+            fused_attention: by PyTorch's fused kernels, where the architecture has attention.
+        """
+
+    @abstractmethod
+    def forward_flops(self, config: ConfigT) -> int:
+        """FLOPs of the reference model's GEMMs and attention, per image."""
+
+    @abstractmethod
+    def applied_rewrites(self, config: ConfigT, output: Output, input_kind: InputKind) -> tuple[Rewrite, ...]:
+        """The rewrites that :meth:`deploy` applies, with the FLOPs each saves per image."""
+
+    @abstractmethod
+    def deploy(
+        self,
+        reference: ReferenceT,
+        plan: PrecisionPlan,
+        *,
+        output: Output,
+        input_kind: InputKind,
+        preprocess: Preprocess,
+    ) -> DeployedModel:
+        """The deployed form in the dtypes of ``plan``; ``reference`` is not changed.
+
+        Args:
+            preprocess: whose mean and std to fold where ``input_kind`` is ``"uint8"``.
+
+        Raises:
+            PrecisionError: a weight does not fit into its dtype (each is named).
+        """
+
+    def kernel_shape(self, config: ConfigT, output: Output, input_kind: InputKind) -> VitShape:
+        """What the fused kernels have to compute.
+
+        Raises:
+            UsageError: they do not compute this architecture; ``config.fused_kernels`` says so before.
+        """
+        raise UsageError(f"there are no fused kernels for a model of the kind {config.kind!r}")
+
+    def fuse(
+        self,
+        reference: ReferenceT,
+        dtype: torch.dtype,
+        *,
+        output: Output,
+        input_kind: InputKind,
+        preprocess: Preprocess | None,
+        device: torch.device | str,
+    ) -> FusedModel:
+        """The weights for the fused kernels, in float16 or bfloat16; ``reference`` is not changed.
+
+        Raises:
+            UsageError: as :meth:`kernel_shape`.
+            PrecisionError: a weight does not fit into the dtype (each is named).
+        """
+        raise UsageError(f"there are no fused kernels for a model of the kind {reference.config.kind!r}")
