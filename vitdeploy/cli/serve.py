@@ -116,7 +116,7 @@ def command(
 
     The Open Inference Protocol v2 (tritonclient works unchanged), image files at
     /v1/models/NAME:predict, Prometheus metrics at /metrics, a page to try images at /. Each bundle is
-    proven against its golden outputs before it takes requests; one that is replaced on disk is loaded
+    checked against its golden outputs before it takes requests; one that is replaced on disk is loaded
     anew without a gap. Requests of all clients are batched together.
     """
     from vitdeploy.backends.base import Options
