@@ -140,30 +140,35 @@ from vitdeploy.bundle.manifest import Manifest, Provenance
 
 target, rounds = Path(sys.argv[1]), int(sys.argv[2])
 
-def write(name):
+def write(name, step):
     with BundleWriter(target, force=True) as writer:
         for i in range(4):
             with writer.file(f"part{i}").open("wb") as file:
                 for _ in range(5):
                     file.write(os.urandom(20_000))
                     file.flush()
-                    time.sleep(0.0005)
+                    step()
         writer.seal(Manifest(name=name, created="2026-11-21T03:00:00Z", generator="vitdeploy 0.1.0",
                              provenance=Provenance(source="tiny", family="vit")))
         writer.commit()
 
 random.seed(0)
-started = time.monotonic()
-write("first")
-seconds = time.monotonic() - started
+write("first", lambda: None)
 for n in range(rounds):
+    progress, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        write(str(n))
+        write(str(n), lambda: os.write(tell, b"."))
         os._exit(0)
-    time.sleep(random.uniform(0, 1.5 * seconds))
+    os.close(tell)
+    # While the files are written, soon after their 20 pieces, or when the child is done and the pipe ends.
+    pieces = random.choice([*range(20), *[20] * 10, *[21] * 10])
+    for _ in range(pieces):
+        os.read(progress, 1)
+    time.sleep(random.uniform(0, 0.01))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(progress)
     print(n, flush=True)
     sys.stdin.readline()
 """

@@ -16,7 +16,7 @@ from tests.helpers.bundles import WEIGHT, write_bundle
 from tests.helpers.commands import COMMAND, Run
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
-from vitdeploy.server.repository import parse_places
+from vitdeploy.server.repository import parse_named_bundles
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,17 @@ def test_bad_flags(run: Run, tmp_path: Path, flags: tuple[str, ...], code: int, 
     result = run("serve", tmp_path / "a.bundle", "--port", "0", *flags)
     assert result.code == code
     assert said in result.err
+    assert "Traceback" not in result.err
     assert result.out == ""
+
+
+def test_a_damaged_bundle(run: Run, tmp_path: Path) -> None:
+    damaged = write_bundle(tmp_path / "damaged.bundle").root
+    (damaged / "model.onnx").write_bytes(b"x" * (damaged / "model.onnx").stat().st_size)
+    result = run("serve", damaged, "--port", "0")
+    assert (result.code, result.out) == (2, "")
+    assert "model.onnx changed" in result.err
+    assert "Traceback" not in result.err
 
 
 @pytest.mark.parametrize(
@@ -49,6 +59,7 @@ def test_bad_flags(run: Run, tmp_path: Path, flags: tuple[str, ...], code: int, 
         (("x@1=a", "x@1=b"), "two bundles are x version 1"),
         (("..=a",), "'..' cannot name a model"),
         (("ü=a",), "'ü' cannot name a model"),
+        (("a b=a",), "'a b' cannot name a model"),
         (("nothing",), "nothing: is not a bundle"),
     ],
 )
@@ -101,15 +112,15 @@ def test_names_and_versions(wanted: list[tuple[str, int | None]]) -> None:
     texts = [f"{name}{'' if version is None else f'@{version}'}=some/folder" for name, version in wanted]
     if len(set(expected)) < len(expected):
         with pytest.raises(UsageError, match="two bundles are"):
-            parse_places(texts)
+            parse_named_bundles(texts)
         return
-    places = parse_places(texts)
-    assert [(place.name, int(place.version)) for place in places] == expected
-    assert {place.path for place in places} == {Path("some/folder")}
+    bundles = parse_named_bundles(texts)
+    assert [(bundle.name, int(bundle.version)) for bundle in bundles] == expected
+    assert {bundle.path for bundle in bundles} == {Path("some/folder")}
 
 
 def test_a_bundle_without_a_name() -> None:
-    (place,) = parse_places(["models/vit-b.v2.bundle"])
-    assert (place.name, place.version) == ("vit-b.v2", "1")
-    (place,) = parse_places(["a=b/c=d"])
-    assert (place.name, place.path) == ("a", Path("b/c=d"))
+    (bundle,) = parse_named_bundles(["models/vit-b.v2.bundle"])
+    assert (bundle.name, bundle.version) == ("vit-b.v2", "1")
+    (bundle,) = parse_named_bundles(["a=b/c=d"])
+    assert (bundle.name, bundle.path) == ("a", Path("b/c=d"))

@@ -13,9 +13,9 @@ from urllib.parse import unquote
 from tests.helpers.live_server import Reply
 from vitdeploy.progress import Progress
 from vitdeploy.server import http
-from vitdeploy.server.repository import Repository, parse_places
-from vitdeploy.server.served_model import Settings
-from vitdeploy.server.service import Limits, Service
+from vitdeploy.server.repository import ModelRepository, parse_named_bundles
+from vitdeploy.server.served_model import ModelSettings
+from vitdeploy.server.service import RequestLimits, Service
 from vitdeploy.server.statistics import Metrics
 
 
@@ -64,16 +64,17 @@ class Application:
 
 @asynccontextmanager
 async def application(
-    *bundles: object, limits: Limits | None = None, **settings: Any
+    *bundles: object, limits: RequestLimits | None = None, **settings: Any
 ) -> AsyncIterator[Application]:
     """Serve bundles, named as on the command line, without a socket."""
     metrics = Metrics()
     with ThreadPoolExecutor(2) as workers:
-        places = parse_places([str(bundle) for bundle in bundles])
-        repository = Repository(places, replace(Settings(), **settings), metrics, workers, Progress())
-        service = Service(repository, metrics, limits or Limits())
+        named = parse_named_bundles([str(bundle) for bundle in bundles])
+        chosen = replace(ModelSettings(), **settings)
+        repository = ModelRepository(named, chosen, metrics, workers, Progress())
+        service = Service(repository, metrics, limits or RequestLimits())
         await repository.load_all()
         try:
-            yield Application(http.build(service), service)
+            yield Application(http.asgi_application(service), service)
         finally:
             await repository.close()

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -273,6 +274,28 @@ def binary_request(pixels: np.ndarray[Any, Any], name: str = "pixel_values", **f
     document = {"inputs": [tensor], "parameters": {"binary_data_output": True}, **fields}
     length = len(json.dumps(document).encode())
     return Request(document, data, {"Inference_Header_Content_Length": str(length)})
+
+
+class Asking:
+    """Infer requests for the linear classifier that are on their way, each in a thread of its own."""
+
+    def __init__(self, live: Live, request: Request, count: int = 1) -> None:
+        self._live, self._request = live, request
+        self._replies: list[Reply] = []
+        self._threads = [threading.Thread(target=self._ask) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self) -> None:
+        reply = self._live.ask("POST", "/v2/models/linear/infer", self._request.body, **self._request.headers)
+        self._replies.append(reply)
+
+    def replies(self) -> list[Reply]:
+        """Wait for all answers."""
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        assert len(self._replies) == len(self._threads)
+        return self._replies
 
 
 def logits_of(reply: Reply) -> np.ndarray[Any, Any]:

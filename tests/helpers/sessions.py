@@ -13,7 +13,7 @@ import numpy as np
 
 from tests.helpers.clock import Clock
 from tests.helpers.live_server import PATIENCE
-from vitdeploy.server.batcher import Answer, Batcher, Rules
+from vitdeploy.server.batcher import Batcher, BatchingRules, RequestOutputs
 
 Array = np.ndarray[Any, Any]
 
@@ -69,14 +69,14 @@ def rows(*values: float) -> dict[str, Array]:
 def with_batcher(
     test: Callable[[Batcher, Observed], Awaitable[None]],
     *sessions: Session,
-    rules: Rules | None = None,
+    rules: BatchingRules | None = None,
     clock: Clock | None = None,
 ) -> Observed:
     """Run a test against a batcher, on its own clock if there is one; it ends with nothing left behind."""
     observed = Observed()
 
     async def main() -> None:
-        batcher = Batcher(sessions, rules or Rules(gather=4, max_rows=8), observed)
+        batcher = Batcher(sessions, rules or BatchingRules(gather=4, max_rows=8), observed)
         async with asyncio.timeout(PATIENCE):
             try:
                 await test(batcher, observed)
@@ -97,7 +97,7 @@ async def begun(session: Session) -> None:
     assert await asyncio.to_thread(session.began.wait, PATIENCE)
 
 
-async def busy(batcher: Batcher, session: Session) -> asyncio.Task[Answer]:
+async def busy(batcher: Batcher, session: Session) -> asyncio.Task[RequestOutputs]:
     """Keep the session busy with a request of one row, -1, until it is opened."""
     session.open.clear()
     task = asyncio.create_task(batcher.submit(rows(-1)))
@@ -105,7 +105,7 @@ async def busy(batcher: Batcher, session: Session) -> asyncio.Task[Answer]:
     return task
 
 
-async def queued(batcher: Batcher, *requests: Sequence[float]) -> list[asyncio.Task[Answer]]:
+async def queued(batcher: Batcher, *requests: Sequence[float]) -> list[asyncio.Task[RequestOutputs]]:
     """Submit requests in this order while the session is busy."""
     tasks = []
     for values in requests:

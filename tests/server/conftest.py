@@ -58,6 +58,19 @@ def live(shared_live: Live) -> Iterator[Live]:
 
 
 @pytest.fixture(scope="session")
+def shared_strict(linear: Path) -> Iterator[Live]:
+    with serving(linear, "--max-body", "1MiB", "--max-pixels", 63, "--fixed-models") as server:
+        yield server
+
+
+@pytest.fixture
+def strict(shared_strict: Live) -> Iterator[Live]:
+    """``linear``, whose clients may send 1 MiB and images of 63 pixels, and may not change what is served."""
+    with shared_strict.watched() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def shared_digits(digits: Path) -> Iterator[Live]:
     with serving(digits) as server:
         yield server

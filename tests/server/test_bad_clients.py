@@ -28,14 +28,14 @@ GATHERING = ("--max-batch", 8, "--max-delay-ms", 60_000, "--timeout", "2m")
 BODY_SECONDS = 1.0
 IMPATIENT = f"""
 import sys
-from vitdeploy.server.served_model import Settings
-from vitdeploy.server.repository import parse_places
-from vitdeploy.server.process import Endpoint, serve
-from vitdeploy.server.service import Limits
+from vitdeploy.server.process import Endpoint, run_server
+from vitdeploy.server.repository import parse_named_bundles
+from vitdeploy.server.served_model import ModelSettings
+from vitdeploy.server.service import RequestLimits
 
-endpoint = Endpoint(port=0, limits=Limits(body_seconds={BODY_SECONDS}))
-serve(parse_places(sys.argv[1:]), Settings(), endpoint,
-      started=lambda server: print("serving", server.url, file=sys.stderr, flush=True))
+endpoint = Endpoint(port=0, limits=RequestLimits(body_seconds={BODY_SECONDS}))
+run_server(parse_named_bundles(sys.argv[1:]), ModelSettings(), endpoint,
+           started=lambda server: print("serving", server.url, file=sys.stderr, flush=True))
 """
 """A server that gives a client one second for a body; the command line's has 30."""
 
@@ -49,6 +49,20 @@ def shared_impatient(linear: Path) -> Iterator[Live]:
 @pytest.fixture
 def impatient(shared_impatient: Live) -> Iterator[Live]:
     with shared_impatient.watched() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shared_gathering(linear: Path) -> Iterator[Live]:
+    with serving(linear, *GATHERING) as server:
+        yield server
+
+
+@pytest.fixture
+def gathering(shared_gathering: Live) -> Iterator[Live]:
+    """A server whose requests wait; its statistics are of the test at hand."""
+    with shared_gathering.watched() as server:
+        assert server.ask("POST", "/v2/repository/models/linear/load", b"{}").status == 200
         yield server
 
 
@@ -113,50 +127,55 @@ def test_clients_that_vanish_while_they_send(live: Live, part: int) -> None:
 
 
 @pytest.mark.parametrize("behind", [b"", b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["one", "two"])
-def test_clients_that_vanish_before_their_answer(linear: Path, behind: bytes) -> None:
+def test_clients_that_vanish_before_their_answer(gathering: Live, behind: bytes) -> None:
     """Their places in the queue are free again, nothing is logged, and they are counted."""
-    with serving(linear, *GATHERING) as server:
-        request = binary_request(PIXELS[:1])
-        length = f"Inference-Header-Content-Length: {request.headers['Inference_Header_Content_Length']}\r\n"
-        for leave in (socket.socket.close, reset):
-            for _ in range(3):
-                gone = connected(server)
-                gone.sendall(head(len(request.body), extra=length) + request.body + behind)
-                server.require_queued(1)
-                leave(gone)
-                server.require_queued(0)
-        stats = server.ask("GET", "/v2/models/linear/stats").document["model_stats"][0]
-        assert stats["inference_stats"]["success"]["count"] == 0
-        assert stats["inference_stats"]["fail"]["count"] == 6
-        assert stats["inference_count"] == 0
-        metrics = server.ask("GET", "/metrics").body.decode()
-        assert 'vitdeploy_requests_total{model="linear",outcome="cancelled",version="1"} 6.0' in metrics
-        require_right(server, FULL)
+    before = cancelled(gathering)
+    request = binary_request(PIXELS[:1])
+    length = f"Inference-Header-Content-Length: {request.headers['Inference_Header_Content_Length']}\r\n"
+    for leave in (socket.socket.close, reset):
+        for _ in range(3):
+            gone = connected(gathering)
+            gone.sendall(head(len(request.body), extra=length) + request.body + behind)
+            gathering.require_queued(1)
+            leave(gone)
+            gathering.require_queued(0)
+    stats = gathering.ask("GET", "/v2/models/linear/stats").document["model_stats"][0]
+    assert stats["inference_stats"]["success"]["count"] == 0
+    assert stats["inference_stats"]["fail"]["count"] == 6
+    assert stats["inference_count"] == 0
+    assert cancelled(gathering) == before + 6
+    require_right(gathering, FULL)
 
 
-def test_grpc_clients_that_cancel(linear: Path) -> None:
+def cancelled(live: Live) -> float:
+    """How many requests were given up by their clients, by the server's metrics."""
+    begin = 'vitdeploy_requests_total{model="linear",outcome="cancelled",version="1"} '
+    lines = live.ask("GET", "/metrics").body.decode().splitlines()
+    return sum(float(line.removeprefix(begin)) for line in lines if line.startswith(begin))
+
+
+def test_grpc_clients_that_cancel(gathering: Live) -> None:
     """And those whose channel breaks, or whose time is over: nothing runs for them, and nothing is logged."""
     tensor = tritonclient.grpc.InferInput("pixel_values", [2, 3, 8, 8], "FP32").set_data_from_numpy(PIXELS)
 
     def ask(client: tritonclient.grpc.InferenceServerClient, **how: float) -> Any:
         return client.async_infer("linear", [tensor], lambda result, error: None, **how)
 
-    with serving(linear, *GATHERING) as server:
-        with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
-            calls = [ask(client) for _ in range(3)]
-            server.require_queued(6)
-            for call in calls:
-                call.cancel()
-            server.require_queued(0)
-            ask(client, client_timeout=1.0)  # which may be over before the server hears of it
-        with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
-            ask(client)
-            assert wait_for(lambda: server.queued() >= 2, PATIENCE)
-        server.require_queued(0)
-        stats = server.ask("GET", "/v2/models/linear/stats").document["model_stats"][0]
-        assert stats["inference_stats"]["fail"]["count"] in (4, 5)
-        assert stats["inference_count"] == 0
-        require_right(server, FULL)
+    with tritonclient.grpc.InferenceServerClient(gathering.grpc) as client:
+        calls = [ask(client) for _ in range(3)]
+        gathering.require_queued(6)
+        for call in calls:
+            call.cancel()
+        gathering.require_queued(0)
+        ask(client, client_timeout=1.0)  # which may be over before the server hears of it
+    with tritonclient.grpc.InferenceServerClient(gathering.grpc) as client:
+        ask(client)
+        assert wait_for(lambda: gathering.queued() >= 2, PATIENCE)
+    gathering.require_queued(0)
+    stats = gathering.ask("GET", "/v2/models/linear/stats").document["model_stats"][0]
+    assert stats["inference_stats"]["fail"]["count"] in (4, 5)
+    assert stats["inference_count"] == 0
+    require_right(gathering, FULL)
 
 
 @pytest.mark.parametrize("text", [
@@ -220,16 +239,16 @@ def test_clients_that_ask_before_they_send(live: Live) -> None:
         assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
-def test_an_endless_body_is_cut_off(linear: Path) -> None:
-    with serving(linear, "--max-body", "1MiB") as small, connected(small) as client:
+def test_an_endless_body_is_cut_off(strict: Live) -> None:
+    with connected(strict) as client:
         client.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
-        before = small.rss()
+        before = strict.rss()
         piece = b"10000\r\n" + bytes(65536) + b"\r\n"
         for _ in range(64):
             client.sendall(piece)
         assert client.recv(65536).startswith(b"HTTP/1.1 413 ")
-        assert small.rss() - before < 64 * 1024
-        require_right(small)
+        assert strict.rss() - before < 64 * 1024
+        require_right(strict)
 
 
 def test_pipelined_requests_are_answered_in_order(live: Live) -> None:

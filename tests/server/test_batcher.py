@@ -14,8 +14,8 @@ from tests.helpers.clock import Clock, settled
 from tests.helpers.sessions import Observed, Session, begun, busy, queued, rows, with_batcher
 from vitdeploy.errors import BundleError
 from vitdeploy.server import batcher as under_test
-from vitdeploy.server.batcher import Batcher, Rules
-from vitdeploy.server.messages import Refusal
+from vitdeploy.server.batcher import Batcher, BatchingRules
+from vitdeploy.server.messages import RequestError
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_free_session_waits_for_company_only_so_long(clock: Clock) -> None:
         await clock.advance(0.2)
         assert (await early).batch == (await late).batch == 2
 
-    with_batcher(test, session, rules=Rules(gather=4, max_rows=4, delay=0.5), clock=clock)
+    with_batcher(test, session, rules=BatchingRules(gather=4, max_rows=4, delay=0.5), clock=clock)
     assert session.sizes == [1, 4, 2]
 
 
@@ -104,7 +104,7 @@ def test_batches_are_filled_up_to_the_buckets(count: int, size: int) -> None:
         assert np.array_equal(answer.outputs["y"], 2 * rows(*range(count))["x"])
         assert answer.batch == count
 
-    observed = with_batcher(test, session, rules=Rules(gather=9, max_rows=9, buckets=(2, 4, 8)))
+    observed = with_batcher(test, session, rules=BatchingRules(gather=9, max_rows=9, buckets=(2, 4, 8)))
     assert session.sizes == [size]
     assert observed.batches == [(count, size)]
     assert (session.seen[0][count:] == session.seen[0][count - 1]).all()
@@ -121,7 +121,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(clock: Clock) -
         session.began.clear()
         first = await busy(batcher, session)
         tasks = await queued(batcher, (1, 2, 3), (4, 5))
-        with pytest.raises(Refusal, match="Exceeds maximum queue size") as caught:
+        with pytest.raises(RequestError, match="Exceeds maximum queue size") as caught:
             await batcher.submit(rows(6, 7))
         assert caught.value.kind == "overloaded"
         assert caught.value.retry_after == pytest.approx(5 / 20)
@@ -130,12 +130,12 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(clock: Clock) -
         await asyncio.gather(first, *tasks)
         await batcher.submit(rows(6, 7))  # and now there is room again
 
-    with_batcher(test, session, rules=Rules(gather=4, max_rows=8, max_queue=6), clock=clock)
+    with_batcher(test, session, rules=BatchingRules(gather=4, max_rows=8, max_queue=6), clock=clock)
 
 
 def test_too_many_rows_are_refused() -> None:
     async def test(batcher: Batcher, observed: Observed) -> None:
-        with pytest.raises(Refusal, match="a batch of 9, but at most 8 are served") as caught:
+        with pytest.raises(RequestError, match="a batch of 9, but at most 8 are served") as caught:
             await batcher.submit(rows(*range(9)))
         assert caught.value.kind == "invalid"
 
@@ -154,14 +154,14 @@ def test_a_request_that_waits_too_long_is_given_up(clock: Clock) -> None:
             await clock.advance(seconds - clock.time() - 0.001)
             assert not task.done()
             await clock.advance(0.001)
-            with pytest.raises(Refusal, match=f"no session was free within {seconds:g} s") as caught:
+            with pytest.raises(RequestError, match=f"no session was free within {seconds:g} s") as caught:
                 await task
             assert caught.value.kind == "timeout"
         assert batcher.waiting == 0
         session.open.set()
         await first
 
-    with_batcher(test, session, rules=Rules(gather=4, max_rows=8, timeout=0.3), clock=clock)
+    with_batcher(test, session, rules=BatchingRules(gather=4, max_rows=8, timeout=0.3), clock=clock)
     assert session.sizes == [1]
 
 
@@ -186,7 +186,7 @@ def test_a_cancelled_request_frees_its_place() -> None:
     async def test(batcher: Batcher, observed: Observed) -> None:
         first = await busy(batcher, session)
         gone, stays = await queued(batcher, (1, 2, 3), (4,))
-        with pytest.raises(Refusal):
+        with pytest.raises(RequestError):
             await batcher.submit(rows(5, 6))
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -197,7 +197,7 @@ def test_a_cancelled_request_frees_its_place() -> None:
         answers = await asyncio.gather(first, stays, *late)
         assert np.array_equal(answers[1].outputs["y"], 2 * rows(4)["x"])
 
-    with_batcher(test, session, rules=Rules(gather=4, max_rows=4, max_queue=4))
+    with_batcher(test, session, rules=BatchingRules(gather=4, max_rows=4, max_queue=4))
     assert session.sizes == [1, 4]
 
 
@@ -231,7 +231,7 @@ def test_a_run_that_fails_says_so(error: Exception, words: str) -> None:
     session = Session(error=error)
 
     async def test(batcher: Batcher, observed: Observed) -> None:
-        with pytest.raises(Refusal, match=f"^the run failed: {words}$") as caught:
+        with pytest.raises(RequestError, match=f"^the run failed: {words}$") as caught:
             await batcher.submit(rows(1))
         assert caught.value.kind == "internal"
 
@@ -246,7 +246,14 @@ def test_a_run_that_fails_takes_only_its_own_batch_with_it() -> None:
         tasks = await queued(batcher, (1, 2), (3, 4), (5, 6), (7, 8), (9, 10))
         session.open.set()
         found = await asyncio.gather(first, *tasks, return_exceptions=True)
-        assert [isinstance(answer, Refusal) for answer in found] == [False, False, False, True, True, False]
+        assert [isinstance(answer, RequestError) for answer in found] == [
+            False,
+            False,
+            False,
+            True,
+            True,
+            False,
+        ]
 
     with_batcher(test, session)
 
@@ -259,7 +266,7 @@ def test_closing_finishes_what_was_accepted_and_refuses_the_rest() -> None:
         tasks = await queued(batcher, (1,), (2, 3), (4, 5))
         closing = asyncio.create_task(batcher.close())
         await settled()
-        with pytest.raises(Refusal, match="being unloaded") as caught:
+        with pytest.raises(RequestError, match="being unloaded") as caught:
             await batcher.submit(rows(6))
         assert caught.value.kind == "unavailable"
         assert caught.value.retry_after is not None
@@ -280,7 +287,7 @@ def test_what_waits_can_be_abandoned() -> None:
         tasks = await queued(batcher, (1,), (2, 3))
         batcher.abandon()
         for task in tasks:
-            with pytest.raises(Refusal, match="shutting down") as caught:
+            with pytest.raises(RequestError, match="shutting down") as caught:
                 await task
             assert caught.value.kind == "unavailable"
         session.open.set()
@@ -297,7 +304,7 @@ def test_closing_does_not_wait_for_company() -> None:
         await batcher.close()
         assert np.array_equal((await task).outputs["y"], 2 * rows(1)["x"])
 
-    with_batcher(test, Session(), rules=Rules(gather=4, max_rows=8, delay=3600.0))
+    with_batcher(test, Session(), rules=BatchingRules(gather=4, max_rows=8, delay=3600.0))
 
 
 def test_answers_do_not_keep_the_batch_alive() -> None:
@@ -331,7 +338,7 @@ def test_everybody_gets_their_own_rows(sessions: int, data: st.DataObject) -> No
         ),
         label="rows, turns of the loop before the next, cancelled",
     )
-    rules = Rules(
+    rules = BatchingRules(
         gather=data.draw(st.integers(1, 8)),
         max_rows=8,
         delay=data.draw(st.sampled_from((0.0, 0.001))),
@@ -367,8 +374,8 @@ def test_everybody_gets_their_own_rows(sessions: int, data: st.DataObject) -> No
 
 @pytest.mark.parametrize("rate, most", [(0.0, 4), (3.0, 4), (4.0, 4), (6.5, 6), (8.0, 8), (1e9, 8)])
 def test_while_runs_are_short_more_run_together(rate: float, most: int) -> None:
-    assert Rules(gather=4, max_rows=8, short=1.0).together(rate) == most
-    assert Rules(gather=4, max_rows=8).together(rate) == 4
+    assert BatchingRules(gather=4, max_rows=8, short=1.0).together(rate) == most
+    assert BatchingRules(gather=4, max_rows=8).together(rate) == 4
 
 
 def test_a_quick_session_takes_more_than_the_usual_batch() -> None:
@@ -382,5 +389,5 @@ def test_a_quick_session_takes_more_than_the_usual_batch() -> None:
         session.open.set()
         await asyncio.gather(first, *tasks)
 
-    with_batcher(test, session, rules=Rules(gather=4, max_rows=16, short=3600.0))
+    with_batcher(test, session, rules=BatchingRules(gather=4, max_rows=16, short=3600.0))
     assert session.sizes == [1, 1, 12]

@@ -3,117 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import uvloop
-from uvicorn import Config
-from uvicorn.server import ServerState
 
-from vitdeploy.server.connections import Protocol
-from vitdeploy.server.service import Limits
+from tests.helpers.http_connections import LIMITS, Server, run
+from vitdeploy.server.connections import BoundedHttpProtocol
 
-MOST = 4096
 GARBAGE = [b"nonsense\r\n\r\n"]
-ENDLESS = [b"GET /v2 HTTP/1.1\r\nX-Long: ", b"x" * (MOST + 1)]
+ENDLESS = [b"GET /v2 HTTP/1.1\r\nX-Long: ", b"x" * (LIMITS.head_bytes + 1)]
 ENDS = {"garbage": (GARBAGE, b"HTTP/1.1 400 "), "an endless head": (ENDLESS, b"HTTP/1.1 431 ")}
 end = pytest.mark.parametrize("chunks, refusal", ENDS.values(), ids=list(ENDS))
 queued = pytest.mark.parametrize("behind", [b"", b"GET /queued HTTP/1.1\r\n\r\n"], ids=["alone", "queue"])
-Test = Callable[["Server"], Any]
 
 
-class Transport(asyncio.Transport):
-    """As strict as uvloop's, and closed the moment that it is asked to be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = b""
-        self.closed = False
-
-    def write(self, data: Any) -> None:
-        if self.closed:
-            raise RuntimeError(
-                "unable to perform operation on <Transport closed=True>; the handler is closed"
-            )
-        self.written += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-
-class Server:
-    """Protocols, and an application whose requests do what their path says."""
-
-    def __init__(self) -> None:
-        self.begun: list[str] = []
-        self.told: list[str] = []
-        """Those that heard that their client left."""
-        self.may_answer = asyncio.Event()
-        self.state = ServerState()
-        self.config = Config(
-            self._answer,
-            interface="asgi3",
-            ws="none",
-            proxy_headers=False,
-            lifespan="off",
-            log_config=None,
-        )
-
-    def protocol(self) -> Protocol:
-        return Protocol(self.config, self.state, {}, limits=Limits(head_bytes=MOST))
-
-    def connected(self) -> tuple[Protocol, Transport]:
-        made, transport = self.protocol(), Transport()
-        made.connection_made(transport)
-        return made, transport
-
-    async def over(self) -> None:
-        """Let every request end."""
-        self.may_answer.set()
-        await self.until(lambda: not self.state.tasks)
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        while not condition():
-            await asyncio.sleep(0.001)
-
-    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        path = scope["path"]
-        self.begun.append(path)
-        if path == "/listens":
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            self.told.append(path)
-        if path != "/halves":
-            await self.may_answer.wait()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await self.may_answer.wait()
-        await send({"type": "http.response.body", "body": b"ok"})
-
-
-def run(test: Test, caplog: pytest.LogCaptureFixture, loop: Callable[[], Any] | None = None) -> None:
-    """Run it; no request may fail."""
-
-    async def main() -> None:
-        async with asyncio.timeout(60):
-            await test(Server())
-
-    with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(main())
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
-
-
-def receive_all(protocol: Protocol, chunks: Sequence[bytes]) -> None:
+def receive_all(protocol: BoundedHttpProtocol, chunks: Sequence[bytes]) -> None:
     for chunk in chunks:
         protocol.data_received(chunk)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
-from vitdeploy.server.codec import WIRE, parse_request, render_response, timeout_of
-from vitdeploy.server.messages import InferRequest, InferResponse, Refusal, WantedOutput
+from vitdeploy.server.codec import WIRE, parse_request, render_response, timeout_seconds
+from vitdeploy.server.messages import InferRequest, InferResponse, RequestedOutput, RequestError
 
 Array = np.ndarray[Any, Any]
 DTYPES = [*WIRE]
@@ -94,7 +94,7 @@ def test_what_a_request_asks_for(
     found = parse_request(body, length)
     assert found.id == name
     assert found.timeout == (None if timeout is None else timeout / 1e6)
-    assert [(w.name, w.binary, w.classes) for w in found.wanted] == outputs
+    assert [(w.name, w.binary, w.classes) for w in found.requested] == outputs
     assert found.binary == (not outputs)
 
 
@@ -106,9 +106,9 @@ def test_answers(dtype: np.dtype[Any], data: st.DataObject) -> None:
     second = data.draw(arrays(dtype, finite=True))
     texts = np.array([[b"0.5:1:cat", "0.25:0:b\u00e4r".encode(), b""]], object)
     wanted = tuple(
-        WantedOutput(name, binary=binary) for name, binary in zip("abcd", (1, 0, 1, 0), strict=True)
+        RequestedOutput(name, binary=binary) for name, binary in zip("abcd", (1, 0, 1, 0), strict=True)
     )
-    request = InferRequest({}, wanted=wanted, id="7")
+    request = InferRequest({}, requested=wanted, id="7")
     outputs = {"a": first, "b": second, "c": texts, "d": texts}
     parts, length = render_response(InferResponse("m", "3", outputs, request))
     found = InferenceServerClient.parse_response_body(b"".join(parts), header_length=length)
@@ -146,7 +146,7 @@ def document(**changes: Any) -> bytes:
 
 
 def refused(body: bytes, length: int | None = None) -> str:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestError) as caught:
         parse_request(memoryview(body), length)
     assert caught.value.kind == "invalid"
     assert len(caught.value.message) < 1000
@@ -204,7 +204,7 @@ def test_hostile_fields_elsewhere(place: str, value: Any) -> None:
         entry["parameters"] = value
     else:
         entry["parameters"] = {place: value}
-    with contextlib.suppress(Refusal):
+    with contextlib.suppress(RequestError):
         parse_request(memoryview(json.dumps(request).encode()), None)
 
 
@@ -307,10 +307,10 @@ def test_shared_memory_is_refused(where: str) -> None:
     [(None, None), (0, None), ("0", None), (1, 1e-6), ("2000000", 2.0), (2**63, 2**63 / 1e6)],
 )
 def test_timeouts(given: Any, seconds: float | None) -> None:
-    assert timeout_of(given) == seconds
+    assert timeout_seconds(given) == seconds
 
 
 @pytest.mark.parametrize("given", [-1, 0.5, "x", "-1", "", True, False, [], {}, "9" * 50])
 def test_timeouts_that_are_none(given: Any) -> None:
-    with pytest.raises(Refusal, match="is not a number of microseconds"):
-        timeout_of(given)
+    with pytest.raises(RequestError, match="is not a number of microseconds"):
+        timeout_seconds(given)

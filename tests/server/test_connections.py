@@ -6,45 +6,136 @@ import http.client
 import json
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.helpers.live_server import Live, binary_request, serving
+from tests.helpers.clock import Clock
+from tests.helpers.http_connections import LIMITS, Server, run
+from tests.helpers.live_server import PATIENCE, Live, serving
 
-PATIENCE = 1.0
-"""Seconds for a head; the command line's server gives 30."""
-MOST = 4096
-SOON = 8.0
-GATHERING = 2.0
-"""Seconds that an answer takes: longer than the patience."""
-SERVER = f"""
+SECONDS = LIMITS.head_seconds
+GET = b"GET /answers HTTP/1.1\r\nHost: x\r\n\r\n"
+OK = b"HTTP/1.1 200 "
+IMPATIENT = """
 import sys
-from vitdeploy.server.served_model import Settings
-from vitdeploy.server.repository import parse_places
-from vitdeploy.server.process import Endpoint, serve
-from vitdeploy.server.service import Limits
+from vitdeploy.server.process import Endpoint, run_server
+from vitdeploy.server.repository import parse_named_bundles
+from vitdeploy.server.served_model import ModelSettings
+from vitdeploy.server.service import RequestLimits
 
-serve(parse_places(sys.argv[1:]), Settings(max_batch=8, max_delay={GATHERING}),
-      Endpoint(port=0, limits=Limits(head_seconds={PATIENCE}, head_bytes={MOST})),
-      started=lambda server: print("serving", server.url, file=sys.stderr, flush=True))
+endpoint = Endpoint(port=0, limits=RequestLimits(head_seconds=3))
+run_server(parse_named_bundles(sys.argv[1:]), ModelSettings(), endpoint,
+           started=lambda server: print("serving", server.url, file=sys.stderr, flush=True))
 """
-LATE = (408, {"error": "the request's head did not arrive within 1 s"})
-GET = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+"""A server that gives a client three seconds for a head; the command line's gives 30."""
 
 
-@pytest.fixture(scope="module")
-def impatient(linear: Path) -> Iterator[Live]:
-    with serving(linear, command=(sys.executable, "-c", SERVER)) as server:
-        yield server
+def late(seconds: float) -> dict[str, str]:
+    return {"error": f"the request's head did not arrive within {seconds:g} s"}
+
+
+@pytest.mark.parametrize("before", [b"", GET])
+def test_a_head_that_never_ends(before: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        server.may_answer.set()
+        protocol, transport = server.connected()
+        if before:  # a connection that was good once is not trusted for ever
+            protocol.data_received(before)
+            await clock.advance(2 * SECONDS)
+            assert transport.written.startswith(OK)
+            transport.written = b""
+        protocol.data_received(b"POST /v2")
+        await clock.advance(SECONDS - 1)
+        protocol.data_received(b"/models/linear")  # what still comes does not win time
+        await clock.advance(0.999)
+        assert transport.written == b""
+        assert not transport.closed
+        await clock.advance(0.001)
+        assert transport.written.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(transport.written.partition(b"\r\n\r\n")[2]) == late(SECONDS)
+        assert transport.closed
+
+    run(test, caplog, lambda: clock)
+
+
+def test_a_connection_on_which_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        _, transport = server.connected()
+        await clock.advance(SECONDS - 0.001)
+        assert not transport.closed
+        await clock.advance(0.001)
+        assert transport.closed
+        assert transport.written == b""
+
+    run(test, caplog, lambda: clock)
+
+
+def test_a_pause_between_two_requests_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        server.may_answer.set()
+        protocol, transport = server.connected()
+        for _ in range(2):
+            protocol.data_received(GET)
+            await clock.advance(5 * SECONDS)
+        protocol.data_received(GET[:10])
+        await clock.advance(SECONDS - 0.001)
+        protocol.data_received(GET[10:])
+        await clock.advance(5 * SECONDS)
+        assert transport.written.count(b"HTTP/1.1") == transport.written.count(OK) == 3
+        assert not transport.closed
+
+    run(test, caplog, lambda: clock)
+
+
+def test_a_late_head_waits_behind_the_answer_before_it(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        protocol, transport = server.connected()
+        protocol.data_received(GET + b"POST /v2")
+        await clock.advance(3.5 * SECONDS)
+        assert transport.written == b""
+        server.may_answer.set()
+        await clock.advance(0.0)
+        assert transport.written.count(b"HTTP/1.1") == transport.written.count(OK) == 1
+        await clock.advance(SECONDS)
+        assert transport.written.count(b"HTTP/1.1 408 ") == 1
+        assert transport.closed
+
+    run(test, caplog, lambda: clock)
+
+
+def test_nothing_is_said_on_a_connection_that_is_being_closed(caplog: pytest.LogCaptureFixture) -> None:
+    """The server ends, and the answer before may still be on its way to the client."""
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        server.may_answer.set()
+        protocol, transport = server.connected()
+        protocol.data_received(GET)
+        await clock.advance(0.0)
+        answered = transport.written
+        assert answered.startswith(OK)
+        protocol.data_received(b"POST /v2")
+        protocol.shutdown()
+        assert transport.closed
+        await clock.advance(2 * SECONDS)
+        assert transport.written == answered
+
+    run(test, caplog, lambda: clock)
 
 
 @pytest.fixture
-def client(impatient: Live) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", impatient.port), 30) as made:
+def client(live: Live) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", live.port), PATIENCE) as made:
         yield made
 
 
@@ -54,58 +145,21 @@ def reply(client: socket.socket) -> tuple[int, object]:
     return found.status, json.loads(found.read())
 
 
-def require_closed(client: socket.socket) -> None:
-    assert client.recv(1) == b""
+@pytest.mark.slow
+def test_heads_that_never_end_over_sockets(linear: Path) -> None:
+    """One that has begun is told; one that has not is only closed."""
+    with (
+        serving(linear, command=(sys.executable, "-c", IMPATIENT)) as server,
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE) as silent,
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE) as begun,
+    ):
+        begun.sendall(b"POST /v2")
+        assert reply(begun) == (408, late(3))
+        assert begun.recv(1) == silent.recv(1) == b""
 
 
-@pytest.mark.parametrize("before", [b"", GET])
-def test_a_head_that_never_ends(client: socket.socket, before: bytes) -> None:
-    if before:  # a connection that was good once is not trusted for ever
-        client.sendall(before)
-        assert reply(client) == (200, {"live": True})
-    begin = time.perf_counter()
-    client.sendall(b"POST /v2")
-    time.sleep(0.5 * PATIENCE)
-    client.sendall(b"/models/linear")  # what still comes does not win time
-    assert reply(client) == LATE
-    assert 0.5 * PATIENCE < time.perf_counter() - begin < PATIENCE + SOON
-    require_closed(client)
-
-
-def test_a_connection_on_which_nothing_is_said(client: socket.socket) -> None:
-    begin = time.perf_counter()
-    require_closed(client)
-    assert 0.5 * PATIENCE < time.perf_counter() - begin < PATIENCE + SOON
-
-
-def test_a_pause_between_two_requests_is_no_fault(client: socket.socket) -> None:
-    for _ in range(2):
-        client.sendall(GET)
-        assert reply(client) == (200, {"live": True})
-        time.sleep(1.5 * PATIENCE)
-    client.sendall(GET[:10])
-    time.sleep(0.2 * PATIENCE)
-    client.sendall(GET[10:])
-    assert reply(client) == (200, {"live": True})
-
-
-def test_a_late_head_waits_behind_the_answer_before_it(client: socket.socket) -> None:
-    request = binary_request(np.zeros((1, 3, 8, 8), np.float32))
-    length = request.headers["Inference_Header_Content_Length"]
-    head = f"POST /v2/models/linear/infer HTTP/1.1\r\nInference-Header-Content-Length: {length}\r\n"
-    head += f"Content-Length: {len(request.body)}\r\n\r\n"
-    begin = time.perf_counter()
-    client.sendall(head.encode() + request.body + b"POST /v2")
-    first = http.client.HTTPResponse(client)
-    first.begin()
-    assert first.status == 200
-    first.read()
-    assert time.perf_counter() - begin > GATHERING
-    assert reply(client) == LATE
-
-
-def test_headers_without_end(impatient: Live, client: socket.socket) -> None:
-    before = impatient.rss()
+def test_headers_without_end(live: Live, client: socket.socket) -> None:
+    before = live.rss()
     client.sendall(b"GET /v2 HTTP/1.1\r\nX-Long: ")
     try:
         for _ in range(2000):
@@ -113,7 +167,7 @@ def test_headers_without_end(impatient: Live, client: socket.socket) -> None:
     except OSError:
         pass  # the server has said what it has to say
     assert client.recv(1 << 16).startswith(b"HTTP/1.1 431 ")
-    assert impatient.rss() - before < 16 * 1024
+    assert live.rss() - before < 16 * 1024
 
 
 @pytest.mark.parametrize(
@@ -122,4 +176,4 @@ def test_headers_without_end(impatient: Live, client: socket.socket) -> None:
 def test_what_is_no_http(client: socket.socket, text: bytes) -> None:
     client.sendall(text)
     assert reply(client) == (400, {"error": "Invalid HTTP request received."})
-    require_closed(client)
+    assert client.recv(1) == b""

@@ -32,7 +32,7 @@ from tests.helpers.live_server import PATIENCE, Live, binary_request, logits_of,
 from vitdeploy import load
 from vitdeploy.errors import ImageError
 from vitdeploy.images.decode import load_image
-from vitdeploy.server.service import Limits
+from vitdeploy.server.service import RequestLimits
 
 pytestmark = pytest.mark.slow
 PREDICT = "/v1/models/linear:predict"
@@ -66,7 +66,7 @@ def test_generated_requests(linear: Path, seed: int) -> None:
     rng = random.Random(seed)
 
     async def main() -> Counter[str]:
-        async with application(linear, limits=Limits(body_bytes=100_000)) as served:
+        async with application(linear, limits=RequestLimits(body_bytes=100_000)) as served:
 
             async def one(number: int) -> str:
                 attempt = generated(rng)

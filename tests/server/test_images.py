@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.asgi import application
 from tests.helpers.bundles import LABELS, answer_images, random_image, write_bundle
-from tests.helpers.live_server import Live, Reply, serving
+from tests.helpers.live_server import Live, Reply
 from vitdeploy import load
 from vitdeploy.data import digits_images
 
@@ -107,6 +109,7 @@ def test_top_k_that_is_none(live: Live, top_k: str) -> None:
     assert (reply.status, "top_k" in reply.error) == (400, True)
 
 
+@pytest.mark.slow
 def test_the_digits(live_digits: Live, digits: Path) -> None:
     """Real images, and the same answers as the library gives."""
     with load(digits) as predictor:
@@ -187,7 +190,7 @@ def test_one_bad_file_among_good_ones_is_named(live: Live) -> None:
     assert (reply.status, "file 3 (2.png)" in reply.error) == (400, True)
 
 
-def test_huge_images_are_refused_by_their_header(live: Live, linear: Path) -> None:
+def test_huge_images_are_refused_by_their_header(live: Live, strict: Live) -> None:
     """Nothing is decoded: memory stays where it was."""
     header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
     import zlib
@@ -200,9 +203,8 @@ def test_huge_images_are_refused_by_their_header(live: Live, linear: Path) -> No
         reply = live.ask("POST", PATH, data)
         assert (reply.status, "too large" in reply.error) == (400, True), reply
         assert live.rss() - before < 20 * 1024
-    with serving(linear, "--max-pixels", 63) as small:
-        reply = small.ask("POST", PATH, encoded(random_image(0), "PNG"))
-        assert "8x8 pixels exceed the limit of 63" in reply.error
+    reply = strict.ask("POST", PATH, encoded(random_image(0), "PNG"))
+    assert "8x8 pixels exceed the limit of 63" in reply.error
 
 
 @pytest.mark.parametrize("body, kind", [
@@ -258,12 +260,16 @@ def test_too_many_images(live: Live) -> None:
     require_right(reply, *[random_image(0)] * 64)
 
 
-def test_bundles_that_take_no_images(tmp_path: Path, live: Live) -> None:
+def test_bundles_that_take_no_images(tmp_path: Path) -> None:
     """Features are no classes, and without preprocessing there is no input."""
     features = write_bundle(tmp_path / "features.bundle", output="features").root
     blind = write_bundle(tmp_path / "blind.bundle", preprocess=None).root
-    with serving(features, blind) as server:
-        for name, words in (("features", "no classes"), ("blind", "preprocess")):
-            reply = server.ask("POST", f"/v1/models/{name}:predict", png())
-            assert (reply.status, words in reply.error) == (400, True), reply
-        assert server.ask("GET", "/v1/models").document == {"models": ["blind", "features"]}
+
+    async def main() -> None:
+        async with application(features, blind) as served:
+            for name, words in (("features", "no classes"), ("blind", "preprocess")):
+                reply = await served.ask("POST", f"/v1/models/{name}:predict", png())
+                assert (reply.status, words in reply.error) == (400, True), reply
+            assert (await served.ask("GET", "/v1/models")).document == {"models": ["blind", "features"]}
+
+    asyncio.run(main())

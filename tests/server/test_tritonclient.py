@@ -68,6 +68,7 @@ def batches(golden: dict[str, Array]) -> Iterator[tuple[Array, Array]]:
         begin = stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary_in", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("binary_out", [True, False, None], ids=["to_binary", "to_json", "to_default"])
 @pytest.mark.parametrize("request_codec", CODECS)
@@ -95,6 +96,7 @@ def test_golden_images_over_http(
             assert sent_binary == (binary_out is not False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_golden_images_over_grpc(live_digits: Live, golden: dict[str, Array], codec: str | None) -> None:
     with GRPC.InferenceServerClient(live_digits.grpc) as client:
@@ -103,6 +105,7 @@ def test_golden_images_over_grpc(live_digits: Live, golden: dict[str, Array], co
             require_right(reference, result.as_numpy("logits"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_golden_images_over_asyncio_http(
     live_digits: Live, golden: dict[str, Array], codec: str | None
@@ -127,6 +130,7 @@ def test_golden_images_over_asyncio_http(
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_golden_images_over_asyncio_grpc(live_digits: Live, golden: dict[str, Array]) -> None:
     async def main() -> None:
         async with GRPC.aio.InferenceServerClient(live_digits.grpc) as client:

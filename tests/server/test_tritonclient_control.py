@@ -43,18 +43,33 @@ def grpc(live: Live) -> Iterator[Any]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def changing_bundle(linear: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(linear, tmp_path_factory.mktemp("changing") / "linear.bundle"))
+
+
+@pytest.fixture(scope="module")
+def shared_changing(changing_bundle: Path, linear: Path, twice: Path) -> Iterator[Live]:
+    with serving(changing_bundle, f"both={linear}", f"both={twice}", "--reload-seconds", 0) as server:
+        yield server
+
+
 @pytest.fixture
-def own(linear: Path, twice: Path, tmp_path: Path) -> Iterator[Live]:
-    """A server whose models a test may change: ``linear``, and ``both`` in versions 1 and 2."""
-    folder = Path(shutil.copytree(linear, tmp_path / "linear.bundle"))
-    with serving(folder, f"both={linear}", f"both={twice}", "--reload-seconds", 0) as server:
+def changing(shared_changing: Live) -> Iterator[Live]:
+    """A server whose models a test may change: ``linear``, and ``both`` in versions 1 and 2.
+
+    Both are loaded anew for each test, and so have served nobody.
+    """
+    with shared_changing.watched() as server:
+        for name in ("linear", "both"):
+            assert server.ask("POST", f"/v2/repository/models/{name}/load", b"{}").status == 200
         yield server
 
 
 @pytest.fixture(params=["http", "grpc"])
-def client(request: pytest.FixtureRequest, own: Live) -> Iterator[Any]:
+def client(request: pytest.FixtureRequest, changing: Live) -> Iterator[Any]:
     """Of the server that may be changed, over each transport."""
-    library, address = (HTTP, own.address) if request.param == "http" else (GRPC, own.grpc)
+    library, address = (HTTP, changing.address) if request.param == "http" else (GRPC, changing.grpc)
     with library.InferenceServerClient(address) as made:
         made.library = library
         yield made
@@ -244,22 +259,26 @@ def test_unloading_and_loading(client: Any) -> None:
     assert np.allclose(found, answer(PIXELS), rtol=1e-4, atol=1e-4)
 
 
-def test_a_bundle_that_cannot_be_loaded_leaves_the_old_one_in_service(client: Any, tmp_path: Path) -> None:
-    (tmp_path / "linear.bundle" / "model.onnx").unlink()
-    with pytest.raises(InferenceServerException, match=r"failed to load 'linear': .*model.onnx is missing"):
-        client.load_model("linear")
+def test_a_bundle_that_cannot_be_loaded_leaves_the_old_one_in_service(
+    client: Any, changing_bundle: Path
+) -> None:
+    model = (changing_bundle / "model.onnx").rename(changing_bundle.with_name("model.onnx"))
+    try:
+        with pytest.raises(InferenceServerException, match=r"failed to load 'linear': .*onnx is missing"):
+            client.load_model("linear")
+    finally:
+        model.rename(changing_bundle / "model.onnx")
     found = client.infer("linear", [tensor(client.library)]).as_numpy("logits")
     assert np.allclose(found, answer(PIXELS), rtol=1e-4, atol=1e-4)
 
 
-def test_a_server_whose_models_are_fixed(linear: Path) -> None:
-    with serving(linear, "--fixed-models") as server:
-        for library, address in ((HTTP, server.address), (GRPC, server.grpc)):
-            with library.InferenceServerClient(address) as client:
-                for change in (client.load_model, client.unload_model):
-                    with pytest.raises(InferenceServerException, match="not for its clients"):
-                        change("linear")
-                assert client.is_model_ready("linear")
+def test_a_server_whose_models_are_fixed(strict: Live) -> None:
+    for library, address in ((HTTP, strict.address), (GRPC, strict.grpc)):
+        with library.InferenceServerClient(address) as client:
+            for change in (client.load_model, client.unload_model):
+                with pytest.raises(InferenceServerException, match="not for its clients"):
+                    change("linear")
+            assert client.is_model_ready("linear")
 
 
 def plain(client: Any, name: str = "", version: str = "") -> list[dict[str, Any]]:
@@ -300,20 +319,23 @@ def test_statistics_add_up(client: Any) -> None:
     assert [entry["version"] for entry in plain(client, "both", "1")] == ["1"]
 
 
-def test_prometheus_agrees_with_the_statistics(own: Live) -> None:
-    with HTTP.InferenceServerClient(own.address) as client:
+def metrics(live: Live) -> dict[str, float]:
+    lines = live.ask("GET", "/metrics").body.decode().splitlines()
+    return {key: float(value) for key, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_prometheus_agrees_with_the_statistics(changing: Live) -> None:
+    before = metrics(changing)
+    with HTTP.InferenceServerClient(changing.address) as client:
         for _ in range(3):
             client.infer("linear", [tensor(HTTP)])
         with pytest.raises(InferenceServerException):
             client.infer("linear", [tensor(HTTP, PIXELS[:, :, :7])])
-    lines = own.ask("GET", "/metrics").body.decode().splitlines()
-    values = {
-        key: float(value) for key, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")
-    }
+    values = {key: value - before.get(key, 0.0) for key, value in metrics(changing).items()}
     label = 'model="linear",version="1"'
     assert values['vitdeploy_requests_total{model="linear",outcome="ok",version="1"}'] == 3
     assert values['vitdeploy_requests_total{model="linear",outcome="invalid",version="1"}'] == 1
     assert values[f"vitdeploy_images_total{{{label}}}"] == 6
     assert values[f"vitdeploy_request_seconds_count{{{label}}}"] == 3
     assert values[f"vitdeploy_batch_size_sum{{{label}}}"] == 6
-    assert values[f"vitdeploy_queue_images{{{label}}}"] == 0
+    assert metrics(changing)[f"vitdeploy_queue_images{{{label}}}"] == 0

@@ -9,7 +9,7 @@ import typer
 from vitdeploy.cli import output, parse
 
 if TYPE_CHECKING:
-    from vitdeploy.server.process import Started
+    from vitdeploy.server.process import RunningServer
 
 SUMMARY = "Serve bundles over HTTP and gRPC."
 EXAMPLES = (
@@ -25,48 +25,88 @@ def command(
         list[str],
         typer.Argument(
             metavar="[NAME[@VERSION]=]BUNDLE...",
-            help="Bundles; without a NAME it is the folder's, without its suffix.",
+            help="Bundles to serve. NAME is the folder's name without its suffix where none is given.",
             show_default=False,
         ),
     ],
-    host: Annotated[str, typer.Option(metavar="H", help="0.0.0.0 is every network.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(metavar="H", help="Address to listen on; 0.0.0.0 is every network.")
+    ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="P", help="Of HTTP; 0 is any free one.")
+        int, typer.Option(min=0, max=65535, metavar="P", help="Port for HTTP; 0 is any free one.")
     ] = 8000,
     grpc_port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, metavar="P", help="Of gRPC; 0 is any free one.  [default: no gRPC]"),
+        typer.Option(
+            min=0, max=65535, metavar="P", help="Port for gRPC; 0 is any free one.  [default: no gRPC]"
+        ),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(metavar="B", help="The runtime.  [default: the one picked, or onnxruntime]")
+        str | None,
+        typer.Option(
+            metavar="B", help="Runtime to serve with.  [default: what `bench --pick` chose, else onnxruntime]"
+        ),
     ] = None,
     artifact: Annotated[
-        str | None, typer.Option(metavar="A", help="Its name or precision.  [default: the most precise]")
+        str | None,
+        typer.Option(
+            metavar="A", help="Artifact to serve, by name or precision.  [default: the most precise]"
+        ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads of a session.")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads of each session.")] = None,
     provider: Annotated[
-        str | None, typer.Option(metavar="P", help="ONNX Runtime's: cpu, cuda, tensorrt, tensorrt-rtx.")
+        str | None,
+        typer.Option(
+            metavar="P", help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx."
+        ),
     ] = None,
-    instances: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions per model.")] = 1,
+    instances: Annotated[int, typer.Option(min=1, metavar="N", help="Number of sessions per model.")] = 1,
     max_batch: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Images that run together.  [default: the artifact's]"),
+        typer.Option(
+            min=1, metavar="N", help="Largest number of images that run together.  [default: the artifact's]"
+        ),
     ] = None,
     max_delay_ms: Annotated[
-        float, typer.Option(min=0, max=60000, metavar="MS", help="How long a free session waits for company.")
+        float,
+        typer.Option(
+            min=0, max=60000, metavar="MS", help="Longest time that a free session waits for more requests."
+        ),
     ] = 0.0,
     buckets: Annotated[
         str | None, typer.Option(metavar="N,...", help="Fill batches up to these sizes.  [default: any size]")
     ] = None,
-    max_queue: Annotated[int, typer.Option(min=1, metavar="N", help="Images that wait; more get 429.")] = 256,
-    timeout: Annotated[str, typer.Option(metavar="T", help="In the queue, at most.")] = "30s",
-    max_body: Annotated[str, typer.Option(metavar="SIZE", help="Of a request.")] = "64MiB",
-    max_pixels: Annotated[int, typer.Option(min=1, metavar="N", help="Of an image.")] = 50_000_000,
-    max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Image files of a request.")] = 64,
-    drain: Annotated[str, typer.Option(metavar="T", help="For requests in hand, at the end.")] = "30s",
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Largest number of images that wait in the queue; more are refused with 429.",
+        ),
+    ] = 256,
+    timeout: Annotated[
+        str, typer.Option(metavar="T", help="Longest time that a request waits in the queue.")
+    ] = "30s",
+    max_body: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest size of a request's body.")
+    ] = "64MiB",
+    max_pixels: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Largest number of pixels of an image.")
+    ] = 50_000_000,
+    max_images: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Largest number of image files in a request.")
+    ] = 64,
+    drain: Annotated[
+        str, typer.Option(metavar="T", help="Longest time that the end waits for accepted requests.")
+    ] = "30s",
     reload_seconds: Annotated[
         float,
-        typer.Option(min=0, max=86400, metavar="S", help="Between looks for a changed bundle; 0 is never."),
+        typer.Option(
+            min=0,
+            max=86400,
+            metavar="S",
+            help="Time between two checks whether a bundle changed; 0 is never.",
+        ),
     ] = 2.0,
     fixed_models: Annotated[
         bool, typer.Option("--fixed-models", help="Clients may not load and unload models.")
@@ -76,32 +116,32 @@ def command(
 
     The Open Inference Protocol v2 (tritonclient works unchanged), image files at
     /v1/models/NAME:predict, Prometheus metrics at /metrics, a page to try images at /. Each bundle is
-    proven against its golden outputs before it takes requests; one that is replaced on disk is loaded
+    checked against its golden outputs before it takes requests; one that is replaced on disk is loaded
     anew without a gap. Requests of all clients are batched together.
     """
     from vitdeploy.backends.base import Options
-    from vitdeploy.server.process import Endpoint, serve
-    from vitdeploy.server.repository import parse_places
-    from vitdeploy.server.served_model import Settings
-    from vitdeploy.server.service import Limits
+    from vitdeploy.server.process import Endpoint, run_server
+    from vitdeploy.server.repository import parse_named_bundles
+    from vitdeploy.server.served_model import ModelSettings
+    from vitdeploy.server.service import RequestLimits
 
     options = Options(threads=threads, provider=provider)
     sizes = parse.integers(buckets, "--buckets") if buckets is not None else ()
     wait, delay = parse.duration(timeout, "--timeout"), max_delay_ms / 1000
-    settings = Settings(
+    settings = ModelSettings(
         backend, artifact, options, instances, max_batch, delay, max_queue, wait, sizes, max_pixels
     )
-    body = parse.byte_count(max_body, "--max-body") or Limits.body_bytes
-    limits, ending = Limits(body_bytes=body, images=max_images), parse.duration(drain, "--drain")
+    body = parse.byte_count(max_body, "--max-body") or RequestLimits.body_bytes
+    limits, ending = RequestLimits(body_bytes=body, images=max_images), parse.duration(drain, "--drain")
     endpoint = Endpoint(host, port, grpc_port, reload_seconds, ending, not fixed_models, limits)
     with output.Stages() as stages:
-        end = serve(parse_places(bundles), settings, endpoint, started=_started, progress=stages)
+        end = run_server(parse_named_bundles(bundles), settings, endpoint, started=_started, progress=stages)
     answered = "every accepted request answered" if end.complete else f"not all was answered within {drain}"
     output.note(f"stopped by signal {end.signal}, {answered}")
     return 0
 
 
-def _started(server: Started) -> None:
+def _started(server: RunningServer) -> None:
     for model in server.repository.models:
         if model.note:
             output.note(f"{model.name}: {model.note}")

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from vitdeploy.errors import VitdeployError
-from vitdeploy.server.messages import Array, Refusal
+from vitdeploy.server.messages import Array, RequestError
 
 Arrays = Mapping[str, Array]
 Run = Callable[[Arrays], Arrays]
@@ -29,7 +29,7 @@ _RATE_MEMORY = 0.9
 
 
 @dataclass(frozen=True)
-class Rules:
+class BatchingRules:
     """How requests become batches."""
 
     gather: int
@@ -70,7 +70,7 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True)
-class Answer:
+class RequestOutputs:
     """The rows of one request, and where their time went."""
 
     outputs: Arrays
@@ -88,7 +88,7 @@ class Answer:
 class _Waiting:
     inputs: Arrays
     rows: int
-    future: asyncio.Future[Answer]
+    future: asyncio.Future[RequestOutputs]
     arrived: float
     queued: bool = True
 
@@ -102,7 +102,7 @@ class Batcher:
         runs: one callable per session; each is called from one thread at a time.
     """
 
-    def __init__(self, runs: Sequence[Run], rules: Rules, observer: Observer) -> None:
+    def __init__(self, runs: Sequence[Run], rules: BatchingRules, observer: Observer) -> None:
         self.rules = rules
         self._observer = observer
         self._queue: deque[_Waiting] = deque()
@@ -119,7 +119,7 @@ class Batcher:
         """Rows in the queue."""
         return self._rows
 
-    async def submit(self, inputs: Arrays, timeout: float | None = None) -> Answer:
+    async def submit(self, inputs: Arrays, timeout: float | None = None) -> RequestOutputs:
         """Run one request's rows, together with others'.
 
         Args:
@@ -127,16 +127,16 @@ class Batcher:
             timeout: seconds within which the run must begin, if that is less than the rules' own.
 
         Raises:
-            Refusal: too many rows, the queue is full, the time is over, or the run failed.
+            RequestError: too many rows, the queue is full, the time is over, or the run failed.
         """
         rows = len(next(iter(inputs.values())))
         if rows > self.rules.max_rows:
-            raise Refusal("invalid", f"a batch of {rows}, but at most {self.rules.max_rows} are served")
+            raise RequestError("invalid", f"a batch of {rows}, but at most {self.rules.max_rows} are served")
         if self._closing:
-            raise Refusal("unavailable", "the model is being unloaded", retry_after=1.0)
+            raise RequestError("unavailable", "the model is being unloaded", retry_after=1.0)
         if self._rows + rows > self.rules.max_queue:
-            raise Refusal("overloaded", "Exceeds maximum queue size", retry_after=self.busy_for())
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+            raise RequestError("overloaded", "Exceeds maximum queue size", retry_after=self.busy_for())
+        future: asyncio.Future[RequestOutputs] = asyncio.get_running_loop().create_future()
         entry = _Waiting(inputs, rows, future, arrived=time.perf_counter())
         self._queue.append(entry)
         self._count(rows)
@@ -158,7 +158,7 @@ class Batcher:
         for entry in self._queue:
             if not entry.future.done():
                 entry.future.set_exception(
-                    Refusal("unavailable", "the server is shutting down", retry_after=1.0)
+                    RequestError("unavailable", "the server is shutting down", retry_after=1.0)
                 )
 
     async def close(self) -> None:
@@ -181,7 +181,7 @@ class Batcher:
 
     def _expire(self, entry: _Waiting, limit: float) -> None:
         if entry.queued and not entry.future.done():
-            entry.future.set_exception(Refusal("timeout", f"no session was free within {limit:g} s"))
+            entry.future.set_exception(RequestError("timeout", f"no session was free within {limit:g} s"))
 
     async def _work(self, run: Run) -> None:
         """One session's life."""
@@ -263,14 +263,16 @@ def _answer(batch: Sequence[_Waiting], outputs: Arrays, finite: Array, begin: fl
     first, rows, all_finite = 0, sum(entry.rows for entry in batch), bool(finite.all())
     for entry in batch:
         good = all_finite or bool(finite[first : first + entry.rows].all())
-        own = {name: array[first : first + entry.rows].copy() for name, array in outputs.items()}
+        copied = {name: array[first : first + entry.rows].copy() for name, array in outputs.items()}
         first += entry.rows
         if not entry.future.done():
-            entry.future.set_result(Answer(own, begin - entry.arrived, seconds, rows, good))
+            entry.future.set_result(RequestOutputs(copied, begin - entry.arrived, seconds, rows, good))
 
 
 def _fail(batch: Sequence[_Waiting], error: Exception) -> None:
     message = error.message if isinstance(error, VitdeployError) else f"{type(error).__name__}: {error}"
     for entry in batch:
         if not entry.future.done():
-            entry.future.set_exception(Refusal("internal", f"the run failed: {' '.join(message.split())}"))
+            entry.future.set_exception(
+                RequestError("internal", f"the run failed: {' '.join(message.split())}")
+            )

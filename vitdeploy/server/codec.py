@@ -15,7 +15,7 @@ import numpy as np
 
 from vitdeploy.bundle.dtypes import DATATYPES
 from vitdeploy.errors import MissingDependency
-from vitdeploy.server.messages import Array, InferRequest, InferResponse, Refusal, WantedOutput
+from vitdeploy.server.messages import Array, InferRequest, InferResponse, RequestedOutput, RequestError
 
 WIRE = {np.dtype(name): wire for name, wire in DATATYPES.items() if name != "bfloat16"}
 """The protocol's names of numpy's dtypes, which it takes long to name."""
@@ -26,30 +26,30 @@ _MAX_DIMENSIONS = 8
 _MOST_ELEMENTS = 1 << 31
 
 
-def dtype_of(datatype: Any, where: str) -> np.dtype[Any]:
+def protocol_dtype(datatype: Any, where: str) -> np.dtype[Any]:
     """numpy's dtype of a protocol's datatype.
 
     Raises:
-        Refusal: there is none.
+        RequestError: there is none.
     """
     if not isinstance(datatype, str) or datatype not in _DTYPES:
-        raise Refusal("invalid", f"{where}: datatype {_short(datatype)} is not supported")
+        raise RequestError("invalid", f"{where}: datatype {_short(datatype)} is not supported")
     return _DTYPES[datatype]
 
 
-def shape_of(shape: Any, where: str) -> tuple[int, ...]:
+def checked_shape(shape: Any, where: str) -> tuple[int, ...]:
     """A shape that a client sent.
 
     Raises:
-        Refusal: not a list of sizes, or beyond all reason.
+        RequestError: not a list of sizes, or beyond all reason.
     """
     good = (
         isinstance(shape, Sequence) and not isinstance(shape, str | bytes) and len(shape) <= _MAX_DIMENSIONS
     )
     if not good or any(type(n) is not int or not 0 <= n <= _MOST_ELEMENTS for n in shape):
-        raise Refusal("invalid", f"{where}: shape {_short(shape)} is not a list of sizes")
+        raise RequestError("invalid", f"{where}: shape {_short(shape)} is not a list of sizes")
     if math.prod(shape) > _MOST_ELEMENTS:
-        raise Refusal("invalid", f"{where}: shape {_short(shape)} has too many elements")
+        raise RequestError("invalid", f"{where}: shape {_short(shape)} has too many elements")
     return tuple(shape)
 
 
@@ -57,11 +57,11 @@ def from_bytes(data: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], w
     """A tensor from its little-endian bytes; the array is a view of them.
 
     Raises:
-        Refusal: there are too few or too many.
+        RequestError: there are too few or too many.
     """
     size = math.prod(shape) * dtype.itemsize
     if len(data) != size:
-        raise Refusal(
+        raise RequestError(
             "invalid", f"{where}: {len(data)} bytes, but {list(shape)} of {dtype} have {size} bytes"
         )
     return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
@@ -71,21 +71,21 @@ def from_numbers(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], where:
     """A tensor from JSON numbers, flat or nested, row by row.
 
     Raises:
-        Refusal: not numbers, not as many as the shape has, or outside the dtype's range.
+        RequestError: not numbers, not as many as the shape has, or outside the dtype's range.
     """
     if not isinstance(data, list):
-        raise Refusal("invalid", f"{where}: data is not an array")
+        raise RequestError("invalid", f"{where}: data is not an array")
     try:
         array = np.array(data)
         if dtype.kind in "iu" and array.dtype.kind == "f":  # numpy's way with integers beyond int64
             array = np.array(data, dtype=object)
     except (ValueError, OverflowError) as error:
-        raise Refusal("invalid", f"{where}: data is not an array of numbers of one shape") from error
-    wanted: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
-    if not _types(data) <= wanted.get(dtype.kind, {int}):
-        raise Refusal("invalid", f"{where}: data does not fit the datatype {WIRE[dtype]}")
+        raise RequestError("invalid", f"{where}: data is not an array of numbers of one shape") from error
+    allowed: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
+    if not _types(data) <= allowed.get(dtype.kind, {int}):
+        raise RequestError("invalid", f"{where}: data does not fit the datatype {WIRE[dtype]}")
     if array.size != math.prod(shape) or (array.ndim > 1 and array.shape != shape):
-        raise Refusal(
+        raise RequestError(
             "invalid",
             f"{where}: data has {_short(list(array.shape))} elements, but the shape is {list(shape)}",
         )
@@ -97,17 +97,17 @@ def from_numbers(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], where:
     except OverflowError:
         exact = False
     if not exact:
-        raise Refusal("invalid", f"{where}: data is outside the range of {WIRE[dtype]}")
+        raise RequestError("invalid", f"{where}: data is outside the range of {WIRE[dtype]}")
     return converted
 
 
 def _types(data: list[Any]) -> set[type]:
     """What kinds of values there are, in lists within lists too; to numpy, true is 1."""
-    found: set[type] = set(map(type, data))
-    if list in found:
-        found.remove(list)
-        found = found.union(*(_types(item) for item in data if isinstance(item, list)))
-    return found
+    types: set[type] = set(map(type, data))
+    if list in types:
+        types.remove(list)
+        types = types.union(*(_types(item) for item in data if isinstance(item, list)))
+    return types
 
 
 def parse_request(body: memoryview, header_length: int | None) -> InferRequest:
@@ -118,10 +118,10 @@ def parse_request(body: memoryview, header_length: int | None) -> InferRequest:
         header_length: of the JSON, as ``Inference-Header-Content-Length`` says; None is all of it.
 
     Raises:
-        Refusal: says what is wrong and where.
+        RequestError: says what is wrong and where.
     """
     if header_length is not None and not 0 < header_length <= len(body):
-        raise Refusal(
+        raise RequestError(
             "invalid",
             f"Inference-Header-Content-Length is {header_length}, but the body has {len(body)} bytes",
         )
@@ -131,17 +131,22 @@ def parse_request(body: memoryview, header_length: int | None) -> InferRequest:
     for index, entry in enumerate(_entries(document, "inputs", required=True)):
         name = _name(entry, f"inputs[{index}]")
         if name in inputs:
-            raise Refusal("invalid", f"input '{name}' is given twice")
+            raise RequestError("invalid", f"input '{name}' is given twice")
         inputs[name], tail = _input(entry, f"input '{name}'", tail)
     if tail:
-        raise Refusal("invalid", f"{len(tail)} bytes behind the tensors that the JSON announces")
+        raise RequestError("invalid", f"{len(tail)} bytes behind the tensors that the JSON announces")
     parameters = _parameters(document, "the request")
+    binary = parameters.get("binary_data_output") is True
+    requested = []
+    for index, entry in enumerate(_entries(document, "outputs", required=False)):
+        name = _name(entry, f"outputs[{index}]")
+        requested.append(requested_output(name, _parameters(entry, f"output '{name}'"), binary=binary))
     return InferRequest(
         inputs=inputs,
-        wanted=tuple(_wanted(document, binary=parameters.get("binary_data_output") is True)),
-        binary=parameters.get("binary_data_output") is True,
+        requested=tuple(requested),
+        binary=binary,
         id=_id(document),
-        timeout=timeout_of(parameters.get("timeout")),
+        timeout=timeout_seconds(parameters.get("timeout")),
     )
 
 
@@ -194,7 +199,7 @@ def parse_json(data: bytes | memoryview) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        Refusal: not JSON, or no object.
+        RequestError: not JSON, or no object.
         MissingDependency: orjson is not installed.
     """
     try:
@@ -204,67 +209,59 @@ def parse_json(data: bytes | memoryview) -> dict[str, Any]:
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise Refusal("invalid", f"failed to parse the request JSON: {error}") from error
+        raise RequestError("invalid", f"failed to parse the request JSON: {error}") from error
     if not isinstance(document, dict):
-        raise Refusal("invalid", "failed to parse the request JSON: not an object")
+        raise RequestError("invalid", "failed to parse the request JSON: not an object")
     return document
 
 
-def timeout_of(microseconds: Any) -> float | None:
+def timeout_seconds(microseconds: Any) -> float | None:
     """A request's ``timeout`` parameter, in seconds; zero is none, as elsewhere.
 
     Raises:
-        Refusal: not a whole number of microseconds.
+        RequestError: not a whole number of microseconds.
     """
     if isinstance(microseconds, str) and microseconds.isdecimal() and len(microseconds) < 20:
         microseconds = int(microseconds)
     if microseconds is None or (microseconds == 0 and not isinstance(microseconds, bool)):
         return None
     if not isinstance(microseconds, int) or isinstance(microseconds, bool) or microseconds < 0:
-        raise Refusal("invalid", f"timeout {_short(microseconds)} is not a number of microseconds")
+        raise RequestError("invalid", f"timeout {_short(microseconds)} is not a number of microseconds")
     return microseconds / 1e6
 
 
-def wanted_output(name: str, parameters: Mapping[str, Any], *, binary: bool) -> WantedOutput:
+def requested_output(name: str, parameters: Mapping[str, Any], *, binary: bool) -> RequestedOutput:
     """An output as its entry in the request asks for it.
 
     Raises:
-        Refusal: a classification of no classes.
+        RequestError: a classification of no classes.
     """
     classes = parameters.get("classification", 0)
     if not isinstance(classes, int) or isinstance(classes, bool) or not 0 <= classes < 1 << 31:
-        raise Refusal(
+        raise RequestError(
             "invalid", f"output '{name}': classification {_short(classes)} is not a number of classes"
         )
     if "shared_memory_region" in parameters:
-        raise Refusal("invalid", f"output '{name}': shared memory is not supported")
-    return WantedOutput(name, classes, bool(parameters.get("binary_data", binary)))
+        raise RequestError("invalid", f"output '{name}': shared memory is not supported")
+    return RequestedOutput(name, classes, bool(parameters.get("binary_data", binary)))
 
 
 def _input(entry: Mapping[str, Any], where: str, tail: memoryview) -> tuple[Array, memoryview]:
     """One input, and what of the binary tail is left behind it."""
-    dtype, shape = dtype_of(entry.get("datatype"), where), shape_of(entry.get("shape"), where)
+    dtype, shape = protocol_dtype(entry.get("datatype"), where), checked_shape(entry.get("shape"), where)
     parameters = _parameters(entry, where)
     if "shared_memory_region" in parameters:
-        raise Refusal("invalid", f"{where}: shared memory is not supported")
+        raise RequestError("invalid", f"{where}: shared memory is not supported")
     size = parameters.get("binary_data_size")
     if size is None:
         return from_numbers(entry.get("data"), dtype, shape, where), tail
     if "data" in entry:
-        raise Refusal("invalid", f"{where}: has both data and binary_data_size")
+        raise RequestError("invalid", f"{where}: has both data and binary_data_size")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(tail):
-        raise Refusal(
+        raise RequestError(
             "invalid", f"{where}: binary_data_size is {_short(size)}, but {len(tail)} bytes are left"
         )
     return from_bytes(tail[:size], dtype, shape, where), tail[size:]
-
-
-def _wanted(document: Mapping[str, Any], *, binary: bool) -> list[WantedOutput]:
-    found = []
-    for index, entry in enumerate(_entries(document, "outputs", required=False)):
-        name = _name(entry, f"outputs[{index}]")
-        found.append(wanted_output(name, _parameters(entry, f"output '{name}'"), binary=binary))
-    return found
 
 
 def _entries(document: Mapping[str, Any], key: str, *, required: bool) -> list[dict[str, Any]]:
@@ -272,17 +269,17 @@ def _entries(document: Mapping[str, Any], key: str, *, required: bool) -> list[d
     if entries is None and not required:
         return []
     if not isinstance(entries, list) or (required and not entries):
-        raise Refusal("invalid", f"the request has no array '{key}'")
+        raise RequestError("invalid", f"the request has no array '{key}'")
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise Refusal("invalid", f"{key}[{index}] is not an object")
+            raise RequestError("invalid", f"{key}[{index}] is not an object")
     return entries
 
 
 def _name(entry: Mapping[str, Any], where: str) -> str:
     name = entry.get("name")
     if not isinstance(name, str) or not name:
-        raise Refusal("invalid", f"{where} has no name")
+        raise RequestError("invalid", f"{where} has no name")
     return name[:200]
 
 
@@ -291,14 +288,14 @@ def _parameters(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
-        raise Refusal("invalid", f"{where}: parameters is not an object")
+        raise RequestError("invalid", f"{where}: parameters is not an object")
     return parameters
 
 
 def _id(document: Mapping[str, Any]) -> str:
     given = document.get("id", "")
     if not isinstance(given, str):
-        raise Refusal("invalid", "the request's id is not a string")
+        raise RequestError("invalid", "the request's id is not a string")
     return given
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from vitdeploy.server.service import Limits
+from vitdeploy.server.service import RequestLimits
 
 
-class Protocol(HttpToolsProtocol):
+class BoundedHttpProtocol(HttpToolsProtocol):
     """What ``uvicorn.Config`` takes as ``http``, its limits bound."""
 
     _begun = False
@@ -25,7 +25,7 @@ class Protocol(HttpToolsProtocol):
     """Bytes of that head so far, beyond those that came together with its first."""
     _expiry: asyncio.TimerHandle | None = None
 
-    def __init__(self, *uvicorn: Any, limits: Limits, **more: Any) -> None:
+    def __init__(self, *uvicorn: Any, limits: RequestLimits, **more: Any) -> None:
         super().__init__(*uvicorn, **more)
         self._limits = limits
         self._cycles: deque[RequestResponseCycle] = deque()

@@ -17,18 +17,18 @@ from vitdeploy._version import __version__
 from vitdeploy.errors import MissingDependency, UsageError, VitdeployError
 from vitdeploy.server.codec import (
     WIRE,
-    dtype_of,
+    checked_shape,
     from_bytes,
     length_prefixed,
     little_endian,
-    shape_of,
-    timeout_of,
-    wanted_output,
+    protocol_dtype,
+    requested_output,
+    timeout_seconds,
 )
-from vitdeploy.server.messages import Array, InferRequest, InferResponse, Kind, Refusal
+from vitdeploy.server.messages import Array, ErrorKind, InferRequest, InferResponse, RequestError
 from vitdeploy.server.service import EXTENSIONS, Service
 
-_CODES: Mapping[Kind, str] = {
+_CODES: Mapping[ErrorKind, str] = {
     "invalid": "INVALID_ARGUMENT",
     "not found": "NOT_FOUND",
     "too slow": "DEADLINE_EXCEEDED",
@@ -123,8 +123,8 @@ def _guarded(call: _Call, service: Service, messages: Any) -> Any:
 
         try:
             return await call(request, service, messages)
-        except Refusal as refusal:
-            await context.abort(getattr(grpc.StatusCode, _CODES[refusal.kind]), refusal.message)
+        except RequestError as error:
+            await context.abort(getattr(grpc.StatusCode, _CODES[error.kind]), error.message)
         except VitdeployError as error:
             await context.abort(grpc.StatusCode.INTERNAL, error.message)
 
@@ -139,7 +139,7 @@ def _stream(service: Service, messages: Any) -> Any:
             try:
                 answer = await _model_infer(request, service, messages)
                 yield messages.ModelStreamInferResponse(infer_response=answer)
-            except (Refusal, VitdeployError) as error:
+            except (RequestError, VitdeployError) as error:
                 empty = messages.ModelInferResponse(id=request.id)
                 yield messages.ModelStreamInferResponse(error_message=error.message, infer_response=empty)
 
@@ -157,8 +157,8 @@ async def _server_ready(request: Any, service: Service, messages: Any) -> Any:
 async def _model_ready(request: Any, service: Service, messages: Any) -> Any:
     try:
         service.repository.get(request.name, request.version)
-    except Refusal as refusal:
-        if refusal.kind != "unavailable":
+    except RequestError as error:
+        if error.kind != "unavailable":
             raise
         return messages.ModelReadyResponse(ready=False)
     return messages.ModelReadyResponse(ready=True)
@@ -207,7 +207,9 @@ async def _repository_load(request: Any, service: Service, messages: Any) -> Any
     service.require_open()
     service.require_control()
     if request.parameters:
-        raise Refusal("invalid", "load takes no parameters: a model is loaded from where the server has it")
+        raise RequestError(
+            "invalid", "load takes no parameters: a model is loaded from where the server has it"
+        )
     await service.repository.load(request.model_name)
     return messages.RepositoryModelLoadResponse()
 
@@ -219,66 +221,63 @@ async def _repository_unload(request: Any, service: Service, messages: Any) -> A
 
 
 async def _model_infer(request: Any, service: Service, messages: Any) -> Any:
-    answer = await service.infer(request.model_name, request.model_version, await _parse(request))
+    if request.raw_input_contents:
+        parsed = _parse(request)
+    else:  # typed contents are slow to read
+        parsed = await asyncio.to_thread(_parse, request)
+    answer = await service.infer(request.model_name, request.model_version, parsed)
     return _render(answer, messages)
 
 
-async def _parse(request: Any) -> InferRequest:
-    """Raw contents when there are any; typed ones, which are slow to read, away from the event loop."""
-    if request.raw_input_contents:
-        return parse(request)
-    return await asyncio.to_thread(parse, request)
-
-
-def parse(request: Any) -> InferRequest:
+def _parse(request: Any) -> InferRequest:
     """Read a ``ModelInferRequest``.
 
     Raises:
-        Refusal: says what is wrong and where.
+        RequestError: says what is wrong and where.
     """
     raw = request.raw_input_contents
     if not request.inputs:
-        raise Refusal("invalid", "the request has no inputs")
+        raise RequestError("invalid", "the request has no inputs")
     if raw and len(raw) != len(request.inputs):
-        raise Refusal("invalid", f"{len(raw)} raw contents for {len(request.inputs)} inputs")
+        raise RequestError("invalid", f"{len(raw)} raw contents for {len(request.inputs)} inputs")
     inputs: dict[str, Array] = {}
     for index, tensor in enumerate(request.inputs):
         where = f"input '{tensor.name[:200]}'"
         if tensor.name in inputs:
-            raise Refusal("invalid", f"{where} is given twice")
+            raise RequestError("invalid", f"{where} is given twice")
         if "shared_memory_region" in tensor.parameters:
-            raise Refusal("invalid", f"{where}: shared memory is not supported")
-        dtype, shape = dtype_of(tensor.datatype, where), shape_of(list(tensor.shape), where)
+            raise RequestError("invalid", f"{where}: shared memory is not supported")
+        dtype, shape = protocol_dtype(tensor.datatype, where), checked_shape(list(tensor.shape), where)
         if raw and tensor.HasField("contents"):
-            raise Refusal("invalid", f"{where}: has both contents and raw contents")
+            raise RequestError("invalid", f"{where}: has both contents and raw contents")
         if raw:
             inputs[tensor.name] = from_bytes(memoryview(raw[index]), dtype, shape, where)
         else:
             inputs[tensor.name] = _typed(tensor, dtype, shape, where)
-    wanted = [
-        wanted_output(output.name, _plain(output.parameters), binary=True) for output in request.outputs
+    requested = [
+        requested_output(output.name, _plain(output.parameters), binary=True) for output in request.outputs
     ]
     return InferRequest(
         inputs=inputs,
-        wanted=tuple(wanted),
+        requested=tuple(requested),
         binary=True,
         id=request.id,
-        timeout=timeout_of(_plain(request.parameters).get("timeout")),
+        timeout=timeout_seconds(_plain(request.parameters).get("timeout")),
     )
 
 
 def _typed(tensor: Any, dtype: np.dtype[Any], shape: tuple[int, ...], where: str) -> Array:
     """A tensor from the protocol's typed fields."""
     if tensor.datatype not in _TYPED:
-        raise Refusal("invalid", f"{where}: {tensor.datatype} has to be sent as raw contents")
+        raise RequestError("invalid", f"{where}: {tensor.datatype} has to be sent as raw contents")
     numbers = getattr(tensor.contents, _TYPED[tensor.datatype])
     size = int(np.prod(shape, dtype=np.int64))
     if len(numbers) != size:
-        raise Refusal("invalid", f"{where}: {len(numbers)} elements, but the shape is {list(shape)}")
+        raise RequestError("invalid", f"{where}: {len(numbers)} elements, but the shape is {list(shape)}")
     wide = np.array(numbers)
     narrow = wide.astype(dtype)
     if dtype.kind in "iu" and (narrow != wide).any():
-        raise Refusal("invalid", f"{where}: data is outside the range of {tensor.datatype}")
+        raise RequestError("invalid", f"{where}: data is outside the range of {tensor.datatype}")
     return narrow.reshape(shape)
 
 

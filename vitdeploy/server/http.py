@@ -22,9 +22,8 @@ from vitdeploy._version import __version__
 from vitdeploy.errors import VitdeployError
 from vitdeploy.server import http_images, pages
 from vitdeploy.server.codec import parse_json, parse_request, render_response
-from vitdeploy.server.http_answers import json_response, refused
-from vitdeploy.server.http_io import compressed, read_body, unless_gone
-from vitdeploy.server.messages import Refusal
+from vitdeploy.server.http_io import compressed, error_response, json_response, read_body, until_disconnect
+from vitdeploy.server.messages import RequestError
 from vitdeploy.server.service import EXTENSIONS, Service
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -36,12 +35,12 @@ _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+)
 Handler = Callable[[Request, Service], Awaitable[Response]]
 
 
-def build(service: Service) -> ASGIApp:
+def asgi_application(service: Service) -> ASGIApp:
     """The application."""
-    return _infer_first(_guarded(_infer, service), routed(service))
+    return _infer_first(_guarded(_infer, service), starlette_application(service))
 
 
-def routed(service: Service) -> Starlette:
+def starlette_application(service: Service) -> Starlette:
     """The application as the web framework has it."""
     http_images.register_names()
     model = "/v2/models/{model}"
@@ -105,10 +104,10 @@ def _guarded(handler: Handler, service: Service) -> Callable[[Request], Awaitabl
     async def endpoint(request: Request) -> Response:
         try:
             return await handler(request, service)
-        except Refusal as refusal:
-            return refused(refusal)
+        except RequestError as error:
+            return error_response(error)
         except VitdeployError as error:
-            return refused(Refusal("internal", error.message))
+            return error_response(RequestError("internal", error.message))
         except ClientDisconnect:
             return Response(status_code=400)  # that nobody will read
 
@@ -121,7 +120,7 @@ async def _no_such_path(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     """An error of ours; it is raised again behind this, and logged with its traceback."""
-    return refused(Refusal("internal", f"{type(error).__name__}, which is a fault of the server"))
+    return error_response(RequestError("internal", f"{type(error).__name__}, which is a fault of the server"))
 
 
 async def _no_such_method(request: Request, error: Exception) -> Response:
@@ -157,9 +156,9 @@ async def _model_ready(request: Request, service: Service) -> Response:
     name, version = _where(request)
     try:
         service.repository.get(name, version)
-    except Refusal as refusal:
+    except RequestError as error:
         # As the real server: asking whether an unknown model is ready is a bad request, not a lost one.
-        raise Refusal("invalid", refusal.message) from refusal
+        raise RequestError("invalid", error.message) from error
     return json_response({"name": name, "ready": True})
 
 
@@ -173,8 +172,8 @@ async def _statistics(request: Request, service: Service) -> Response:
 
 
 async def _all_statistics(request: Request, service: Service) -> Response:
-    found = [model.statistics.as_dict() for model in service.repository.models]
-    return json_response({"model_stats": found})
+    statistics = [model.statistics.as_dict() for model in service.repository.models]
+    return json_response({"model_stats": statistics})
 
 
 async def _infer(request: Request, service: Service) -> Response:
@@ -183,10 +182,10 @@ async def _infer(request: Request, service: Service) -> Response:
     body = memoryview(await read_body(request, service.limits))
     length = _header_length(request)
     if len(body) < _IN_A_WORKER:
-        wanted = parse_request(body, length)
+        parsed = parse_request(body, length)
     else:
-        wanted = await asyncio.to_thread(parse_request, body, length)
-    answer = await unless_gone(request, service.infer(*_where(request), wanted))
+        parsed = await asyncio.to_thread(parse_request, body, length)
+    answer = await until_disconnect(request, service.infer(*_where(request), parsed))
     parts, json_length = render_response(answer)
     content, encoding = compressed(b"".join(parts), request.headers.get("accept-encoding", ""))
     headers = {} if json_length is None else {_HEADER_LENGTH: str(json_length)}
@@ -201,7 +200,7 @@ def _header_length(request: Request) -> int | None:
     if text is None:
         return None
     if not text.isdecimal() or len(text) > 18:
-        raise Refusal("invalid", f"{_HEADER_LENGTH} is not a number")
+        raise RequestError("invalid", f"{_HEADER_LENGTH} is not a number")
     return int(text)
 
 
@@ -214,7 +213,7 @@ async def _document(request: Request, service: Service) -> dict[str, Any]:
 async def _index(request: Request, service: Service) -> Response:
     ready = (await _document(request, service)).get("ready", False)
     if not isinstance(ready, bool):
-        raise Refusal("invalid", "ready is neither true nor false")
+        raise RequestError("invalid", "ready is neither true nor false")
     return json_response(service.repository.index(ready=ready))
 
 
@@ -222,7 +221,9 @@ async def _load(request: Request, service: Service) -> Response:
     service.require_open()
     service.require_control()
     if (await _document(request, service)).get("parameters"):
-        raise Refusal("invalid", "load takes no parameters: a model is loaded from where the server has it")
+        raise RequestError(
+            "invalid", "load takes no parameters: a model is loaded from where the server has it"
+        )
     await service.repository.load(request.path_params["model"])
     return json_response({})
 

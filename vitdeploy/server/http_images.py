@@ -15,37 +15,36 @@ from starlette.responses import Response
 
 from vitdeploy.errors import ImageError
 from vitdeploy.server.codec import parse_json
-from vitdeploy.server.http_answers import json_response
-from vitdeploy.server.http_io import read_body, unless_gone
-from vitdeploy.server.messages import Refusal
+from vitdeploy.server.http_io import json_response, read_body, until_disconnect
+from vitdeploy.server.messages import RequestError
 from vitdeploy.server.service import Service
 
-TOP_K = 5
+_DEFAULT_TOP_K = 5
 
 
-async def predict(request: Request, service: Service) -> Response:
+async def _predict(request: Request, service: Service) -> Response:
     """Classify one image file, or several."""
     name, version = request.path_params["model"], request.path_params.get("version", "")
     service.require_open()
     with service.repository.using(name, version) as model:
         top_k = _top_k(request.query_params.get("top_k"))
         images = await _images(request, service)
-        results = await unless_gone(request, model.classify([data for _, data in images], top_k))
+        results = await until_disconnect(request, model.classify([data for _, data in images], top_k))
         predictions = []
         for (title, _), result in zip(images, results, strict=True):
             if isinstance(result, ImageError):
-                raise Refusal("invalid", f"{title}: {result.message}")
+                raise RequestError("invalid", f"{title}: {result.message}")
             predictions.append([{"label": p.label, "index": p.index, "score": p.score} for p in result])
         document = {"model_name": model.name, "model_version": model.version, "predictions": predictions}
     return json_response(document)
 
 
-async def models(request: Request, service: Service) -> Response:
+async def _models(request: Request, service: Service) -> Response:
     """The names of all models that are ready."""
     return json_response({"models": sorted({model.name for model in service.repository.models})})
 
 
-async def model_ready(request: Request, service: Service) -> Response:
+async def _model_ready(request: Request, service: Service) -> Response:
     """Whether a model is ready, in the words of KServe's protocol v1."""
     model = service.repository.get(request.path_params["model"])
     return json_response({"name": model.name, "ready": True})
@@ -61,18 +60,18 @@ def register_names() -> None:
 
 
 ROUTES = [
-    ("GET", "/v1/models", models),
-    ("GET", "/v1/models/{model:name}", model_ready),
-    ("POST", "/v1/models/{model:name}:predict", predict),
-    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", predict),
+    ("GET", "/v1/models", _models),
+    ("GET", "/v1/models/{model:name}", _model_ready),
+    ("POST", "/v1/models/{model:name}:predict", _predict),
+    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", _predict),
 ]
 
 
 def _top_k(text: str | None) -> int:
     if text is None:
-        return TOP_K
+        return _DEFAULT_TOP_K
     if not text.isdecimal() or not text.isascii() or not 0 < len(text) < 10 or int(text) < 1:
-        raise Refusal("invalid", f"top_k {text[:40]!r} is not a positive number")
+        raise RequestError("invalid", f"top_k {text[:40]!r} is not a positive number")
     return int(text)
 
 
@@ -87,7 +86,7 @@ async def _images(request: Request, service: Service) -> list[tuple[str, bytes]]
     else:
         images = [("the image", body)]
     if not images:
-        raise Refusal("invalid", "the request has no image")
+        raise RequestError("invalid", "the request has no image")
     return images
 
 
@@ -110,7 +109,7 @@ async def _parts(request: Request, body: bytes, most: int) -> list[tuple[str, by
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
         reason = getattr(error, "message", "") or str(error)
-        raise Refusal("invalid", f"the form cannot be read: {' '.join(reason.split())[:200]}") from error
+        raise RequestError("invalid", f"the form cannot be read: {' '.join(reason.split())[:200]}") from error
     images = []
     for index, (_, value) in enumerate(form.multi_items()):
         if isinstance(value, UploadFile):
@@ -124,16 +123,16 @@ def _instances(document: dict[str, Any], most: int) -> list[tuple[str, bytes]]:
     """``{"instances": [{"b64": ...}, ...]}``, as KServe's protocol v1 sends bytes."""
     instances = document.get("instances")
     if not isinstance(instances, list):
-        raise Refusal("invalid", 'the request has no array "instances"')
+        raise RequestError("invalid", 'the request has no array "instances"')
     if len(instances) > most:
-        raise Refusal("invalid", f"{len(instances)} images, but a request may have {most}")
+        raise RequestError("invalid", f"{len(instances)} images, but a request may have {most}")
     images = []
     for index, instance in enumerate(instances):
         text = instance.get("b64") if isinstance(instance, dict) else None
         if not isinstance(text, str):
-            raise Refusal("invalid", f'instances[{index}] is not {{"b64": "..."}}')
+            raise RequestError("invalid", f'instances[{index}] is not {{"b64": "..."}}')
         try:
             images.append((f"instances[{index}]", base64.b64decode(text, validate=True)))
         except (binascii.Error, ValueError) as error:
-            raise Refusal("invalid", f"instances[{index}] is not base64: {error}") from error
+            raise RequestError("invalid", f"instances[{index}] is not base64: {error}") from error
     return images

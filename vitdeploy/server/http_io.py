@@ -1,28 +1,41 @@
-"""Request bodies: read within limits of size and time, decompressed within the same limit."""
+"""Bodies over HTTP: read within limits of size and time, answered in the protocol's shape."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import zlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
+import orjson
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
-from vitdeploy.server.messages import Refusal
-from vitdeploy.server.service import Limits
+from vitdeploy.server.messages import ErrorKind, RequestError
+from vitdeploy.server.service import RequestLimits
 
 _T = TypeVar("_T")
 _PATIENCE = 0.02
 """Seconds: what is answered sooner is answered whether the client is there or not."""
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_STATUS: Mapping[ErrorKind, int] = {
+    "invalid": 400,
+    "not found": 404,
+    "too slow": 408,
+    "timeout": 504,
+    "too large": 413,
+    "overloaded": 429,
+    "unavailable": 503,
+    "internal": 500,
+}
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: Request, limits: RequestLimits) -> bytes:
     """The whole body, decompressed where ``Content-Encoding`` says so.
 
     Raises:
-        Refusal: too large, too slow, or not what its headers say.
+        RequestError: too large, too slow, or not what its headers say.
         ClientDisconnect: its end will not come.
     """
     announced = request.headers.get("content-length")
@@ -41,13 +54,15 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 if size > limits.body_bytes:
                     raise _too_large(limits)
     except TimeoutError:
-        raise Refusal("too slow", f"the body did not arrive within {limits.body_seconds:g} s") from None
+        raise RequestError("too slow", f"the body did not arrive within {limits.body_seconds:g} s") from None
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     body = b"".join(parts)
     if encoding in ("", "identity"):
         return body
     if encoding not in _WINDOWS:
-        raise Refusal("invalid", f"Content-Encoding {encoding[:40]!r} is not supported: gzip and deflate are")
+        raise RequestError(
+            "invalid", f"Content-Encoding {encoding[:40]!r} is not supported: gzip and deflate are"
+        )
     return _decompressed(body, encoding, limits)
 
 
@@ -62,14 +77,27 @@ def compressed(body: bytes, accept: str) -> tuple[bytes, str]:
     return packer.compress(body) + packer.flush(), encoding
 
 
-async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
+def json_response(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON document as an answer."""
+    return Response(orjson.dumps(document), status, dict(headers or {}), "application/json")
+
+
+def error_response(error: RequestError) -> Response:
+    """A refusal as the protocol has it."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    return json_response({"error": error.message}, _STATUS[error.kind], headers)
+
+
+async def until_disconnect(request: Request, work: Awaitable[_T]) -> _T:
     """Wait for ``work``, and cancel it when the client goes away. Call it once the body is read.
 
     Raises:
         ClientDisconnect: nobody is there to be answered.
     """
-    own, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert own is not None, "called outside of a task"
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None, "called outside of a task"
     watching: asyncio.Task[None] | None = None
     left = False
 
@@ -78,7 +106,7 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         left = True
-        own.cancel()
+        task.cancel()
 
     def begin() -> None:
         nonlocal watching
@@ -90,7 +118,7 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
     except asyncio.CancelledError:
         if not left:
             raise
-        own.uncancel()
+        task.uncancel()
         raise ClientDisconnect from None
     finally:
         beginning.cancel()
@@ -98,18 +126,18 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
             watching.cancel()
 
 
-def _decompressed(body: bytes, encoding: str, limits: Limits) -> bytes:
+def _decompressed(body: bytes, encoding: str, limits: RequestLimits) -> bytes:
     unpacker = zlib.decompressobj(wbits=_WINDOWS[encoding])
     try:
         unpacked = unpacker.decompress(body, limits.body_bytes + 1)
     except zlib.error as error:
-        raise Refusal("invalid", f"the body is not {encoding}: {error}") from error
+        raise RequestError("invalid", f"the body is not {encoding}: {error}") from error
     if len(unpacked) > limits.body_bytes or unpacker.unconsumed_tail:
         raise _too_large(limits)
     if not unpacker.eof or unpacker.unused_data:
-        raise Refusal("invalid", f"the body is not one whole {encoding} stream")
+        raise RequestError("invalid", f"the body is not one whole {encoding} stream")
     return unpacked
 
 
-def _too_large(limits: Limits) -> Refusal:
-    return Refusal("too large", f"the body has more than {limits.body_bytes} bytes")
+def _too_large(limits: RequestLimits) -> RequestError:
+    return RequestError("too large", f"the body has more than {limits.body_bytes} bytes")

@@ -10,7 +10,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-Kind = Literal[
+ErrorKind = Literal[
     "invalid", "not found", "too slow", "too large", "timeout", "overloaded", "unavailable", "internal"
 ]
 """Why a request is refused; each transport has its own codes for them."""
@@ -19,7 +19,7 @@ _LONGEST = 500
 """Characters of a message: what a client sent may be part of it."""
 
 
-class Refusal(Exception):
+class RequestError(Exception):
     """A request that gets an error for an answer.
 
     Args:
@@ -28,7 +28,7 @@ class Refusal(Exception):
         retry_after: seconds after which trying again makes sense; None where it does not.
     """
 
-    def __init__(self, kind: Kind, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(self, kind: ErrorKind, message: str, *, retry_after: float | None = None) -> None:
         message = " ".join(message[: 2 * _LONGEST].split())
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST - 3]}..."
@@ -39,7 +39,7 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
-class WantedOutput:
+class RequestedOutput:
     """An output that a client names."""
 
     name: str
@@ -56,7 +56,7 @@ class InferRequest:
 
     inputs: Mapping[str, Array]
     """(n, ...) each, by name; not yet held against what the model takes."""
-    wanted: tuple[WantedOutput, ...] = ()
+    requested: tuple[RequestedOutput, ...] = ()
     """Empty is every output."""
     binary: bool = False
     """HTTP: whether outputs go out as raw bytes where none is named."""
@@ -77,4 +77,6 @@ class InferResponse:
 
     def binary(self, name: str) -> bool:
         """HTTP: whether this output goes out as raw bytes."""
-        return next((w.binary for w in self.request.wanted if w.name == name), self.request.binary)
+        return next(
+            (output.binary for output in self.request.requested if output.name == name), self.request.binary
+        )

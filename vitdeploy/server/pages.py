@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import html
+import json
 from importlib import resources
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from vitdeploy.server import openapi
-from vitdeploy.server.http_answers import json_response
+from vitdeploy._version import __version__
+from vitdeploy.server.http_io import json_response
 from vitdeploy.server.service import Service
 
 _POLICY = (
@@ -20,15 +21,26 @@ _POLICY = (
 
 
 async def _status(request: Request, service: Service) -> Response:
-    return _page(resources.files("vitdeploy.server").joinpath("status.html").read_text(encoding="utf-8"))
+    return _page(_file("status.html"))
 
 
 async def _openapi(request: Request, service: Service) -> Response:
-    return json_response(_document(service))
+    return json_response(_interface(service))
 
 
 async def _docs(request: Request, service: Service) -> Response:
-    return _page(render(_document(service)))
+    """The interface as a table: every path with what it takes and what it answers."""
+    document = _interface(service)
+    rows = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            body = ", ".join(operation.get("requestBody", {}).get("content", {}))
+            statuses = " ".join(operation["responses"])
+            cells = (method.upper(), path, operation["summary"], body, statuses)
+            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    title = html.escape(f"{document['info']['title']} {document['info']['version']}")
+    description = html.escape(document["info"]["description"])
+    return _page(_DOCS.format(title=title, description=description, rows="\n".join(rows)))
 
 
 async def _icon(request: Request, service: Service) -> Response:
@@ -43,27 +55,21 @@ ROUTES = [
 ]
 
 
-def _document(service: Service) -> dict[str, Any]:
-    return openapi.document(sorted({model.name for model in service.repository.models}))
+def _interface(service: Service) -> dict[str, Any]:
+    """The OpenAPI document, with what depends on this server filled in."""
+    document: dict[str, Any] = json.loads(_file("openapi.json"))
+    document["info"]["version"] = __version__
+    names = sorted({model.name for model in service.repository.models})
+    document["components"]["parameters"]["Model"]["schema"]["examples"] = names
+    return document
+
+
+def _file(name: str) -> str:
+    return resources.files("vitdeploy.server").joinpath(name).read_text(encoding="utf-8")
 
 
 def _page(text: str) -> Response:
     return HTMLResponse(text, headers={"Content-Security-Policy": _POLICY})
-
-
-def render(document: dict[str, Any]) -> str:
-    """The interface as a page: every path with what it takes and what it answers."""
-    rows = []
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            body = ", ".join(operation.get("requestBody", {}).get("content", {}))
-            statuses = " ".join(operation["responses"])
-            cells = (method.upper(), path, operation["summary"], body, statuses)
-            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    title = html.escape(f"{document['info']['title']} {document['info']['version']}")
-    return _DOCS.format(
-        title=title, description=html.escape(document["info"]["description"]), rows="\n".join(rows)
-    )
 
 
 _DOCS = """<!doctype html>

@@ -17,9 +17,9 @@ from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.progress import Progress
-from vitdeploy.server.repository import Place, Repository
-from vitdeploy.server.served_model import Settings
-from vitdeploy.server.service import Limits, Service
+from vitdeploy.server.repository import ModelRepository, NamedBundle
+from vitdeploy.server.served_model import ModelSettings
+from vitdeploy.server.service import RequestLimits, Service
 from vitdeploy.server.statistics import Metrics
 
 _BACKLOG = 2048
@@ -43,20 +43,20 @@ class Endpoint:
     """How long the end waits for requests in hand."""
     control: bool = True
     """Whether clients may load and unload models."""
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
 
 
 @dataclass(frozen=True)
-class Started:
+class RunningServer:
     """What a server that accepts requests can tell."""
 
     url: str
     grpc: str | None
-    repository: Repository
+    repository: ModelRepository
 
 
 @dataclass(frozen=True)
-class Ended:
+class Shutdown:
     """How a server came to its end."""
 
     signal: int
@@ -65,14 +65,14 @@ class Ended:
     """Whether every accepted request was answered."""
 
 
-def serve(
-    places: Sequence[Place],
-    settings: Settings,
+def run_server(
+    bundles: Sequence[NamedBundle],
+    settings: ModelSettings,
     endpoint: Endpoint,
     *,
-    started: Callable[[Started], None],
+    started: Callable[[RunningServer], None],
     progress: Progress | None = None,
-) -> Ended:
+) -> Shutdown:
     """Serve bundles until SIGINT or SIGTERM.
 
     Args:
@@ -87,7 +87,7 @@ def serve(
     sys.setswitchinterval(_SWITCH)
     try:
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-            return runner.run(_serve(places, settings, endpoint, started, progress or Progress()))
+            return runner.run(_serve(bundles, settings, endpoint, started, progress or Progress()))
     finally:
         sys.setswitchinterval(before)
 
@@ -104,15 +104,15 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 async def _serve(
-    places: Sequence[Place],
-    settings: Settings,
+    bundles: Sequence[NamedBundle],
+    settings: ModelSettings,
     endpoint: Endpoint,
-    started: Callable[[Started], None],
+    started: Callable[[RunningServer], None],
     progress: Progress,
-) -> Ended:
+) -> Shutdown:
     metrics = Metrics()
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as workers:
-        repository = Repository(places, settings, metrics, workers, progress)
+        repository = ModelRepository(bundles, settings, metrics, workers, progress)
         service = Service(repository, metrics, endpoint.limits, control=endpoint.control)
         web = _uvicorn(service, endpoint)
         async with contextlib.AsyncExitStack() as stack:
@@ -122,13 +122,13 @@ async def _serve(
                 await asyncio.wait((loading, told), return_when=asyncio.FIRST_COMPLETED)
                 if told.done():
                     loading.cancel()
-                    return Ended(told.result(), complete=True)
+                    return Shutdown(told.result(), complete=True)
                 await loading
                 grpc = await _start_grpc(endpoint, service, stack)
                 running = asyncio.create_task(web.serve(sockets=[bound]))
-                watching = asyncio.create_task(_watch(repository, endpoint.reload_seconds))
+                watching = asyncio.create_task(repository.watch(endpoint.reload_seconds))
                 host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-                started(Started(f"http://{host}:{bound.getsockname()[1]}", grpc, repository))
+                started(RunningServer(f"http://{host}:{bound.getsockname()[1]}", grpc, repository))
                 await asyncio.wait((running, told), return_when=asyncio.FIRST_COMPLETED)
                 complete = await service.drain(endpoint.drain_seconds)
                 watching.cancel()
@@ -136,12 +136,7 @@ async def _serve(
                 await running
                 await stack.aclose()
                 await repository.close()
-                return Ended(told.result() if told.done() else 0, complete)
-
-
-async def _watch(repository: Repository, seconds: float) -> None:
-    if seconds > 0:
-        await repository.watch(seconds)
+                return Shutdown(told.result() if told.done() else 0, complete)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -173,7 +168,7 @@ def _uvicorn(service: Service, endpoint: Endpoint) -> Any:
         import uvicorn
 
         from vitdeploy.server import http
-        from vitdeploy.server.connections import Protocol
+        from vitdeploy.server.connections import BoundedHttpProtocol
     except ImportError as error:
         raise MissingDependency(error.name or "uvicorn", extra="serve", purpose="serving") from error
 
@@ -182,9 +177,9 @@ def _uvicorn(service: Service, endpoint: Endpoint) -> Any:
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    protocol: Any = functools.partial(Protocol, limits=endpoint.limits)
+    protocol: Any = functools.partial(BoundedHttpProtocol, limits=endpoint.limits)
     config = uvicorn.Config(
-        http.build(service),
+        http.asgi_application(service),
         http=protocol,
         ws="none",
         proxy_headers=False,

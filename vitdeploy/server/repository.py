@@ -16,16 +16,16 @@ from vitdeploy.backends.base import one_line
 from vitdeploy.bundle.manifest import MANIFEST
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 from vitdeploy.progress import Progress
-from vitdeploy.server.messages import Refusal
-from vitdeploy.server.served_model import ServedModel, Settings, open_bundle
+from vitdeploy.server.messages import RequestError
+from vitdeploy.server.served_model import ModelSettings, ServedModel, load_bundle
 from vitdeploy.server.statistics import Metrics, Statistics
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_Signature = tuple[int, int, int] | None
+_FileState = tuple[int, int, int] | None
 
 
 @dataclass(frozen=True)
-class Place:
+class NamedBundle:
     """A bundle on disk and what it is called."""
 
     name: str
@@ -33,7 +33,7 @@ class Place:
     path: Path
 
 
-def parse_places(texts: Sequence[str]) -> list[Place]:
+def parse_named_bundles(texts: Sequence[str]) -> list[NamedBundle]:
     """Read ``[NAME[@VERSION]=]BUNDLE`` as the command line has it.
 
     Without a name, the folder's name up to its last dot; without a version, the next number after those
@@ -42,7 +42,7 @@ def parse_places(texts: Sequence[str]) -> list[Place]:
     Raises:
         UsageError: a name or version that cannot be part of a URL, or one given twice.
     """
-    found: dict[tuple[str, str], Place] = {}
+    bundles: dict[tuple[str, str], NamedBundle] = {}
     for text in texts:
         head, equals, tail = text.partition("=")
         if not equals or os.sep in head:
@@ -50,7 +50,7 @@ def parse_places(texts: Sequence[str]) -> list[Place]:
         name, at, version = head.partition("@")
         path = Path(tail)
         name = name or path.absolute().stem
-        taken = [int(v) for n, v in found if n == name]
+        taken = [int(v) for n, v in bundles if n == name]
         version = version if at else str(max(taken, default=0) + 1)
         if not _NAME.fullmatch(name):
             raise UsageError(
@@ -59,37 +59,37 @@ def parse_places(texts: Sequence[str]) -> list[Place]:
             )
         if not re.fullmatch(r"[1-9][0-9]{0,17}", version):
             raise UsageError(f"{text}: version {version!r} is not a positive number")
-        if (name, version) in found:
+        if (name, version) in bundles:
             raise UsageError(f"two bundles are {name} version {version}", hint=f"{name}@2={tail}")
-        found[name, version] = Place(name, version, path)
-    return list(found.values())
+        bundles[name, version] = NamedBundle(name, version, path)
+    return list(bundles.values())
 
 
 @dataclass
 class _Entry:
-    place: Place
+    bundle: NamedBundle
     model: ServedModel | None = None
     reason: str = ""
     """Why it is not ready; empty if it is."""
-    signature: _Signature = None
+    manifest: _FileState = None
     """Of the manifest that was loaded, or that could not be."""
 
 
-class Repository:
+class ModelRepository:
     """The models of a server. Lives on the event loop."""
 
     def __init__(
         self,
-        places: Sequence[Place],
-        settings: Settings,
+        bundles: Sequence[NamedBundle],
+        settings: ModelSettings,
         metrics: Metrics,
         workers: Executor,
         progress: Progress,
     ) -> None:
-        self._entries = {(place.name, place.version): _Entry(place, reason="not loaded") for place in places}
+        self._entries = {(b.name, b.version): _Entry(b, reason="not loaded") for b in bundles}
         self._by_name: dict[str, list[_Entry]] = {}
-        for entry in sorted(self._entries.values(), key=lambda e: int(e.place.version), reverse=True):
-            self._by_name.setdefault(entry.place.name, []).append(entry)
+        for entry in sorted(self._entries.values(), key=lambda e: int(e.bundle.version), reverse=True):
+            self._by_name.setdefault(entry.bundle.name, []).append(entry)
         self._settings, self._metrics, self._workers, self._progress = settings, metrics, workers, progress
         self._changing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -107,20 +107,20 @@ class Repository:
         """The model to ask; the highest version that is ready where none is named.
 
         Raises:
-            Refusal: there is none, or it is not ready.
+            RequestError: there is none, or it is not ready.
         """
         entries = self._versions(name)
         if version:
             entry = self._entries.get((name, version))
             if entry is None:
-                raise Refusal(
+                raise RequestError(
                     "not found", f"Request for unknown model: '{name}' version {version} is not found"
                 )
             entries = [entry]
         for entry in entries:
             if entry.model is not None:
                 return entry.model
-        raise Refusal("unavailable", f"Request for unavailable model: '{name}': {entries[0].reason}")
+        raise RequestError("unavailable", f"Request for unavailable model: '{name}': {entries[0].reason}")
 
     @contextmanager
     def using(self, name: str, version: str = "") -> Iterator[ServedModel]:
@@ -152,15 +152,15 @@ class Repository:
     def metadata(self, name: str, version: str = "") -> dict[str, Any]:
         """A model's metadata, with all its versions that are ready."""
         document = self.get(name, version).metadata()
-        versions = [e.place.version for e in reversed(self._versions(name)) if e.model is not None]
+        versions = [e.bundle.version for e in reversed(self._versions(name)) if e.model is not None]
         return {**document, "versions": versions}
 
     def index(self, *, ready: bool = False) -> list[dict[str, str]]:
         """Every model and version with its state, as the repository extension has it."""
         return [
             {
-                "name": entry.place.name,
-                "version": entry.place.version,
+                "name": entry.bundle.name,
+                "version": entry.bundle.version,
                 "state": "UNAVAILABLE" if entry.model is None else "READY",
                 "reason": entry.reason,
             }
@@ -172,19 +172,19 @@ class Repository:
         """Load, or load again, every version of a model; until then requests go to the one there was.
 
         Raises:
-            Refusal: unknown, or it cannot be loaded; what was served before still is.
+            RequestError: unknown, or it cannot be loaded; what was served before still is.
         """
         for entry in self._versions(name):
             try:
                 await self._load(entry)
             except VitdeployError as error:
-                raise Refusal("invalid", f"failed to load '{name}': {error.message}") from error
+                raise RequestError("invalid", f"failed to load '{name}': {error.message}") from error
 
     async def unload(self, name: str) -> None:
         """Stop serving every version of a model; requests in hand are finished.
 
         Raises:
-            Refusal: unknown.
+            RequestError: unknown.
         """
         entries = self._versions(name)
         async with self._changing:
@@ -193,17 +193,20 @@ class Repository:
                 entry.model, entry.reason = None, "unloaded"
 
     async def watch(self, seconds: float) -> None:
-        """Load again whatever changed on disk, for ever; what does not load leaves the old one in service."""
-        while True:
+        """Load again whatever changed on disk, looking every so many seconds, for ever; 0 is never.
+
+        What does not load leaves the old one in service.
+        """
+        while seconds:
             await asyncio.sleep(seconds)
             for entry in self._entries.values():
-                now = _signature(entry.place.path)
-                if entry.reason == "unloaded" or now is None or now == entry.signature:
+                now = _manifest_state(entry.bundle.path)
+                if entry.reason == "unloaded" or now is None or now == entry.manifest:
                     continue
                 try:
                     await self._load(entry)
                 except Exception as error:  # whatever it is, the others are looked after
-                    what = f"{entry.place.name} version {entry.place.version}"
+                    what = f"{entry.bundle.name} version {entry.bundle.version}"
                     self._progress.note(f"{what} stays as it was: {_reason(error)}")
 
     async def close(self) -> None:
@@ -216,35 +219,35 @@ class Repository:
     def _versions(self, name: str) -> list[_Entry]:
         """The highest first."""
         if name not in self._by_name:
-            raise Refusal(
+            raise RequestError(
                 "not found",
                 f"Request for unknown model: '{name}' is not found{did_you_mean(name[:200], self._by_name)}",
             )
         return self._by_name[name]
 
     async def _load(self, entry: _Entry) -> None:
-        place = entry.place
+        bundle = entry.bundle
         async with self._changing:
-            entry.signature = _signature(place.path)
-            with self._progress.stage(f"load {place.name}") as stage:
+            entry.manifest = _manifest_state(bundle.path)
+            with self._progress.stage(f"load {bundle.name}") as stage:
                 try:
-                    loaded = await asyncio.to_thread(open_bundle, place.path, self._settings)
+                    loaded = await asyncio.to_thread(load_bundle, bundle.path, self._settings)
                 except Exception as error:
-                    self._count(place, "failed")
+                    self._count(bundle, "failed")
                     if entry.model is None:
                         entry.reason = _reason(error)
                     raise
-                statistics = Statistics(self._metrics, place.name, place.version)
+                statistics = Statistics(self._metrics, bundle.name, bundle.version)
                 before = entry.model
                 entry.model = ServedModel(loaded, statistics, self._settings, self._workers)
                 entry.reason = ""
-                self._count(place, "ok")
+                self._count(bundle, "ok")
                 self._retire(before)
                 facts = entry.model.facts
-                stage.detail = f"version {place.version}, {facts.artifact} on {facts.backend}, parity passed"
+                stage.detail = f"version {bundle.version}, {facts.artifact} on {facts.backend}, parity passed"
 
-    def _count(self, place: Place, outcome: str) -> None:
-        self._metrics.reloads.labels(place.name, place.version, outcome).inc()
+    def _count(self, bundle: NamedBundle, outcome: str) -> None:
+        self._metrics.reloads.labels(bundle.name, bundle.version, outcome).inc()
 
     def _retire(self, model: ServedModel | None) -> None:
         """Close a model beside its successor's work."""
@@ -258,7 +261,7 @@ def _reason(error: Exception) -> str:
     return error.message if isinstance(error, VitdeployError) else one_line(error)
 
 
-def _signature(bundle: Path) -> _Signature:
+def _manifest_state(bundle: Path) -> _FileState:
     """What changes when a bundle is replaced; None where there is none."""
     try:
         status = (bundle / MANIFEST).stat()

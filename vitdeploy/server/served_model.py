@@ -19,19 +19,19 @@ from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import BundleError, ImageError, ParityError, UsageError
 from vitdeploy.images.decode import load_image
 from vitdeploy.predictor import Prediction, Predictor
-from vitdeploy.server.batcher import Answer, Batcher, Rules
-from vitdeploy.server.messages import Array, InferRequest, InferResponse, Refusal, WantedOutput
+from vitdeploy.server.batcher import Batcher, BatchingRules, RequestOutputs
+from vitdeploy.server.messages import Array, InferRequest, InferResponse, RequestedOutput, RequestError
 from vitdeploy.server.statistics import Statistics
 from vitdeploy.verification.parity import check_session
 
-MOST_ROWS = 32
+_MAX_ROWS = 32
 """Rows of a request, at most, where the session takes any number."""
 _SHORT_RUN = 0.01
 """Seconds: to begin and to end such a run is a good part of its cost, and it keeps nobody waiting."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModelSettings:
     """How bundles are loaded and requests are bounded; None is the bundle's or the runtime's own choice."""
 
     backend: str | None = None
@@ -50,13 +50,13 @@ class Settings:
     max_pixels: int = 50_000_000
     """Of an image that is sent."""
 
-    def rules(self, facts: SessionFacts, chunk: int) -> Rules:
+    def rules(self, facts: SessionFacts, chunk: int) -> BatchingRules:
         """How this session's requests are batched.
 
         Raises:
             UsageError: the session does not run the batch sizes that were asked for.
         """
-        least, most = (facts.batch.min, facts.batch.max) if facts.batch else (1, MOST_ROWS)
+        least, most = (facts.batch.min, facts.batch.max) if facts.batch else (1, _MAX_ROWS)
         if self.max_batch is not None:
             if facts.batch and self.max_batch > most:
                 raise UsageError(
@@ -70,7 +70,7 @@ class Settings:
         usual = max(chunk, facts.batch.opt if facts.batch else 1)
         gather = most if self.max_batch is not None else min(most, usual)
         fixed = (least,) if least > 1 else ()
-        return Rules(
+        return BatchingRules(
             gather=gather,
             max_rows=most,
             short=_SHORT_RUN,
@@ -82,16 +82,16 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What ``open_bundle`` found out away from the event loop."""
+class LoadedBundle:
+    """A bundle with its sessions open and their outputs compared with the reference."""
 
     bundle: Bundle
     predictors: tuple[Predictor, ...]
-    rules: Rules
+    rules: BatchingRules
 
 
-def open_bundle(path: Path, settings: Settings) -> Loaded:
-    """Open a bundle and check its parity here before anybody asks it.
+def load_bundle(path: Path, settings: ModelSettings) -> LoadedBundle:
+    """Open a bundle and check that it answers rightly here before anybody asks it; not on the event loop.
 
     Raises:
         BundleError, UsageError, DeviceUnavailable, MissingDependency: it cannot be run as asked.
@@ -110,15 +110,15 @@ def open_bundle(path: Path, settings: Settings) -> Loaded:
         rules = settings.rules(session.facts, predictors[0].chunk)
         sizes = sorted({rules.padded(1), rules.padded(rules.gather)})
         for predictor in predictors:
-            _check_parity(predictor.session, bundle, sizes)
+            _require_parity(predictor.session, bundle, sizes)
     except BaseException:
         for predictor in predictors:
             predictor.close()
         raise
-    return Loaded(bundle, tuple(predictors), rules)
+    return LoadedBundle(bundle, tuple(predictors), rules)
 
 
-def _check_parity(session: Session, bundle: Bundle, sizes: Sequence[int]) -> None:
+def _require_parity(session: Session, bundle: Bundle, sizes: Sequence[int]) -> None:
     """Compare with the reference; warms the session up besides."""
     golden = bundle.golden()
     for record in check_session(session, golden, batches=sizes, max_abs=bundle.manifest.max_abs):
@@ -139,9 +139,9 @@ class ServedModel:
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedBundle,
         statistics: Statistics,
-        settings: Settings,
+        settings: ModelSettings,
         workers: Executor,
     ) -> None:
         self.name, self.version = statistics.name, statistics.version
@@ -193,15 +193,15 @@ class ServedModel:
         """Run tensors.
 
         Raises:
-            Refusal: the inputs are not what the model takes, or it cannot run them now.
+            RequestError: the inputs are not what the model takes, or it cannot run them now.
         """
-        wanted = self._wanted(request.wanted)
+        requested = self._requested(request.requested)
         self._check(request.inputs)
         answer = await self._batcher.submit(request.inputs, request.timeout)
         self.statistics.answered(answer)
         self._require_finite(answer)
         outputs = {}
-        for output in wanted:
+        for output in requested:
             array = answer.outputs[output.name]
             outputs[output.name] = self._classes(array, output.classes) if output.classes else array
         return InferResponse(self.name, self.version, outputs, request)
@@ -210,16 +210,20 @@ class ServedModel:
         """Classify image files; an image that cannot be decoded has its error in its place.
 
         Raises:
-            Refusal: the model gives no classes, or cannot run them now.
+            RequestError: the model gives no classes, or cannot run them now.
         """
         self._require_classes()
         if self.bundle.manifest.preprocess is None:
-            raise Refusal("invalid", f"model '{self.name}' takes no images: its bundle has no preprocessing")
+            raise RequestError(
+                "invalid", f"model '{self.name}' takes no images: its bundle has no preprocessing"
+            )
         if top_k < 1:
-            raise Refusal("invalid", f"top_k must be at least 1, not {top_k}")
+            raise RequestError("invalid", f"top_k must be at least 1, not {top_k}")
         waiting = self._preparing + self._batcher.waiting
         if waiting + len(images) > self.rules.max_queue:
-            raise Refusal("overloaded", "Exceeds maximum queue size", retry_after=self._batcher.busy_for())
+            raise RequestError(
+                "overloaded", "Exceeds maximum queue size", retry_after=self._batcher.busy_for()
+            )
         self._preparing += len(images)
         try:
             loop = asyncio.get_running_loop()
@@ -245,39 +249,39 @@ class ServedModel:
         except MemoryError:
             return ImageError("the image needs more memory than there is", hint="scale it down first")
 
-    def _wanted(self, wanted: Sequence[WantedOutput]) -> Sequence[WantedOutput]:
-        known = {spec.name for spec in self.facts.outputs}
-        for output in wanted:
-            if output.name not in known:
-                raise Refusal(
+    def _requested(self, outputs: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
+        """The outputs to give: those that were named, or all."""
+        names = {spec.name for spec in self.facts.outputs}
+        for output in outputs:
+            if output.name not in names:
+                raise RequestError(
                     "invalid", f"unexpected inference output '{output.name}' for model '{self.name}'"
                 )
             if output.classes:
                 self._require_classes()
-        names = [output.name for output in wanted]
-        if len(set(names)) < len(names):
-            raise Refusal("invalid", "an output is asked for twice")
-        return wanted or [WantedOutput(spec.name) for spec in self.facts.outputs]
+        if len({output.name for output in outputs}) < len(outputs):
+            raise RequestError("invalid", "an output is asked for twice")
+        return outputs or [RequestedOutput(spec.name) for spec in self.facts.outputs]
 
     def _check(self, inputs: Mapping[str, Array]) -> None:
         try:
             check_inputs(self._any_batch, inputs)
         except UsageError as error:
-            raise Refusal("invalid", error.message) from error
+            raise RequestError("invalid", error.message) from error
         for name, array in inputs.items():
             if not len(array):
-                raise Refusal("invalid", f"{name} has no rows")
+                raise RequestError("invalid", f"{name} has no rows")
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise Refusal("invalid", f"{name} has NaN or infinite values")
+                raise RequestError("invalid", f"{name} has NaN or infinite values")
 
-    def _require_finite(self, answer: Answer) -> None:
+    def _require_finite(self, answer: RequestOutputs) -> None:
         if not answer.finite:
-            raise Refusal("internal", "the model gives NaN or infinite values for these inputs")
+            raise RequestError("internal", "the model gives NaN or infinite values for these inputs")
 
     def _require_classes(self) -> None:
         output = self.bundle.manifest.output
         if output != "logits":
-            raise Refusal("invalid", f"model '{self.name}' gives {output}, which are no classes")
+            raise RequestError("invalid", f"model '{self.name}' gives {output}, which are no classes")
 
     def _classes(self, logits: Array, count: int) -> Array:
         """The classification extension: (n, count) of b"score:index:label"."""

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
-from vitdeploy.server.messages import InferRequest, InferResponse, Refusal
-from vitdeploy.server.repository import Repository
+from vitdeploy.server.messages import InferRequest, InferResponse, RequestError
+from vitdeploy.server.repository import ModelRepository
 from vitdeploy.server.statistics import Metrics
 
 EXTENSIONS = (
@@ -18,7 +18,7 @@ EXTENSIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class RequestLimits:
     """What a client may send."""
 
     head_bytes: int = 64 * 2**10
@@ -37,28 +37,28 @@ class Limits:
 class Service:
     """The models, the limits, and whether the server is on its way out."""
 
-    repository: Repository
+    repository: ModelRepository
     metrics: Metrics
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     draining: bool = False
     control: bool = True
     """Whether clients may load and unload models."""
 
     def require_open(self) -> None:
-        """Raise a Refusal once the server is shutting down."""
+        """Raise a RequestError once the server is shutting down."""
         if self.draining:
-            raise Refusal("unavailable", "the server is shutting down", retry_after=1.0)
+            raise RequestError("unavailable", "the server is shutting down", retry_after=1.0)
 
     def require_control(self) -> None:
-        """Raise a Refusal where clients may not change what is served."""
+        """Raise a RequestError where clients may not change what is served."""
         if not self.control:
-            raise Refusal("invalid", "this server's models are not for its clients to load and unload")
+            raise RequestError("invalid", "this server's models are not for its clients to load and unload")
 
     async def infer(self, name: str, version: str, request: InferRequest) -> InferResponse:
         """Run a request on a model.
 
         Raises:
-            Refusal: the model, the inputs, or the moment is wrong.
+            RequestError: the model, the inputs, or the moment is wrong.
         """
         self.require_open()
         with self.repository.using(name, version) as model:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from vitdeploy.errors import MissingDependency
-from vitdeploy.server.batcher import Answer
-from vitdeploy.server.messages import Refusal
+from vitdeploy.server.batcher import RequestOutputs
+from vitdeploy.server.messages import RequestError
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -49,34 +49,21 @@ class Metrics:
         except ImportError as error:
             raise MissingDependency("prometheus-client", extra="serve", purpose="serving") from error
         self.registry: CollectorRegistry = prometheus.CollectorRegistry()
-        registry, own = self.registry, ("model", "version")
-        self.requests = prometheus.Counter(
-            "vitdeploy_requests", "Requests by how they ended.", (*own, "outcome"), registry=registry
-        )
-        self.seconds = prometheus.Histogram(
-            "vitdeploy_request_seconds",
-            "From the decoded request to its answer.",
-            own,
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.queue_seconds = prometheus.Histogram(
-            "vitdeploy_queue_seconds", "Waiting for a free session.", own, buckets=_SECONDS, registry=registry
-        )
-        self.compute_seconds = prometheus.Histogram(
-            "vitdeploy_compute_seconds", "One run of the session.", own, buckets=_SECONDS, registry=registry
-        )
-        self.batch = prometheus.Histogram(
-            "vitdeploy_batch_size", "Images that ran together.", own, buckets=_SIZES, registry=registry
-        )
-        self.images = prometheus.Counter("vitdeploy_images", "Images that were run.", own, registry=registry)
-        self.padding = prometheus.Counter(
-            "vitdeploy_padding_images", "Images run only to fill a batch up.", own, registry=registry
-        )
-        self.queue = prometheus.Gauge("vitdeploy_queue_images", "Images that wait.", own, registry=registry)
-        self.reloads = prometheus.Counter(
-            "vitdeploy_loads", "Loads of a bundle by how they ended.", (*own, "outcome"), registry=registry
-        )
+        labels = ("model", "version")
+        counter = partial(prometheus.Counter, labelnames=labels, registry=self.registry)
+        gauge = partial(prometheus.Gauge, labelnames=labels, registry=self.registry)
+        histogram = partial(prometheus.Histogram, labelnames=labels, registry=self.registry)
+        seconds = partial(histogram, buckets=_SECONDS)
+        outcomes = partial(counter, labelnames=(*labels, "outcome"))
+        self.requests = outcomes("vitdeploy_requests", "Requests by how they ended.")
+        self.seconds = seconds("vitdeploy_request_seconds", "From the decoded request to its answer.")
+        self.queue_seconds = seconds("vitdeploy_queue_seconds", "Waiting for a free session.")
+        self.compute_seconds = seconds("vitdeploy_compute_seconds", "One run of the session.")
+        self.batch = histogram("vitdeploy_batch_size", "Images that ran together.", buckets=_SIZES)
+        self.images = counter("vitdeploy_images", "Images that were run.")
+        self.padding = counter("vitdeploy_padding_images", "Images run only to fill a batch up.")
+        self.queue = gauge("vitdeploy_queue_images", "Images that wait.")
+        self.reloads = outcomes("vitdeploy_loads", "Loads of a bundle by how they ended.")
         self._text: Callable[[CollectorRegistry], bytes] = prometheus.generate_latest
         self.content_type = prometheus.CONTENT_TYPE_LATEST
 
@@ -109,7 +96,7 @@ class Statistics:
         self._padding = self.metrics.padding.labels(*labels)
         self._queue = self.metrics.queue.labels(*labels)
         # labels() checks and looks up its arguments under a lock each time.
-        self._outcome = functools.cache(lambda outcome: self.metrics.requests.labels(*labels, outcome))
+        self._outcome = cache(lambda outcome: self.metrics.requests.labels(*labels, outcome))
 
     def queued(self, rows: int) -> None:
         """So many rows wait now."""
@@ -125,7 +112,7 @@ class Statistics:
         self._images.inc(rows)
         self._padding.inc(padded - rows)
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: RequestOutputs) -> None:
         """A request's rows came back."""
         self.durations["queue"].add(answer.waited)
         self.durations["compute_infer"].add(answer.computed)
@@ -138,8 +125,8 @@ class Statistics:
         self.last = round(1000 * time.time())
         try:
             yield
-        except Refusal as refusal:
-            outcome = refusal.kind
+        except RequestError as error:
+            outcome = error.kind
             raise
         except BaseException:  # the client went away
             outcome = "cancelled"
