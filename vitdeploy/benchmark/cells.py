@@ -1,4 +1,4 @@
-"""Cases, cells and the control work while they are measured: started, proven, timed, started again."""
+"""Cases, cells and the control work while they are measured: started, compared, timed, started again."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ class CellRun:
             self.timing.failure = str(error)
 
     def check_last(self) -> None:
-        """What was timed must be what was proven: hold the last timed run against the reference."""
+        """What was timed must be what had parity: hold the last timed run against the reference."""
         if not self.right or self.parity is None:
             return
         golden = self.run.case.target.golden["reference"]
@@ -269,7 +269,7 @@ class CellRun:
         distance = _relative(outputs, expected)
         # One batch in other company than the proof's: rounding may differ, the answer may not.
         if not distance <= 2 * TOLERANCES[self.run.case.precision].relative:
-            failure = f"the timed runs give other outputs than the proven ones: relative error {distance:.2g}"
+            failure = f"the timed runs give other outputs than the first ones: relative error {distance:.2g}"
             self.parity = self.parity.model_copy(update={"passed": False, "failures": (failure,)})
 
 

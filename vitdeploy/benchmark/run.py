@@ -115,7 +115,7 @@ def run_plan(
     runner = Runner(plan.budget, plan.seed, counters or read_counters, environment.cpu.threads)
     partial, notes = False, list[str]()
     try:
-        _prove(runs, cells, progress)
+        _check_parity(runs, cells, progress)
         with control_work() as control:
             _time(runner, cells, control, progress)
         for cell in cells:
@@ -141,7 +141,7 @@ def run_plan(
     )
 
 
-def _prove(runs: Sequence[CaseRun], cells: Sequence[CellRun], progress: Progress) -> None:
+def _check_parity(runs: Sequence[CaseRun], cells: Sequence[CellRun], progress: Progress) -> None:
     """Start the cases one after the other, so that none slows another's start, and prove their cells."""
     for run in runs:
         with progress.stage(f"prove {run.case.backend}") as stage:

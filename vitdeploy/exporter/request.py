@@ -1,7 +1,7 @@
 """What a user asks of an export or of engines, from the command line or from Python, checked once.
 
 One engine is for one architecture, or for several joined by ``+``. Each is an artifact of its own, because
-each is proven on a GPU of its own. Needs no PyTorch.
+each is held against the reference on a GPU of its own. Needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ExportRequest:
 
     @property
     def wants_onnx(self) -> bool:
-        """Engines are built from it, and proven by it where they do not run."""
+        """Engines are built from it, and it is what is verified where they do not run."""
         return {AOT} != set(self.formats)
 
     @cached_property

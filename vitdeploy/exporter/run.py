@@ -118,7 +118,7 @@ def _write_tensors(writer: BundleWriter, subject: Subject, arrays: Golden) -> in
 
 @dataclass
 class _Job:
-    """The artifacts of one export, as they are built and proven."""
+    """The artifacts of one export, as they are built and held against the reference."""
 
     request: ExportRequest
     provenance: Provenance
@@ -145,7 +145,7 @@ class _Job:
         self.writer.seal(self._manifest())
 
     def _build_engines(self) -> None:
-        """Engines of every ONNX artifact; proven here where they run here."""
+        """Engines of every ONNX artifact; held against the reference where they run here."""
         onnx = [artifact for artifact in self.artifacts if artifact.format == "onnx"]
         built = [
             engine
@@ -179,7 +179,7 @@ class _Job:
         return self._fall_back(plan, precision, trouble)
 
     def _build_kernels(self, precision: Precision) -> None:
-        """The fused kernels; what they compute is rehearsed here, and proven where the GPU is."""
+        """The fused kernels; what they compute is rehearsed here, and measured where the GPU is."""
         config, name = self.subject.config, f"{AOT}-{precision}"
         if config is None:
             raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")

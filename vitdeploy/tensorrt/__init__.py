@@ -1,1 +1,1 @@
-"""TensorRT engines: how they are built, proven, checked before they are loaded, and run."""
+"""TensorRT engines: how they are built, audited, checked before they are loaded, and run."""
