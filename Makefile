@@ -14,7 +14,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	if $$p -c "$(SUPPORTED)" >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help demo test check lint docs bench-peers bench-serve clean
+.PHONY: help demo test check evidence lint docs bench-peers bench-serve clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: $(READY) lint  ## everything: lint, types, import contracts, the whole tes
 
 check: $(READY) lint  ## the quick loop: the same without the slow tests
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not slow" -q
+
+evidence: $(READY)  ## the kernels' long checks (planted faults, registers and spills) again, whatever is recorded
+	$(BIN)/pytest -n 2 -m "not gpu" --evidence run tests/kernels/test_planted_faults.py tests/kernels/test_resources.py
 
 lint: $(READY)  ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

@@ -33,6 +33,16 @@ def digits_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--evidence",
+        choices=("recorded", "run", "record"),
+        default="recorded",
+        help="checks of minutes that depend on files alone: as recorded for these files, run again, or run "
+        "and recorded",
+    )
+
+
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """Where a test writes its bundle: in a folder that is not there yet."""

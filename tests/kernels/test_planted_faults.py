@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.evidence import KERNELS, Evidence, digest, kernel_sources
 from tests.helpers.kernel_faults import GROUPS, Fault
-from tests.helpers.paths import ROOT
-
-PACKAGE = ROOT / "kernels" / "vitdeploy_kernels"
+from tests.helpers.paths import ROOT, TESTS
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,17 +49,22 @@ print(json.dumps(codes))
 
 def plant(folder: Path, fault: Fault | None) -> None:
     """A copy of the package, with the fault if there is one."""
-    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(KERNELS, folder / KERNELS.name, ignore=shutil.ignore_patterns("__pycache__"))
     if fault is not None:
-        file = folder / PACKAGE.name / fault.file
+        file = folder / KERNELS.name / fault.file
         text = file.read_text(encoding="utf-8")
         assert text.count(fault.old) == 1, f"{fault.file} has {text.count(fault.old)} times: {fault.old}"
         file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_faults_are_caught(group: str, tmp_path: Path) -> None:
+def test_faults_are_caught(group: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     file, faults = GROUPS[group]
+    evidence = Evidence(f"planted-faults-{group}", request.config.getoption("evidence"))
+    helpers = [*TESTS.glob("helpers/kernel_*.py"), *TESTS.glob("helpers/interpreter.py")]
+    own = [Path(__file__), Path(__file__).with_name(file), Path(__file__).with_name("conftest.py")]
+    today = digest([*kernel_sources(), *helpers, *own])
+    evidence.skip_if_recorded(today)
     every = " or ".join(sorted({f"({fault.tests})" for fault in faults}))
     runs = [(None, every), *((fault, fault.tests) for fault in faults)]
     work = []
@@ -83,3 +87,4 @@ def test_faults_are_caught(group: str, tmp_path: Path) -> None:
         # By an assertion: a fault that does not even run has not been caught.
         assert code == 1, f"not caught: {fault}\n{log}"
         assert re.search(r"^E +(assert|AssertionError)", log, re.MULTILINE), f"{fault} ends with\n{log}"
+    evidence.passed(today)

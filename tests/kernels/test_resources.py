@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.helpers.evidence import Evidence, digest, kernel_sources
 from tests.helpers.kernel_launches import attention_launch, layernorm_linear_launch
 from tests.helpers.paths import ROOT
 from vitdeploy_kernels import resources
@@ -39,7 +40,10 @@ def broken(**changes: object) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_table_is_what_the_kernels_compile_to(arch: str) -> None:
+def test_the_table_is_what_the_kernels_compile_to(arch: str, request: pytest.FixtureRequest) -> None:
+    evidence = Evidence(f"resources-{arch}", request.config.getoption("evidence"))
+    today = digest([*kernel_sources(), TABLE])
+    evidence.skip_if_recorded(today)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "vitdeploy_kernels.resources", "--check", TABLE, "--arch", arch]
     command += ["--processes", "1"]  # the other architectures are checked beside this one
@@ -47,6 +51,7 @@ def test_the_table_is_what_the_kernels_compile_to(arch: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     if "only the rules are checked" in done.stdout:
         pytest.skip(done.stdout.splitlines()[0])
+    evidence.passed(today)
 
 
 def test_the_committed_table_keeps_the_rules() -> None:

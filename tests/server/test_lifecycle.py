@@ -285,7 +285,7 @@ def test_deadlines(linear: Path) -> None:
 def test_an_engine_for_another_gpu(digits: Path, tmp_path: Path) -> None:
     """Built for real, for a GPU that this machine does not have."""
     folder = Path(shutil.copytree(digits, tmp_path / "digits.bundle"))
-    built = in_a_process("export", "-m", folder, "--format", "tensorrt-rtx", "--arch", "sm_89")
+    built = in_a_process("engine", folder, "--format", "tensorrt-rtx", "--arch", "sm_89")
     assert built.code == 0, built.err
     result = in_a_process("serve", folder, "--port", 0, "--backend", "tensorrt-rtx")
     assert result.code == 3, result.err
