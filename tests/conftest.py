@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from tests.helpers import interpreter  # noqa: F401  (before anything imports Triton)
-from tests.helpers.commands import in_a_process
+from vitdeploy.cli import main
 
 # Tests run in several processes at once: one core each, or their thread pools fight over the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,8 +28,7 @@ def digits_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits model as ONNX in three precisions: a bundle to look at or to copy, not to change."""
     folder = tmp_path_factory.mktemp("onnx") / "digits.bundle"
     flags = ("--fp32", "--fp16", "--bf16", "--format", "onnx", "--batch", "1,8,64")
-    result = in_a_process("export", "-m", "digits", *flags, "-o", folder)
-    assert result.code == 0, result.err
+    assert main(["export", "-m", "digits", *flags, "-o", str(folder)]) == 0
     return folder
 
 

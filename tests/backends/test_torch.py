@@ -153,8 +153,8 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled(weights_bundle: Make, precision: ArtifactPrecision) -> None:
+@pytest.mark.parametrize("precision, batches", [("fp32", [1, 2, 4]), ("bf16", [2, 4])])
+def test_compiled(weights_bundle: Make, precision: ArtifactPrecision, batches: list[int]) -> None:
     from torch._inductor import config
 
     bundle = weights_bundle()
@@ -164,8 +164,8 @@ def test_compiled(weights_bundle: Make, precision: ArtifactPrecision) -> None:
         TorchCompile().load(bundle, artifact(precision), Options(threads=1)) as session,
     ):
         assert session.facts.backend == "torch-compile"
-        records = check_session(session, golden())
-    assert [record.batch for record in records] == [1, 2, 4]
+        records = check_session(session, golden(), batches=batches)
+    assert [record.batch for record in records] == batches
     assert all(record.passed for record in records), records
 
 

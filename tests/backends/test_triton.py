@@ -46,12 +46,12 @@ def provider(request: pytest.FixtureRequest) -> Iterator[str]:
     "name", [name if name == "dinov2" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )
 def test_every_family_gives_the_reference(weights_bundle: Make, name: str, provider: str) -> None:
-    config = CONFIGS[name]
+    config = dataclasses.replace(CONFIGS[name], depth=2)
     with Triton().load(weights_bundle(config), None, Options()) as session:
         (record,) = check_session(session, golden(config), batches=[3])
         assert record.failures == ()
         assert (session.facts.precision, session.facts.provider) == ("fp16", provider)
-        assert any("attention: 3/3 blocks fused" in line for line in session.facts.fusion) == (
+        assert any("attention: 2/2 blocks fused" in line for line in session.facts.fusion) == (
             name != "distilled"
         ), session.facts.fusion
 
@@ -60,20 +60,23 @@ def test_every_family_gives_the_reference(weights_bundle: Make, name: str, provi
 @pytest.mark.usefixtures("provider")
 @pytest.mark.parametrize("output", ["features", "tokens"])
 def test_other_outputs(weights_bundle: Make, output: str) -> None:
-    with Triton().load(weights_bundle(output=output), None, Options()) as session:
-        (record,) = check_session(session, golden(output=output), batches=[2])
+    config = dataclasses.replace(CONFIG, depth=2)
+    with Triton().load(weights_bundle(config, output=output), None, Options()) as session:
+        (record,) = check_session(session, golden(config, output), batches=[2])
         assert record.failures == ()
         assert any("head: LayerNorm, pooling and head in torch" in line for line in session.facts.fusion)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("provider")
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_the_artifacts_precision_and_batches(weights_bundle: Make, precision: ArtifactPrecision) -> None:
+@pytest.mark.parametrize("precision, batches", [("fp16", [1, 2, 4]), ("bf16", [4])])
+def test_the_artifacts_precision_and_batches(
+    weights_bundle: Make, precision: ArtifactPrecision, batches: list[int]
+) -> None:
     with Triton().load(weights_bundle(), artifact(precision), Options()) as session:
-        records = check_session(session, golden())
-        assert [record.failures for record in records] == [(), (), ()]
-        assert [record.batch for record in records] == [1, 2, 4]
+        records = check_session(session, golden(), batches=batches)
+        assert not any(record.failures for record in records)
+        assert [record.batch for record in records] == batches
         assert session.facts.executes == session.facts.precision == precision
         with pytest.raises(UsageError, match=f"onnx-{precision} serves 1 to 4"):
             session.run({"pixel_values": pixels(CONFIG, 5).numpy()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from pathlib import Path
@@ -59,10 +60,11 @@ QUICK = {(OLDEST_OPSET, "fp16"), (20, "fp32"), (20, "fp16"), (NEWEST_OPSET, "bf1
         pytest.param(opset, precision, marks=() if (opset, precision) in QUICK else pytest.mark.slow)
         for opset in range(OLDEST_OPSET, NEWEST_OPSET + 1)
         for precision in DTYPES
+        if precision == "fp16" or opset in (OLDEST_OPSET, 20, NEWEST_OPSET)
     ],
 )
 def test_every_opset_is_valid_small_and_right(tmp_path: Path, opset: int, precision: str) -> None:
-    config = CONFIGS["vit"]
+    config = CONFIGS["vit"] if opset == 20 else dataclasses.replace(CONFIGS["vit"], depth=2)
     vit, proto = emit(config, tmp_path / "m.onnx", precision=precision, opset=opset)
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
     assert {o.domain: o.version for o in proto.opset_import} == {"": opset}
