@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.prefork import Prefork
 from tests.helpers.processes import wait_for
 from tests.helpers.triton_server import free_ports
 
@@ -73,17 +74,24 @@ class Step:
         return dict(word.split("=", 1) for word in words)
 
     @property
+    def words(self) -> list[str]:
+        """The command without what stands before it."""
+        words = shlex.split((self.command or "").removesuffix("&"))
+        return [*itertools.dropwhile(_ASSIGNMENT.fullmatch, words)]
+
+    @property
+    def forks(self) -> bool:
+        """Whether a fork of a process that has imported PyTorch runs it, in the same environment."""
+        return self.command is None or (self.words[0] == "vitdeploy" and not self.environment)
+
+    @property
     def arguments(self) -> list[str]:
-        # -P: the folder it runs in has a vitdeploy/ of its own, with nothing but images.
-        python = [sys.executable, "-P"]
-        if self.command is None:
-            return [*python, "-c", self.program]
-        words = shlex.split(self.command.removesuffix("&"))
-        name, *arguments = itertools.dropwhile(_ASSIGNMENT.fullmatch, words)
+        name, *arguments = self.words
         if name == "curl":
             return [name, *arguments]
         assert name == "vitdeploy", f"{self.place}: {self.command}: the test runs vitdeploy and curl only"
-        return [*python, "-m", "vitdeploy", *arguments]
+        # -P: the folder it runs in has a vitdeploy/ of its own, with nothing but images.
+        return [sys.executable, "-P", "-m", "vitdeploy", *arguments]
 
 
 def steps(document: str) -> Iterator[Step]:
@@ -202,6 +210,7 @@ class Shell:
     folder: Path
     environment: dict[str, str]
     exports: Exports
+    prefork: Prefork
     code: int = 0
     """Of the last command; 0 where the document has shown it."""
     server: Background | None = None
@@ -224,21 +233,39 @@ class Shell:
             self._foreground(step)
 
     def _foreground(self, step: Step) -> None:
-        run = partial(
-            subprocess.run,
-            step.arguments,
-            cwd=self.folder,
-            env=self.environment | step.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if step.command else subprocess.PIPE,
-            encoding="utf-8",
-            check=False,
-        )
+        run = partial(self._fork if step.forks else self._process, step)
         done = self.exports.run(step.command or "", self.folder, run)
         self.code = done.returncode
         what = f"{step.place}: {step.command or 'the program'}"
         assert step.command or not self.code, f"{what} failed:\n{done.stderr}"
         assert matches(step.shown, done.stdout), f"{what}\nshows\n{step.shown}\nprints\n{done.stdout}"
+
+    def _fork(self, step: Step) -> subprocess.CompletedProcess[str]:
+        if step.command is None:
+            return self.prefork.run(program=step.program, cwd=self.folder)
+        return self.prefork.run(arguments=step.words[1:], cwd=self.folder, merged=True)
+
+    def _process(self, step: Step) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            step.arguments,
+            cwd=self.folder,
+            env=self.environment | step.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture(scope="module")
+def prefork(environment: dict[str, str]) -> Iterator[Prefork]:
+    with Prefork(environment) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +276,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", RUN)
 def test_commands_and_programs_do_what_the_document_shows(
-    document: str, exports: Exports, tmp_path: Path
+    document: str, environment: dict[str, str], exports: Exports, prefork: Prefork, tmp_path: Path
 ) -> None:
     shutil.copytree(ROOT / IMAGES, tmp_path / IMAGES)
     if document == "README.md":
@@ -257,8 +284,7 @@ def test_commands_and_programs_do_what_the_document_shows(
 
         save_digits(tmp_path / "my-vit")
         shutil.copy(ROOT / IMAGES / "3_0045.png", tmp_path / "photo.png")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    shell = Shell(tmp_path, environment, exports)
+    shell = Shell(tmp_path, environment, exports, prefork)
     try:
         for step in with_free_ports([*steps(document)]):
             shell.run(step)

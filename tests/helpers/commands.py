@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.prefork import Prefork
 from vitdeploy.cli import main
 
 COMMAND = (sys.executable, "-c", "import sys, vitdeploy.cli; sys.exit(vitdeploy.cli.main())")
@@ -53,13 +55,28 @@ def in_this_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> R
 
 
 def in_a_process(*arguments: object, cwd: Path | None = None, **environment: str) -> Result:
-    """Run ``vitdeploy`` in a process of its own."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **environment},
-        check=False,
-    )
+    """Run ``vitdeploy`` in a process of its own: a fork, where the environment is what it was."""
+    words = [*map(str, arguments)]
+    if not environment and _prefork()[1] == _environment():
+        done = _prefork()[0].run(arguments=words, cwd=cwd or Path.cwd())
+    else:
+        done = subprocess.run(
+            [*COMMAND, *words],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, **environment},
+            check=False,
+        )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+@functools.cache
+def _prefork() -> tuple[Prefork, dict[str, str]]:
+    """One for all commands of this process, and its environment."""
+    environment = _environment()
+    return Prefork(environment), environment
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}

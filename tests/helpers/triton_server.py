@@ -20,6 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -77,8 +78,9 @@ def _make() -> None:
             shutil.rmtree(entry)
         elif entry.name != ".lock":
             entry.unlink()
-    _run(sys.executable, "-m", "venv", ENVIRONMENT)
-    _run(ENVIRONMENT / "bin/python", "-m", "pip", "install", "--quiet", *WANTED)
+    venv.create(ENVIRONMENT, with_pip=False)
+    pip = (sys.executable, "-m", "pip", "--python", ENVIRONMENT / "bin/python")
+    _run(*pip, "install", "--quiet", "--no-compile", *WANTED)
 
 
 def _run(*command: object) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import venv
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -202,11 +203,12 @@ def test_the_recipe_without_a_container(package: Make, digits: Bundle, wheel: Pa
     """What the Dockerfile installs into an empty environment, then CMD and HEALTHCHECK, on other ports."""
     made = package(digits, "docker", threads=1, wheel=str(wheel))
     python = tmp_path / "env/bin/python"
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    venv.create(tmp_path / "env", with_pip=False)
     wanted = tmp_path / "requirements.txt"
     wanted.write_text((made.folder / "requirements.txt").read_text().replace("/app/", f"{made.folder}/"))
-    install = ["install", "--quiet", "--constraint", "constraints.txt", "--requirement", str(wanted)]
-    done = subprocess.run([python, "-m", "pip", *install], cwd=made.folder, capture_output=True, check=False)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
+    install = [*pip, "--constraint", "constraints.txt", "--requirement", wanted]
+    done = subprocess.run(install, cwd=made.folder, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     packaging = ["package", digits.root, "--target", "triton-server", "-o", tmp_path / "triton"]
     subprocess.run([python.with_name("vitdeploy"), *packaging], check=True)  # the templates are in the wheel

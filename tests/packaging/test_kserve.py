@@ -6,6 +6,7 @@ import fcntl
 import json
 import subprocess
 import sys
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,9 @@ def kserve_reads(documents: list[dict[str, Any]]) -> list[Any]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         mark = ENVIRONMENT / ".ready"
         if not mark.exists() or mark.read_text() != "\n".join(WANTED):
-            run(sys.executable, "-m", "venv", "--clear", ENVIRONMENT / "python")
-            run(ENVIRONMENT / "python/bin/python", "-m", "pip", "install", "--quiet", *WANTED)
+            venv.create(ENVIRONMENT / "python", clear=True, with_pip=False)
+            pip = (sys.executable, "-m", "pip", "--python", ENVIRONMENT / "python/bin/python")
+            run(*pip, "install", "--quiet", "--no-compile", *WANTED)
             mark.write_text("\n".join(WANTED))
     done = run(ENVIRONMENT / "python/bin/python", "-c", _READ, stdin=json.dumps(documents))
     found: list[Any] = json.loads(done)
