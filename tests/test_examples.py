@@ -25,6 +25,7 @@ def test_it_measures_twice_and_compares() -> None:
     assert commands()[1][3:9] == commands()[3][3:9], "both sides are measured alike"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", commands(), ids=lambda words: words[1])
 def test_its_flags_exist(words: list[str]) -> None:
     known = in_a_process(words[1], "--help").out.split()

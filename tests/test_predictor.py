@@ -249,6 +249,7 @@ def test_preprocess_gives_what_the_network_reads(predictor: Predictor) -> None:
     assert predictor.bundle.manifest.preprocess == SPEC
 
 
+@pytest.mark.slow
 def test_predicting_imports_what_it_runs_and_no_more(bundle: Bundle, tmp_path: Path) -> None:
     path = tmp_path / "one.png"
     random_image(0).save(path)

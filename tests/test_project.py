@@ -92,6 +92,7 @@ def test_wheel_holds_the_report_s_template(wheel: Path) -> None:
     assert {"vitdeploy/benchmark/report.html", "vitdeploy/benchmark/report.css"} <= names
 
 
+@pytest.mark.slow
 def test_wheel_installs_into_an_empty_environment(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +214,7 @@ def test_importing_the_package_is_light() -> None:
     assert imported_by("import vitdeploy").isdisjoint(HEAVY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["predict", "--help"]], ids=" ".join)
 def test_help_is_light(arguments: list[str]) -> None:
     code = f"""
@@ -255,6 +257,7 @@ def test_imports_go_one_way() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_names_the_machine_it_was_written_on() -> None:
     # Spelled in pieces, so that this file does not find itself.
     private = (

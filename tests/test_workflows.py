@@ -98,6 +98,7 @@ def step(name: str, cwd: Path, **values: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["", "onnxruntime"])
 def test_the_action_passes_a_good_bundle(backend: str, tmp_path: Path) -> None:
     done = step("Verify", tmp_path, bundle=str(BUNDLE), backend=backend)
@@ -122,6 +123,7 @@ def test_the_example_gives_the_action_what_it_takes() -> None:
     assert set(used["with"]["extras"].split(",")) <= project["optional-dependencies"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extras", ["", "openvino,export"])
 def test_the_action_installs_its_own_version(extras: str, tmp_path: Path) -> None:
     done = step("Install vitdeploy", tmp_path, bundle="any", extras=extras)
@@ -129,6 +131,7 @@ def test_the_action_installs_its_own_version(extras: str, tmp_path: Path) -> Non
     assert re.search(r"^Would install vitdeploy-\d", done.stdout, re.MULTILINE), done.stdout
 
 
+@pytest.mark.slow
 def test_the_action_asks_for_the_version_that_is_named(tmp_path: Path) -> None:
     done = step("Install vitdeploy", tmp_path, bundle="any", version="987.6")
     assert done.returncode == 1

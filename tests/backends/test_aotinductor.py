@@ -68,6 +68,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return Compiler(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_graph_is_the_reference(
     weights_bundle: Make, compiler: Compiler, precision: ArtifactPrecision
@@ -92,6 +93,7 @@ def test_ranges_of_batch_sizes(weights_bundle: Make, compiler: Compiler, batch: 
     assert all(record.passed for record in records)
 
 
+@pytest.mark.slow
 def test_weights_alone_take_any_batch_size(weights_bundle: Make, compiler: Compiler) -> None:
     with AotInductor().load(weights_bundle(), None, Options()) as session:
         assert session.facts.batch is None
@@ -109,6 +111,7 @@ def test_uint8_images_are_normalised_by_the_session(weights_bundle: Make, compil
     assert all(record.passed for record in records), records
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once(weights_bundle: Make, compiler: Compiler) -> None:
     for _ in range(2):
         with AotInductor().load(weights_bundle(), artifact("fp32"), Options()) as session:
@@ -150,6 +153,7 @@ def test_whatever_changes_the_code_changes_the_entry(
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [RuntimeError("g++\nsays no"), OSError("disk full"), TypeError("odd")])
 def test_a_failed_compilation(weights_bundle: Make, compiler: Compiler, failure: Exception) -> None:
     compiler.failure = failure
@@ -161,6 +165,7 @@ def test_a_failed_compilation(weights_bundle: Make, compiler: Compiler, failure:
     AotInductor().load(weights_bundle(), None, Options()).close()
 
 
+@pytest.mark.slow
 def test_a_new_package_that_does_not_load(
     weights_bundle: Make, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

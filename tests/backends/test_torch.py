@@ -27,6 +27,7 @@ from vitdeploy.verification.parity import check_session
 Make = Callable[..., Bundle]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_alone_give_the_reference(weights_bundle: Make, name: str) -> None:
     config = CONFIGS[name]

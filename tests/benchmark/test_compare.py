@@ -68,6 +68,7 @@ def verdicts(new: Results, old: Results) -> dict[tuple[str, int], str]:
     return {(row.label.split()[0], row.batch): row.verdict for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_two_runs_are_the_same(seed: int) -> None:
     found = verdicts(run(2 * seed), run(2 * seed + 1))
@@ -75,6 +76,7 @@ def test_two_runs_are_the_same(seed: int) -> None:
     assert list(found.values()).count("same") >= 19
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_ten_per_cent_of_one_backend_are_found(seed: int) -> None:
     found = verdicts(run(2 * seed, "beta", 1.10), run(2 * seed + 1))
@@ -84,11 +86,13 @@ def test_ten_per_cent_of_one_backend_are_found(seed: int) -> None:
     assert {verdict for (backend, _), verdict in faster.items() if backend == "beta"} == {"faster"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_one_per_cent_is_no_regression(seed: int) -> None:
     assert not compare_results(run(2 * seed, "beta", 1.01), run(2 * seed + 1)).slower
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.7])
 def test_stretches_in_which_something_is_in_the_way_change_nothing(share: float) -> None:
     """For a part of the new run every cell takes a third longer, the control work as long as before."""

@@ -43,6 +43,7 @@ def test_every_script_runs_and_the_record_is_complete(tmp_path: Path) -> None:
     assert all(row["wrong"] is None and row["floor_us"] > 0 for row in record["kernels"])
 
 
+@pytest.mark.slow
 def test_without_a_gpu_there_is_one_clear_line(tmp_path: Path) -> None:
     done = on_gpu("--output", tmp_path)
     assert done.returncode == 3

@@ -145,6 +145,7 @@ def test_partial_results_say_so() -> None:
     assert page.of("figcaption") == []
 
 
+@pytest.mark.slow
 def test_the_same_measurement_gives_the_same_page(sample: str) -> None:
     assert html_text(sample_results()) == sample
 
@@ -200,6 +201,7 @@ def test_labels_are_neither_mathematics_nor_cut_off() -> None:
     assert f"onnxruntime {'x' * 37}…" in shown
 
 
+@pytest.mark.slow
 def test_several_models_threads_and_callers() -> None:
     small = SUBJECT.model_copy(update={"name": "ti", "model": "vit_tiny_patch16_224"})
     cells = [

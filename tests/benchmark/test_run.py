@@ -38,6 +38,7 @@ def measure(cases: list[Any], batches: tuple[int, ...] = (1, 2), **plan: Any) ->
     return run_plan(BenchPlan(cases, batches, **wanted), counters=quiet)
 
 
+@pytest.mark.slow
 def test_cells(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
     found = vitdeploy.bench(made.root, backends=ORT, batches=(1, 8), threads=1, budget=0.3)
@@ -67,6 +68,7 @@ def test_cells(tmp_path: Path) -> None:
     assert found.environment.cpu.threads >= 1
 
 
+@pytest.mark.slow
 def test_several_bundles_threads_and_callers(tmp_path: Path) -> None:
     one = write_bundle(tmp_path / "one")
     two = write_bundle(tmp_path / "two", kind="uint8", batch=BatchRange(4, 4, 4))
@@ -85,6 +87,7 @@ def test_several_bundles_threads_and_callers(tmp_path: Path) -> None:
         assert cell.round_samples % cell.concurrency == 0
 
 
+@pytest.mark.slow
 def test_batches_that_are_not_served(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "a", batch=BatchRange(1, 2, 4))
     found = vitdeploy.bench(made, backends=ORT, budget=0.1)
@@ -117,6 +120,7 @@ def test_nothing_to_prove_it_by(tmp_path: Path) -> None:
         vitdeploy.bench([twice, twice.root], backends=ORT)
 
 
+@pytest.mark.slow
 def test_a_fast_wrong_backend_is_never_picked(tmp_path: Path) -> None:
     """Wrong from the first run on, or only once it is timed; both are much faster than the right one."""
     aim = target(tmp_path)
@@ -152,6 +156,7 @@ DEAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DEAD)
 def test_a_backend_that_dies_at_one_batch_size(tmp_path: Path, how: str) -> None:
     """Its cell says why; its other cells and the other backends go on."""
@@ -173,6 +178,7 @@ def test_a_backend_that_dies_at_one_batch_size(tmp_path: Path, how: str) -> None
     assert not found.partial
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes, alive", [("(4, 8)", [1]), ("(8,)", [1, 4])])
 def test_batch_sizes_that_kill_leave_the_others_alone(tmp_path: Path, sizes: str, alive: list[int]) -> None:
     body = f"def answer(pixels):\n    if len(pixels) in {sizes}: os._exit(9)\n    return right(pixels)\n"
@@ -180,6 +186,7 @@ def test_batch_sizes_that_kill_leave_the_others_alone(tmp_path: Path, sizes: str
     assert [cell.batch for cell in found.cells if cell.valid] == alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body, message",
     [
@@ -199,6 +206,7 @@ def test_a_backend_that_does_not_come_up(tmp_path: Path, body: str, message: str
     assert found.cells[0].startup is None
 
 
+@pytest.mark.slow
 def test_a_backend_that_dies_while_it_is_timed(tmp_path: Path) -> None:
     aim = target(tmp_path)
     mark = tmp_path / "mark"
@@ -224,6 +232,7 @@ class Interrupts:
         return ZERO
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after, measured", [(1, 0), (12, 4)])
 def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path, after: int, measured: int) -> None:
     aim = target(tmp_path)
@@ -237,6 +246,7 @@ def test_what_was_measured_before_ctrl_c_is_kept(tmp_path: Path, after: int, mea
     assert Results.model_validate(found.as_dict()) == found
 
 
+@pytest.mark.slow
 def test_rounds_are_interleaved_and_shuffled(tmp_path: Path) -> None:
     aim, log = target(tmp_path), tmp_path / "log"
     body = f"def answer(pixels):\n    open({str(log)!r}, 'a').write('NAME ')\n    return right(pixels)"
@@ -272,6 +282,7 @@ class Details(Progress):
         self.said.append(stage.detail)
 
 
+@pytest.mark.slow
 def test_progress(tmp_path: Path) -> None:
     plan = BenchPlan([case(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=0.3, limits=QUIET)
     progress = Details()
@@ -280,6 +291,7 @@ def test_progress(tmp_path: Path) -> None:
     assert any("round 2 of 2 cells" in text and "%" in text for text in progress.said)
 
 
+@pytest.mark.slow
 def test_control_work_runs_in_every_round(tmp_path: Path) -> None:
     found = measure([case(target(tmp_path), tmp_path, "a", RIGHT)], (1,), budget=0.5)
     assert found.metronome is not None
@@ -315,6 +327,7 @@ print(json.dumps(list(sys.modules)), file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["measuring", "measured"])
 def test_a_benchmark_of_one_backend_imports_only_that_backend(tmp_path: Path, process: str) -> None:
     root = str(write_bundle(tmp_path / "b").root)

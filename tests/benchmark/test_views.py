@@ -116,6 +116,7 @@ def test_markdown_without_a_baseline() -> None:
     assert "(12.5 images/s), which is PyTorch eager itself\n" in own
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(measurements())
 def test_any_measurement_has_both_views(results: Results) -> None:

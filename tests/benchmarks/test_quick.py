@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.paths import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick", [True, False])
 def test_quick_runs_once(quick: bool, tmp_path: Path) -> None:
     record = tmp_path / "record.json"

@@ -69,6 +69,7 @@ class Server:
         return Served("test", self.port, {"tensor": Asked("/", {}, [b"a body", b"another body"])}, {})
 
 
+@pytest.mark.slow
 def test_a_stall_is_seen_by_everyone_who_was_due_meanwhile(tmp_path: Path) -> None:
     """At 200 requests per second a stall of half a second concerns 100, not the one that met it."""
     server = Server(stall=0.5)
@@ -84,6 +85,7 @@ def test_a_stall_is_seen_by_everyone_who_was_due_meanwhile(tmp_path: Path) -> No
     assert trace.figures()["requests"] == len(latencies)
 
 
+@pytest.mark.slow
 def test_closed_loop_keeps_each_client_at_one_request(tmp_path: Path) -> None:
     server = Server()
     trace = Driver(tmp_path).closed(server.served, "tensor", 4, 0.5)
@@ -96,6 +98,7 @@ def test_closed_loop_keeps_each_client_at_one_request(tmp_path: Path) -> None:
     assert 0 < trace.cpu < 1.5
 
 
+@pytest.mark.slow
 def test_refusals_and_lost_connections_are_no_answers(tmp_path: Path) -> None:
     refusing = Server(answer=b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n")
     trace = Driver(tmp_path).open(refusing.served, "tensor", [(100.0, 0.3)], "constant", 0)

@@ -151,6 +151,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small(tmp_path_factory.mktemp("pristine") / "bundle").root
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150)
 def test_any_flipped_bit_in_any_file_is_found(pristine: Path, data: st.DataObject) -> None:

@@ -77,6 +77,7 @@ def test_it_is_served(folder: Path, tmp_path: Path) -> None:
     assert best["score"] == pytest.approx(probabilities.max(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_inspected(folder: Path) -> None:
     document = in_a_process("inspect", folder, "--json").document
     assert document["ok"] is True

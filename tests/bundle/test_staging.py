@@ -93,6 +93,7 @@ print(n)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["kill", "interrupt"])
 @pytest.mark.parametrize("scenario", ["fresh", "replace", "aside", "edit"])
 def test_at_whatever_moment_it_ends_the_bundle_is_whole(
@@ -174,6 +175,7 @@ for n in range(rounds):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_while_writing(tmp_path: Path) -> None:
     target, rounds = tmp_path / "parent" / "bundle", 40
     seen = set()

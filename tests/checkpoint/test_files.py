@@ -74,6 +74,7 @@ def test_cut_short_anywhere_is_one_clear_error(
         assert "\n" not in error.value.message
 
 
+@pytest.mark.slow
 @every_kind
 def test_damage_never_escapes_as_another_error(
     tmp_path: Path, name: str, write: Callable[[Path], None]
@@ -171,6 +172,7 @@ def test_empty_containers_are_refused(tmp_path: Path) -> None:
             read_weights(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_zip_bombs_are_not_unpacked(tmp_path: Path) -> None:
     for name in ("bomb.npz", "bomb.pt"):
         with (

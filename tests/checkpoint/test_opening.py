@@ -30,6 +30,7 @@ def folder(tmp_path: Path) -> Path:
 # --- named variants -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_default_is_the_reference_vit_b_16_with_random_weights() -> None:
     checkpoint = opened()
     assert (checkpoint.source, checkpoint.config.width, checkpoint.config.patch_size) == (
@@ -48,6 +49,7 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert not any(torch.equal(first.state[name], tensor) for name, tensor in other.state.items())
 
 
+@pytest.mark.slow
 def test_random_weights_leave_no_part_of_the_model_out() -> None:
     checkpoint = opened("deit_tiny_distilled_patch16_64", image_size=(32, 48), classes=7)
     assert checkpoint.config.image_size == (32, 48)
@@ -169,6 +171,7 @@ def test_bundle_is_opened_through_its_manifest(tmp_path: Path) -> None:
     assert set(read.provenance) == {"manifest.json", "weights.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes,message",
     [

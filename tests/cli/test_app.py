@@ -98,6 +98,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["--debug", "doctor"])
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_is_no_error(bundle: Bundle, tmp_path: Path) -> None:
     image = tmp_path / "one.png"
     random_image(0).save(image)
@@ -143,6 +144,7 @@ def interrupted(number: signal.Signals, how: str, *arguments: str) -> tuple[int,
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_with_one_line(number: signal.Signals) -> None:
     assert interrupted(number, "interrupted", "doctor") == (
@@ -150,6 +152,7 @@ def test_signals_end_with_one_line(number: signal.Signals) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_interruption_that_a_library_renames() -> None:
     result = interrupted(signal.SIGINT, "renamed", "doctor", "--json")
     assert result == (130, "", "error: interrupted by SIGINT\n")
@@ -181,6 +184,7 @@ sys.exit(main(["doctor"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inside, patience, said", [(0, 10, "imported\n"), (30, 0.3, "imported\n"), (0, 0, "")]
 )
@@ -208,6 +212,7 @@ def test_an_ignored_signal_stays_ignored(run: Run, monkeypatch: pytest.MonkeyPat
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode(bundle: Bundle, tmp_path: Path) -> None:
     image = tmp_path / "kočka.png"
     random_image(0).save(image)

@@ -78,6 +78,7 @@ def test_the_digits_in_full(run: Run, digits: Exported, tmp_path: Path) -> None:
     assert all(cell.valid and cell.accuracy and cell.accuracy.top1 > 0.97 for cell in found.cells)
 
 
+@pytest.mark.slow
 def test_wrong_outputs_are_visible(run: Run, tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "b", weight=WEIGHT * 1.1)
     report = tmp_path / "report.html"
@@ -92,6 +93,7 @@ def test_wrong_outputs_are_visible(run: Run, tmp_path: Path) -> None:
     assert (as_json.code, as_json.document["ok"]) == (5, False)
 
 
+@pytest.mark.slow
 def test_pick_is_kept_and_used(run: Run, bundle: Bundle, tmp_path: Path) -> None:
     picked = run("bench", bundle.root, *QUICK, "--batch", "1,8", "--pick", "throughput", "--json")
     assert picked.code == 0, picked.err
@@ -113,6 +115,7 @@ def test_pick_is_kept_and_used(run: Run, bundle: Bundle, tmp_path: Path) -> None
     assert [c.goal for c in Bundle.open(bundle.root).manifest.choices] == ["latency"], "one per machine"
 
 
+@pytest.mark.slow
 def test_nothing_fast_enough(run: Run, bundle: Bundle) -> None:
     result = run(
         "bench", bundle.root, *QUICK, "--batch", "1", "--pick", "throughput", "--max-latency-ms", "1e-9"
@@ -146,6 +149,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor, code, verdict", [(0.05, 6, "slower"), (20, 0, "faster")])
 def test_compare(
     run: Run, earlier: tuple[Path, Path], tmp_path: Path, factor: float, code: int, verdict: str
@@ -233,6 +237,7 @@ sys.exit(main(sys.argv[1:]))
 """Says every step of the measurement, also without a terminal."""
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(bundle: Bundle, tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     flags = ["--backend", "onnxruntime", "--batch", "1,8", "--budget", "60s", "-o", str(results)]

@@ -175,6 +175,7 @@ def test_a_failure_at_the_last_engine_changes_no_byte(
 # --- what `export` says of it ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -84,6 +84,7 @@ def test_flags(run: Run, asked: list[Any], flags: list[str], wanted: dict[str, A
     assert {name: getattr(request, name) for name in wanted} == wanted
 
 
+@pytest.mark.slow
 def test_place_and_force(run: Run, asked: list[Any]) -> None:
     run("export", "--output-dir", "some/where", "--force")
     run("export", "-o", "there")
@@ -172,6 +173,7 @@ def test_parity_errors_exit_5(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     assert result.err == "error: model.fp16.onnx is wrong\nhint: --bf16\n"
 
 
+@pytest.mark.slow
 def test_without_torch_the_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     result = in_a_process("export", "-m", "digits", cwd=tmp_path, PYTHONPATH=str(tmp_path))

@@ -113,6 +113,7 @@ def test_a_foreign_name_is_said(run: Run, tmp_path: Path) -> None:
     assert "\x1b" not in result.out
 
 
+@pytest.mark.slow
 def test_packaging_needs_no_torch(bundle: Bundle, tmp_path: Path) -> None:
     for target in ("triton-server", "docker"):
         result = in_a_process(

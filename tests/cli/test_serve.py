@@ -19,6 +19,7 @@ from vitdeploy.errors import UsageError
 from vitdeploy.server.repository import parse_named_bundles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, code, said",
     [
@@ -102,6 +103,7 @@ NAMES = st.sampled_from(["a", "b.c", "D-1"]) | st.from_regex(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(NAMES, st.none() | st.integers(1, 4)), min_size=1, max_size=6))
 def test_names_and_versions(wanted: list[tuple[str, int | None]]) -> None:
     """Versions that are not given count on from the highest so far; none is there twice."""

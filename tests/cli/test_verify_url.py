@@ -120,6 +120,7 @@ def read_until(stream: IO[str] | None, pattern: str) -> str:
     raise AssertionError(f"no {pattern!r} in time")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_watch_until_interrupted(single: Bundle, number: signal.Signals) -> None:
     with V2Server({"linear": served()}) as server:
@@ -132,6 +133,7 @@ def test_watch_until_interrupted(single: Bundle, number: signal.Signals) -> None
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_watch_interrupted_while_the_server_is_slow(single: Bundle) -> None:
     with V2Server({"linear": served()}, fault="slow") as server:
         process = watching(single, server.url, "--timeout", "3600")
@@ -146,6 +148,7 @@ def test_watch_interrupted_while_the_server_is_slow(single: Bundle) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_watch_with_a_failure_exits_5_and_exports_metrics(single: Bundle) -> None:
     model = served()
     with V2Server({"linear": model}) as server:
@@ -166,6 +169,7 @@ def test_watch_with_a_failure_exits_5_and_exports_metrics(single: Bundle) -> Non
     assert document["error"]["kind"] == "ParityError"
 
 
+@pytest.mark.slow
 def test_a_missing_library_names_the_extra(single: Bundle, tmp_path: Path) -> None:
     (tmp_path / "tritonclient").mkdir()
     (tmp_path / "tritonclient" / "__init__.py").write_text("raise ImportError('not here')")

@@ -155,6 +155,7 @@ def test_the_proof_lists_what_the_file_holds(tmp_path: Path) -> None:
     assert all(row.dtype == "float32" and row.island for row in norms)
 
 
+@pytest.mark.slow
 def test_the_proof_finds_a_gemm_that_silently_stayed_in_fp32(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     plan = PrecisionPlan.of("fp16").with_islands(frozenset({"blocks.1.mlp.fc1"}))
@@ -180,6 +181,7 @@ class _Untraceable(nn.Module):
         return x if x.sum().item() > 0 else -x
 
 
+@pytest.mark.slow
 def test_what_cannot_be_traced_says_so_in_one_line() -> None:
     with pytest.raises(ExportError, match="could not trace _Untraceable") as caught:
         trace(_Untraceable(), torch.zeros(1, 3, 8, 8), batch=RANGE, opset=20, names=NAMES)

@@ -167,6 +167,7 @@ def test_massive_activations_are_caught_and_exported_with_the_fewest_islands(tmp
     assert not (bundle.root / "model.fp16.onnx").exists()
 
 
+@pytest.mark.slow
 def test_without_fallback_the_same_model_fails_and_leaves_nothing(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     with pytest.raises(ParityError, match="fp16 does not compute what the checkpoint computes") as caught:
@@ -289,6 +290,7 @@ def test_an_absolute_bound_gates_too(tmp_path: Path) -> None:
         export(tmp_path, SINGLE, random_state(SINGLE, spread=0.2), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_an_absolute_bound_gates_the_rehearsal_before_anything_is_built(tmp_path: Path) -> None:
     state = random_state(SHALLOW, spread=0.2)
     with pytest.raises(ParityError, match=r"onnx-fp16 on emulation.*max abs error"):

@@ -78,6 +78,7 @@ def test_the_header_of_the_full_one_has_what_is_public(version: str) -> None:
     assert ".".join(str(part) for part in plan[24:28]) == version
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parse", ["file", "bytes"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_unsupported_operators_are_reported_as_by_the_real_parser(

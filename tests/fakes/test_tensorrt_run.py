@@ -27,6 +27,7 @@ def run_engine(engine: Any, inputs: np.ndarray[Any, Any]) -> tuple[bool, np.ndar
     return context.execute_async_v3(0), outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, error", [("fp32", 1e-4), ("fp16", 3e-2), ("bf16", 1e-4)])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_an_engine_computes(version: str, precision: str, error: float) -> None:

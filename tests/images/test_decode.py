@@ -355,12 +355,14 @@ def test_the_limit_holds_whatever_pillows_is(monkeypatch: pytest.MonkeyPatch) ->
     assert "60000x60000" in failure(png(60000, 60000, 1, 0)).message
 
 
+@pytest.mark.slow
 def test_a_text_chunk_that_explodes_is_refused() -> None:
     body = b"Comment\x00\x00" + zlib.compress(bytes(200_000_000), 9)
     chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
     failure(png(1, 1, 8, 0, b"\x00\x00", extra=chunk))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)

@@ -101,6 +101,7 @@ def test_pixels_are_those_of_transformers(name: str, photographs: list[Image.Ima
         assert np.array_equal(ours, expected.astype(np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUGGINGFACE)
 @given(width=st.integers(1, 300), height=st.integers(1, 300), seed=st.integers(0, 99))
 @settings(max_examples=12, deadline=None)

@@ -66,6 +66,7 @@ def small_table(*entries: Entry) -> Table:
     return Table("a GPU", False, {"linear_residual": entries}, {})
 
 
+@pytest.mark.slow
 @given(TABLES)
 def test_what_is_written_is_read(table: Table) -> None:
     assert parse_table(format_table(table), "here") == table
@@ -179,6 +180,7 @@ def test_table_names_are_file_names() -> None:
     assert table_name("../x") == "___x.json"
 
 
+@pytest.mark.slow
 def test_the_default_tables_are_what_their_script_writes() -> None:
     script = ROOT / "kernels" / "defaults.py"
     done = subprocess.run(

@@ -88,6 +88,7 @@ def test_every_route_computes_the_model(device: torch.device, route: Route | Non
     assert "head: fused in layernorm_linear, 10 columns" in lines
 
 
+@pytest.mark.slow
 def test_what_no_kernel_takes_is_left_to_torch_and_named(device: torch.device) -> None:
     shape = replace(SHAPE, heads=4)  # heads of 8 columns
     weights = random_weights(shape, torch.float16, device)
@@ -97,6 +98,7 @@ def test_what_no_kernel_takes_is_left_to_torch_and_named(device: torch.device) -
     assert any("scaled_dot_product_attention in torch" in line for line in runner.report), runner.report
 
 
+@pytest.mark.slow
 def test_an_executor_gets_every_launch(device: torch.device) -> None:
     seen: list[str] = []
 

@@ -25,6 +25,7 @@ def worst(a: Tensor, b: Tensor) -> float:
     return float(((a - b).abs().max() / b.abs().max()).item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @torch.no_grad()
 def test_rewritten_blocks_over_a_centred_stream_give_the_same_output(config: ViTConfig) -> None:

@@ -154,6 +154,7 @@ def packaged(folder: Path, **fields: Any) -> Package:
     return write_package(bundle, "triton-server", folder / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "uint8"])
 def test_pixels_are_vitdeploy_s_own(
     tmp_path: Path, run_models: Callable[[list[Task]], list[list[Any]]], kind: str

@@ -36,6 +36,7 @@ def packaged(bundle: Bundle, **settings: Any) -> tuple[Path, dict[str, Any]]:
     return output, document
 
 
+@pytest.mark.slow
 def test_the_folder(bundle: Bundle) -> None:
     output, document = packaged(bundle)
     assert {"app.py", "serve_config.yaml", "README.md", "model.bundle"} <= {p.name for p in output.iterdir()}

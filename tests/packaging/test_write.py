@@ -238,6 +238,7 @@ def test_names_that_are_refused(package: Make, bundle: Bundle, tmp_path: Path, n
     assert siblings(tmp_path / "out") == ["linear.bundle"]
 
 
+@pytest.mark.slow
 @given(st.text(max_size=80))
 def test_every_name_is_carried_or_refused(name: str) -> None:
     from vitdeploy.packaging.write import _NAME

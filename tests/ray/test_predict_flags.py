@@ -12,6 +12,7 @@ from tests.helpers.small_bundles import write_small
 from vitdeploy.cli import main
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -32,6 +33,7 @@ def test_flags(flags: list[str], message: str, tmp_path: Path, capsys: pytest.Ca
     assert not Path("x").exists()
 
 
+@pytest.mark.slow
 def test_no_images_start_no_ray(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "b")
     result = in_a_process(
@@ -43,6 +45,7 @@ def test_no_images_start_no_ray(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_ray_is_not_there(tmp_path: Path) -> None:
     """Its absence is said with the extra that brings it; here by a folder in front that hides it."""
     (tmp_path / "hide" / "ray").mkdir(parents=True)

@@ -88,6 +88,7 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [INFER, "/v1/models/linear:predict", "/v2/repository/index"])
 def test_a_body_that_comes_one_byte_at_a_time(impatient: Live, path: str) -> None:
     with connected(impatient) as slow:
@@ -126,6 +127,7 @@ def test_clients_that_vanish_while_they_send(live: Live, part: int) -> None:
     require_right(live)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behind", [b"", b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["one", "two"])
 def test_clients_that_vanish_before_their_answer(gathering: Live, behind: bytes) -> None:
     """Their places in the queue are free again, nothing is logged, and they are counted."""

@@ -159,6 +159,7 @@ def packed_zeros(window: int) -> bytes:
     return first + 1023 * more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec, window", [("gzip", 31), ("deflate", 15)])
 @pytest.mark.parametrize("path", [INFER, "/v1/models/linear:predict", "/v2/repository/index"])
 def test_a_compressed_bomb(live: Live, codec: str, window: int, path: str) -> None:
@@ -323,6 +324,7 @@ def test_wrong_requests_over_grpc(live: Live) -> None:
         assert words in message
 
 
+@pytest.mark.slow
 def test_messages_that_are_too_large_over_grpc(strict: Live) -> None:
     """As they come, and as a compressed bomb."""
     request = grpc_request()

@@ -47,6 +47,7 @@ def same(one: Array, other: Array) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
 def test_binary_requests(dtype: np.dtype[Any], data: st.DataObject) -> None:
@@ -62,6 +63,7 @@ def test_binary_requests(dtype: np.dtype[Any], data: st.DataObject) -> None:
     assert found.binary  # no outputs are named, so that all of them are to be binary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
 def test_json_requests(dtype: np.dtype[Any], data: st.DataObject) -> None:

@@ -139,6 +139,7 @@ def test_a_signal_under_load_loses_no_accepted_request(linear: Path, kind: str, 
         assert before.total() + after.total() == len(load.outcomes)
 
 
+@pytest.mark.slow
 def test_draining(linear: Path) -> None:
     """What is in hand is finished; the rest hears 503 and when to come back, over http and grpc."""
     with held(linear, "--drain", "5m") as (server, gate), server.client() as other, server.client() as health:
@@ -169,6 +170,7 @@ def test_draining(linear: Path) -> None:
         assert "every accepted request answered" in server.said()
 
 
+@pytest.mark.slow
 def test_draining_ends_in_time(linear: Path) -> None:
     """A request that would wait for minutes does not hold the server for longer than it was told."""
     flags = (*GATHERING, 60_000, "--drain", "1s", "--timeout", "10m")
@@ -183,6 +185,7 @@ def test_draining_ends_in_time(linear: Path) -> None:
         assert "not all was answered within 1s" in server.said()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(linear: Path) -> None:
     """Although a request is in hand that is never answered."""
     with (
@@ -227,6 +230,7 @@ def test_two_servers_on_one_port(live: Live, linear: Path) -> None:
     require_right(live)
 
 
+@pytest.mark.slow
 def test_a_bundle_that_answers_wrongly_is_not_served(tmp_path: Path, linear: Path) -> None:
     """Not one of several, either; and nothing was served meanwhile."""
     wrong = write_bundle(tmp_path / "wrong.bundle", weight=(WEIGHT * 1.001).astype(np.float32)).root
@@ -237,6 +241,7 @@ def test_a_bundle_that_answers_wrongly_is_not_served(tmp_path: Path, linear: Pat
     assert "serving http" not in result.err
 
 
+@pytest.mark.slow
 def test_a_full_queue(linear: Path) -> None:
     """429 with the time to come back at, however it is asked; and then all is well again."""
     with held(linear, "--max-queue", 4, "--timeout", "10m") as (server, gate):
@@ -261,6 +266,7 @@ def test_a_full_queue(linear: Path) -> None:
         require_right(server)
 
 
+@pytest.mark.slow
 def test_deadlines(linear: Path) -> None:
     """The server's, and a client's own, which may only be shorter; both while no session is free."""
     with held(linear, "--timeout", "0.5s") as (server, gate):

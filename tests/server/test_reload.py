@@ -118,6 +118,7 @@ def test_replaced_again_and_again_under_load(own: Path, tmp_path: Path) -> None:
         assert mine == sorted(mine)
 
 
+@pytest.mark.slow
 def test_a_bundle_that_is_removed_is_served_on(own: Path, twice: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(own, tmp_path / "other.bundle"))
     with serving(own, other, *RELOADING) as server:
@@ -181,6 +182,7 @@ def reloading(linear: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield server, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", BREAKAGES, ids=[function.__name__ for function in BREAKAGES])
 def test_a_broken_bundle_leaves_the_old_one_in_service(
     reloading: tuple[Live, Path], linear: Path, twice: Path, damage: Callable[[Path], None]
@@ -265,6 +267,7 @@ def test_an_image_that_is_being_decoded_is_finished(
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_unloading_under_load_finishes_what_was_accepted(linear: Path) -> None:
     with held(linear, "--timeout", "10m") as (server, gate):
         running = Asking(server, REQUEST)

@@ -26,6 +26,7 @@ from vitdeploy.verification.local import verify_bundle
 H100, A10 = Gpu("NVIDIA H100", (9, 0)), Gpu("NVIDIA A10", (8, 6))
 
 
+@pytest.mark.slow
 @each
 def test_verify_load_and_predict(version: str, machine: MakeMachine, target: Path) -> None:
     machine(version)
@@ -77,6 +78,7 @@ def test_a_session_tells_the_time_on_the_gpu_when_asked(machine: MakeMachine, ta
         assert session.device_seconds == 3  # of the double's clock: upload, engine, download
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu, arch", [(L4, "sm_89"), (H100, "sm_90")])
 def test_of_many_engines_the_gpus_own_is_taken(
     gpu: Gpu, arch: str, machine: MakeMachine, target: Path
@@ -107,6 +109,7 @@ def test_a_fat_engine_of_rtx_runs_on_each_of_its_gpus(machine: MakeMachine, targ
             )
 
 
+@pytest.mark.slow
 @each
 def test_engines_for_another_gpu(version: str, machine: MakeMachine, target: Path) -> None:
     machine(version)
@@ -159,6 +162,7 @@ def test_another_version_of_the_library(
     assert loads(here) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("running, runs", [("10.16.1.11", True), (NEW, True), (OLD, False)])
 def test_a_version_compatible_engine(running: str, runs: bool, machine: MakeMachine, target: Path) -> None:
     machine("10.16.1.11")
@@ -277,6 +281,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     go_to(monkeypatch, NEW, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "take_away, reason, hint",
     [
@@ -322,6 +327,7 @@ def test_no_library_at_load_time(machine: MakeMachine, target: Path, monkeypatch
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "artifact, options, message",
     [

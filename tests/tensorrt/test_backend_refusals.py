@@ -28,6 +28,7 @@ def newer(data: bytes) -> bytes:
     return data[:24] + bytes([data[24] + 1]) + data[25:]
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize(
     "spoil, message",
@@ -78,6 +79,7 @@ def test_a_changed_byte_does_not_reach_the_runtime(version: str, machine: MakeMa
     assert loads(here) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [

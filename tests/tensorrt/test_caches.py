@@ -79,6 +79,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert [entry.name for entry in tmp_path.iterdir()] == ["cache"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", FULL)
 def test_measurements_of_two_builds_come_together(version: str) -> None:
     cache = TimingCache.of(version, "NVIDIA L4")

@@ -132,6 +132,7 @@ def unchanged(bundle: Bundle) -> None:
     assert siblings(bundle.root) == [bundle.root.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", FULL)
 def test_an_engine_that_computes_something_else_changes_nothing(
     version: str, machine: MakeMachine, target: Path, monkeypatch: pytest.MonkeyPatch

@@ -100,6 +100,7 @@ def empty() -> bytes:
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString()
 
 
+@pytest.mark.slow
 @every_version
 @pytest.mark.parametrize(
     "model, message",

@@ -67,6 +67,7 @@ def test_the_network_is_strongly_typed_by_the_versions_own_number(
     assert made["flags"] == {OLD: 2, "10.16.1.11": 2, NEW: 1}[version]
 
 
+@pytest.mark.slow
 @every_version
 @pytest.mark.parametrize(
     "profiles", [ONE, (BatchRange(1, 1, 1), BatchRange(1, 4, 16), BatchRange(16, 32, 64))]
@@ -137,6 +138,7 @@ def test_progress_is_reported(version: str, machine: MakeMachine, job: MakeJob) 
     assert {phase for phase, _ in said} == {"parsing", "Building engine"}
 
 
+@pytest.mark.slow
 @every_version
 def test_what_was_measured_is_kept_for_the_next_build(
     version: str, machine: MakeMachine, job: MakeJob
@@ -211,6 +213,7 @@ def test_the_engine_itself_says_what_it_fuses(version: str, machine: MakeMachine
     assert engine.fusion.lines() == ("1/1 attention fused", "1/1 LayerNorm fused", "1/1 GELU fused")
 
 
+@pytest.mark.slow
 @every_version
 def test_single_precision_attention_is_not_fused(version: str, machine: MakeMachine, job: MakeJob) -> None:
     machine(version)

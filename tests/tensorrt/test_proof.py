@@ -81,6 +81,7 @@ def test_the_layers_of_a_network(version: str) -> None:
     assert found["weight"].nodes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, narrow",
     [

@@ -74,6 +74,7 @@ def said_of(data: bytes) -> str:
     return log.errors[0]
 
 
+@pytest.mark.slow
 def test_quantised_products_are_proven_by_what_feeds_them(tmp_path: Path) -> None:
     for element_type, dtype in ((TensorProto.INT8, "int8"), (TensorProto.FLOAT8E4M3FN, "float8e4m3fn")):
         result = build(tmp_path / dtype, quantised(element_type), "sm_89", "sm_120")
@@ -81,6 +82,7 @@ def test_quantised_products_are_proven_by_what_feeds_them(tmp_path: Path) -> Non
         assert result.proof.ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, target, lacking", [("fp8", "sm_80", "fp8"), ("bf16", "sm_75", "b16")])
 def test_a_type_that_the_gpu_lacks_is_an_error_that_names_it(
     tmp_path: Path, kind: str, target: str, lacking: str
@@ -104,6 +106,7 @@ def test_every_operator_that_tensorrt_lacks_is_named_with_its_place(tmp_path: Pa
     assert "MatMul" not in caught.value.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [b"", b"junk", b"\x08\x0a"])
 def test_a_file_that_is_no_graph(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "model.onnx"
@@ -118,6 +121,7 @@ def test_a_graph_in_another_precision_is_refused_before_it_is_built(tmp_path: Pa
     assert list(tmp_path.glob("*.plan")) == []
 
 
+@pytest.mark.slow
 def test_engines_are_raw_deterministic_and_relocatable(tmp_path: Path) -> None:
     model = quantised(TensorProto.INT8)
     build(tmp_path / "here", model, "sm_89", "sm_80+sm_120")
@@ -145,6 +149,7 @@ def test_the_runtime_itself_accepts_the_header_where_it_is(tmp_path: Path) -> No
     assert "header.size == blobSize" in said_of(data[:-1])
 
 
+@pytest.mark.slow
 def test_settings_reach_the_builder(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(quantised(TensorProto.INT8), path)
@@ -153,6 +158,7 @@ def test_settings_reach_the_builder(tmp_path: Path) -> None:
     assert two.engines[0].size > plain.engines[0].size
 
 
+@pytest.mark.slow
 def test_several_targets_are_built_from_one_parse(tmp_path: Path) -> None:
     phases: list[tuple[str, float]] = []
     path = tmp_path / "model.onnx"
@@ -184,6 +190,7 @@ def killed(number: signal.Signals) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, message", [(signal.SIGKILL, "was killed"), (signal.SIGSEGV, "died of SIGSEGV")]
 )
@@ -200,6 +207,7 @@ def test_a_builder_that_dies_is_an_error_and_no_crash(
     assert caught.value.hint
 
 
+@pytest.mark.slow
 def test_a_builder_ends_with_its_parent(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(quantised(TensorProto.INT8), path)

@@ -161,6 +161,7 @@ def test_without_graphs_nothing_is_captured() -> None:
     assert (loaded.gpu.captures, loaded.gpu.launches) == (0, 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.lists(st.integers(1, 32), min_size=1, max_size=30))
 def test_any_sequence_of_batch_sizes(batches: list[int]) -> None:
@@ -196,6 +197,7 @@ def test_a_graph_survives_runs_on_tensors() -> None:
 GOOD = torch.zeros(2, 3, SIZE, SIZE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tensors, message",
     [

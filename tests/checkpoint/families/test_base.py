@@ -52,6 +52,7 @@ def test_numbers_leave_a_name_and_return_to_it(
         assert filled(template, texts) == name
 
 
+@pytest.mark.slow
 @given(
     depths=st.lists(st.integers(1, 30), max_size=5),
     noise=st.lists(LEAVES, max_size=5),
@@ -101,6 +102,7 @@ NAMES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(names=st.lists(NAMES, unique=True, max_size=30))
 def test_a_report_names_each_tensor_once(names: list[str]) -> None:
     grouped = [name for group in _grouped(names) for name in expanded(group)]

@@ -114,6 +114,7 @@ def test_state_dict_in_memory_has_other_names(save: Save, tmp_path: Path) -> Non
     assert all(torch.equal(from_memory.state[name], tensor) for name, tensor in from_file.state.items())
 
 
+@pytest.mark.slow
 def test_weights_alone_need_a_variant(save: Save, agree: Agree) -> None:
     config = tiny(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_hidden_layers=12)
     model = ViTForImageClassification(config)

@@ -81,6 +81,7 @@ def test_a_password_is_not_repeated() -> None:
     assert "--header" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "read", [read_server, read_index, read_predictions, lambda said: read_model(said, said)]
 )

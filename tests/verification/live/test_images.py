@@ -39,6 +39,7 @@ def test_a_right_server(bundle: Bundle) -> None:
         assert record.error < record.bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong, cause",
     [
@@ -93,6 +94,7 @@ def test_labels_in_another_order(bundle: Bundle) -> None:
     assert all(record.error is not None and record.error < record.bound for record in report.images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer, failure",
     [
@@ -146,6 +148,7 @@ def test_of_a_few_classes_an_error_counts_in_proportion() -> None:
     assert 0.05 * whole < part < whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [V2Server, GrpcServer])
 @pytest.mark.parametrize("top", [1, 3, 5])
 def test_a_packaged_ensemble(bundle: Bundle, kind: type[V2Server] | type[GrpcServer], top: int) -> None:

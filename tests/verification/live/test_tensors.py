@@ -219,6 +219,7 @@ def softmax(inputs: Array) -> Array:
     return (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function, cause",
     [

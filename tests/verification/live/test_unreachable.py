@@ -61,6 +61,7 @@ def test_no_such_host(bundle: Bundle, scheme: str) -> None:
         verify_live(bundle, LiveRequest(f"{scheme}://no-such-host.invalid:8000"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["http", "https", "grpc", "grpcs"])
 def test_a_server_that_says_nothing(bundle: Bundle, scheme: str) -> None:
     with tcp_server(None) as port, pytest.raises(ServerError, match=r"127\.0\.0\.1"):
@@ -96,6 +97,7 @@ def test_grpc_to_an_http_server_and_the_other_way_round(bundle: Bundle) -> None:
         verify_live(bundle, LiveRequest(f"http://127.0.0.1:{server.port}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, timeout, message",
     [

@@ -110,6 +110,7 @@ def test_a_right_server(everything: Everything) -> None:
     assert not any("does not say which artifact" in note for note in over_http.notes)
 
 
+@pytest.mark.slow
 def test_versions_and_other_weights(everything: Everything) -> None:
     right, server = everything.right, everything.server
     assert verify_live(right, LiveRequest(server.http, model="versions", version="1")).passed
@@ -121,6 +122,7 @@ def test_versions_and_other_weights(everything: Everything) -> None:
         assert any("the server serves another bundle" in cause for cause in report.causes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_a_bundle_with_one_thing_wrong_is_served(everything: Everything, name: str) -> None:
     report = verify_live(everything.right, LiveRequest(everything.server.http, model=name, batches=[1]))
@@ -129,6 +131,7 @@ def test_a_bundle_with_one_thing_wrong_is_served(everything: Everything, name: s
     assert all(record.passed for record in report.parity)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fixed", "uint8"])
 def test_a_fixed_batch_size_and_images_as_uint8(everything: Everything, name: str) -> None:
     for url in (everything.server.http, everything.server.grpc):
@@ -136,6 +139,7 @@ def test_a_fixed_batch_size_and_images_as_uint8(everything: Everything, name: st
         assert report.passed, report.failures
 
 
+@pytest.mark.slow
 def test_a_server_for_small_batches(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "linear.bundle")
     with serving(made.root, flags=("--max-batch", "2")) as server:

@@ -57,6 +57,7 @@ def test_rounds_that_all_pass(bundle: Bundle) -> None:
     assert len(total.medians_ms) == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_breaks_goes_down_and_comes_back(bundle: Bundle) -> None:
     model = served()
     seen: list[tuple[bool, str]] = []
