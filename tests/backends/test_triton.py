@@ -42,6 +42,7 @@ def provider(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name == "dinov2" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )

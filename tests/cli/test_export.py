@@ -22,6 +22,7 @@ from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.progress import Progress
 
 
+@pytest.mark.slow
 def test_a_real_export(digits: Exported) -> None:
     out, err = digits.result.out, digits.result.err
     for text in ("model.onnx", "model.fp16.onnx", "exact rewrites", "absorb_last_block"):

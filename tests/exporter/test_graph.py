@@ -54,6 +54,7 @@ QUICK = {(OLDEST_OPSET, "fp16"), (20, "fp32"), (20, "fp16"), (NEWEST_OPSET, "bf1
 """Opsets and precisions of the quick loop."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opset, precision",
     [
@@ -81,6 +82,7 @@ def test_blocks_stay_small_with_their_casts(tmp_path: Path, name: str) -> None:
     assert largest_block(proto) <= 27
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -47,6 +47,7 @@ def test_every_kind_of_configuration_has_an_architecture() -> None:
     assert ARCHITECTURES.keys() == CONFIGS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_registered")
 def test_a_foreign_architecture_is_exported_proven_and_runs(bundle: Bundle) -> None:
     opened = Bundle.open(bundle.root)

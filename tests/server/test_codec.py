@@ -100,6 +100,7 @@ def test_what_a_request_asks_for(
     assert found.binary == (not outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
 def test_answers(dtype: np.dtype[Any], data: st.DataObject) -> None:
