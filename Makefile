@@ -22,7 +22,7 @@ help:  ## list the targets
 demo: $(READY)  ## export, verify, predict and measure a real model and a ViT-B/16
 	$(BIN)/python examples/demo.py
 
-test: $(READY) lint  ## everything: lint, types, import contracts, the whole test suite, that benchmarks run
+test: $(READY) lint  ## lint, types, import contracts, the test suite, that benchmarks run (all but make evidence)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu"
 	$(BIN)/pytest benchmarks --quick -q
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vitdeploy.cli import output, parse
-from vitdeploy.cli.export import show_bundle
+from vitdeploy.cli import output, parse, summary
 
 SUMMARY = "Add TensorRT engines to a bundle, proven."
 EXAMPLES = (
@@ -114,4 +113,4 @@ def command(
     )
     with output.Stages() as stages, output.stdout_is_ours():
         extended = add_engines(Bundle.open(bundle), request, force=force, progress=stages)
-    show_bundle(extended, bundle, stages, as_json)
+    summary.show_bundle(extended, bundle, stages, as_json)

@@ -12,7 +12,6 @@ from vitdeploy.cli import output, parse, summary
 from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from vitdeploy.bundle.folder import Bundle
     from vitdeploy.exporter.plan import ExportPlan
     from vitdeploy.exporter.request import ExportRequest
 
@@ -170,38 +169,7 @@ def _export(request: ExportRequest, folder: Path | None, force: bool, as_json: b
 
     with output.Stages() as stages, output.stdout_is_ours():
         bundle = run_export(request, folder, force=force, progress=stages)
-    show_bundle(bundle, folder or Path(bundle.root.name), stages, as_json)
-
-
-def show_bundle(bundle: Bundle, where: Path, stages: output.Stages, as_json: bool) -> None:
-    """Print a bundle that was written: its artifacts, rewrites and proofs, and what to do next."""
-    if not as_json:
-        return _print_bundle(bundle, where)
-    manifest = bundle.manifest
-    return output.json_document(
-        {
-            "ok": True,
-            "bundle": str(where),
-            "artifacts": [summary.artifact_dict(manifest, artifact) for artifact in manifest.artifacts],
-            "rewrites": [rewrite.model_dump(mode="json") for rewrite in manifest.rewrites],
-            "parity": [record.model_dump(mode="json") for record in manifest.parity],
-            "stages": stages.as_list(),
-            "notes": stages.notes,
-        }
-    )
-
-
-def _print_bundle(bundle: Bundle, where: Path) -> None:
-    output.heading(f"{where}")
-    summary.print_artifacts(bundle.manifest)
-    summary.print_rewrites(bundle.manifest.rewrites, bundle.manifest.flops)
-    summary.print_proofs(bundle.manifest)
-    output.heading("next")
-    folder = shlex.quote(str(where))
-    output.line(f"  vitdeploy verify {folder}")
-    if bundle.manifest.output == "logits":
-        output.line(f"  vitdeploy predict {folder} IMAGE")
-    output.line(f"  vitdeploy bench {folder}")
+    summary.show_bundle(bundle, folder or Path(bundle.root.name), stages, as_json)
 
 
 def _dry_run(request: ExportRequest, folder: Path | None, force: bool, as_json: bool) -> None:

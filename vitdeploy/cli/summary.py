@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vitdeploy.cli import output
 from vitdeploy.errors import ParityError
 
 if TYPE_CHECKING:
+    from vitdeploy.bundle.folder import Bundle
     from vitdeploy.bundle.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
 
 _KINDS = {
@@ -160,3 +163,34 @@ def json_verdict(report: Verdict) -> int:
         code = error.exit_code
     output.json_document(document)
     return code
+
+
+def show_bundle(bundle: Bundle, where: Path, stages: output.Stages, as_json: bool) -> None:
+    """Print a bundle that was written: its artifacts, rewrites and proofs, and what to do next."""
+    if not as_json:
+        return _print_bundle(bundle, where)
+    manifest = bundle.manifest
+    return output.json_document(
+        {
+            "ok": True,
+            "bundle": str(where),
+            "artifacts": [artifact_dict(manifest, artifact) for artifact in manifest.artifacts],
+            "rewrites": [rewrite.model_dump(mode="json") for rewrite in manifest.rewrites],
+            "parity": [record.model_dump(mode="json") for record in manifest.parity],
+            "stages": stages.as_list(),
+            "notes": stages.notes,
+        }
+    )
+
+
+def _print_bundle(bundle: Bundle, where: Path) -> None:
+    output.heading(f"{where}")
+    print_artifacts(bundle.manifest)
+    print_rewrites(bundle.manifest.rewrites, bundle.manifest.flops)
+    print_proofs(bundle.manifest)
+    output.heading("next")
+    folder = shlex.quote(str(where))
+    output.line(f"  vitdeploy verify {folder}")
+    if bundle.manifest.output == "logits":
+        output.line(f"  vitdeploy predict {folder} IMAGE")
+    output.line(f"  vitdeploy bench {folder}")

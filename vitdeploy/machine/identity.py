@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vitdeploy.machine.gpus import query_gpus
 
-LIBRARIES: dict[str, str] = {
+LIBRARIES: Mapping[str, str] = {
     "numpy": "",
     "onnx": "",
     "onnxruntime-gpu": "gpu",
