@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 from hypothesis import settings
 
 from tests.helpers import interpreter  # noqa: F401  (before anything imports Triton)
-from vitdeploy.cli import main
+from tests.helpers.commands import in_a_process
+from tests.helpers.exports import Exported, Exports
 
 # Tests run in several processes at once: one core each, or their thread pools fight over the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,13 +26,39 @@ settings.register_profile("vitdeploy", deadline=None)  # a busy machine is not a
 settings.load_profile("vitdeploy")
 
 
+def pytest_collection_finish() -> None:
+    """Leave what was imported for the tests out of every garbage collection: an export has ten of them."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or nanobind tells of leaks
+
+
 @pytest.fixture(scope="session")
-def digits_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits model as ONNX in three precisions: a bundle to look at or to copy, not to change."""
-    folder = tmp_path_factory.mktemp("onnx") / "digits.bundle"
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Exports, each made once for all processes of this test run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return Exports(folder / "exports")
+
+
+@pytest.fixture(scope="session")
+def digits(exports: Exports) -> Exported:
+    """The digits model, really exported, in fp32 and fp16."""
+    return export_digits(exports, "--fp32", "--fp16")
+
+
+@pytest.fixture(scope="session")
+def digits_onnx(exports: Exports) -> Path:
+    """The digits model as ONNX in three precisions."""
     flags = ("--fp32", "--fp16", "--bf16", "--format", "onnx", "--batch", "1,8,64")
-    assert main(["export", "-m", "digits", *flags, "-o", str(folder)]) == 0
-    return folder
+    return export_digits(exports, *flags).folder
+
+
+def export_digits(exports: Exports, *flags: str) -> Exported:
+    return exports.get(
+        " ".join(flags), lambda folder: in_a_process("export", "-m", "digits", *flags, "-o", folder)
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

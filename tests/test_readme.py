@@ -20,13 +20,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import Result
+from tests.helpers.exports import Exports
 from tests.helpers.paths import ROOT
 from tests.helpers.prefork import Prefork
 from tests.helpers.processes import wait_for
@@ -38,11 +39,11 @@ RUN = (
     *(f"docs/{n}.md" for n in ("benchmark", "serving")),
 )
 IMAGES = "vitdeploy/data/digits/images"
-Process = Callable[[], subprocess.CompletedProcess[str]]
 
 _BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {"console", "python", "text", "json", "sh", "mermaid", ""}
 
+_EXPORT = re.compile(r"vitdeploy export -m digits (?!.*--(?:dry-run|force)).*-o (\S+\.bundle)\b.*")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 _MEASURED = (
@@ -178,31 +179,6 @@ def matches(shown: str, printed: str) -> bool:
     return re.fullmatch("".join(expected), "".join(f"{line}\n" for line in skeleton(printed))) is not None
 
 
-class Exports:
-    """Exports of the digits model, each made once: documents that show the same one share its bundle."""
-
-    _COMMAND = re.compile(r"vitdeploy export -m digits (?!.*--(?:dry-run|force)).*-o (\S+\.bundle)\b.*")
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._done: dict[str, tuple[subprocess.CompletedProcess[str], Path]] = {}
-
-    def run(self, command: str, folder: Path, run: Process) -> subprocess.CompletedProcess[str]:
-        """Run the command, or bring what it made earlier into the folder."""
-        found = self._COMMAND.fullmatch(command)
-        if found is None or (folder / found[1]).exists():
-            return run()
-        if command in self._done:
-            done, bundle = self._done[command]
-            shutil.copytree(bundle, folder / found[1])
-            return done
-        done = run()
-        if done.returncode == 0:
-            kept = self._folder / f"{len(self._done)}.bundle"
-            self._done[command] = done, shutil.copytree(folder / found[1], kept)
-        return done
-
-
 @dataclass
 class Shell:
     """Runs a document's steps in a folder, one after the other."""
@@ -233,12 +209,32 @@ class Shell:
             self._foreground(step)
 
     def _foreground(self, step: Step) -> None:
-        run = partial(self._fork if step.forks else self._process, step)
-        done = self.exports.run(step.command or "", self.folder, run)
-        self.code = done.returncode
+        export = _EXPORT.fullmatch(step.command or "")
+        if export is None or (self.folder / export[1]).exists():
+            done = self._run(step)
+        else:
+            done = self._export(step, self.folder / export[1])
+        self.code = done.code
         what = f"{step.place}: {step.command or 'the program'}"
-        assert step.command or not self.code, f"{what} failed:\n{done.stderr}"
-        assert matches(step.shown, done.stdout), f"{what}\nshows\n{step.shown}\nprints\n{done.stdout}"
+        assert step.command or not self.code, f"{what} failed:\n{done.err}"
+        assert matches(step.shown, done.out), f"{what}\nshows\n{step.shown}\nprints\n{done.out}"
+
+    def _export(self, step: Step, bundle: Path) -> Result:
+        """Documents that show the same export share its bundle."""
+
+        def make(folder: Path) -> Result:
+            done = self._run(step)
+            if not done.code:
+                bundle.rename(folder)
+            return done
+
+        made = self.exports.get(f"{step.command}", make)
+        shutil.copytree(made.folder, bundle)
+        return made.result
+
+    def _run(self, step: Step) -> Result:
+        done = self._fork(step) if step.forks else self._process(step)
+        return Result(done.returncode, done.stdout, done.stderr or "")
 
     def _fork(self, step: Step) -> subprocess.CompletedProcess[str]:
         if step.command is None:
@@ -266,11 +262,6 @@ def environment() -> dict[str, str]:
 def prefork(environment: dict[str, str]) -> Iterator[Prefork]:
     with Prefork(environment) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    return Exports(tmp_path_factory.mktemp("exports"))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 
 import vitdeploy
 from tests.helpers.bundles import write_bundle
+from tests.helpers.exports import Exported
 from tests.helpers.script_cases import RIGHT, case, target
 from vitdeploy.benchmark import cells
 from vitdeploy.benchmark.cells import TimeLimits
@@ -263,8 +264,8 @@ def _turns(names: list[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_accuracy_beside_the_reference(digits_fp32: Path) -> None:
-    found = vitdeploy.bench(digits_fp32, backends=ORT, batches=(8,), threads=1, budget=0.3)
+def test_accuracy_beside_the_reference(digits: Exported) -> None:
+    found = vitdeploy.bench(digits.folder, backends=ORT, batches=(8,), threads=1, budget=0.3)
     (cell,) = found.cells
     assert cell.accuracy is not None
     assert cell.accuracy.images == 450

@@ -15,7 +15,8 @@ import pytest
 
 import vitdeploy
 from tests.helpers.bundles import WEIGHT, write_bundle
-from tests.helpers.commands import Exported, Run
+from tests.helpers.commands import Run
+from tests.helpers.exports import Exported
 from tests.helpers.paths import ROOT
 from vitdeploy.benchmark import disturbances
 from vitdeploy.benchmark.results import Results, read_results, schema

@@ -8,7 +8,8 @@ import onnx
 import pytest
 
 from tests.helpers.bundles import WEIGHT, graph
-from tests.helpers.commands import Exported, Run
+from tests.helpers.commands import Run
+from tests.helpers.exports import Exported
 from vitdeploy.bundle.folder import Bundle
 
 

@@ -7,7 +7,7 @@ import re
 import onnx
 import pytest
 
-from tests.helpers.commands import Exported
+from tests.helpers.exports import Exported
 from tests.helpers.paths import ORACLES, ROOT
 
 KEYS = ["vitdeploy.input", "vitdeploy.precision"]

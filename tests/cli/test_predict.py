@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.bundles import LABELS, answer_images, random_image, write_bundle
-from tests.helpers.commands import Exported, Run
+from tests.helpers.commands import Run
+from tests.helpers.exports import Exported
 from vitdeploy.bundle.folder import Bundle
 
 

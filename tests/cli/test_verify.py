@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.bundles import WEIGHT, answer_images, random_image, write_bundle
-from tests.helpers.commands import Exported, Run, in_a_process
+from tests.helpers.commands import Run, in_a_process
+from tests.helpers.exports import Exported
 from vitdeploy.bundle.folder import Bundle
 
 ORT = ("--backend", "onnxruntime")

@@ -38,14 +38,6 @@ class Result:
 Run = Callable[..., Result]
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A bundle, and what the command that wrote it said."""
-
-    folder: Path
-    result: Result
-
-
 def in_this_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> Result:
     """Run ``vitdeploy`` here."""
     capsys.readouterr()

@@ -1,14 +1,18 @@
 """Processes that need not import PyTorch first: forks of one that has.
 
-``Prefork(environment)`` starts a process that imports what an export imports and then waits; each ``run``
-forks it. Nothing but imported modules is shared, so a command sees what it sees in a process of its own.
+``Prefork(environment)`` starts a process that imports what an export imports, lets PyTorch export something
+small and then waits; each ``run`` forks it. Nothing but imported modules and what PyTorch keeps of any export
+is shared, so a command sees what it sees in a process of its own.
 As a program, this is that process: requests on its standard input, exit codes on its standard output.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -72,7 +76,21 @@ def _import() -> None:
     for name in _MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        _export()
+    gc.collect()
+    gc.freeze()  # or each fork copies all of it when it collects
+    atexit.register(gc.unfreeze)  # or nanobind tells of leaks
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "forks of a process with threads may hang"
+
+
+def _export() -> None:
+    """What only the first export of a process does: reading the sources of ONNX Script's functions."""
+    import torch
+    import tqdm
+
+    tqdm.tqdm.monitor_interval = 0  # no thread
+    torch.onnx.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), io.BytesIO(), dynamo=True, verbose=False)
 
 
 def _next_in_a_fork() -> dict[str, Any] | None:

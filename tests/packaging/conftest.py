@@ -1,4 +1,4 @@
-"""A bundle to package, the real digits model, and a short way to package either."""
+"""Bundles to package, and a short way to package them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.bundles import write_bundle
-from tests.helpers.commands import in_a_process
+from tests.helpers.exports import Exported
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import Package, write_package
@@ -24,12 +24,8 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The digits model, really exported."""
-    folder = tmp_path_factory.mktemp("digits") / "digits.bundle"
-    result = in_a_process("export", "-m", "digits", "-o", folder, "--fp32")
-    assert result.code == 0, result.err
-    return Bundle.open(folder)
+def digits(digits: Exported) -> Bundle:
+    return Bundle.open(digits.folder)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from sklearn.datasets import load_sample_images
 
 from tests.helpers.bundles import LABELS, answer_images, write_bundle
 from tests.helpers.commands import in_a_process
+from tests.helpers.exports import Exported
 from tests.helpers.processes import MARK, marked, wait_for
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.cli import main
@@ -305,18 +306,16 @@ def test_a_model_that_kills_its_process(
 
 
 @pytest.mark.usefixtures("_ray")
-def test_the_digits_model_reads_jpegs(tmp_path: Path) -> None:
+def test_the_digits_model_reads_jpegs(digits: Exported, tmp_path: Path) -> None:
     from vitdeploy.data import digits_images
 
-    exported = in_a_process("export", "-m", "digits", "-o", tmp_path / "digits.bundle", "--fp32")
-    assert exported.code == 0, exported.err
     folder = tmp_path / "in"
     folder.mkdir()
     for path in digits_images():
         buffer = io.BytesIO()
         Image.open(path).convert("RGB").save(buffer, "JPEG", quality=95)
         (folder / f"{path.stem}.jpg").write_bytes(buffer.getvalue())
-    summary = classify(Bundle.open(tmp_path / "digits.bundle"), tmp_path / "out", folder)
+    summary = classify(Bundle.open(digits.folder), tmp_path / "out", folder)
     rows = table(tmp_path / "out")
     assert summary.images == len(rows) >= 10
     assert np.mean([row["label"] == Path(path).name[0] for path, row in rows.items()]) >= 0.9

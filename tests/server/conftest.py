@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.bundles import write_bundle
-from tests.helpers.commands import in_a_process
+from tests.helpers.exports import Exported
 from tests.helpers.live_server import Live, scaled, serving
 
 
@@ -21,18 +19,8 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits model, really exported; once for all processes of a test run. Not to be changed."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    folder = shared / "digits.bundle"
-    with (shared / "digits.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            result = in_a_process("export", "-m", "digits", "-o", folder, "--fp32")
-            assert result.code == 0, result.err
-    return folder
+def digits(digits: Exported) -> Path:
+    return digits.folder
 
 
 @pytest.fixture(scope="session")

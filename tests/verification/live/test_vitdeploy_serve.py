@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.bundles import LABELS, SIZE, WEIGHT, golden_arrays, write_bundle
-from tests.helpers.commands import COMMAND, in_a_process
+from tests.helpers.commands import COMMAND
+from tests.helpers.exports import Exported
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange, Preprocess
 from vitdeploy.verification.live.round import LiveRequest, verify_live
@@ -150,10 +151,8 @@ def test_a_server_for_small_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_digits(tmp_path: Path) -> None:
-    folder = tmp_path / "digits.bundle"
-    made = in_a_process("export", "-m", "digits", "-o", folder, "--fp32", "--fp16")
-    assert made.code == 0, made.err
+def test_the_digits(digits: Exported) -> None:
+    folder = digits.folder
     with serving(folder, f"half={folder}") as server:
         for url in (server.http, server.grpc):
             report = verify_live(folder, LiveRequest(url, model="digits"))
