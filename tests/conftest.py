@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.helpers import interpreter  # noqa: F401  (before anything imports Triton)
 from tests.helpers.commands import in_a_process
 from tests.helpers.exports import Exported, Exports
 
@@ -24,6 +24,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 settings.register_profile("vitdeploy", deadline=None)  # a busy machine is not a slow function
 settings.load_profile("vitdeploy")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Set the kernels up before anything imports Triton, but not in a process that only hands tests out."""
+    if session.config.getoption("dist", "no") == "no" or hasattr(session.config, "workerinput"):
+        importlib.import_module("tests.helpers.interpreter")
 
 
 def pytest_collection_finish() -> None:

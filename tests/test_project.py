@@ -180,6 +180,7 @@ def test_public_names_are_pinned() -> None:
     assert all(hasattr(vitdeploy, name) for name in vitdeploy.__all__)
 
 
+@pytest.mark.slow
 def test_every_module_is_reached_by_its_name() -> None:
     """After ``import vitdeploy.a.b``, ``vitdeploy.a.b`` is that module: no function hides a room."""
     for name in ("bench", "export", "load", "verify"):

@@ -108,6 +108,7 @@ def test_every_family_is_clean(tmp_path: Path, name: str) -> None:
     assert not [n for n in proto.graph.node if n.domain]
 
 
+@pytest.mark.slow
 def test_names_are_module_paths(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     _, proto = emit(config, tmp_path / "m.onnx")
@@ -142,6 +143,7 @@ def test_a_dynamic_batch_of_one_and_many(tmp_path: Path) -> None:
         assert relative_error(tmp_path / "m.onnx", vit, config, batch) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_proof_lists_what_the_file_holds(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     emit(config, tmp_path / "m.onnx", precision="fp16")

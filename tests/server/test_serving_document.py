@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-from tests.helpers.commands import in_a_process
+import pytest
+
+from tests.helpers.commands import in_this_process
 from tests.helpers.paths import ROOT
 from vitdeploy.server.statistics import Metrics
 
@@ -14,8 +16,8 @@ ELSEWHERE = {"--data-binary", "--format", "--force", "--pick"}
 """Flags of curl, of ``export`` and of ``bench``."""
 
 
-def test_every_flag() -> None:
-    there = set(re.findall(r"--[a-z][a-z-]+", in_a_process("serve", "--help").out)) - {"--help"}
+def test_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    there = set(re.findall(r"--[a-z][a-z-]+", in_this_process(capsys, "serve", "--help").out)) - {"--help"}
     named = set(re.findall(r"--[a-z][a-z-]+", OWN)) - ELSEWHERE
     assert named == there - ELSEWHERE - {"--debug"}
 
