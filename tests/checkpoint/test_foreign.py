@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from tests.helpers.checkpoints import edit_config, edit_weights, opened, refusal, save_tiny
 from tests.helpers.paths import ORACLES
@@ -50,7 +50,7 @@ def test_config_of_something_else_beside_a_file_is_not_taken(folder: Path) -> No
 
 def test_shards_are_one_checkpoint(folder: Path) -> None:
     whole = opened(str(folder))
-    model = ViTForImageClassification.from_pretrained(folder)
+    model = transformers.ViTForImageClassification.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="20KB")
     sharded = opened(str(folder))
@@ -60,7 +60,7 @@ def test_shards_are_one_checkpoint(folder: Path) -> None:
 
 
 def test_processor_of_another_size_gives_way_to_the_model(folder: Path) -> None:
-    ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    transformers.ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
     checkpoint = opened(str(folder))
     assert checkpoint.config.image_size == (32, 32)
     assert checkpoint.notes == ("preprocessor_config.json feeds 64x64 pixels, config.json says 32x32",)

@@ -34,9 +34,16 @@ def make_tensorrt(version: str, gpu: tuple[int, int] | None = (8, 9)) -> types.M
     module = types.ModuleType("tensorrt_rtx" if library.rtx else "tensorrt", __doc__)
     module.__dict__["_library"] = library
     module.__dict__["__version__"] = library.symbols["version"]
-    for name, made in (library.classes | library.enums).items():
+    for name, made in library.enums.items():
         if "." not in name:
             setattr(module, name, made)
+
+    def made_when_asked(name: str) -> Any:
+        if "." in name or name not in library.symbols["classes"]:
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        return library.class_of(name)
+
+    module.__dict__["__getattr__"] = made_when_asked
     for name, text in library.symbols["constants"].items():
         setattr(module, name, library.constant(text))
     for name, overloads in library.symbols["functions"].items():

@@ -39,11 +39,9 @@ class Library:
         self.journal: list[tuple[Played | None, Call]] = []
         self.enums = {name: make_enum(name, members) for name, members in self.symbols["enums"].items()}
         self.classes: dict[str, type[Limited]] = {}
-        for name in self.symbols["classes"]:
-            self.class_of(name)
 
     def class_of(self, name: str) -> type[Limited]:
-        """The class that stands outside."""
+        """The class that stands outside; made when somebody asks, for there are hundreds."""
         if name not in self.classes:
             self.classes[name] = make_class(self, name, self.symbols["classes"][name])
         return self.classes[name]

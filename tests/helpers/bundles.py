@@ -5,6 +5,7 @@ What it must answer is one matrix product in float64, so tests need no other imp
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ def graph(precision: str, kind: str, weight: np.ndarray[Any, Any], batch: int | 
 
 
 def golden_arrays(kind: str = "float") -> dict[str, np.ndarray[Any, Any]]:
+    return {name: array.copy() for name, array in _drawn(kind).items()}
+
+
+@functools.cache
+def _drawn(kind: str) -> dict[str, np.ndarray[Any, Any]]:
     convert = apply_uint8 if kind == "uint8" else apply
     images = [Image.fromarray(image) for image in golden_images((SIZE, SIZE))]
     inputs = np.stack([convert(image, SPEC) for image in images])

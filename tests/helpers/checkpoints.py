@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.data import digits_folder
@@ -51,8 +51,8 @@ _TRANSFORMERS = {
 def save_tiny(folder: Path) -> Path:
     """What ``save_pretrained`` of a model of transformers and of its processor write."""
     torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(**TINY)).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    transformers.ViTForImageClassification(transformers.ViTConfig(**TINY)).save_pretrained(folder)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 
@@ -60,7 +60,7 @@ def save_digits(folder: Path) -> None:
     """The trained digits model, as transformers saves one that was fine-tuned, with its labels in words."""
     state = load_file(digits_folder() / "model.safetensors")
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    config = ViTConfig(
+    config = transformers.ViTConfig(
         image_size=32,
         patch_size=8,
         hidden_size=96,
@@ -70,14 +70,14 @@ def save_digits(folder: Path) -> None:
         layer_norm_eps=1e-6,
         id2label=dict(enumerate(words)),
     )
-    ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
     theirs = load_file(folder / "model.safetensors")
     for name, tensor in state.items():
         for ours, written in _TRANSFORMERS.items():
             name = name.replace(ours, written)
         theirs[name].copy_(tensor.reshape(theirs[name].shape))
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 def opened(name: str | None = None, **keywords: Any) -> Checkpoint:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
+from unittest import TestCase
 
-import pytest
 from uvicorn import Config
 from uvicorn.server import ServerState
 
@@ -98,7 +98,6 @@ class Server:
 
 def run(
     test: Callable[[Server], Awaitable[None]],
-    caplog: pytest.LogCaptureFixture,
     loop: Callable[[], Any] | None = None,
 ) -> None:
     """Run it; no request may fail."""
@@ -107,6 +106,5 @@ def run(
         async with asyncio.timeout(PATIENCE):
             await test(Server())
 
-    with asyncio.Runner(loop_factory=loop) as runner:
+    with TestCase().assertNoLogs(level=logging.ERROR), asyncio.Runner(loop_factory=loop) as runner:
         runner.run(main())
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []

@@ -26,9 +26,7 @@ def receive_all(protocol: BoundedHttpProtocol, chunks: Sequence[bytes]) -> None:
 @end
 @queued
 @pytest.mark.parametrize("path", ["/answers", "/listens"])
-def test_a_refusal_behind_a_request(
-    path: str, behind: bytes, chunks: list[bytes], refusal: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refusal_behind_a_request(path: str, behind: bytes, chunks: list[bytes], refusal: bytes) -> None:
     """The transport is closed, and nobody has called ``connection_lost`` yet."""
 
     async def test(server: Server) -> None:
@@ -44,15 +42,13 @@ def test_a_refusal_behind_a_request(
         assert transport.written.count(b"HTTP/1.1") == 1
         protocol.connection_lost(None)
 
-    run(test, caplog)
+    run(test)
 
 
 @queued
 @pytest.mark.parametrize("path", ["/answers", "/listens"])
 @pytest.mark.parametrize("why", [None, ConnectionResetError()], ids=["closed", "reset"])
-def test_a_client_that_leaves(
-    path: str, behind: bytes, why: Exception | None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_client_that_leaves(path: str, behind: bytes, why: Exception | None) -> None:
     """The request in hand hears of it, although another one came after it."""
 
     async def test(server: Server) -> None:
@@ -66,14 +62,12 @@ def test_a_client_that_leaves(
         assert server.told == [path] * (path == "/listens")
         assert transport.written == b""
 
-    run(test, caplog)
+    run(test)
 
 
 @queued
 @pytest.mark.parametrize("chunks", [[], GARBAGE], ids=["leaves", "garbage"])
-def test_a_client_that_takes_no_answers(
-    behind: bytes, chunks: list[bytes], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_client_that_takes_no_answers(behind: bytes, chunks: list[bytes]) -> None:
     """An answer waits until there is room, for which there is no more reason once the connection ends."""
 
     async def test(server: Server) -> None:
@@ -94,13 +88,11 @@ def test_a_client_that_takes_no_answers(
         assert server.begun == ["/answers"]
         assert b"HTTP/1.1 200" not in transport.written
 
-    run(test, caplog)
+    run(test)
 
 
 @end
-def test_half_an_answer_is_not_followed_by_a_refusal(
-    chunks: list[bytes], refusal: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_half_an_answer_is_not_followed_by_a_refusal(chunks: list[bytes], refusal: bytes) -> None:
     """The client would take it for the answer's body."""
 
     async def test(server: Server) -> None:
@@ -114,10 +106,10 @@ def test_half_an_answer_is_not_followed_by_a_refusal(
         await server.over()
         assert transport.written == half
 
-    run(test, caplog)
+    run(test)
 
 
-def test_what_is_answered_is_not_held_against_the_next(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_answered_is_not_held_against_the_next() -> None:
     """Requests one after the other and in a queue are all answered, and then garbage is refused."""
 
     async def test(server: Server) -> None:
@@ -130,11 +122,11 @@ def test_what_is_answered_is_not_held_against_the_next(caplog: pytest.LogCapture
         receive_all(protocol, GARBAGE)
         assert transport.written.count(b"HTTP/1.1 400 ") == 1
 
-    run(test, caplog)
+    run(test)
 
 
 @queued
-def test_garbage_behind_a_request_over_a_socket(behind: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_garbage_behind_a_request_over_a_socket(behind: bytes) -> None:
     """uvloop's own transport: the request answers when the connection is gone."""
 
     async def test(server: Server) -> None:
@@ -150,4 +142,4 @@ def test_garbage_behind_a_request_over_a_socket(behind: bytes, caplog: pytest.Lo
             assert server.begun == ["/answers"]
             writer.close()
 
-    run(test, caplog, uvloop.new_event_loop)
+    run(test, uvloop.new_event_loop)

@@ -37,7 +37,7 @@ def late(seconds: float) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("before", [b"", GET])
-def test_a_head_that_never_ends(before: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_head_that_never_ends(before: bytes) -> None:
     clock = Clock()
 
     async def test(server: Server) -> None:
@@ -59,10 +59,10 @@ def test_a_head_that_never_ends(before: bytes, caplog: pytest.LogCaptureFixture)
         assert json.loads(transport.written.partition(b"\r\n\r\n")[2]) == late(SECONDS)
         assert transport.closed
 
-    run(test, caplog, lambda: clock)
+    run(test, lambda: clock)
 
 
-def test_a_connection_on_which_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_connection_on_which_nothing_is_said() -> None:
     clock = Clock()
 
     async def test(server: Server) -> None:
@@ -73,10 +73,10 @@ def test_a_connection_on_which_nothing_is_said(caplog: pytest.LogCaptureFixture)
         assert transport.closed
         assert transport.written == b""
 
-    run(test, caplog, lambda: clock)
+    run(test, lambda: clock)
 
 
-def test_a_pause_between_two_requests_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pause_between_two_requests_is_no_fault() -> None:
     clock = Clock()
 
     async def test(server: Server) -> None:
@@ -92,10 +92,10 @@ def test_a_pause_between_two_requests_is_no_fault(caplog: pytest.LogCaptureFixtu
         assert transport.written.count(b"HTTP/1.1") == transport.written.count(OK) == 3
         assert not transport.closed
 
-    run(test, caplog, lambda: clock)
+    run(test, lambda: clock)
 
 
-def test_a_late_head_waits_behind_the_answer_before_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_late_head_waits_behind_the_answer_before_it() -> None:
     clock = Clock()
 
     async def test(server: Server) -> None:
@@ -110,10 +110,10 @@ def test_a_late_head_waits_behind_the_answer_before_it(caplog: pytest.LogCapture
         assert transport.written.count(b"HTTP/1.1 408 ") == 1
         assert transport.closed
 
-    run(test, caplog, lambda: clock)
+    run(test, lambda: clock)
 
 
-def test_nothing_is_said_on_a_connection_that_is_being_closed(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_said_on_a_connection_that_is_being_closed() -> None:
     """The server ends, and the answer before may still be on its way to the client."""
     clock = Clock()
 
@@ -130,7 +130,7 @@ def test_nothing_is_said_on_a_connection_that_is_being_closed(caplog: pytest.Log
         await clock.advance(2 * SECONDS)
         assert transport.written == answered
 
-    run(test, caplog, lambda: clock)
+    run(test, lambda: clock)
 
 
 @pytest.fixture

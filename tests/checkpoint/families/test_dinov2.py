@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BitImageProcessorPil,
-    Dinov2Config,
-    Dinov2ForImageClassification,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersForImageClassification,
-    Dinov2WithRegistersModel,
-)
+import transformers
 
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 
@@ -36,13 +28,17 @@ SETTINGS: dict[str, Any] = {
 
 
 def plain(head: bool = True, **changes: Any) -> Any:
-    kind = Dinov2ForImageClassification if head else Dinov2Model
-    return kind(Dinov2Config(**(SETTINGS | changes)))
+    kind = transformers.Dinov2ForImageClassification if head else transformers.Dinov2Model
+    return kind(transformers.Dinov2Config(**(SETTINGS | changes)))
 
 
 def with_registers(head: bool = True, **changes: Any) -> Any:
-    kind = Dinov2WithRegistersForImageClassification if head else Dinov2WithRegistersModel
-    return kind(Dinov2WithRegistersConfig(**(SETTINGS | {"num_register_tokens": 3} | changes)))
+    kind = (
+        transformers.Dinov2WithRegistersForImageClassification
+        if head
+        else transformers.Dinov2WithRegistersModel
+    )
+    return kind(transformers.Dinov2WithRegistersConfig(**(SETTINGS | {"num_register_tokens": 3} | changes)))
 
 
 both = pytest.mark.parametrize("make", [plain, with_registers])
@@ -93,9 +89,9 @@ def test_resolution_is_what_the_processor_feeds(save: Save, agree: Agree, make: 
     """The released models have a table for 518 pixels and a processor that crops 224."""
     model = make()
     folder = save(model)
-    BitImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48}).save_pretrained(
-        folder
-    )
+    transformers.BitImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48}
+    ).save_pretrained(folder)
     opened = agree(model, folder)
     assert opened.config.image_size == opened.preprocess.size == (48, 48)
     assert opened.preprocess.resize_edge == 56

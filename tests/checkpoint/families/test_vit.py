@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+import transformers
 
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.errors import CheckpointError
@@ -15,7 +15,7 @@ Save = Callable[..., Path]
 Agree = Callable[..., Checkpoint]
 
 
-def tiny(**changes: Any) -> ViTConfig:
+def tiny(**changes: Any) -> transformers.ViTConfig:
     settings: dict[str, Any] = {
         "hidden_size": 48,
         "num_hidden_layers": 3,
@@ -25,7 +25,7 @@ def tiny(**changes: Any) -> ViTConfig:
         "patch_size": 8,
         "num_labels": 7,
     }
-    return ViTConfig(**(settings | changes))
+    return transformers.ViTConfig(**(settings | changes))
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def tiny(**changes: Any) -> ViTConfig:
     ],
 )
 def test_logits_equal_transformers(save: Save, agree: Agree, changes: dict[str, Any]) -> None:
-    model = ViTForImageClassification(tiny(**changes))
+    model = transformers.ViTForImageClassification(tiny(**changes))
     assert agree(model, save(model)).family == "vit"
 
 
 @pytest.mark.slow
 def test_logits_of_full_size_equal_transformers(save: Save, agree: Agree) -> None:
-    model = ViTForImageClassification(ViTConfig(num_labels=1000))
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000))
     opened = agree(model, save(model, spread=0.02))
     assert sum(tensor.numel() for tensor in opened.state.values()) == 86_567_656
 
@@ -59,7 +59,7 @@ def test_logits_of_full_size_equal_transformers(save: Save, agree: Agree) -> Non
 def test_interpolated_positions_equal_transformers(
     save: Save, agree: Agree, configured: int | list[int], size: tuple[int, int]
 ) -> None:
-    model = ViTForImageClassification(tiny(image_size=configured))
+    model = transformers.ViTForImageClassification(tiny(image_size=configured))
     opened = agree(model, save(model), size, interpolate_pos_encoding=True)
     assert opened.preprocess.size == size
     # 4x16 patches are taken for 8x8, which is what 64x64 pixels need.
@@ -69,7 +69,7 @@ def test_interpolated_positions_equal_transformers(
 
 def test_grid_that_is_no_square_interpolates_from_itself(save: Save) -> None:
     """transformers refuses these; what is smooth before stays smooth."""
-    model = ViTForImageClassification(tiny(image_size=[24, 48]))
+    model = transformers.ViTForImageClassification(tiny(image_size=[24, 48]))
     rows = torch.arange(3.0).repeat_interleave(6)
     folder = save(model)
     ramp = model.vit.embeddings.position_embeddings.data
@@ -83,13 +83,13 @@ def test_grid_that_is_no_square_interpolates_from_itself(save: Save) -> None:
 
 
 def test_weights_of_half_precision_stay_as_they_are(save: Save, agree: Agree) -> None:
-    model = ViTForImageClassification(tiny()).to(torch.bfloat16)
+    model = transformers.ViTForImageClassification(tiny()).to(torch.bfloat16)
     opened = agree(model, save(model))
     assert {tensor.dtype for tensor in opened.state.values()} == {torch.bfloat16}
 
 
 def test_model_without_head_leaves_its_pooler_out(save: Save, agree: Agree) -> None:
-    model = ViTModel(tiny())
+    model = transformers.ViTModel(tiny())
     opened = agree(model, save(model), output="tokens")
     assert opened.config.classes == 0
     assert opened.labels is None
@@ -97,14 +97,16 @@ def test_model_without_head_leaves_its_pooler_out(save: Save, agree: Agree) -> N
 
 
 def test_masked_image_model_is_read_as_its_backbone(save: Save) -> None:
-    opened = open_model(str(save(ViTForMaskedImageModeling(tiny()))))
+    opened = open_model(str(save(transformers.ViTForMaskedImageModeling(tiny()))))
     assert isinstance(opened, Checkpoint)
     assert opened.config.classes == 0
     assert any("decoder" in note for note in opened.notes)
 
 
 def test_state_dict_in_memory_has_other_names(save: Save, tmp_path: Path) -> None:
-    model = ViTForImageClassification(tiny(hidden_size=192, num_attention_heads=3, intermediate_size=768))
+    model = transformers.ViTForImageClassification(
+        tiny(hidden_size=192, num_attention_heads=3, intermediate_size=768)
+    )
     folder = save(model)
     torch.save(model.state_dict(), folder / "memory.pt")
     from_file, from_memory = open_model(str(folder)), open_model(checkpoint=folder / "memory.pt")
@@ -117,7 +119,7 @@ def test_state_dict_in_memory_has_other_names(save: Save, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_weights_alone_need_a_variant(save: Save, agree: Agree) -> None:
     config = tiny(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_hidden_layers=12)
-    model = ViTForImageClassification(config)
+    model = transformers.ViTForImageClassification(config)
     folder = save(model)
     whole = open_model(str(folder))
     (folder / "config.json").unlink()
@@ -132,6 +134,6 @@ def test_weights_alone_need_a_variant(save: Save, agree: Agree) -> None:
 
 def test_labels_stand_in_the_order_of_the_head(save: Save) -> None:
     names = {2: "third", 0: "first", 1: "second"}
-    opened = open_model(str(save(ViTForImageClassification(tiny(num_labels=3, id2label=names)))))
+    opened = open_model(str(save(transformers.ViTForImageClassification(tiny(num_labels=3, id2label=names)))))
     assert isinstance(opened, Checkpoint)
     assert opened.labels == ("first", "second", "third")
