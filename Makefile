@@ -17,9 +17,6 @@ export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	if $$p -c "$(SUPPORTED)" >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-# One process more than two cores: many tests wait for a process or a socket.
-PARALLEL := -n 3 --dist worksteal
-
 .PHONY: help demo test check evidence lint docs bench-peers bench-serve clean
 
 help:  ## list the targets
@@ -28,12 +25,13 @@ help:  ## list the targets
 demo: $(READY)  ## export, verify, predict and measure a real model and a ViT-B/16
 	$(BIN)/python examples/demo.py
 
+# Three processes on two cores: slow tests wait for other processes and for sockets.
 test: $(READY) lint  ## lint, types, import contracts, the test suite, that benchmarks run (all but make evidence)
-	$(BIN)/pytest $(PARALLEL) -m "not gpu"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not gpu"
 	$(BIN)/pytest benchmarks --quick -q
 
 check: $(READY) lint  ## the quick loop: the same without the slow tests
-	$(BIN)/pytest $(PARALLEL) -m "not gpu and not slow" -q
+	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not slow" -q
 
 evidence: $(READY)  ## the kernels' long checks (planted faults, registers and spills) again, whatever is recorded
 	$(BIN)/pytest -n 2 -m "not gpu" --evidence run tests/kernels/test_planted_faults.py tests/kernels/test_resources.py

@@ -95,6 +95,9 @@ def serving(folder: Path, mark: str, port: int) -> Iterator[subprocess.Popen[byt
         "RAY_ADDRESS": "local",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
+        # On a busy machine Ray would give its proxy up before it has started.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
     }
     command = [Path(sys.executable).with_name("serve"), "run", "serve_config.yaml"]
     with (folder.parent / "serve.log").open("wb") as log:
@@ -129,8 +132,8 @@ def test_the_packaged_folder_serves(tmp_path: Path) -> None:
         check_errors(client)
         check_own_answers(client)
         server.send_signal(signal.SIGINT)
-        server.wait(60)
-        assert wait_for(lambda: not marked(mark), 30), marked(mark)
+        server.wait(120)
+        assert wait_for(lambda: not marked(mark), 90), marked(mark)
 
 
 def check_own_answers(client: Client) -> None:
