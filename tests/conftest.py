@@ -32,6 +32,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         importlib.import_module("tests.helpers.interpreter")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with Ray: it waits for processes longer than it computes, which the other tests do meanwhile."""
+    items.sort(key=lambda item: "tests/ray/" not in item.nodeid)
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported for the tests out of every garbage collection: an export has ten of them."""
     gc.collect()
