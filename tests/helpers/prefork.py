@@ -18,10 +18,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 # Not ONNX Runtime, which starts a thread: a fork would wait for it at its end.
 _MODULES = (
@@ -80,7 +82,6 @@ def _import() -> None:
         _export()
     gc.collect()
     gc.freeze()  # or each fork copies all of it when it collects
-    atexit.register(gc.unfreeze)  # or nanobind tells of leaks
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "forks of a process with threads may hang"
 
 
@@ -104,8 +105,27 @@ def _next_in_a_fork() -> dict[str, Any] | None:
     return None
 
 
-def _become(request: dict[str, Any]) -> None:
-    """Run what is asked for; the process ends with it."""
+def _become(request: dict[str, Any]) -> NoReturn:
+    """Run what is asked for; the process ends with it.
+
+    Like a fork of multiprocessing, without Python's own end, which takes apart (and so copies) every module.
+    """
+    code = 1
+    try:
+        code = _run(request)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(request: dict[str, Any]) -> int:
     nothing = os.open(os.devnull, os.O_RDONLY)
     out, err = (os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("out", "err"))
     for stream, opened in enumerate((nothing, out, err)):
@@ -116,11 +136,11 @@ def _become(request: dict[str, Any]) -> None:
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         sys.argv = ["-c"]
         exec(compile(request["program"], "<string>", "exec"), main.__dict__)
-    else:
-        from vitdeploy.cli import main as vitdeploy
+        return 0
+    from vitdeploy.cli import main as vitdeploy
 
-        sys.argv = ["vitdeploy", *request["arguments"]]
-        sys.exit(vitdeploy())
+    sys.argv = ["vitdeploy", *request["arguments"]]
+    return vitdeploy()
 
 
 if __name__ == "__main__":
