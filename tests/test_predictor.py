@@ -26,7 +26,8 @@ from tests.helpers.bundles import (
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, ImageError, UsageError
-from vitdeploy.predictor import Predictor, softmax
+from vitdeploy.predictor import Predictor
+from vitdeploy.scores import softmax
 
 
 @pytest.fixture(scope="module")

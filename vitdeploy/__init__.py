@@ -42,6 +42,7 @@ def export(
     opset: int = 20,
     input: Literal["float", "uint8"] = "float",
     output: Literal["logits", "features", "tokens"] | None = None,
+    scores: Literal["softmax", "sigmoid", "none"] | None = None,
     atol: float | None = None,
     fallback: bool = True,
     seed: int = 0,
@@ -69,6 +70,9 @@ def export(
             images, with the normalisation folded into the first projection.
         output: ``"logits"`` (N, classes), ``"features"`` (N, D) or ``"tokens"`` (N, T, D), float32; the
             logits where the model has a head when omitted.
+        scores: what becomes of logits where classes are named: shares of one answer, an answer for each
+            class, or the values themselves; as the checkpoint says when omitted, else a softmax, or a sigmoid
+            of a single output.
         atol: an absolute tolerance on top of the table in ``vitdeploy.verification.parity``.
         fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16; else raise.
         seed: of random weights.
@@ -101,6 +105,7 @@ def export(
         opset=opset,
         input=input,
         output=output,
+        scores=scores,
         atol=atol,
         fallback=fallback,
         seed=seed,

@@ -24,6 +24,8 @@ Position = Literal["learned", "sincos2d", "none"]
 Output = Literal["logits", "features", "tokens"]
 InputKind = Literal["float", "uint8"]
 Precision = Literal["fp32", "fp16", "bf16"]
+Scores = Literal["softmax", "sigmoid", "none"]
+"""What becomes of logits where classes are named: ``vitdeploy.scores``."""
 
 
 class ModelConfig(ABC):

@@ -20,6 +20,7 @@ from vitdeploy.errors import BundleError, ImageError, UsageError, VitdeployError
 from vitdeploy.images.decode import ImageSource, load_image
 from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.identity import this_machine
+from vitdeploy.scores import scores_of
 
 AnyImage = ImageSource | np.ndarray[Any, Any]
 """A path, the bytes of an image file, a binary file object, a Pillow image, or (H, W, 3) uint8 RGB."""
@@ -40,7 +41,7 @@ class Prediction:
     """The checkpoint's name of the class; its index, as text, where it names none."""
     index: int
     score: float
-    """Softmax probability, computed in float64."""
+    """As the bundle's ``scores`` says: a softmax, a sigmoid or the logit itself, computed in float64."""
 
 
 class Predictor:
@@ -195,7 +196,7 @@ class Predictor:
                 f"{self.session.facts.artifact} gives NaN or infinite logits",
                 hint=f"vitdeploy verify {self.bundle.root}",
             )
-        scores = softmax(logits)
+        scores = scores_of(logits, self.bundle.manifest.scores)
         order = np.argsort(-scores, kind="stable")[:top_k]
         labels = self.bundle.manifest.labels
         return [
@@ -270,14 +271,6 @@ def choice_for_this_machine(bundle: Bundle) -> tuple[Choice | None, str]:
         return None, f"{what} was picked for this machine, but does not run here now: {state.reason}"
     threads = f", {choice.threads} thread{'s' * (choice.threads > 1)}" if choice.threads else ""
     return choice, f"{what}{threads}: picked for {choice.goal} on this machine on {choice.created[:10]}"
-
-
-def softmax(logits: Array) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Softmax over the last axis, in float64."""
-    wide = logits.astype(np.float64)
-    exponents = np.exp(wide - wide.max(axis=-1, keepdims=True))
-    scores: np.ndarray[Any, np.dtype[np.float64]] = exponents / exponents.sum(axis=-1, keepdims=True)
-    return scores
 
 
 def as_many(images: AnyImage | Iterable[AnyImage]) -> Iterable[AnyImage]:

@@ -63,6 +63,40 @@ def save(folder: Path, family: str) -> tuple[Any, Any]:
     return model, processor
 
 
+SCORES: dict[str, dict[str, Any]] = {
+    "softmax": {"num_labels": 4},
+    "sigmoid": {"num_labels": 4, "problem_type": "multi_label_classification"},
+    "one output": {"num_labels": 1},
+    "regression": {"num_labels": 1, "problem_type": "regression"},
+    "several values": {"num_labels": 3, "problem_type": "regression"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SCORES)
+def test_scores_are_those_of_the_pipeline(run: Run, tmp_path: Path, kind: str) -> None:
+    folder, bundle = tmp_path / "model", tmp_path / "out.bundle"
+    torch.manual_seed(0)
+    given = {name: value for name, value in SMALL.items() if name != "id2label"}
+    config = transformers.ViTConfig(**given, **MLP, **SCORES[kind])
+    model = transformers.ViTForImageClassification(config).eval()
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    processor = transformers.ViTImageProcessorPil(size={"height": 64, "width": 64})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    pipeline = transformers.pipeline("image-classification", model, image_processor=processor)
+    done = run("export", "-m", folder, "-o", bundle)
+    assert done.code == 0, done.err
+    images = json.loads(run("predict", bundle, *PHOTOGRAPHS, "--json").out)["images"]
+    for path, image in zip(PHOTOGRAPHS, images, strict=True):
+        theirs = pipeline(Image.open(path).convert("RGB"), top_k=5)
+        ours = image["predictions"]
+        assert [prediction["label"] for prediction in ours] == [answer["label"] for answer in theirs]
+        np.testing.assert_allclose(
+            [prediction["score"] for prediction in ours], [answer["score"] for answer in theirs], atol=2e-5
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_and_probabilities_of_photographs(run: Run, tmp_path: Path, family: str) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy import special
 
 from tests.fakes.v2_server import Array, Served
 from tests.helpers.bundles import LABELS, SIZE, WEIGHT, answer
+from vitdeploy.config import Scores
 
 IMAGENET = (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225]))
 HALF = (np.full(3, 0.5), np.full(3, 0.5))
@@ -80,21 +82,22 @@ def pixels(
     return ((values - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
 
 
-def scored(logits: Array, labels: tuple[str, ...] = LABELS) -> list[dict[str, Any]]:
+def scored(logits: Array, labels: tuple[str, ...] = LABELS, kind: Scores = "softmax") -> list[dict[str, Any]]:
     """One row of logits as ``:predict`` has it, all classes."""
-    scores = np.exp(logits - logits.max())
-    scores = scores / scores.sum()
+    scores: Array = {"softmax": special.softmax, "sigmoid": special.expit, "none": np.array}[kind](logits)
     best = np.argsort(-scores, kind="stable")
     return [{"label": labels[i], "index": int(i), "score": float(scores[i])} for i in best]
 
 
-def predict(labels: tuple[str, ...] = LABELS, **wrong: Any) -> Callable[[bytes, str], dict[str, Any]]:
+def predict(
+    labels: tuple[str, ...] = LABELS, scores: Scores = "softmax", **wrong: Any
+) -> Callable[[bytes, str], dict[str, Any]]:
     """A ``:predict`` with its preprocessing wrong on order."""
 
     def run(data: bytes, kind: str) -> dict[str, Any]:
         assert kind in ("image/png", "image/jpeg")
         logits = answer(pixels(data, **wrong))[0]
-        return {"model_name": "linear", "model_version": "1", "predictions": [scored(logits, labels)]}
+        return {"model_name": "linear", "model_version": "1", "predictions": [scored(logits, labels, scores)]}
 
     return run
 

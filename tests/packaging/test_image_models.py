@@ -19,11 +19,11 @@ from PIL import Image
 
 from tests.helpers.bundles import LABELS, SPEC, write_bundle
 from tests.helpers.paths import TESTS
-from vitdeploy.config import Preprocess
+from vitdeploy.config import Preprocess, Scores
 from vitdeploy.images.decode import load_image
 from vitdeploy.images.preprocess import apply, apply_uint8
 from vitdeploy.packaging.write import Package, write_package
-from vitdeploy.predictor import softmax
+from vitdeploy.scores import scores_of
 
 STAND_IN = TESTS / "triton_stand_in"
 Task = tuple[str, list[dict[str, Any]]]
@@ -201,8 +201,11 @@ def test_what_is_no_image_gets_an_error_of_its_own(
     assert answers[-1].startswith("image 2 of 2: ")
 
 
-def test_labels_are_softmax_s(tmp_path: Path, run_models: Callable[[list[Task]], list[list[Any]]]) -> None:
-    made = packaged(tmp_path / "p", labels=("ca,t", "d\nog", "é", "", "fox"))
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "none"])
+def test_labels_and_scores_are_vitdeploy_s_own(
+    tmp_path: Path, run_models: Callable[[list[Task]], list[list[Any]]], kind: Scores
+) -> None:
+    made = packaged(tmp_path / "p", labels=("ca,t", "d\nog", "é", "", "fox"), scores=kind)
     rng = np.random.default_rng(0)
     logits = [rng.normal(size=(n, 5), scale=s).astype(np.float32) for n, s in ((1, 1), (8, 30), (3, 1e30))]
     logits += [np.zeros((2, 5), np.float32), np.array([[1, 3, 3, 1, 3]], np.float32)]  # ties: the first first
@@ -210,7 +213,7 @@ def test_labels_are_softmax_s(tmp_path: Path, run_models: Callable[[list[Task]],
     requests = [{"logits": array} for array in [*logits, bad, np.full((1, 5), -np.inf, np.float32)]]
     (answers,) = run_models([(version_folder(made, "linear_labels"), requests)])
     for array, found in zip(logits, answers, strict=False):
-        scores = softmax(array)
+        scores = scores_of(array, kind)
         order = np.argsort(-scores, axis=-1, kind="stable")
         assert found["indices"].dtype == np.int32
         assert np.array_equal(found["indices"], order)

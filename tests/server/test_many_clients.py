@@ -17,7 +17,8 @@ from PIL import Image
 
 from tests.helpers.live_server import Live, binary_request, json_request, logits_of, serving
 from vitdeploy import load
-from vitdeploy.predictor import Predictor, softmax
+from vitdeploy.predictor import Predictor
+from vitdeploy.scores import softmax
 from vitdeploy.verification.parity import TOLERANCES
 
 CLIENTS, EACH = 64, 6

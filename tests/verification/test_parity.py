@@ -140,6 +140,22 @@ class TestMetrics:
             assert metrics.top1_compared == (0 if classes == 1 else 6)
             assert tolerance_failures(metrics, FP32) == ()
 
+    @given(st.integers(1, 4), st.integers(0, 2**32 - 1), st.integers(0, 5))
+    def test_a_few_outputs_near_zero_are_no_failure(self, classes: int, seed: int, row: int) -> None:
+        """What is near zero for one image is as exact as the others."""
+        rng = np.random.default_rng(seed)
+        expected = rng.normal(size=(6, classes)) * 3
+        expected[row] = 0
+        size = np.sqrt((expected**2).sum(axis=1).mean())
+        noise = rng.uniform(-1, 1, size=expected.shape) * size / np.sqrt(classes)
+        right = measure_parity(expected, expected + 0.9 * FP16.relative * noise, FP16, "features")
+        assert tolerance_failures(right, FP16) == ()
+        wrong = expected.copy()
+        wrong[row] += size * 2 * FP16.relative
+        assert "relative error" in " ".join(
+            tolerance_failures(measure_parity(expected, wrong, FP16, "features"), FP16)
+        )
+
     def test_shapes_must_be_the_same(self) -> None:
         with pytest.raises(ValueError, match="shape"):
             measure_parity(REFERENCE, REFERENCE[:, :1], FP32, "logits")

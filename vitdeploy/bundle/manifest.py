@@ -26,7 +26,16 @@ from pydantic import (
 )
 
 from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, OpDType
-from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, model_fields, model_type
+from vitdeploy.config import (
+    BatchRange,
+    InputKind,
+    ModelConfig,
+    Output,
+    Preprocess,
+    Scores,
+    model_fields,
+    model_type,
+)
 from vitdeploy.errors import BundleError, VitdeployError
 
 MANIFEST = "manifest.json"
@@ -274,6 +283,8 @@ class Manifest(_Record):
     input: InputKind = "float"
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] | None = None
+    scores: Scores = "softmax"
+    """What logits become where classes are named."""
     parameters: Count = 0
     flops: Count | None = None
     """Of one image through the reference model, a multiply-add counted as two."""
@@ -294,10 +305,12 @@ class Manifest(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``choices`` where there are none: bundles from before it keep their digest."""
+        """Without no ``choices`` and the usual ``scores``: bundles from before them keep their digest."""
         fields: dict[str, Any] = dump(self)
         if not self.choices:
             fields.pop("choices", None)
+        if self.scores == "softmax":
+            fields.pop("scores", None)
         return fields
 
     @model_validator(mode="after")

@@ -30,6 +30,7 @@ from vitdeploy.config import (
     DEFAULT_MODEL,
     ModelConfig,
     Preprocess,
+    Scores,
     Size,
     ViTConfig,
     decode_variant,
@@ -40,6 +41,7 @@ from vitdeploy.config import (
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError, did_you_mean
 from vitdeploy.model.registry import expected_shapes
+from vitdeploy.scores import usual_scores
 
 DIGITS = "digits"
 
@@ -61,6 +63,7 @@ class Checkpoint:
     labels: tuple[str, ...] | None
     family: str
     source: str
+    scores: Scores = "softmax"
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """File names to sha256."""
@@ -133,6 +136,7 @@ def save_folder(checkpoint: Checkpoint, path: Path) -> None:
         "model": model_fields(checkpoint.config),
         "preprocess": dataclasses.asdict(checkpoint.preprocess),
         "labels": checkpoint.labels,
+        "scores": checkpoint.scores,
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (path / "config.json").write_text(text, encoding="utf-8")
@@ -194,7 +198,7 @@ def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None
             return content, {config.name: sha256(config)}
     if manifest.is_file():
         content = read_json(manifest)
-        described = {key: content.get(key) for key in ("model", "preprocess", "labels")}
+        described = {key: content.get(key) for key in ("model", "preprocess", "labels", "scores")}
         return {"model_type": reference.MODEL_TYPE, **described}, {manifest.name: sha256(manifest)}
     if whole:
         raise CheckpointError(
@@ -262,6 +266,7 @@ def _convert(
         labels=reading.labels,
         family=family.name,
         source=foreign.source,
+        scores=reading.scores or usual_scores(config.classes),
         notes=(*files.notes, *reading.notes, *notes),
         provenance=files.files,
     )
@@ -299,6 +304,7 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int) 
         labels=None,
         family="vitdeploy",
         source=name,
+        scores=usual_scores(config.classes),
         notes=(f"no checkpoint: the weights of {name} are random (seed {seed})",),
         seed=seed,
     )

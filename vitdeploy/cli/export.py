@@ -89,6 +89,14 @@ Output = Annotated[
         help="What the artifacts return.  [default: logits where there is a head]",
     ),
 ]
+ScoresKind = Annotated[
+    str | None,
+    typer.Option(
+        "--scores",
+        metavar="softmax|sigmoid|none",
+        help="What becomes of logits where classes are named.  [default: as the checkpoint says]",
+    ),
+]
 Atol = Annotated[
     float | None, typer.Option(metavar="X", help="An absolute tolerance on top of the built-in ones.")
 ]
@@ -116,6 +124,7 @@ def command(
     opset: Opset = 20,
     input: Input = "float",
     output_kind: Output = None,
+    scores: ScoresKind = None,
     atol: Atol = None,
     no_fallback: NoFallback = False,
     seed: Seed = 0,
@@ -146,6 +155,7 @@ def command(
         opset=opset,
         input=input,
         output=output_kind,
+        scores=scores,  # type: ignore[arg-type]  # checked there
         atol=atol,
         fallback=not no_fallback,
         seed=seed,

@@ -100,6 +100,8 @@ def _facts(manifest: Manifest) -> None:
     rows.append(("output", manifest.output))
     if labels:
         rows.append(("labels", f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"))
+    if manifest.output == "logits":
+        rows.append(("scores", manifest.scores))
     if prep := manifest.preprocess:
         edge = f" {prep.resize_edge}" if prep.resize_edge else ""
         rows.append(("preprocess", f"{prep.resize}{edge} {prep.resample} to {prep.size[0]}x{prep.size[1]}"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vitdeploy.bundle.manifest import AOT
-from vitdeploy.config import DEFAULT_MODEL, BatchRange, Precision, Size
+from vitdeploy.config import DEFAULT_MODEL, BatchRange, Precision, Scores, Size
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus
 from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets
@@ -91,6 +91,8 @@ class ExportRequest:
     opset: int = 20
     input: str = "float"
     output: str | None = None
+    scores: Scores | None = None
+    """What becomes of logits; None is as the checkpoint says."""
     atol: float | None = None
     architectures: tuple[str, ...] = ()
     """GPUs to build engines and compile kernels for; ``sm_80+sm_89`` is one engine for both."""
@@ -106,6 +108,7 @@ class ExportRequest:
         for what, given, choices in (
             ("precision", self.precisions, get_args(Precision)),
             ("format", self.formats, FORMATS),
+            ("kind of scores", (self.scores,) if self.scores is not None else (), get_args(Scores)),
         ):
             for name in given:
                 if name not in choices:

@@ -33,6 +33,7 @@ from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.memory import release
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
+from vitdeploy.scores import usual_scores
 from vitdeploy.verification import parity
 
 _MODE = 0o644
@@ -321,6 +322,7 @@ class _Job:
             input=subject.input,
             preprocess=subject.preprocess,
             labels=subject.labels,
+            scores=subject.scores or usual_scores(self.golden["reference"].shape[-1]),
             parameters=subject.parameters,
             flops=subject.flops,
             rewrites=subject.rewrites,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model
-from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess
+from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, Scores
 from vitdeploy.errors import ExportError, UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
 from vitdeploy.exporter.request import ExportRequest
@@ -34,6 +34,8 @@ class Subject(ABC):
     """Whether the deployed module is made of sites, among which the fewest fp32 islands can be found."""
     preprocess: Preprocess
     labels: tuple[str, ...] | None
+    scores: Scores | None = None
+    """None is what is usual for so many outputs."""
     output: Output
     input: InputKind
     rewrites: tuple[Rewrite, ...] = ()
@@ -88,6 +90,8 @@ class CheckpointSubject(Subject):
         self.preprocess = checkpoint.preprocess
         self.output = output or config.outputs[0]
         self.labels = checkpoint.labels if self.output == "logits" else None
+        if self.output == "logits":
+            self.scores = checkpoint.scores
         self.input = input_kind
         self._architecture = architecture_of(config)
         self.rewrites = self._architecture.applied_rewrites(config, self.output, input_kind)
@@ -190,7 +194,12 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
             image_size=request.image_size,
             seed=request.seed,
         )
-    return opened, subject_of(opened, request.output, request.input)
+    subject = subject_of(opened, request.output, request.input)
+    if request.scores is not None:
+        if subject.output != "logits":
+            raise UsageError(f"--scores is what becomes of logits; {opened.source} gives {subject.output}")
+        subject.scores = request.scores
+    return opened, subject
 
 
 def subject_of(opened: Checkpoint | UserModule, output: str | None, input_kind: str) -> Subject:

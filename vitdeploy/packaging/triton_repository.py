@@ -185,7 +185,8 @@ class TritonRepository:
         self._python_model(name, [logits], self._predictions(), 1)
         folder = self._version(name)
         write_text(folder / "model.py", template("labels_model.py"))
-        settings = {"labels": self.job.bundle.manifest.labels, "top_k": self.top_k}
+        manifest = self.job.bundle.manifest
+        settings = {"labels": manifest.labels, "scores": manifest.scores, "top_k": self.top_k}
         write_text(folder / "labels.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         self._say(folder / "model.py", "logits to labels; needs numpy")
         self._say(folder / "labels.json", f"labels, and how many are given: {self.top_k}")

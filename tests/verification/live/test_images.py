@@ -14,8 +14,8 @@ from tests.fakes.v2_models import IMAGENET, ensemble, predict, scored, served
 from tests.fakes.v2_server import V2Server
 from tests.helpers.bundles import LABELS, SIZE, write_bundle
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.config import Preprocess
-from vitdeploy.predictor import softmax
+from vitdeploy.config import Preprocess, Scores
+from vitdeploy.scores import sigmoid, softmax
 from vitdeploy.verification.live.images import image_files, score_error
 from vitdeploy.verification.live.report import LiveReport
 from vitdeploy.verification.live.round import LiveRequest, verify_live
@@ -129,12 +129,28 @@ def test_errors(bundle: Bundle) -> None:
     assert report.failures[0] == "image.0 as PNG sent to linear at :predict: HTTP 400: no images today"
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "none"])
+def test_other_scores_are_compared_with_what_the_bundle_makes_of_logits(tmp_path: Path, kind: Scores) -> None:
+    made = write_bundle(tmp_path / "linear.bundle", scores=kind)
+    assert ask(made, predict(scores=kind)).passed
+    report = ask(made, predict(scores="softmax"))
+    assert any("scores: " in failure for failure in report.failures)
+
+
 def test_confident_answers_are_compared_too() -> None:
     logits = np.array([60.0, 0.0, -60.0, -100.0])
     scores = softmax(logits)
-    assert score_error(logits, [0, 1, 2, 3], scores) < 1e-9
-    assert score_error(logits, [0, 1, 2, 3], scores.astype(np.float32)) < 1e-2
-    assert score_error(logits, [0, 1, 2, 3], softmax(logits[[0, 2, 1, 3]])) > 0.05
+    assert score_error(logits, [0, 1, 2, 3], scores, "softmax") < 1e-9
+    assert score_error(logits, [0, 1, 2, 3], scores.astype(np.float32), "softmax") < 1e-2
+    assert score_error(logits, [0, 1, 2, 3], softmax(logits[[0, 2, 1, 3]]), "softmax") > 0.05
+
+
+def test_sigmoids_tell_their_logits() -> None:
+    logits = np.array([-30.0, -2.0, 0.0, 3.0, 40.0])
+    scores = sigmoid(logits).astype(np.float32)
+    assert score_error(logits, [0, 1, 2, 3, 4], scores, "sigmoid") < 1e-5
+    assert score_error(logits, [1, 2, 3], sigmoid(logits[[1, 2, 3]] + 0.1), "sigmoid") > 1e-3
+    assert score_error(logits, [0, 1, 2, 3, 4], logits, "none") == 0
 
 
 def test_of_a_few_classes_an_error_counts_in_proportion() -> None:
@@ -142,9 +158,9 @@ def test_of_a_few_classes_an_error_counts_in_proportion() -> None:
     logits = rng.normal(size=1000)
     actual = logits + 1e-3 * np.linalg.norm(logits) / np.sqrt(1000) * rng.normal(size=1000)
     order = np.argsort(-actual)
-    whole = score_error(logits, order, softmax(actual)[order])
+    whole = score_error(logits, order, softmax(actual)[order], "softmax")
     assert 0.8e-3 < whole < 1.2e-3
-    part = score_error(logits, order[:5], softmax(actual)[order[:5]])
+    part = score_error(logits, order[:5], softmax(actual)[order[:5]], "softmax")
     assert 0.05 * whole < part < whole
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitdeploy.checkpoint.families.positions import PositionRule
-from vitdeploy.config import ModelConfig, Preprocess, Size, ViTConfig
+from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
 from vitdeploy.model.registry import expected_shapes
 
@@ -66,6 +66,8 @@ class Reading:
     ignored: Mapping[str, str | None] = field(default_factory=dict)
     """Patterns of names that are not needed for inference, with the note to give (None: nothing to say)."""
     labels: tuple[str, ...] | None = None
+    scores: Scores | None = None
+    """What the checkpoint says that its logits mean; None where it says nothing."""
     notes: tuple[str, ...] = ()
     default_size: Size | None = None
     """The resolution to build for when the user names none; None is the checkpoint's own."""

@@ -20,7 +20,7 @@ from vitdeploy.checkpoint.families.base import (
     linear,
 )
 from vitdeploy.checkpoint.families.infer import infer_config, what_is_open
-from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
+from vitdeploy.config import Activation, Preprocess, Scores, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, did_you_mean
 from vitdeploy.images.preprocess import at_size, from_huggingface
 
@@ -36,6 +36,13 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
+
+_SCORES: Mapping[str, Scores | None] = {
+    "single_label_classification": None,  # as usual
+    "multi_label_classification": "sigmoid",
+    "regression": "none",
+}
+"""By ``problem_type``."""
 
 EMBEDDINGS: Layout = {
     **linear("patch_embed", "embeddings.patch_embeddings.projection"),
@@ -193,6 +200,23 @@ def labels_of(config: Mapping[str, object] | None, classes: int) -> tuple[str, .
     return tuple(labels[index] for index in range(classes))
 
 
+def scores_of(config: Mapping[str, object] | None) -> Scores | None:
+    """What ``problem_type`` says, as transformers' image classification pipeline takes it.
+
+    Raises:
+        CheckpointError: it is none of transformers'.
+    """
+    problem = (config or {}).get("problem_type")
+    if problem is None:
+        return None
+    if not isinstance(problem, str) or problem not in _SCORES:
+        raise CheckpointError(
+            f"config.json: problem_type {problem!r} is not supported{did_you_mean(str(problem), _SCORES)}",
+            hint=f"known: {', '.join(_SCORES)}",
+        )
+    return _SCORES[problem]
+
+
 def reading(
     foreign: Foreign,
     config: ViTConfig,
@@ -232,6 +256,7 @@ def reading(
         preprocess=preprocess,
         ignored=IGNORED,
         labels=labels_of(foreign.config, config.classes),
+        scores=scores_of(foreign.config),
         notes=tuple(notes),
         default_size=base.size if follows_processor and foreign.processor is not None else None,
         originals=originals,

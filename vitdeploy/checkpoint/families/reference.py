@@ -1,8 +1,8 @@
 """The reference models' names: ``weights.safetensors`` of bundles, folders of ``config.json`` and weights.
 
-``config.json`` is ``{"model_type": "vitdeploy", "model": {...}, "preprocess": {...}, "labels": [...]}``: the
-fields of a ``ModelConfig`` (of ``ViTConfig`` where no ``kind`` stands among them) and of ``Preprocess``, and
-one label for each class or null.
+``config.json`` is ``{"model_type": "vitdeploy", "model": {...}, "preprocess": {...}, "labels": [...],
+"scores": "softmax"}``: the fields of a ``ModelConfig`` (of ``ViTConfig`` where no ``kind`` stands among them)
+and of ``Preprocess``, one label for each class or null, and what becomes of logits (softmax, sigmoid, none).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vitdeploy.checkpoint.families.base import (
 )
 from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
-from vitdeploy.config import ModelConfig, Preprocess, Size, ViTConfig, model_type
+from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_type
 from vitdeploy.errors import CheckpointError, ConfigError, did_you_mean
 from vitdeploy.images.preprocess import at_size
 
@@ -75,7 +75,15 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         return base if size in (None, base.size) else at_size(base, size)
 
     labels = _labels(stated.get("labels"), config.classes)
-    return Reading(config, layout, foreign.state, preprocess, labels=labels, notes=tuple(notes))
+    return Reading(
+        config,
+        layout,
+        foreign.state,
+        preprocess,
+        labels=labels,
+        scores=_scores(stated.get("scores")),
+        notes=tuple(notes),
+    )
 
 
 def _model(values: Mapping[str, object]) -> ModelConfig:
@@ -107,6 +115,15 @@ def _labels(labels: object, classes: int) -> tuple[str, ...] | None:
     if len(labels) != classes:
         raise CheckpointError(f"config.json: {len(labels)} labels, but the head has {classes} classes")
     return tuple(labels)
+
+
+def _scores(scores: object) -> Scores | None:
+    if scores is None:
+        return None
+    try:
+        return TypeAdapter[Scores](Scores).validate_python(scores)
+    except ValidationError as error:
+        raise CheckpointError(f"config.json: {first_problem(error, 'scores')}") from error
 
 
 FAMILY = Family(MODEL_TYPE, _claims, _read, PositionRule(antialias=True))

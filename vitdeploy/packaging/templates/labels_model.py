@@ -18,18 +18,18 @@ class TritonPythonModel:
         settings = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
         self.labels = settings["labels"]
         self.top_k = settings["top_k"]
+        self.scores = settings["scores"]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Any) -> Any:
-        """One request: (n, classes) logits to (n, k) labels, indices and softmax scores, best first."""
+        """One request: (n, classes) logits to (n, k) labels, indices and scores, best first."""
         logits = server.get_input_tensor_by_name(request, "logits").as_numpy().astype(np.float64)
         if not np.isfinite(logits).all():
             error = server.TritonError("the model gives NaN or infinite logits")
             return server.InferenceResponse(output_tensors=[], error=error)
-        exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        scores = exponents / exponents.sum(axis=-1, keepdims=True)
+        scores = self.scores_of(logits)
         order = np.argsort(-scores, axis=-1, kind="stable")[:, : self.top_k]
         names = [[self.label(index).encode() for index in row] for row in order]
         best = np.take_along_axis(scores, order, axis=-1)
@@ -40,6 +40,16 @@ class TritonPythonModel:
                 server.Tensor("scores", best.astype(np.float32)),
             ]
         )
+
+    def scores_of(self, logits: Any) -> Any:
+        """What the bundle says that logits mean: "softmax", "sigmoid", or "none"."""
+        if self.scores == "softmax":
+            exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            return exponents / exponents.sum(axis=-1, keepdims=True)
+        if self.scores == "sigmoid":
+            small = np.exp(-np.abs(logits))
+            return np.where(logits < 0, small, 1.0) / (1.0 + small)
+        return logits
 
     def label(self, index: int) -> str:
         return str(self.labels[index] if self.labels else index)

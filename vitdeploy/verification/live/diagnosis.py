@@ -19,7 +19,8 @@ from vitdeploy.config import InputKind, Preprocess
 from vitdeploy.errors import VitdeployError
 from vitdeploy.images.decode import load_image
 from vitdeploy.images.preprocess import apply, pixel_values, resized
-from vitdeploy.predictor import Predictor, softmax
+from vitdeploy.predictor import Predictor
+from vitdeploy.scores import sigmoid, softmax
 from vitdeploy.verification.live.image_endpoints import Scored
 from vitdeploy.verification.live.images import Expected, score_error
 
@@ -99,7 +100,7 @@ def explain_images(
 
     def error(logits: Array) -> float:
         return max(
-            score_error(row, indices, scores, relative_to=item.logits)
+            score_error(row, indices, scores, item.scores, relative_to=item.logits)
             for row, (item, indices, scores) in zip(logits, scored, strict=True)
         )
 
@@ -235,7 +236,7 @@ def output_mistakes() -> Iterator[tuple[str, Change]]:
     """What a server may do to logits (N, classes): a sentence, and the same done here."""
     yield "the server gives softmax probabilities, not logits", softmax
     yield "the server gives log-probabilities, not logits", lambda x: np.log(np.maximum(softmax(x), 1e-300))
-    yield "the server gives sigmoid scores, not logits", lambda x: 1 / (1 + np.exp(-np.clip(x, -700, 700)))
+    yield "the server gives sigmoid scores, not logits", sigmoid
     yield "the server gives the negated logits", lambda x: -x
 
 

@@ -16,8 +16,10 @@ from PIL import Image
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import raw_images
+from vitdeploy.config import Scores
 from vitdeploy.images.decode import load_image
-from vitdeploy.predictor import Predictor, softmax
+from vitdeploy.predictor import Predictor
+from vitdeploy.scores import softmax
 from vitdeploy.verification.live.client import AnswerError
 from vitdeploy.verification.live.image_endpoints import ImageEndpoint, Scored
 from vitdeploy.verification.live.report import ImageRecord
@@ -25,6 +27,9 @@ from vitdeploy.verification.live.signature import compare_labels
 
 _TINY = 1e-30
 """Probabilities below are taken for this: in float32 they become zero."""
+
+_CERTAIN = 15.0
+"""Logits of sigmoids are taken to lie within this: in float32 the sigmoid is 1 beyond."""
 
 _UNEVEN = 3.0
 """Rounding errors spread over the classes, so that k of n carry sqrt(k/n) of them; times this at most."""
@@ -53,6 +58,8 @@ class Expected:
     file: ImageFile
     logits: Array
     """(classes,) float64."""
+    scores: Scores
+    """What the bundle makes of logits."""
     noise: float
     """Relative change of the logits where every value of a JPEG is a level off, as decoders may differ;
     0 of a PNG."""
@@ -90,10 +97,11 @@ def expect(local: Predictor, files: Sequence[ImageFile]) -> list[Expected]:
     Raises:
         VitdeployError: the bundle cannot preprocess, or the runtime fails.
     """
+    kind = local.bundle.manifest.scores
     logits = local.run(np.stack([local.preprocess(file.data) for file in files])).astype(np.float64)
     noisy = local.run(np.stack([local.preprocess(_with_noise(file)) for file in files])).astype(np.float64)
     return [
-        Expected(file, row, centred_error(row, other) if file.format == "JPEG" else 0.0)
+        Expected(file, row, kind, logit_error(row, other, kind) if file.format == "JPEG" else 0.0)
         for file, row, other in zip(files, logits, noisy, strict=True)
     ]
 
@@ -149,10 +157,10 @@ def judge(
     )
     indices, problems, causes = _indices(answer, labels, len(item.logits))
     scores = np.array([scored.score for scored in answer])
-    if problem := _not_probabilities(scores):
+    if problem := _impossible(scores, item.scores):
         problems += (problem,)
     elif indices is not None:
-        error = score_error(item.logits, indices, scores)
+        error = score_error(item.logits, indices, scores, item.scores)
         record = replace(record, error=error)
         if not error <= bound:
             problems += (f"scores: relative error {error:.2g} exceeds {bound:.2g}",)
@@ -161,9 +169,9 @@ def judge(
 
 
 def score_error(
-    logits: Array, indices: Sequence[int], scores: Array, relative_to: Array | None = None
+    logits: Array, indices: Sequence[int], scores: Array, kind: Scores, relative_to: Array | None = None
 ) -> float:
-    """The relative error of the logits behind some softmax scores.
+    """The relative error of the logits behind some scores.
 
     A softmax tells logits up to a constant. Without it the error is no larger than with it, so the bounds for
     logits hold; of k classes out of n, in proportion.
@@ -171,23 +179,32 @@ def score_error(
     Args:
         logits: (n,) expected.
         indices: the classes (k,) that the scores (k,) are of.
+        kind: what the scores are.
         relative_to: (n,) logits whose norm counts instead of that of ``logits``.
     """
-    expected = np.maximum(softmax(logits)[list(indices)], _TINY)
-    difference = np.log(np.maximum(scores, _TINY)) - np.log(expected)
-    # One score moves with its own logit and with the sum of all.
-    difference = difference - difference.mean() if len(difference) > 1 else difference / 2
+    chosen = list(indices)
+    if kind == "softmax":
+        expected = np.maximum(softmax(logits)[chosen], _TINY)
+        difference = np.log(np.maximum(scores, _TINY)) - np.log(expected)
+        # One score moves with its own logit and with the sum of all.
+        difference = difference - difference.mean() if len(difference) > 1 else difference / 2
+    elif kind == "sigmoid":
+        shares = np.clip(scores.astype(np.float64), _TINY, 1 - np.finfo(np.float64).eps)
+        behind = np.log(shares) - np.log1p(-shares)
+        difference = np.clip(behind, -_CERTAIN, _CERTAIN) - np.clip(logits[chosen], -_CERTAIN, _CERTAIN)
+    else:
+        difference = scores - logits[chosen]
     share = min(1.0, _UNEVEN * float(np.sqrt(len(difference) / len(logits))))
     norm = float(np.linalg.norm(logits if relative_to is None else relative_to))
     return float(np.linalg.norm(difference)) / (max(norm, 1e-200) * share)
 
 
-def centred_error(expected: Array, actual: Array) -> float:
+def logit_error(expected: Array, actual: Array, kind: Scores) -> float:
     """``score_error`` of all classes, from logits."""
     difference = actual - expected
-    return float(np.linalg.norm(difference - difference.mean())) / max(
-        float(np.linalg.norm(expected)), 1e-200
-    )
+    if kind == "softmax":
+        difference = difference - difference.mean()
+    return float(np.linalg.norm(difference)) / max(float(np.linalg.norm(expected)), 1e-200)
 
 
 def _with_noise(file: ImageFile) -> Array:
@@ -221,10 +238,12 @@ def _indices(
     return [list(names).index(scored.label) for scored in answer], (), ()
 
 
-def _not_probabilities(scores: Array) -> str:
+def _impossible(scores: Array, kind: Scores) -> str:
+    """Why these are no scores of this kind, where they are none."""
     if not np.isfinite(scores).all():
         return "scores: NaN or infinite"
-    if scores.min() < 0 or scores.sum() > 1.001:
+    most = {"softmax": scores.sum(), "sigmoid": scores.max(), "none": 0.0}[kind]
+    if kind != "none" and (scores.min() < 0 or most > 1.001):
         return f"scores: from {scores.min():.3g} to {scores.max():.3g}, which are no probabilities"
     if (np.diff(scores) > 0).any():
         return "scores: the likeliest class is not first"
