@@ -62,11 +62,15 @@ class Setup:
 
 
 def import_onnxruntime() -> Any:
-    """ONNX Runtime.
+    """ONNX Runtime, which tells nobody that it runs unless the user's environment lets it.
+
+    Its Linux builds send telemetry by default: they keep an identity under ``~/.cache/Microsoft`` and look up
+    a host of Microsoft's.
 
     Raises:
         MissingDependency: it is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
