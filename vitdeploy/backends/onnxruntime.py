@@ -32,6 +32,7 @@ from vitdeploy.bundle.dtypes import from_onnx
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
+from vitdeploy.machine.processors import default_threads
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -131,8 +132,8 @@ def _open(
     library: Any, bundle: Bundle, artifact: Artifact, provider: str, setup: Setup, threads: int | None
 ) -> Any:
     settings = session_settings(library, bundle, provider)
-    if threads is not None:
-        settings.intra_op_num_threads = threads
+    if (count := threads or default_threads()) is not None:
+        settings.intra_op_num_threads = count
     path = bundle.path(artifact.path)
     try:
         requested = setup.add_to(settings)

@@ -25,6 +25,7 @@ from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, TensorSpec
 from vitdeploy.errors import BundleError, UsageError
+from vitdeploy.machine.processors import default_threads
 
 _HINTS: Mapping[ArtifactPrecision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 _NAMES = {"f32": "fp32", "f16": "fp16"}
@@ -104,8 +105,8 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _precision(core, artifact.precision),
     }
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
+    if (count := threads or default_threads()) is not None:
+        settings["INFERENCE_NUM_THREADS"] = count
     try:
         # Asked by name: guessing the format would offer a broken file to every parser it has.
         reader = FrontEndManager().load_by_framework("onnx")

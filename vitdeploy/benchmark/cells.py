@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from vitdeploy.benchmark.rounds import CellFailure, RoundSamples, Timing
 from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.errors import VitdeployError
 from vitdeploy.machine.child import Worker, WorkerFailure, child_environment
+from vitdeploy.machine.processors import processors
 from vitdeploy.predictor import Predictor
 from vitdeploy.verification.accuracy import LabelledImages, TopClasses, top_classes
 from vitdeploy.verification.parity import TOLERANCES, check_session
@@ -284,7 +284,7 @@ class ControlRun:
 @contextlib.contextmanager
 def control_work() -> Iterator[ControlRun]:
     """Run it on every processor that is ours; where it does not come up, it fails as a cell does."""
-    callers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    callers = processors()
     # One thread of work per caller: a pool's threads would spin into the next cell's time.
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = (sys.executable, "-P", "-m", "vitdeploy.benchmark.control")

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from vitdeploy.machine.cgroups import memory_limit
 from vitdeploy.machine.gpus import query_gpus
+from vitdeploy.machine.processors import processors
 
 LIBRARIES: Mapping[str, str] = {
     "numpy": "",
@@ -40,7 +42,7 @@ class Cpu:
     name: str
     flags: tuple[str, ...]
     threads: int
-    """Hardware threads that this process may run on."""
+    """Hardware threads that this process may use."""
     memory: int | None
     """Bytes, the container's limit where there is a lower one."""
 
@@ -49,11 +51,10 @@ def find_cpu(root: Path = Path("/")) -> Cpu:
     """Describe the processor; ``root`` is where /proc and /sys are."""
     info = cpu_info(root / "proc/cpuinfo")
     flags = set((info.get("flags") or info.get("Features") or "").split())
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Cpu(
         name=info.get("model name") or platform.processor() or platform.machine(),
         flags=tuple(flag for flag in (*_FLAGS, *_ARM_FLAGS) if flag in flags),
-        threads=threads,
+        threads=processors(root),
         memory=_memory(root),
     )
 
@@ -73,11 +74,8 @@ def _memory(root: Path) -> int | None:
     limits = []
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int((root / name).read_text()))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
+    if (limit := memory_limit(root)) is not None:
+        limits.append(limit)
     return min(limits, default=None)
 
 

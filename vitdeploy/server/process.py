@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
+from vitdeploy.machine.processors import processors
 from vitdeploy.progress import Progress
 from vitdeploy.server.repository import ModelRepository, NamedBundle
 from vitdeploy.server.served_model import ModelSettings
@@ -111,7 +112,7 @@ async def _serve(
     progress: Progress,
 ) -> Shutdown:
     metrics = Metrics()
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as workers:
+    with ThreadPoolExecutor(processors(), thread_name_prefix="decode") as workers:
         repository = ModelRepository(bundles, settings, metrics, workers, progress)
         service = Service(repository, metrics, endpoint.limits, control=endpoint.control)
         web = _uvicorn(service, endpoint)
