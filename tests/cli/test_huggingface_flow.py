@@ -98,6 +98,25 @@ def test_scores_are_those_of_the_pipeline(run: Run, tmp_path: Path, kind: str) -
 
 
 @pytest.mark.slow
+def test_a_photograph_that_was_taken_sideways(run: Run, tmp_path: Path) -> None:
+    model, processor = save(tmp_path / "model", "vit_not_square")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph = tmp_path / "phone.jpg"
+    Image.open(PHOTOGRAPHS[0]).convert("RGB").save(photograph, exif=exif)
+    pipeline = transformers.pipeline("image-classification", model, image_processor=processor)
+    theirs = pipeline(str(photograph), top_k=5)
+    assert theirs != pipeline(str(PHOTOGRAPHS[0]), top_k=5)
+    bundle = tmp_path / "out.bundle"
+    assert run("export", "-m", tmp_path / "model", "-o", bundle).code == 0
+    (image,) = json.loads(run("predict", bundle, photograph, "--json").out)["images"]
+    assert [prediction["label"] for prediction in image["predictions"]] == [a["label"] for a in theirs]
+    np.testing.assert_allclose(
+        [prediction["score"] for prediction in image["predictions"]], [a["score"] for a in theirs], atol=1e-3
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_and_probabilities_of_photographs(run: Run, tmp_path: Path, family: str) -> None:
     model, processor = save(tmp_path / "model", family)

@@ -20,7 +20,14 @@ from tests.helpers.paths import ORACLES
 from vitdeploy.config import Preprocess
 from vitdeploy.errors import CheckpointError, ConfigError, ImageError
 from vitdeploy.images.decode import load_image
-from vitdeploy.images.preprocess import apply, apply_uint8, at_size, from_huggingface, from_timm
+from vitdeploy.images.preprocess import (
+    apply,
+    apply_uint8,
+    at_size,
+    from_huggingface,
+    from_timm,
+    published,
+)
 
 RECORDED = ORACLES / "timm_preprocess.npz"
 
@@ -394,3 +401,12 @@ def test_preprocessing_needs_no_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("model_type", ["deit", "dinov2", "dinov2_with_registers"])
+def test_published_models_of_facebook_take_imagenet(model_type: str) -> None:
+    spec = published(model_type)
+    assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (spec.size, spec.resample) == ((224, 224), "bicubic")
+    assert spec.resize_edge == (None if model_type == "deit" else 256)
+    assert published("vit").mean == (0.5, 0.5, 0.5)

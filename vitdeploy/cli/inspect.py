@@ -104,7 +104,9 @@ def _facts(manifest: Manifest) -> None:
         rows.append(("scores", manifest.scores))
     if prep := manifest.preprocess:
         edge = f" {prep.resize_edge}" if prep.resize_edge else ""
-        rows.append(("preprocess", f"{prep.resize}{edge} {prep.resample} to {prep.size[0]}x{prep.size[1]}"))
+        turned = ", turned as EXIF says" if prep.exif else ""
+        shape = f"{prep.size[0]}x{prep.size[1]}"
+        rows.append(("preprocess", f"{prep.resize}{edge} {prep.resample} to {shape}{turned}"))
     rows.extend(("note", text) for text in made.notes)
     output.facts(rows)
 

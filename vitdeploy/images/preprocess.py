@@ -186,6 +186,20 @@ _PROCESSOR_OF_MODEL: Mapping[str, str] = {
 }
 
 
+_DINOV2 = {"size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3, **_IMAGENET}
+_PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "deit": {"size": {"height": 256, "width": 256}, "crop_size": 224, "resample": 3, **_IMAGENET},
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+}
+"""The settings of families' published checkpoints, where they are not their processor's defaults."""
+
+
+def published(model_type: str) -> Preprocess:
+    """What a family's published checkpoints take, for one of transformers that comes without settings."""
+    return from_huggingface(_PUBLISHED.get(model_type, {}), model_type)
+
+
 def from_huggingface(config: Mapping[str, Any], model_type: str = "vit") -> Preprocess:
     """Return what a ``preprocessor_config.json`` of transformers says, defaults of its class included.
 
@@ -221,6 +235,7 @@ def from_huggingface(config: Mapping[str, Any], model_type: str = "vit") -> Prep
         rescale=_number(settings["rescale_factor"], "rescale_factor") if settings["do_rescale"] else 1.0,
         mean=_colour(mean, "image_mean"),
         std=_colour(std, "image_std"),
+        exif=True,  # as load_image of transformers does before its processors
     )
 
 
