@@ -66,9 +66,11 @@ def test_processor_of_another_size_gives_way_to_the_model(folder: Path) -> None:
     assert checkpoint.notes == ("preprocessor_config.json feeds 64x64 pixels, config.json says 32x32",)
 
 
-def test_without_processor_the_family_s_default_is_noted(folder: Path) -> None:
+def test_without_processor_what_is_published_is_noted(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
-    assert opened(str(folder)).notes == ("no preprocessor_config.json: preprocessing is the default of vit",)
+    assert opened(str(folder)).notes == (
+        "no preprocessor_config.json: preprocessing is that of published vit models",
+    )
 
 
 def test_every_misfit_is_listed_in_one_error(folder: Path) -> None:

@@ -83,7 +83,7 @@ def test_the_ensemble(package: Make, bundle: Bundle) -> None:
         assert (made.folder / "models" / name / "7").is_dir()
         assert any((made.folder / "models" / name / "7").iterdir())  # stores of objects know no empty folders
     labels = json.loads((made.folder / "models/eyes_labels/7/labels.json").read_text())
-    assert labels == {"labels": list(LABELS), "top_k": 2}
+    assert labels == {"labels": list(LABELS), "scores": "softmax", "top_k": 2}
 
 
 def test_fewer_classes_than_labels_asked_for(package: Make, bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint file, trusting nothing in it: safetensors, ``.npz``, ``.pt``.
+"""Read the tensors of a checkpoint file, trusting nothing in it: safetensors, ``.npz``, PyTorch's own.
 
 No file is ever unpickled freely, and no size a file claims is believed before it is checked against the
 bytes that are there.
@@ -6,6 +6,7 @@ bytes that are there.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import pickle
@@ -24,14 +25,33 @@ from torch import Tensor
 from vitdeploy.bundle.files import sha256
 from vitdeploy.errors import CheckpointError
 
-SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
+"""Of files that may hold weights; which kind a file is, its first bytes say."""
 
 _MAX_JSON = 64 * 2**20
 # Weights hardly compress: what unpacks to far more than the file holds is no checkpoint.
 _MAX_RATIO, _SLACK = 20, 64 * 2**20
-_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
-_PREFIXES = ("module.", "_orig_mod.")
-_PICKLES = (b"PK\x03\x04", b"\x80")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+"""Averages of the weights over the training, which are what is deployed; as timm's loader takes them."""
+_WRAPPERS = (
+    *_AVERAGED,
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "teacher", "student"),
+)
+"""Keys under which training scripts keep a state dict, the one to take first."""
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_FOREIGN: Mapping[bytes, tuple[str, str]] = {
+    b"version https://git-lfs": (
+        "is a Git LFS pointer, not the weights that it stands for",
+        "git lfs pull, or download the file itself",
+    ),
+    b"\x89HDF": (
+        "is an HDF5 file of Keras or TensorFlow",
+        "save the model as safetensors with the library that wrote it",
+    ),
+    b"GGUF": ("is a GGUF file, whose weights are quantised", "give the checkpoint that it was made from"),
+    b"\x08": ("is no checkpoint; it may be an ONNX file", "give the checkpoint that it was made from"),
+}
+"""First bytes of files that are taken for weights: what they are, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -45,36 +65,42 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """Read one weights file; its kind is its suffix, checked against its first bytes.
+    """Read one weights file, of the kind that its first bytes say.
 
     Raises:
         CheckpointError: the file is missing, unreadable, damaged, unsafe, or of another kind.
     """
-    if path.suffix not in SUFFIXES:
-        raise CheckpointError(f"{path}: not a kind of weights file", hint=f"known: {', '.join(SUFFIXES)}")
     try:
         if not path.stat().st_size:
             raise CheckpointError(f"{path} is empty", hint="download or save it again")
         with path.open("rb") as file:
-            start = file.read(16)
+            start = file.read(32)
         digest = sha256(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     notes: tuple[str, ...] = ()
-    if path.suffix == ".safetensors":
+    for first, (what, hint) in _FOREIGN.items():
+        if start.startswith(first) and start[8:9] != b"{":
+            raise CheckpointError(f"{path} {what}", hint=hint)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors" or start[8:9] == b"{":
         state = _read_safetensors(path, start)
-    elif path.suffix == ".npz":
+    elif suffix == ".npz" or _is_npz(path, start):
         state = _read_npz(path)
-    else:
+    elif start.startswith((_ZIP, _PICKLE)):
         state, notes = _read_pickle(path, start)
+    else:
+        raise CheckpointError(
+            f"{path} is neither safetensors nor a PyTorch file nor .npz",
+            hint="download or save it again, or give the file with the weights",
+        )
     if not state:
         raise CheckpointError(f"{path} holds no tensors")
-    state, stripped = _without_prefixes(state)
-    return Weights(state, {path.name: digest}, (*notes, *stripped))
+    return Weights(state, {path.name: digest}, notes)
 
 
 def read_shards(index: Path) -> Weights:
-    """Read every shard that a ``model.safetensors.index.json`` lists.
+    """Read every shard that a ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json`` lists.
 
     Raises:
         CheckpointError: the index is malformed, or a shard is missing, damaged or lacks a tensor.
@@ -85,8 +111,8 @@ def read_shards(index: Path) -> Weights:
     state: dict[str, Tensor] = {}
     files = {index.name: sha256(index)}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: shard {file!r} is not a safetensors file in the same folder")
+        if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"{index}: shard {file!r} is not a weights file in the same folder")
         if not (index.parent / file).is_file():
             raise CheckpointError(f"{index}: shard {file} is missing", hint="download the checkpoint again")
         shard = read_weights(index.parent / file)
@@ -119,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
     # A header may well be 128 bytes long, and then starts like a pickle; but its JSON follows.
-    if start.startswith(_PICKLES) and start[8:9] != b"{":
+    if start.startswith((_ZIP, _PICKLE)) and start[8:9] != b"{":
         raise CheckpointError(
             f"{path} is a pickle or a zip file, not safetensors, whatever its name says",
             hint="give it its own suffix (.pt), or save it as safetensors",
@@ -138,6 +164,16 @@ def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is damaged or not safetensors: {_line(error)}", hint="download or save it again"
         ) from error
+
+
+def _is_npz(path: Path, start: bytes) -> bool:
+    if not start.startswith(_ZIP):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -182,15 +218,21 @@ def _native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _read_pickle(path: Path, start: bytes) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    if not start.startswith(_PICKLES):
-        raise CheckpointError(f"{path} is not a PyTorch file", hint="download or save it again")
     try:
-        if start.startswith(b"PK"):
+        if start.startswith(_ZIP):
             with zipfile.ZipFile(path) as archive:
                 _check_unpacked(path, archive)
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # about odd pickles; the error says it, or there is none
+                if any("/code/" in name for name in archive.namelist()):
+                    raise CheckpointError(
+                        f"{path} is TorchScript, a compiled model",
+                        hint='torch.save(torch.jit.load(FILE).state_dict(), "weights.pt"), then give that',
+                    )
+        with (
+            warnings.catch_warnings(
+                action="ignore"
+            ),  # about odd pickles; the error says it, or there is none
+            torch.serialization.safe_globals([argparse.Namespace]),  # a training script's arguments
+        ):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -205,11 +247,12 @@ def _read_pickle(path: Path, start: bytes) -> tuple[dict[str, Tensor], tuple[str
         ) from error
     notes = []
     while isinstance(content, Mapping) and not _is_state(content):
-        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
+        wrappers = _wrappers(content)
+        if not wrappers:
             break
-        notes.append(f"weights taken from {wrapper!r} of {path.name}")
-        content = content[wrapper]
+        beside = f", not from {', '.join(map(repr, wrappers[1:]))} beside it" if wrappers[1:] else ""
+        notes.append(f"weights taken from {wrappers[0]!r} of {path.name}{beside}")
+        content = content[wrappers[0]]
     if not _is_state(content):
         keys = f"keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "no dict"
         raise CheckpointError(
@@ -219,20 +262,20 @@ def _read_pickle(path: Path, start: bytes) -> tuple[dict[str, Tensor], tuple[str
     return state, tuple(notes)
 
 
+def _wrappers(content: Mapping[Any, Any]) -> list[str]:
+    """The keys that may lead to a state dict, the one to follow first: known ones, else the only one."""
+    known = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+    if known:
+        return known
+    states = [key for key, value in content.items() if isinstance(key, str) and _is_state(value)]
+    return states if len(states) == 1 else []
+
+
 def _is_state(content: object) -> bool:
     """A mapping of names to tensors; counters and the like may stand between them."""
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         return False
     return sum(isinstance(value, Tensor) for value in content.values()) > len(content) // 2
-
-
-def _without_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Strip what DistributedDataParallel and torch.compile put before every name."""
-    stripped, notes = dict(state), []
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in stripped)), None):
-        stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
-        notes.append(f"the prefix {prefix!r} of every name was dropped")
-    return stripped, notes
 
 
 def _line(error: Exception) -> str:

@@ -26,6 +26,7 @@ from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_json, read_shards, read_weights
+from vitdeploy.checkpoint.refusals import no_weights, refuse_quantised, refuse_shard
 from vitdeploy.config import (
     DEFAULT_MODEL,
     ModelConfig,
@@ -47,8 +48,18 @@ DIGITS = "digits"
 
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json")
-_WEIGHTS = ("model.safetensors", "weights.safetensors", "pytorch_model.bin")
+_HUB_FILES = ("config.json", "preprocessor_config.json", "adapter_config.json")
+_HUB_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+)
+"""What is downloaded: the second where the first is not there."""
+_INDEX = ".index.json"
+_IN_FOLDERS = (
+    *("model.safetensors", f"model.safetensors{_INDEX}", "weights.safetensors"),
+    *("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
+)
+"""Where a folder's weights are, in the order that they are looked for."""
 
 
 @dataclass(frozen=True)
@@ -162,29 +173,28 @@ def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
         raise CheckpointError(f"{source}: no such file or folder")
     if path.is_dir():
         folder, weights = path, _folder_weights(path, source)
-    elif path.name.endswith(".index.json"):
+    elif path.name.endswith(_INDEX):
         folder, weights = path.parent, read_shards(path)
     else:
+        refuse_shard(path, source)
         folder, weights = path.parent, read_weights(path)
     config, files = _description(folder, whole=path.is_dir())
     processor = folder / "preprocessor_config.json"
     described = config is not None and processor.is_file()
     if described:
         files[processor.name] = sha256(processor)
+    refuse_quantised(source, weights.state, config)
     foreign = Foreign(source, weights.state, config, read_json(processor) if described else None)
     return foreign, replace(weights, files={**weights.files, **files})
 
 
 def _folder_weights(folder: Path, source: str) -> Weights:
-    index = folder / "model.safetensors.index.json"
-    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if index.is_file() and (weights is None or weights.name != "model.safetensors"):
-        return read_shards(index)
-    if weights is None:
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
-        hint = f"give the file itself: {source}/{others[0]}" if others else "a folder needs model.safetensors"
-        raise CheckpointError(f"{source}: none of {', '.join((*_WEIGHTS, index.name))} is there", hint=hint)
-    return read_weights(weights)
+    there = [name for name in _IN_FOLDERS if (folder / name).is_file()]
+    if not there:
+        others = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+        raise no_weights(folder, source, _IN_FOLDERS, others)
+    first = folder / there[0]
+    return read_shards(first) if first.name.endswith(_INDEX) else read_weights(first)
 
 
 def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None, dict[str, str]]:
@@ -210,7 +220,7 @@ def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None
 
 def _from_hub(name: str) -> tuple[Foreign, Weights]:
     """Download a model of the Hugging Face hub, or take it from the local cache."""
-    if name.startswith(("/", ".", "~")) or Path(name).suffix in SUFFIXES:
+    if name.startswith(("/", ".", "~")) or Path(name).suffix.lower() in SUFFIXES:
         raise CheckpointError(f"{name}: no such file or folder")
     if not _HUB_ID.fullmatch(name):
         names = (*variant_names(), DIGITS)
@@ -224,17 +234,18 @@ def _from_hub(name: str) -> tuple[Foreign, Weights]:
         purpose = f"{name!r} is no local path; getting it from the hub"
         raise MissingDependency("huggingface-hub", extra="hub", purpose=purpose) from error
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "model-*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "pytorch_model.bin"]))
+        for weights in _HUB_WEIGHTS:
+            folder = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, *weights]))
+            if any(path for pattern in weights for path in folder.glob(pattern)):
+                break
     except Exception as error:  # the library raises HTTP, cache and validation errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{name!r} is neither a local path nor to be had from the Hugging Face hub: {reason}",
             hint="check the name and the network; a downloaded folder can be given as a path",
         ) from error
-    foreign, weights = _from_path(folder, name)
-    return foreign, replace(weights, notes=(*weights.notes, f"hub revision {folder.name}"))
+    foreign, found = _from_path(folder, name)
+    return foreign, replace(found, notes=(*found.notes, f"hub revision {folder.name}"))
 
 
 # --- conversion -----------------------------------------------------------------------------------------
@@ -243,7 +254,7 @@ def _from_hub(name: str) -> tuple[Foreign, Weights]:
 def _convert(
     foreign: Foreign, files: Weights, template: ViTConfig | None, image_size: Size | None, classes: int | None
 ) -> Checkpoint:
-    family = families.recognise(foreign)
+    family, foreign, dropped = families.recognise(foreign)
     try:
         reading = family.read(foreign, template)
     except ConfigError as error:  # the checkpoint's own numbers, not the user's
@@ -267,7 +278,7 @@ def _convert(
         family=family.name,
         source=foreign.source,
         scores=reading.scores or usual_scores(config.classes),
-        notes=(*files.notes, *reading.notes, *notes),
+        notes=(*files.notes, *dropped, *reading.notes, *notes),
         provenance=files.files,
     )
 

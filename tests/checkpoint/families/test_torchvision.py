@@ -24,7 +24,7 @@ TWO_HEADS = ViTConfig(image_size=(16, 16), patch_size=4, width=16, depth=2, head
 def test_logits_equal_torchvision(case: str) -> None:
     foreign = Foreign(case, load_file(RECORDED / f"{case}.safetensors"))
     answer = load_file(RECORDED / f"{case}.answer.safetensors")
-    family = recognise(foreign)
+    family, foreign, _ = recognise(foreign)
     assert family.name == "torchvision"
     reading = family.read(foreign, TWO_HEADS)
     state, _ = take_over(reading, family.name, case)

@@ -5,6 +5,9 @@ To add a family: write its file with a ``Family``, add it to ``FAMILIES``, test 
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 from vitdeploy.checkpoint.families import deit, dinov2, google, reference, timm, torchvision, vit
 from vitdeploy.checkpoint.families.base import Family, Foreign
 from vitdeploy.errors import CheckpointError, did_you_mean
@@ -24,15 +27,37 @@ FAMILIES: tuple[Family, ...] = (
 _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 
-def recognise(foreign: Foreign) -> Family:
-    """Return the family a checkpoint belongs to.
+_OWN = ("vit", "deit", "dinov2", "dinov2_with_registers")
+"""Prefixes that belong to a family's names: transformers' base models below their heads."""
+_PREFERRED = ("ema", "teacher")
+"""Of several models in one file, those that are deployed."""
+
+
+def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
+    """Return the family a checkpoint belongs to, its tensors as that family names them, and notes.
+
+    Training frameworks put names of their own before a model's: ``module.``, ``_orig_mod.``, ``model.``,
+    ``teacher.backbone.``. What is before every name is dropped; where other tensors lie beside the model, its
+    prefix is searched.
 
     Raises:
         CheckpointError: none claims it.
     """
-    for family in FAMILIES:
-        if family.claims(foreign):
-            return family
+    prefix, inside = _below(foreign)
+    if family := _claimant(inside):
+        notes = (f"the prefix {prefix!r} of every name was dropped",) if prefix else ()
+        return family, inside, notes
+    counts = Counter(name.partition(".")[0] for name in inside.state if "." in name)
+    for first in sorted(counts, key=lambda first: (first not in _PREFERRED, -counts[first])):
+        deeper, part = _below(_under(inside, f"{first}."))
+        if family := _claimant(part):
+            left = len(foreign.state) - len(part.state)
+            where = f"{prefix}{first}.{deeper}"
+            return (
+                family,
+                part,
+                (f"weights taken from names that begin with {where!r}; {left} others left out",),
+            )
     model_type = (foreign.config or {}).get("model_type")
     if model_type is not None:
         supported = [reference.MODEL_TYPE, "dinov2_with_registers", "dinov2", "deit", "vit"]
@@ -46,3 +71,24 @@ def recognise(foreign: Foreign) -> Family:
         f"{foreign.source}: no known family names its tensors like this: {first}, ...",
         hint=f"known: {', '.join(family.name for family in FAMILIES)}; {_HINT}",
     )
+
+
+def _claimant(foreign: Foreign) -> Family | None:
+    return next((family for family in FAMILIES if family.claims(foreign)), None)
+
+
+def _below(foreign: Foreign) -> tuple[str, Foreign]:
+    """What every name begins with, but for a family's own prefix, and the checkpoint without it."""
+    prefix = ""
+    while foreign.state:
+        first = next(iter(foreign.state)).partition(".")[0] + "."
+        if first[:-1] in _OWN or not all(name.startswith(first) and name != first for name in foreign.state):
+            break
+        prefix, foreign = prefix + first, _under(foreign, first)
+    return prefix, foreign
+
+
+def _under(foreign: Foreign, prefix: str) -> Foreign:
+    """The tensors whose names begin so, without it."""
+    state = {n.removeprefix(prefix): tensor for n, tensor in foreign.state.items() if n.startswith(prefix)}
+    return replace(foreign, state=state)

@@ -22,7 +22,7 @@ from vitdeploy.checkpoint.families.base import (
 from vitdeploy.checkpoint.families.infer import infer_config, what_is_open
 from vitdeploy.config import Activation, Preprocess, Scores, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, did_you_mean
-from vitdeploy.images.preprocess import at_size, from_huggingface
+from vitdeploy.images.preprocess import at_size, from_huggingface, published
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
@@ -89,7 +89,8 @@ def claims(foreign: Foreign, model_type: str, by_name: bool) -> bool:
     """By the ``model_type`` of config.json, by names where there is none."""
     if foreign.config is not None and "model_type" in foreign.config:
         return foreign.config["model_type"] == model_type
-    return by_name and any(n.endswith("embeddings.patch_embeddings.projection.weight") for n in foreign.state)
+    projection = "embeddings.patch_embeddings.projection.weight"
+    return by_name and not foreign.state.keys().isdisjoint((projection, f"{model_type}.{projection}"))
 
 
 def file_name(name: str, prefix: str, *, vit_mlp: bool) -> str:
@@ -234,11 +235,14 @@ def reading(
         headless: prefixes of names that a model with a head does not put under its base model.
         follows_processor: the family interpolates by itself; the resolution is what its processor feeds.
     """
-    base = from_huggingface(foreign.processor or {}, model_type)
+    if foreign.processor is None:
+        base = published(model_type)
+    else:
+        base = from_huggingface(foreign.processor, model_type)
     prefix = model_type if any(name.startswith(f"{model_type}.") for name in foreign.state) else ""
     notes = []
     if foreign.processor is None:
-        notes.append(f"no preprocessor_config.json: preprocessing is the default of {model_type}")
+        notes.append(f"no preprocessor_config.json: preprocessing is that of published {model_type} models")
     elif base.size != config.image_size:
         feeds, states = ("x".join(map(str, size)) for size in (base.size, config.image_size))
         notes.append(f"preprocessor_config.json feeds {feeds} pixels, config.json says {states}")
