@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 import venv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -132,17 +132,36 @@ def running_triton(
         f"--strict-readiness={str(ready).lower()}",
         *flags,
     ]
-    log = scratch / "log.txt"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=_variables(), start_new_session=True
-        )
-    triton = Triton(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log, process.pid)
+    triton, process = _started(
+        command, Triton(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", scratch / "log.txt", 0)
+    )
     try:
-        _wait(process, triton)
         yield triton
     finally:
         _stop(process)
+
+
+def _started(
+    command: Sequence[str], triton: Triton, retries: int = 2
+) -> tuple[Triton, subprocess.Popen[bytes]]:
+    """A server that is ready.
+
+    Its Python backend ends it where a lock is not had within ten seconds, as happens while a busy machine
+    starts that backend's processes: then it is started again.
+    """
+    with triton.log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, env=_variables(), start_new_session=True
+        )
+    try:
+        _wait(process, triton)
+    except BaseException as error:
+        _stop(process)
+        busy = isinstance(error, NotReady) and "interprocess::lock_exception" in triton.logged()
+        if not (busy and retries):
+            raise
+        return _started(command, triton, retries - 1)
+    return replace(triton, pid=process.pid), process
 
 
 def _variables() -> dict[str, str]:
