@@ -11,11 +11,11 @@ READY := $(VENV)/.ready
 
 # The first interpreter that really runs and has a version we support (a pyenv shim may exist and not run).
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
-# The tests start some hundred processes, and each would compile every module anew.
-export PYTHONDONTWRITEBYTECODE :=
-
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	if $$p -c "$(SUPPORTED)" >/dev/null 2>&1; then echo $$p; break; fi; done)
+
+# The tests start some hundred processes, and each would compile every module anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test check evidence lint docs bench-peers bench-serve clean
 

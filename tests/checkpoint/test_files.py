@@ -138,6 +138,11 @@ def test_the_content_says_what_a_file_is(tmp_path: Path, name: str) -> None:
     assert equal(read_weights(tmp_path / name).state)
 
 
+def test_an_average_that_is_empty_is_none(tmp_path: Path) -> None:
+    torch.save({"state_dict_ema": {}, "state_dict": STATE}, tmp_path / "w.pt")
+    assert equal(read_weights(tmp_path / "w.pt").state)
+
+
 @pytest.mark.parametrize(
     "taken, beside",
     [

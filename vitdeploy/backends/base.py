@@ -29,6 +29,7 @@ from vitdeploy.errors import (
     did_you_mean,
 )
 from vitdeploy.machine.identity import LIBRARIES
+from vitdeploy.machine.processors import default_threads
 
 Array = np.ndarray[Any, Any]
 
@@ -58,6 +59,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads must be at least 1, not {self.threads}")
+
+    @property
+    def session_threads(self) -> int | None:
+        """The CPU threads of a session, within a container's quota; None is the runtime's own choice."""
+        return self.threads or default_threads()
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from vitdeploy.bundle.dtypes import from_onnx
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
-from vitdeploy.machine.processors import default_threads
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -68,7 +67,7 @@ class OnnxRuntime(Backend):
             raise UsageError(f"{artifact.name}: {_NO_BF16}", hint="--provider cuda, or another precision")
         setup = set_up(library, bundle, artifact, provider, device)
         bundle.verify_hashes(artifact.files)
-        session = _open(library, bundle, artifact, provider, setup, options.threads)
+        session = _open(library, bundle, artifact, provider, setup, options.session_threads)
         facts = SessionFacts(
             backend=self.name,
             artifact=artifact.name,
@@ -132,8 +131,8 @@ def _open(
     library: Any, bundle: Bundle, artifact: Artifact, provider: str, setup: Setup, threads: int | None
 ) -> Any:
     settings = session_settings(library, bundle, provider)
-    if (count := threads or default_threads()) is not None:
-        settings.intra_op_num_threads = count
+    if threads is not None:
+        settings.intra_op_num_threads = threads
     path = bundle.path(artifact.path)
     try:
         requested = setup.add_to(settings)

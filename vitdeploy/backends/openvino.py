@@ -25,7 +25,6 @@ from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, TensorSpec
 from vitdeploy.errors import BundleError, UsageError
-from vitdeploy.machine.processors import default_threads
 
 _HINTS: Mapping[ArtifactPrecision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 _NAMES = {"f32": "fp32", "f16": "fp16"}
@@ -54,7 +53,7 @@ class OpenVino(Backend):
         require_support(self, bundle, artifact)
         assert artifact is not None
         bundle.verify_hashes(artifact.files)
-        compiled = _compile(library, bundle.path(artifact.path), artifact, options.threads)
+        compiled = _compile(library, bundle.path(artifact.path), artifact, options.session_threads)
         facts = SessionFacts(
             backend=self.name,
             artifact=artifact.name,
@@ -105,8 +104,8 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _precision(core, artifact.precision),
     }
-    if (count := threads or default_threads()) is not None:
-        settings["INFERENCE_NUM_THREADS"] = count
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
     try:
         # Asked by name: guessing the format would offer a broken file to every parser it has.
         reader = FrontEndManager().load_by_framework("onnx")

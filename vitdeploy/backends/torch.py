@@ -26,7 +26,6 @@ from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest, input_spec, output_spec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable
-from vitdeploy.machine.processors import default_threads
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +81,7 @@ class Torch(Backend):
             outputs=artifact.outputs if artifact else (output_spec(manifest.model, manifest.output),),
             versions={"torch": str(torch.__version__)},
         )
-        return TorchSession(
-            facts, self._forward(bundle, precision, batch, device), options.threads or default_threads()
-        )
+        return TorchSession(facts, self._forward(bundle, precision, batch, device), options.session_threads)
 
     def _forward(
         self, bundle: Bundle, precision: ArtifactPrecision, batch: BatchRange | None, device: str

@@ -305,7 +305,7 @@ class Manifest(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without no ``choices`` and the usual ``scores``: bundles from before them keep their digest."""
+        """Leave out no ``choices`` and the usual ``scores``: bundles from before them keep their digest."""
         fields: dict[str, Any] = dump(self)
         if not self.choices:
             fields.pop("choices", None)

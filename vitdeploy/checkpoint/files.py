@@ -264,7 +264,7 @@ def _read_pickle(path: Path, start: bytes) -> tuple[dict[str, Tensor], tuple[str
 
 def _wrappers(content: Mapping[Any, Any]) -> list[str]:
     """The keys that may lead to a state dict, the one to follow first: known ones, else the only one."""
-    known = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+    known = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping) and content[key]]
     if known:
         return known
     states = [key for key, value in content.items() if isinstance(key, str) and _is_state(value)]

@@ -155,7 +155,7 @@ def command(
         opset=opset,
         input=input,
         output=output_kind,
-        scores=scores,  # type: ignore[arg-type]  # checked there
+        scores=scores,
         atol=atol,
         fallback=not no_fallback,
         seed=seed,

@@ -91,7 +91,7 @@ class ExportRequest:
     opset: int = 20
     input: str = "float"
     output: str | None = None
-    scores: Scores | None = None
+    scores: str | None = None
     """What becomes of logits; None is as the checkpoint says."""
     atol: float | None = None
     architectures: tuple[str, ...] = ()

@@ -198,7 +198,8 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
     if request.scores is not None:
         if subject.output != "logits":
             raise UsageError(f"--scores is what becomes of logits; {opened.source} gives {subject.output}")
-        subject.scores = request.scores
+        kinds: dict[str, Scores] = {name: name for name in get_args(Scores)}
+        subject.scores = kinds[request.scores]
     return opened, subject
 
 

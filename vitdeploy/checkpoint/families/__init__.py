@@ -27,8 +27,8 @@ FAMILIES: tuple[Family, ...] = (
 _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 
-_OWN = ("vit", "deit", "dinov2", "dinov2_with_registers")
-"""Prefixes that belong to a family's names: transformers' base models below their heads."""
+_OWN = tuple(f.name for f in (vit.FAMILY, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS))
+"""Families of transformers, whose names begin so where a base model is below a head."""
 _PREFERRED = ("ema", "teacher")
 """Of several models in one file, those that are deployed."""
 
@@ -60,7 +60,7 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
             )
     model_type = (foreign.config or {}).get("model_type")
     if model_type is not None:
-        supported = [reference.MODEL_TYPE, "dinov2_with_registers", "dinov2", "deit", "vit"]
+        supported = [reference.MODEL_TYPE, *_OWN]
         raise CheckpointError(
             f"{foreign.source}: model_type {model_type!r} in config.json is not supported"
             f"{did_you_mean(str(model_type), supported)}",
