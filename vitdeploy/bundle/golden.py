@@ -8,11 +8,12 @@ between versions (a ``Generator``'s distributions it does not): every machine dr
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitdeploy.config import Size
+from vitdeploy.config import InputKind, Preprocess, Size
 
 _Pixels = NDArray[np.int64]
 
@@ -26,6 +27,16 @@ def golden_images(size: Size) -> list[NDArray[np.uint8]]:
     From 8x8 pixels on, no two are the same.
     """
     return [draw(size) for draw in _DRAWINGS.values()]
+
+
+def golden_inputs(spec: Preprocess, size: Size, kind: InputKind) -> NDArray[Any]:
+    """The same images as a model reads them: (K, 3, H, W) float32 normalised, or (K, H, W, 3) uint8."""
+    images = np.stack(golden_images(size))
+    if kind == "uint8":
+        return images
+    mean, std = (np.array(values, np.float64) for values in (spec.mean, spec.std))
+    normalised = (images * spec.rescale - mean) / std
+    return np.ascontiguousarray(normalised.astype(np.float32).transpose(0, 3, 1, 2))
 
 
 def raw_images() -> list[NDArray[np.uint8]]:
