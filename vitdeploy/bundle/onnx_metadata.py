@@ -53,6 +53,8 @@ class SelfDescription:
     """Fields of ``vitdeploy.config.Preprocess`` that the file states."""
     notes: tuple[str, ...] = ()
     """What is there and cannot be read."""
+    keys: tuple[str, ...] = ()
+    """That were looked at."""
 
     @property
     def whole_preprocess(self) -> Preprocess | None:
@@ -60,8 +62,10 @@ class SelfDescription:
         return Preprocess(**self.preprocess) if self.preprocess.keys() == _FIELDS.keys() else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+        """For JSON; the keys themselves stand beside it."""
+        fields = dataclasses.asdict(self)
+        del fields["keys"]
+        return fields
 
 
 def properties(
@@ -127,7 +131,8 @@ def _ours(entries: Mapping[str, str]) -> SelfDescription:
             notes.append(f"the preprocessing in its metadata cannot be read: {first_problem(error)}")
         except ConfigError as error:
             notes.append(f"the preprocessing in its metadata is wrong: {error.message}")
-    return SelfDescription(source="vitdeploy", **found, notes=tuple(notes))
+    known = tuple(key for key in entries if key.removeprefix(PREFIX) in (*_WORDS, "labels", *_FIELDS))
+    return SelfDescription(source="vitdeploy", **found, notes=tuple(notes), keys=known)
 
 
 def _lightly(entries: Mapping[str, str]) -> SelfDescription:
@@ -146,7 +151,13 @@ def _lightly(entries: Mapping[str, str]) -> SelfDescription:
                 notes.append(_unreadable("image_normalize", f"has no {key} with a number for each channel"))
             else:
                 preprocess[key] = values
-    return SelfDescription("lightly-train", labels=labels, preprocess=preprocess, notes=tuple(notes))
+    return SelfDescription(
+        "lightly-train",
+        labels=labels,
+        preprocess=preprocess,
+        notes=tuple(notes),
+        keys=("classes", "image_normalize"),
+    )
 
 
 def _ultralytics(entries: Mapping[str, str]) -> SelfDescription:
@@ -160,7 +171,9 @@ def _ultralytics(entries: Mapping[str, str]) -> SelfDescription:
             preprocess["size"] = (int(match[1]), int(match[2] or match[1]))
         else:
             notes.append(_unreadable("imgsz", "is no height and width"))
-    return SelfDescription("ultralytics", labels=labels, preprocess=preprocess, notes=tuple(notes))
+    return SelfDescription(
+        "ultralytics", labels=labels, preprocess=preprocess, notes=tuple(notes), keys=("names", "imgsz")
+    )
 
 
 def _unreadable(key: str, problem: str) -> str:

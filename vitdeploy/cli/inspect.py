@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
     from vitdeploy.bundle.manifest import Manifest
     from vitdeploy.bundle.onnx_graph import GraphSummary
+    from vitdeploy.bundle.onnx_metadata import SelfDescription
+    from vitdeploy.config import Preprocess
 
 SUMMARY = "Show what a bundle, an ONNX file or an engine contains."
+_LONGEST = 200
+"""Characters of a value that is shown as it is."""
 EXAMPLES = (
     "vitdeploy inspect vit.bundle",
     "vitdeploy inspect vit.bundle/model.fp16.onnx",
@@ -99,27 +104,63 @@ def _facts(manifest: Manifest) -> None:
     rows.append(("input", manifest.input))
     rows.append(("output", manifest.output))
     if labels:
-        rows.append(("labels", f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"))
+        rows.append(("labels", _labels(labels)))
     if manifest.output == "logits":
         rows.append(("scores", manifest.scores))
-    if prep := manifest.preprocess:
-        edge = f" {prep.resize_edge}" if prep.resize_edge else ""
-        turned = ", turned as EXIF says" if prep.exif else ""
-        shape = f"{prep.size[0]}x{prep.size[1]}"
-        rows.append(("preprocess", f"{prep.resize}{edge} {prep.resample} to {shape}{turned}"))
+    if manifest.preprocess:
+        rows.append(("preprocess", _preprocess(manifest.preprocess)))
     rows.extend(("note", text) for text in made.notes)
     output.facts(rows)
 
 
+def _labels(labels: Sequence[str]) -> str:
+    return f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"
+
+
+def _preprocess(prep: Preprocess) -> str:
+    edge = f" {prep.resize_edge}" if prep.resize_edge else ""
+    turned = ", turned as EXIF says" if prep.exif else ""
+    return f"{prep.resize}{edge} {prep.resample} to {prep.size[0]}x{prep.size[1]}{turned}"
+
+
+def _said(said: SelfDescription) -> Iterator[tuple[str, object]]:
+    """What an ONNX file says of itself, in the words for a bundle."""
+    whole = said.whole_preprocess
+    if said.input:
+        yield "input", said.input
+    if said.output:
+        yield "output", said.output
+    if said.labels:
+        yield "labels", _labels(said.labels)
+    if said.scores:
+        yield "scores", said.scores
+    if whole is not None:
+        yield "preprocess", _preprocess(whole)
+    shown = ("rescale", "mean", "std") if whole is not None else tuple(said.preprocess)
+    for name in shown:
+        value = said.preprocess[name]
+        yield name, ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
+    for text in said.notes:
+        yield "note", text
+
+
 def _onnx(path: Path, as_json: bool) -> None:
     from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, summarise
+    from vitdeploy.bundle.onnx_metadata import read_properties
 
     model = read_graph(path)
     graph = summarise(model)
+    said = read_properties(graph.metadata)
     ops = prove_precision(model, "fp32", ()).ops  # for the list of dtypes; nothing is declared, so no verdict
     if as_json:
         output.json_document(
-            {"ok": True, "file": str(path), **_graph_dict(graph), "precision": summary.count_ops(ops)}
+            {
+                "ok": True,
+                "file": str(path),
+                **_graph_dict(graph),
+                "said": said.as_dict(),
+                "precision": summary.count_ops(ops),
+            }
         )
         return
     rows = [
@@ -130,7 +171,8 @@ def _onnx(path: Path, as_json: bool) -> None:
         *(("input", _value(name, spec)) for name, spec in graph.inputs.items()),
         *(("output", _value(name, spec)) for name, spec in graph.outputs.items()),
         ("precision", summary.proof_line(ops)),
-        *((key, value) for key, value in graph.metadata.items()),
+        *_said(said),
+        *((key, _cut(text)) for key, text in graph.metadata.items() if key not in said.keys),
     ]
     output.facts(rows)
     _operators("operators", graph)
@@ -177,6 +219,10 @@ def _engine(path: Path, as_json: bool) -> None:
             *(("fusion", line) for line in record.fusion.lines()),
         ]
     )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _value(name: str, spec: tuple[str, tuple[int | str, ...]]) -> str:

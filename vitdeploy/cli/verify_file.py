@@ -63,4 +63,5 @@ def _print(report: ForeignReport) -> None:
     if report.passed:
         held = output.count(len(made), "check")
         left = f", {len(report.unchecked)} not made" if report.unchecked else ""
-        output.line(f"{report.path}: computes what {report.checkpoint} computes: {held} held{left}")
+        unproven = f"; quantised, so not proven: {', '.join(report.unproven)}" if report.unproven else ""
+        output.line(f"{report.path}: against {report.checkpoint}: {held} held{left}{unproven}")

@@ -58,7 +58,7 @@ def audit_precision(file: OnnxFile) -> Finding:
     known = [op for op in gemms if op.dtype != "undefined"]
     if not known:
         return finding("not checked", "no GEMM whose dtype can be told")
-    wanted = PRECISION_DTYPES[claim]  # type: ignore[index]  # one of three that are left
+    wanted = PRECISION_DTYPES[claim]
     wrong = [op for op in known if op.dtype != wanted]
     dtypes = {op.dtype for op in known}
     if len(dtypes) == 1 and wrong and source.endswith("weights") and _wider(wrong[0].dtype, wanted):

@@ -23,7 +23,7 @@ class Finding:
 
     file: str
     check: str
-    """``parity``, ``batch invariance``, ``precision``, ``weights``, ``labels`` or ``preprocessing``."""
+    """``parity``, ``batch invariance``, ``precision``, ``weights``, ``labels``, ``preprocessing``, ..."""
     state: State
     detail: str
 
@@ -51,6 +51,11 @@ class ForeignReport:
         return not self.failures
 
     @property
+    def unproven(self) -> tuple[str, ...]:
+        """Files that no table of tolerances judges."""
+        return tuple(f.file for f in self.findings if (f.check, f.state) == ("tolerance", "not checked"))
+
+    @property
     def unchecked(self) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.state == "not checked")
 
@@ -73,6 +78,7 @@ class ForeignReport:
             "parity": [record.model_dump(mode="json") for record in self.parity],
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "accuracy": [dataclasses.asdict(accuracy) for accuracy in self.accuracy],
+            "unproven": list(self.unproven),
             "failures": list(self.failures),
             "notes": list(self.notes),
         }

@@ -34,7 +34,7 @@ from vitdeploy.verification.foreign.onnx_file import Interface, OnnxFile, find_f
 from vitdeploy.verification.foreign.report import Finding, ForeignReport, State
 from vitdeploy.verification.foreign.session import FileSession
 from vitdeploy.verification.foreign.truth import Chosen, Model, Truth, TruthSession
-from vitdeploy.verification.foreign.weights import Match, match_weights
+from vitdeploy.verification.foreign.weights import match_weights
 from vitdeploy.verification.parity import check_session
 
 ENGINES = (".plan", ".engine")
@@ -146,10 +146,9 @@ class _Job:
                 records = self._records(file, session, golden)
                 worst = [r.metrics.relative for r in records if r.metrics.relative is not None]
                 stage.detail = f"relative error {max(worst, default=float('nan')):.1e}"
-                match = None if file.quantised else match_weights(file, truth.state)
-                self._judge(file, chosen, records, ending, match)
+                self._judge(file, chosen, records, ending)
                 self.findings.append(audit_precision(file))
-                self._weights(file, match)
+                self._weights(file, truth, wrong=not all(record.passed for record in records))
                 self.findings += check_labels(file, truth)
                 self.findings += check_scores(file, truth)
                 self.findings += check_preprocessing(file, truth)
@@ -182,20 +181,18 @@ class _Job:
             self.add(file, "batch", "failed", detail)
             return records
 
-    def _judge(
-        self, file: OnnxFile, chosen: Chosen, records: list[ParityRecord], ending: Scores, match: Match | None
-    ) -> None:
+    def _judge(self, file: OnnxFile, chosen: Chosen, records: list[ParityRecord], ending: Scores) -> None:
         self.records += records
         claim, source = file.claim
         batches = ", ".join(str(record.batch) for record in records)
         after = "" if ending == "none" else f" after its own {ending}"
         what = f"{chosen.value.name}{after} at batch {batches}"
-        problems = [f"batch {r.batch}: {text}" for r in records for text in r.failures]
-        if problems:
-            likely = (
-                [f"differs: {d}" for d in match.differences[:_NAMED]] if match and not match.certain else []
-            )
-            self.add(file, "parity", "failed", f"{what}: {'; '.join([*likely, *problems])}")
+        failed = [record for record in records if not record.passed]
+        if failed:
+            others = [str(record.batch) for record in failed[1:]]
+            also = f" (batch {', '.join(others)} fails, too)" if others else ""
+            reasons = "; ".join(failed[0].failures)
+            self.add(file, "parity", "failed", f"{what}: batch {failed[0].batch}: {reasons}{also}")
         elif claim == "quantised":
             bound = (
                 f"{what}: within {_QUANTISED.relative:g} of float64, which tells it from another model only"
@@ -207,7 +204,7 @@ class _Job:
             bound = f"{what}: within {records[0].tolerance.relative:g} of float64, as {claim} may be"
             self.add(file, "parity", "held", f"{bound}, by {source}")
         self._company(file, records)
-        if claim in ("fp16", "mixed") and not problems:
+        if claim in ("fp16", "mixed") and not failed:
             why = "this CPU may compute fp16 in fp32, where nothing overflows"
             self.add(file, "overflow", "not checked", why)
         others = [value.name for value in file.interface.outputs if value != chosen.value]
@@ -227,14 +224,18 @@ class _Job:
         else:
             self.add(file, "batch invariance", "not checked", "no batch of several images was compared")
 
-    def _weights(self, file: OnnxFile, match: Match | None) -> None:
-        """Name the tensors that were changed, where they can be told."""
-        if match is None:
+    def _weights(self, file: OnnxFile, truth: Truth, *, wrong: bool) -> None:
+        """Name the tensors that were changed, where the outputs are ``wrong`` and they can be told.
+
+        A file that computes the same may have folded or merged them.
+        """
+        if file.quantised:
             return self.add(file, "weights", "not checked", "quantised: none is as the checkpoint has it")
+        match = match_weights(file, truth.state)
         found = f"{match.found} of {match.tensors} tensors are in it bit for bit"
-        if match.certain:
-            changed = _some([str(difference) for difference in match.certain])
-            return self.add(file, "weights", "failed", f"{found}; differs: {changed}")
+        if wrong and match.differences:
+            changed = _some([str(difference) for difference in match.differences])
+            return self.add(file, "weights", "failed", f"differs: {changed}; {found}")
         if match.found:
             return self.add(file, "weights", "held", found)
         return self.add(file, "weights", "not checked", "folded, merged or rounded: no tensor can be told")

@@ -49,17 +49,14 @@ class Match:
     found: int
     """Bit for bit, rounded to the file's dtype; as they are, transposed, or reshaped."""
     differences: tuple[Difference, ...]
-
-    @property
-    def certain(self) -> tuple[Difference, ...]:
-        return tuple(difference for difference in self.differences if difference.certain)
+    """The likeliest first."""
 
 
 def match_weights(file: OnnxFile, state: Mapping[str, Tensor]) -> Match:
     """Look for each tensor of a checkpoint in a file.
 
-    Exporters fold, merge and cut tensors up, so one that is not found says nothing. But one of whose
-    elements most are there, and some are not, was changed.
+    Exporters fold, merge and cut tensors up, so one that is not found says nothing. One of whose elements at
+    least half are there was changed, or folded with something small: what the file computes tells which.
 
     Raises:
         BundleError: a tensor of the file cannot be read.
@@ -75,6 +72,7 @@ def match_weights(file: OnnxFile, state: Mapping[str, Tensor]) -> Match:
             matched |= {name, *_parts(name)}
     left = {name: array for name, array in theirs.items() if digests[name] not in used}
     found = [best for name, array in left.items() if (best := _closest(name, array, ours, matched))]
+    found.sort(key=_rank)
     return Match(len(state), len(matched & state.keys()), tuple(found))
 
 
@@ -147,9 +145,13 @@ def _closest(
             if not 0 < differing <= array.size // 2:
                 continue
             found = Difference(name, initializer, array.size, differing, name not in matched)
-            if best is None or (not found.certain, differing) < (not best.certain, best.differing):
+            if best is None or _rank(found) < _rank(best):
                 best = found
     return best
+
+
+def _rank(difference: Difference) -> tuple[bool, float]:
+    return not difference.certain, difference.differing / difference.elements
 
 
 def _differing(one: Array, other: Array, bound: float) -> int:
