@@ -203,8 +203,8 @@ def check_max_drop(max_drop: float | None, data: object) -> None:
 def judge_drop(record: AccuracyRecord, max_drop: float) -> tuple[bool, str]:
     """Whether an artifact's top-1 stays within ``max_drop`` points of the reference's, and one line about it.
 
-    What was observed decides. The line says where the interval of the true drop holds both more and less than
-    what is allowed, so that other images of the same kind might decide otherwise.
+    What was observed decides. Where the interval of the true drop holds what is allowed, the line says so:
+    other images of the same kind might decide otherwise.
     """
     lost = -round(record.top1_difference * record.images)  # images, net
     held = lost * 100 <= max_drop * record.images + 1e-9
@@ -216,7 +216,7 @@ def judge_drop(record: AccuracyRecord, max_drop: float) -> tuple[bool, str]:
         f"(95 % interval {low:.2f} to {high:.2f}), {verdict}"
     )
     if low < max_drop < high:
-        said += f"; cannot be told from {record.images} images whether it truly {'is' if held else 'is not'}"
+        said += f"; {record.images} images cannot tell: the interval holds {max_drop:g}"
     return held, said
 
 

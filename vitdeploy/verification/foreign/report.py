@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +42,12 @@ class ForeignReport:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What did not hold; nothing compared is a failure, too."""
-        failed = tuple(f"{f.file}: {f.check}: {f.detail}" for f in self.findings if f.state == "failed")
+        """What did not hold, once for all files that have it; nothing compared is a failure, too."""
+        files: dict[tuple[str, str], list[str]] = {}
+        for finding in self.findings:
+            if finding.state == "failed":
+                files.setdefault((finding.check, finding.detail), []).append(finding.file)
+        failed = tuple(f"{_first(names)}: {check}: {detail}" for (check, detail), names in files.items())
         return failed if failed or self.parity else ("nothing was compared",)
 
     @property
@@ -82,6 +86,10 @@ class ForeignReport:
             "failures": list(self.failures),
             "notes": list(self.notes),
         }
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def shortened(failures: Iterable[str]) -> str:
