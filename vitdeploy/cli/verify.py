@@ -37,8 +37,8 @@ def command(
     bundle: Annotated[
         Path,
         typer.Argument(
-            metavar="BUNDLE|FILE.onnx|FOLDER",
-            help="The bundle to verify; with -m, an ONNX file or a folder with some.",
+            metavar="BUNDLE|FILE.onnx|FILE.plan|FOLDER",
+            help="The bundle to verify; with -m, an ONNX file, an engine, or a folder with ONNX files.",
             show_default=False,
         ),
     ],

@@ -231,7 +231,7 @@ def test_an_engine_that_does_not_run_here(tmp_path: Path) -> None:
 
     head[: len(FLAVOURS["tensorrt"].magic)] = FLAVOURS["tensorrt"].magic
     said = refusal(engine(tmp_path, bytes(head)), DeviceUnavailable)
-    assert "an engine of TensorRT 10.13.0.35: not verified: " in said
+    assert "an engine of TensorRT 10.13.0.35, which does not run here: " in said
 
 
 def test_no_engine(tmp_path: Path) -> None:

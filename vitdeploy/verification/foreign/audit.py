@@ -15,7 +15,7 @@ from vitdeploy.checkpoint.files import read_json
 from vitdeploy.config import Preprocess
 from vitdeploy.errors import CheckpointError
 from vitdeploy.images.preprocess import from_huggingface
-from vitdeploy.verification.foreign.onnx_file import OnnxFile
+from vitdeploy.verification.foreign.onnx_file import Described, OnnxFile
 from vitdeploy.verification.foreign.report import Finding, State
 from vitdeploy.verification.foreign.truth import Truth
 
@@ -90,7 +90,7 @@ def _operations(file: OnnxFile) -> tuple[OpPrecision, ...]:
     return prove_precision(model, "fp32", ()).ops
 
 
-def check_labels(file: OnnxFile, truth: Truth) -> Iterator[Finding]:
+def check_labels(file: Described, truth: Truth) -> Iterator[Finding]:
     """Hold the labels that the file, or the config.json beside it, states against the checkpoint's."""
 
     def finding(state: State, detail: str) -> Finding:
@@ -133,7 +133,7 @@ def check_labels(file: OnnxFile, truth: Truth) -> Iterator[Finding]:
             yield finding("held", f"{source}: {len(labels)} labels")
 
 
-def check_scores(file: OnnxFile, truth: Truth) -> Iterator[Finding]:
+def check_scores(file: Described, truth: Truth) -> Iterator[Finding]:
     """Hold what the file's metadata says of its logits against the checkpoint; most files say nothing."""
     if file.said.scores is not None and truth.checkpoint is not None:
         ours, theirs = file.said.scores, truth.checkpoint.scores
@@ -144,7 +144,7 @@ def check_scores(file: OnnxFile, truth: Truth) -> Iterator[Finding]:
             yield Finding(file.name, "scores", "failed", f"{detail}, the checkpoint {theirs}")
 
 
-def check_preprocessing(file: OnnxFile, truth: Truth) -> Iterator[Finding]:
+def check_preprocessing(file: Described, truth: Truth) -> Iterator[Finding]:
     """Hold the preprocessing that the file, or what lies beside it, states against the checkpoint's."""
 
     def finding(state: State, detail: str) -> Finding:
@@ -202,7 +202,7 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _beside(file: OnnxFile, name: str) -> dict[str, Any] | None:
+def _beside(file: Described, name: str) -> dict[str, Any] | None:
     """A JSON file beside the model; None where there is none.
 
     Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, from_onnx
 from vitdeploy.bundle.manifest import safe_path
@@ -35,8 +35,8 @@ _WORDS: dict[Claim, re.Pattern[str]] = {
     "bf16": re.compile(r"bf16|bfloat16"),
 }
 _FLOATING: dict[str, Claim] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp32"}
-_LISTED = 4
-"""How many names an error lists."""
+_LISTED, _SHOWN = 4, 60
+"""How many names an error lists, and how much of each."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Value:
 
     def __str__(self) -> str:
         shape = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
-        return f"{self.name} {self.dtype} ({shape})"
+        return f"{self.name[:_SHOWN]} {self.dtype} ({shape})"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,23 @@ class Interface:
     size: Size | None
     """None varies."""
     outputs: tuple[Value, ...]
+
+
+class Described(Protocol):
+    """A file, and what is known of it without the checkpoint."""
+
+    path: Path
+    name: str
+    """As it is shown."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def said(self) -> SelfDescription: ...
+    @property
+    def interface(self) -> Interface: ...
+    @property
+    def claim(self) -> tuple[Claim, str]: ...
 
 
 class OnnxFile:
@@ -86,9 +103,7 @@ class OnnxFile:
 
     @property
     def folder(self) -> Path:
-        """Where what describes it lies: its folder, or the one above ``onnx/``."""
-        parent = self.path.absolute().parent
-        return parent.parent if parent.name == "onnx" else parent
+        return folder_of(self.path)
 
     def tensors(self) -> Iterator[onnx.TensorProto]:
         """The weights: initialisers and constants."""
@@ -107,32 +122,7 @@ class OnnxFile:
         graph = self.model.graph
         weights = {tensor.name for tensor in graph.initializer}
         inputs = [_value(info) for info in graph.input if info.name not in weights]
-        names = ", ".join(value.name for value in inputs[:_LISTED])
-        if len(inputs) != 1:
-            raise UsageError(
-                f"{self.path}: has {len(inputs)} inputs ({names}), and a model of images has one"
-                if inputs
-                else f"{self.path}: has no input",
-                hint="verify takes the image model alone",
-            )
-        (value,) = inputs
-        if value.dtype not in ("float32", "float16", "float64", "uint8"):
-            raise UsageError(f"{self.path}: its input {value} is no image", hint="images are floats or uint8")
-        if value.shape is None or len(value.shape) != 4:
-            raise UsageError(f"{self.path}: its input {value} is no (N, C, H, W) tensor")
-        if 0 in value.shape:
-            raise UsageError(f"{self.path}: a dimension of its input {value} is 0: nothing goes in")
-        first, last = value.shape[1], value.shape[3]
-        is_last = last in (1, 3) and first not in (1, 3)
-        if is_last != (value.dtype == "uint8"):
-            wanted = "(N, H, W, 3), in uint8, or (N, 3, H, W), in floats"
-            raise UsageError(f"{self.path}: its input {value} is not {wanted}")
-        height, width = value.shape[1:3] if is_last else value.shape[2:]
-        size = None if height is None or width is None else (height, width)
-        outputs = tuple(_value(info) for info in graph.output)
-        kind: InputKind = "uint8" if is_last else "float"
-        dtype: DType = value.dtype  # type: ignore[assignment]  # one of the four above
-        return Interface(value.name, dtype, kind, value.shape[0], last if is_last else first, size, outputs)
+        return interface_of(self.path, inputs, [_value(info) for info in graph.output])
 
     def ending(self, output: str) -> Scores:
         """What the file itself makes of its logits at the end."""
@@ -154,10 +144,8 @@ class OnnxFile:
         """The precision that the file is said to have, and what says so."""
         if self.said.precision is not None:
             return self.said.precision, "its metadata"
-        words = re.split(r"[^a-z0-9]+", self.path.stem.lower())
-        for claim, pattern in _WORDS.items():
-            if any(pattern.fullmatch(word) for word in words):
-                return claim, "its name"
+        if (said := claim_of_name(self.path)) is not None:
+            return said, "its name"
         if self.quantised:
             return "quantised", "its operators"
         return self._most_weights(), "most of its weights"
@@ -171,6 +159,52 @@ class OnnxFile:
             sizes[_dtype(tensor.data_type)] += elements
         floating = Counter({name: n for name, n in sizes.items() if name in _FLOATING})
         return _FLOATING[floating.most_common(1)[0][0]] if floating else "fp32"
+
+
+def folder_of(path: Path) -> Path:
+    """Where what describes a file lies: its folder, or the one above ``onnx/``."""
+    parent = path.absolute().parent
+    return parent.parent if parent.name == "onnx" else parent
+
+
+def claim_of_name(path: Path) -> Claim | None:
+    """The precision that a file's name says."""
+    words = re.split(r"[^a-z0-9]+", path.stem.lower())
+    found = (claim for claim, pattern in _WORDS.items() if any(pattern.fullmatch(word) for word in words))
+    return next(found, None)
+
+
+def interface_of(path: Path, inputs: Sequence[Value], outputs: Sequence[Value]) -> Interface:
+    """What a file with these inputs and outputs takes and gives.
+
+    Raises:
+        UsageError: it is no model of images.
+    """
+    names = ", ".join(value.name[:_SHOWN] for value in inputs[:_LISTED])
+    if len(inputs) != 1:
+        raise UsageError(
+            f"{path}: has {len(inputs)} inputs ({names}), and a model of images has one"
+            if inputs
+            else f"{path}: has no input",
+            hint="verify takes the image model alone",
+        )
+    (value,) = inputs
+    if value.dtype not in ("float32", "float16", "float64", "uint8"):
+        raise UsageError(f"{path}: its input {value} is no image", hint="images are floats or uint8")
+    if value.shape is None or len(value.shape) != 4:
+        raise UsageError(f"{path}: its input {value} is no (N, C, H, W) tensor")
+    if 0 in value.shape:
+        raise UsageError(f"{path}: a dimension of its input {value} is 0: nothing goes in")
+    batch, first, _, last = value.shape
+    is_last = last in (1, 3) and first not in (1, 3)
+    if is_last != (value.dtype == "uint8"):
+        wanted = "(N, H, W, 3), in uint8, or (N, 3, H, W), in floats"
+        raise UsageError(f"{path}: its input {value} is not {wanted}")
+    height, width = value.shape[1:3] if is_last else value.shape[2:]
+    size = None if height is None or width is None else (height, width)
+    kind: InputKind = "uint8" if is_last else "float"
+    dtype: DType = value.dtype  # type: ignore[assignment]  # one of the four above
+    return Interface(value.name, dtype, kind, batch, last if is_last else first, size, tuple(outputs))
 
 
 def find_files(path: Path) -> list[OnnxFile]:

@@ -30,14 +30,15 @@ from vitdeploy.verification.foreign.audit import (
     check_preprocessing,
     check_scores,
 )
-from vitdeploy.verification.foreign.onnx_file import Interface, OnnxFile, find_files
+from vitdeploy.verification.foreign.engine_file import SUFFIXES as ENGINES
+from vitdeploy.verification.foreign.engine_file import EngineFile
+from vitdeploy.verification.foreign.onnx_file import Described, Interface, OnnxFile, find_files
 from vitdeploy.verification.foreign.report import Finding, ForeignReport, State
-from vitdeploy.verification.foreign.session import FileSession
+from vitdeploy.verification.foreign.session import Renamed, open_session
 from vitdeploy.verification.foreign.truth import Chosen, Model, Truth, TruthSession
 from vitdeploy.verification.foreign.weights import match_weights
 from vitdeploy.verification.parity import check_session
 
-ENGINES = (".plan", ".engine")
 # No table can say what a quantised model may lose: that is decided on labelled images. This tells a model
 # that was rounded to 8 or 4 bits from another model, whose relative error is near 1.
 _QUANTISED = Tolerance(relative=0.3, kl=1.0, batch_invariance=0.3)
@@ -68,9 +69,11 @@ def verify_foreign(
             f"{path} is a bundle, which carries its own reference",
             hint="verify it without -m, or one file of it",
         )
-    if path.is_file() and path.suffix in ENGINES:
-        raise _no_engine(path)
     job = _Job(model, checkpoint, batches, data, max_drop, options or Options(), progress or Progress())
+    if path.is_file() and path.suffix in ENGINES:
+        engine = EngineFile(path)
+        job.run_engine(engine)
+        return job.report(path, [engine])
     files = find_files(path)
     refused: list[UsageError | DeviceUnavailable] = []
     for file in files:
@@ -83,36 +86,7 @@ def verify_foreign(
             job.add(file, "parity", "not checked", error.message.removeprefix(f"{file.path}: "))
     if not job.records and len(refused) == len(files):
         raise refused[0]
-    return ForeignReport(
-        path=path,
-        checkpoint=job.source,
-        files=tuple(file.name for file in files),
-        parity=tuple(job.records),
-        findings=tuple(job.findings),
-        accuracy=tuple(job.accuracy),
-        notes=tuple(dict.fromkeys(job.notes)),
-    )
-
-
-def _no_engine(path: Path) -> DeviceUnavailable:
-    """Why an engine is not verified here.
-
-    Raises:
-        BundleError: it is none, or cut short.
-    """
-    from vitdeploy.backends.base import get_backend
-    from vitdeploy.tensorrt.engine_file import HEADER_BYTES, check_size, read_header
-
-    with path.open("rb") as file:
-        header = read_header(file.read(HEADER_BYTES), str(path))
-    check_size(header, path.stat().st_size, str(path))
-    targets = f" for {', '.join(header.targets)}" if header.targets else ""
-    state = get_backend(header.flavour.name).availability()
-    reason = state.reason or "outside of a bundle nothing says what goes into it"
-    return DeviceUnavailable(
-        f"{path}: an engine of {header.flavour.title} {header.version_text}{targets}: not verified: {reason}",
-        hint=state.hint or "verify the ONNX file that it was built from, and build it with vitdeploy engine",
-    )
+    return job.report(path, files)
 
 
 @dataclass
@@ -132,29 +106,66 @@ class _Job:
     _truths: dict[tuple[object, ...], Truth] = field(default_factory=dict)
     _answers: dict[Truth, TopClasses] = field(default_factory=dict)
 
-    def add(self, file: OnnxFile, check: str, state: State, detail: str) -> None:
+    def add(self, file: Described, check: str, state: State, detail: str) -> None:
         self.findings.append(Finding(file.name, check, state, detail))
 
     def run(self, file: OnnxFile) -> None:
+        """Hold an ONNX file against the checkpoint."""
         truth = self._truth(file.interface)
         chosen = truth.choose()
         ending = file.ending(chosen.value.name)
-        with self.progress.stage(file.name) as stage:
+        session = open_session(file, chosen, truth.size, self.options)
+        right = self._parity(file, truth, chosen, session, ending)
+        if right and file.claim[0] in ("fp16", "mixed"):
+            why = "this CPU may compute fp16 in fp32, where nothing overflows"
+            self.add(file, "overflow", "not checked", why)
+        self.findings.append(audit_precision(file))
+        self._weights(file, truth, wrong=not right)
+        self._words(file, truth)
+
+    def run_engine(self, engine: EngineFile) -> None:
+        """Hold an engine against the checkpoint."""
+        truth = self._truth(engine.interface)
+        chosen = truth.choose()
+        self._parity(engine, truth, chosen, engine.open(chosen, truth.size), "none")
+        for check in ("precision", "weights"):
+            self.add(
+                engine, check, "not checked", "an engine does not tell them: verify the ONNX file before it"
+            )
+        self._words(engine, truth)
+
+    def report(self, path: Path, files: Sequence[Described]) -> ForeignReport:
+        return ForeignReport(
+            path=path,
+            checkpoint=self.source,
+            files=tuple(file.name for file in files),
+            parity=tuple(self.records),
+            findings=tuple(self.findings),
+            accuracy=tuple(self.accuracy),
+            notes=tuple(dict.fromkeys(self.notes)),
+        )
+
+    def _words(self, file: Described, truth: Truth) -> None:
+        """What is said of the file, rather than what it computes."""
+        self.findings += check_labels(file, truth)
+        self.findings += check_scores(file, truth)
+        self.findings += check_preprocessing(file, truth)
+        self.notes += file.said.notes
+
+    def _parity(
+        self, file: Described, truth: Truth, chosen: Chosen, session: Renamed, ending: Scores
+    ) -> bool:
+        """Run a file on the golden inputs, and on labelled images; closes the session."""
+        with session, self.progress.stage(file.name) as stage:
             golden = truth.golden(chosen.output)
             golden["reference"] = scores_of(golden["reference"], ending)
-            with FileSession(file, chosen, truth.size, self.options) as session:
-                records = self._records(file, session, golden)
-                worst = [r.metrics.relative for r in records if r.metrics.relative is not None]
-                stage.detail = f"relative error {max(worst, default=float('nan')):.1e}"
-                self._judge(file, chosen, records, ending)
-                self.findings.append(audit_precision(file))
-                self._weights(file, truth, wrong=not all(record.passed for record in records))
-                self.findings += check_labels(file, truth)
-                self.findings += check_scores(file, truth)
-                self.findings += check_preprocessing(file, truth)
-                if self.data is not None:
-                    self._accuracy(file, truth, chosen, session, ending)
-        self.notes += file.said.notes
+            records = self._records(file, session, golden)
+            worst = [r.metrics.relative for r in records if r.metrics.relative is not None]
+            stage.detail = f"relative error {max(worst, default=float('nan')):.1e}"
+            self._judge(file, chosen, records, ending)
+            if self.data is not None:
+                self._accuracy(file, truth, chosen, session, ending)
+        return all(record.passed for record in records)
 
     def _truth(self, interface: Interface) -> Truth:
         """The checkpoint at this file's size; files that take the same share it."""
@@ -168,7 +179,7 @@ class _Job:
             self._truths[key], self.source = truth, truth.source
         return self._truths[key]
 
-    def _records(self, file: OnnxFile, session: FileSession, golden: dict[str, Array]) -> list[ParityRecord]:
+    def _records(self, file: Described, session: Renamed, golden: dict[str, Array]) -> list[ParityRecord]:
         tolerance = _QUANTISED if file.claim[0] == "quantised" else None
         try:
             return check_session(session, golden, batches=self.batches, tolerance=tolerance)
@@ -181,7 +192,7 @@ class _Job:
             self.add(file, "batch", "failed", detail)
             return records
 
-    def _judge(self, file: OnnxFile, chosen: Chosen, records: list[ParityRecord], ending: Scores) -> None:
+    def _judge(self, file: Described, chosen: Chosen, records: list[ParityRecord], ending: Scores) -> None:
         self.records += records
         claim, source = file.claim
         batches = ", ".join(str(record.batch) for record in records)
@@ -204,16 +215,13 @@ class _Job:
             bound = f"{what}: within {records[0].tolerance.relative:g} of float64, as {claim} may be"
             self.add(file, "parity", "held", f"{bound}, by {source}")
         self._company(file, records)
-        if claim in ("fp16", "mixed") and not failed:
-            why = "this CPU may compute fp16 in fp32, where nothing overflows"
-            self.add(file, "overflow", "not checked", why)
         others = [value.name for value in file.interface.outputs if value != chosen.value]
         if others:
             self.add(
                 file, "outputs", "not checked", f"{_some(others)}: only {chosen.value.name} was compared"
             )
 
-    def _company(self, file: OnnxFile, records: list[ParityRecord]) -> None:
+    def _company(self, file: Described, records: list[ParityRecord]) -> None:
         """What other images in the batch change; too much is among parity's failures as well."""
         moved = [r.metrics.batch_invariance for r in records if r.metrics.batch_invariance is not None]
         if moved:
@@ -241,7 +249,7 @@ class _Job:
         return self.add(file, "weights", "not checked", "folded, merged or rounded: no tensor can be told")
 
     def _accuracy(
-        self, file: OnnxFile, truth: Truth, chosen: Chosen, session: FileSession, ending: Scores
+        self, file: Described, truth: Truth, chosen: Chosen, session: Renamed, ending: Scores
     ) -> None:
         if chosen.output != "logits":
             raise UsageError(f"{file.path}: --data needs logits, and {chosen.value.name} are {chosen.output}")
@@ -257,7 +265,7 @@ class _Job:
         held, said = judge_drop(record, self.max_drop)
         self.add(file, "accuracy", "held" if held else "failed", said)
 
-    def _reference(self, truth: Truth, session: FileSession, images: LabelledImages) -> TopClasses:
+    def _reference(self, truth: Truth, session: Renamed, images: LabelledImages) -> TopClasses:
         """What the checkpoint itself says; once for all files that take the same images."""
         if truth not in self._answers:
             with TruthSession(truth, session.facts) as exact:
