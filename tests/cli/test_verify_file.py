@@ -13,7 +13,7 @@ from tests.helpers.commands import Run
 from tests.helpers.exports import Exported
 from tests.helpers.strangers import LABELS, Strangers, change_weight, edit_json, edited
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.data import digits_heldout
+from vitdeploy.data import digits_folder, digits_heldout
 
 
 @pytest.mark.slow
@@ -76,6 +76,8 @@ def test_accuracy(run: Run, digits: Exported, tmp_path: Path) -> None:
     def spoil(model: onnx.ModelProto) -> None:
         change_weight(model, "head.bias", by=8, elements=3)
 
+    weights = digits_folder() / "model.safetensors"
+    assert run("verify", sound, "--checkpoint", weights).code == 0
     spoilt = edited(digits.folder / "model.onnx", tmp_path / "spoilt.onnx", spoil)
     result = run("verify", spoilt, *flags, "--json")
     assert result.code == 5
@@ -110,6 +112,14 @@ def test_flags_that_do_not_go_together(
     error, said = result.err.splitlines()
     assert message in error
     assert hint in said
+
+
+def test_a_folder_of_files_without_a_checkpoint(run: Run, bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/model.onnx").write_bytes((bundle.root / "model.onnx").read_bytes())
+    result = run("verify", tmp_path / "files")
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == f"hint: vitdeploy verify {tmp_path / 'files'} -m CHECKPOINT"
 
 
 def test_a_bundle_with_a_checkpoint(run: Run, tmp_path: Path) -> None:

@@ -119,14 +119,14 @@ class Strangers:
 
 
 def export_torchscript(
-    module: nn.Module, path: Path, opset: int, names: list[str], batch: str | None
+    module: nn.Module, path: Path, opset: int, names: list[str], batch: str | None, size: int = 32
 ) -> None:
-    """Export for images of 32x32 by PyTorch's exporter of before, which says much that is of no interest."""
+    """Export for square images by PyTorch's exporter of before, which says much that is of no interest."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            (torch.zeros(2, 3, 32, 32),),
+            (torch.zeros(2, 3, size, size),),
             path,
             dynamo=False,
             opset_version=opset,

@@ -181,7 +181,7 @@ def command(
                 threads=threads,
                 as_json=as_json,
             )
-        if bundle.is_file():
+        if bundle.is_file() or (bundle.is_dir() and _holds_files(bundle)):
             raise UsageError(
                 f"{bundle} is no bundle; a file is held against the checkpoint that it was made from",
                 hint=f"vitdeploy verify {shlex.quote(str(bundle))} -m CHECKPOINT",
@@ -193,6 +193,12 @@ def command(
             hint="verify the bundle here first, without --url",
         )
     return _verify_live(bundle, url, batch, {**live, "--model": model}, as_json)
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether a folder is no bundle, but one with ONNX files."""
+    files = (path for pattern in ("*.onnx", "onnx/*.onnx") for path in folder.glob(pattern))
+    return not (folder / "manifest.json").exists() and any(files)
 
 
 def _verify_local(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,59 @@ def test_images_as_they_are(strangers: Strangers, tmp_path: Path) -> None:
 
     path = edited(strangers.torchscript(17), tmp_path / "model.onnx", with_normalisation)
     vitdeploy.verify(path, model=strangers.checkpoint).check()
+
+
+def test_height_and_width_that_may_vary(strangers: Strangers, tmp_path: Path) -> None:
+    """The checkpoint's own size is taken."""
+
+    def free(model: onnx.ModelProto) -> None:
+        for index, name in enumerate(("n", "channels", "height", "width")):
+            model.graph.input[0].type.tensor_type.shape.dim[index].dim_param = name
+
+    path = edited(strangers.torchscript(17), tmp_path / "model.onnx", free)
+    vitdeploy.verify(path, model=strangers.checkpoint).check()
+
+
+def test_another_size_built_in(strangers: Strangers, tmp_path: Path) -> None:
+    """Positions interpolated by transformers when it was exported: the reference interpolates as it does."""
+    load = transformers.ViTForImageClassification.from_pretrained
+
+    class Larger(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = load(strangers.checkpoint, attn_implementation="eager").eval()
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(pixel_values, interpolate_pos_encoding=True).logits
+            return logits
+
+    export_torchscript(Larger(), tmp_path / "model.onnx", 17, ["logits"], batch=None, size=48)
+    report = vitdeploy.verify(tmp_path / "model.onnx", model=strangers.checkpoint)
+    report.check()
+    # preprocessor_config.json is for the checkpoint's own size, and with it the file cannot run.
+    shutil.copy(strangers.checkpoint / "preprocessor_config.json", tmp_path)
+    report = vitdeploy.verify(tmp_path / "model.onnx", model=strangers.checkpoint)
+    assert "size is [32, 32], in the checkpoint [48, 48]" in detail(report, "preprocessing")
+    assert not report.passed
+
+
+def test_what_onnx_runtime_has_optimised(strangers: Strangers, tmp_path: Path) -> None:
+    """Its fused operators are of another domain, and no shape inference knows them."""
+    import onnxruntime
+
+    onnx.save(in_fp16(onnx.load(strangers.torchscript(17))), tmp_path / "plain_fp16.onnx")
+    for name in ("plain_fp16", "fp32"):
+        settings = onnxruntime.SessionOptions()
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        settings.optimized_model_filepath = str(tmp_path / f"{name}_optimised.onnx")
+        source = tmp_path / "plain_fp16.onnx" if name == "plain_fp16" else strangers.torchscript(17)
+        onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+    report = vitdeploy.verify(tmp_path / "fp32_optimised.onnx", model=strangers.checkpoint)
+    report.check()
+    assert states(report)["precision"] == "held"
+    # On a CPU without fp16 kernels the optimiser itself writes fp32 GEMMs: an "fp16" file no more.
+    report = vitdeploy.verify(tmp_path / "plain_fp16_optimised.onnx", model=strangers.checkpoint)
+    assert states(report)["parity"] == "held"
 
 
 def test_probabilities_at_the_end(strangers: Strangers, tmp_path: Path) -> None:

@@ -211,3 +211,23 @@ def test_metadata_that_contradicts_the_checkpoint(strangers: Strangers, tmp_path
         said["preprocessing"]
         == "the file's metadata (ultralytics): size is [64, 64], in the checkpoint [32, 32]"
     )
+
+
+def test_a_wide_gemm_in_a_function_of_the_file(strangers: Strangers, tmp_path: Path) -> None:
+    """Older exporters put modules into functions; what is inside of them counts."""
+    model = in_fp16(onnx.load(strangers.torchscript(17)))
+    node = next(n for n in model.graph.node if n.op_type == "MatMul" and "fc1" in n.name)
+    inside = [
+        onnx.helper.make_node("Cast", ["a"], ["wide_a"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Cast", ["b"], ["wide_b"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("MatMul", ["wide_a", "wide_b"], ["wide"], name="hidden"),
+        onnx.helper.make_node("Cast", ["wide"], ["c"], to=onnx.TensorProto.FLOAT16),
+    ]
+    imports = [onnx.helper.make_opsetid("", 17)]
+    model.functions.append(onnx.helper.make_function("mine", "Product", ["a", "b"], ["c"], inside, imports))
+    model.opset_import.append(onnx.helper.make_opsetid("mine", 1))
+    node.op_type, node.domain = "Product", "mine"
+    onnx.save(model, tmp_path / "model_fp16.onnx")
+    said = failed(vitdeploy.verify(tmp_path / "model_fp16.onnx", model=strangers.checkpoint))
+    assert said.keys() == {"precision"}
+    assert "1 of 18 GEMMs computes in another dtype" in said["precision"]

@@ -15,7 +15,7 @@ from vitdeploy.checkpoint.files import read_json
 from vitdeploy.config import Preprocess
 from vitdeploy.errors import CheckpointError
 from vitdeploy.images.preprocess import from_huggingface
-from vitdeploy.verification.foreign.onnx_file import Described, OnnxFile
+from vitdeploy.verification.foreign.onnx_file import Described, OnnxFile, graphs_of
 from vitdeploy.verification.foreign.report import Finding, State
 from vitdeploy.verification.foreign.truth import Truth
 
@@ -54,7 +54,7 @@ def audit_precision(file: OnnxFile) -> Finding:
         return finding(
             "not checked", "mixed: only the manifest of its bundle says which operations may be wide"
         )
-    gemms = [op for op in _operations(file) if op.op in GEMMS]
+    gemms, inner = _gemms(file)
     known = [op for op in gemms if op.dtype != "undefined"]
     if not known:
         return finding("not checked", "no GEMM whose dtype can be told")
@@ -72,7 +72,8 @@ def audit_precision(file: OnnxFile) -> Finding:
             f"{claim} by {source}, but {len(wrong)} of {len(known)} GEMMs {compute} in another dtype: "
             f"{named}{more}",
         )
-    untold = f"; {len(gemms) - len(known)} more cannot be told" if len(gemms) > len(known) else ""
+    left = len(gemms) - len(known) + inner
+    untold = f"; {left} more cannot be told" if left else ""
     return finding("held", f"{claim} by {source}; {len(known)} GEMMs in it{untold}")
 
 
@@ -80,14 +81,16 @@ def _wider(dtype: str, than: str) -> bool:
     return _WIDTH.get(dtype, 0) > _WIDTH[than]
 
 
-def _operations(file: OnnxFile) -> tuple[OpPrecision, ...]:
-    """Every operation whose dtype matters, those inside of the file's own functions too."""
+def _gemms(file: OnnxFile) -> tuple[list[OpPrecision], int]:
+    """The GEMMs, those of the file's own functions too; and how many lie inside of ``If`` and ``Loop``."""
     model = file.model
     if model.functions:
         from onnx.inliner import inline_local_functions
 
         model = inline_local_functions(model)
-    return prove_precision(model, "fp32", ()).ops
+    _, *inner = graphs_of(model)
+    hidden = sum(node.op_type in GEMMS for graph in inner for node in graph.node)
+    return [op for op in prove_precision(model, "fp32", ()).ops if op.op in GEMMS], hidden
 
 
 def check_labels(file: Described, truth: Truth) -> Iterator[Finding]:

@@ -98,8 +98,9 @@ class OnnxFile:
         self.path, self.name = path, name
         self.model = read_graph(path)
         self.said: SelfDescription = read_properties(summarise(self.model).metadata)
-        for tensor in self.tensors():
-            _check_external(tensor, path)
+        for graph in graphs_of(self.model):
+            for tensor in _tensors(graph):
+                _check_external(tensor, path)
 
     @property
     def folder(self) -> Path:
@@ -107,10 +108,7 @@ class OnnxFile:
 
     def tensors(self) -> Iterator[onnx.TensorProto]:
         """The weights: initialisers and constants."""
-        yield from self.model.graph.initializer
-        for node in self.model.graph.node:
-            if node.op_type == "Constant":
-                yield from (attribute.t for attribute in node.attribute if attribute.name == "value")
+        return _tensors(self.model.graph)
 
     @cached_property
     def interface(self) -> Interface:
@@ -159,6 +157,29 @@ class OnnxFile:
             sizes[_dtype(tensor.data_type)] += elements
         floating = Counter({name: n for name, n in sizes.items() if name in _FLOATING})
         return _FLOATING[floating.most_common(1)[0][0]] if floating else "fp32"
+
+
+def graphs_of(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The graph, the file's own functions, and what lies inside of their ``If`` and ``Loop``."""
+    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while waiting:
+        graph = waiting.pop(0)
+        yield graph
+        attributes = [attribute for node in graph.node for attribute in node.attribute]
+        waiting += [a.g for a in attributes if a.HasField("g")]
+        waiting += [inner for a in attributes for inner in a.graphs]
+
+
+def _tensors(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
+    import onnx
+
+    if isinstance(graph, onnx.GraphProto):
+        yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
 
 
 def folder_of(path: Path) -> Path:

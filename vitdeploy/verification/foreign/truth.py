@@ -232,7 +232,7 @@ def _fits(value: Value, shape: tuple[int, ...]) -> bool:
     if value.dtype not in ("float32", "float16", "float64"):
         return False
     if value.shape is None:
-        return False
+        return True  # its name has to tell
     return len(value.shape) == len(shape) + 1 and all(
         have is None or have == want for have, want in zip(value.shape[1:], shape, strict=True)
     )
