@@ -204,6 +204,17 @@ def test_other_files_of_a_folder_are_left_out_with_a_word(tmp_path: Path) -> Non
     assert "is no image" in refusal(tmp_path)
 
 
+def test_a_file_of_a_folder_that_does_not_run_fails(tmp_path: Path) -> None:
+    onnx.save(classifier([("x", FLOAT, DIGITS)]), tmp_path / "model.onnx")
+    broken = classifier([("x", FLOAT, DIGITS)])
+    broken.graph.node[1].op_type = "NoSuchOperator"
+    onnx.save(broken, tmp_path / "model_q4.onnx")
+    report = vitdeploy.verify(tmp_path, model="digits")
+    (left,) = [f for f in report.findings if f.file == "model_q4.onnx"]
+    assert (left.check, left.state) == ("parity", "failed")
+    assert left.detail.startswith("ONNX Runtime cannot load it")
+
+
 def test_a_module_that_does_not_take_such_images(tmp_path: Path) -> None:
     import torch
 

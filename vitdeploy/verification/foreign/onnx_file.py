@@ -228,11 +228,11 @@ def interface_of(path: Path, inputs: Sequence[Value], outputs: Sequence[Value]) 
     return Interface(value.name, dtype, kind, batch, last if is_last else first, size, tuple(outputs))
 
 
-def find_files(path: Path) -> list[OnnxFile]:
-    """The ONNX files that a path means: one, or those of a folder and of ``onnx/`` in it.
+def find_files(path: Path) -> list[tuple[Path, str]]:
+    """The ONNX files that a path means, each with how it is shown: one, or those of a folder and its ``onnx/``.
 
     Raises:
-        UsageError, BundleError: there are none, or one is damaged.
+        UsageError: there are none.
     """
     if path.is_dir():
         found = sorted([*path.glob("*.onnx"), *path.glob("onnx/*.onnx")], key=lambda p: (len(p.parts), p))
@@ -240,10 +240,10 @@ def find_files(path: Path) -> list[OnnxFile]:
             raise UsageError(
                 f"{path}: neither a bundle nor a folder with .onnx files", hint="give the .onnx file itself"
             )
-        return [OnnxFile(file, file.relative_to(path).as_posix()) for file in found]
+        return [(file, file.relative_to(path).as_posix()) for file in found]
     if not path.exists():
         raise UsageError(f"{path}: does not exist")
-    return [OnnxFile(path, path.name)]
+    return [(path, path.name)]
 
 
 def _value(info: onnx.ValueInfoProto) -> Value:

@@ -9,7 +9,7 @@ from pathlib import Path
 from vitdeploy.backends.base import Array, Options
 from vitdeploy.bundle.manifest import MANIFEST, ParityRecord, Tolerance
 from vitdeploy.config import Scores
-from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
+from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError
 from vitdeploy.predictor import Predictor
 from vitdeploy.progress import Progress
 from vitdeploy.scores import scores_of
@@ -71,22 +71,24 @@ def verify_foreign(
         )
     job = _Job(model, checkpoint, batches, data, max_drop, options or Options(), progress or Progress())
     if path.is_file() and path.suffix in ENGINES:
-        engine = EngineFile(path)
-        job.run_engine(engine)
-        return job.report(path, [engine])
+        job.run_engine(EngineFile(path))
+        return job.report(path, [path.name])
     files = find_files(path)
-    refused: list[UsageError | DeviceUnavailable] = []
-    for file in files:
+    refused: list[VitdeployError] = []
+    for place, name in files:
+        file = OnnxFile(place, name)
         try:
             job.run(file)
-        except (UsageError, DeviceUnavailable) as error:
+        except (UsageError, DeviceUnavailable, BundleError) as error:
             if len(files) == 1:
                 raise
             refused.append(error)
-            job.add(file, "parity", "not checked", error.message.removeprefix(f"{file.path}: "))
+            # Another kind of model is left out; one of images that does not run is none that holds.
+            state: State = "failed" if isinstance(error, BundleError) else "not checked"
+            job.add(file, "parity", state, error.message.removeprefix(f"{place}: "))
     if not job.records and len(refused) == len(files):
         raise refused[0]
-    return job.report(path, files)
+    return job.report(path, [name for _, name in files])
 
 
 @dataclass
@@ -134,11 +136,11 @@ class _Job:
             )
         self._words(engine, truth)
 
-    def report(self, path: Path, files: Sequence[Described]) -> ForeignReport:
+    def report(self, path: Path, files: Sequence[str]) -> ForeignReport:
         return ForeignReport(
             path=path,
             checkpoint=self.source,
-            files=tuple(file.name for file in files),
+            files=tuple(files),
             parity=tuple(self.records),
             findings=tuple(self.findings),
             accuracy=tuple(self.accuracy),
@@ -258,7 +260,7 @@ class _Job:
         images = find_labelled(self.data, bundle.manifest)
         classes = top_classes(Predictor(bundle, session), images)
         reference = self._reference(truth, session, images)
-        record = score(file.name, "onnxruntime", classes, reference, images.labels)
+        record = score(file.name, session.facts.backend, classes, reference, images.labels)
         self.accuracy.append(record)
         if self.max_drop is None:
             return
