@@ -229,7 +229,7 @@ def interface_of(path: Path, inputs: Sequence[Value], outputs: Sequence[Value]) 
 
 
 def find_files(path: Path) -> list[tuple[Path, str]]:
-    """The ONNX files that a path means, each with how it is shown: one, or those of a folder and its ``onnx/``.
+    """The ONNX files that a path means, and how each is shown: one, or those of a folder and its ``onnx/``.
 
     Raises:
         UsageError: there are none.
