@@ -7,7 +7,6 @@ bytes that are there.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import pickle
 import warnings
@@ -23,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitdeploy.bundle.files import sha256
+from vitdeploy.checkpoint.documents import read_json
 from vitdeploy.errors import CheckpointError
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 """Of files that may hold weights; which kind a file is, its first bytes say."""
 
-_MAX_JSON = 64 * 2**20
 # Weights hardly compress: what unpacks to far more than the file holds is no checkpoint.
 _MAX_RATIO, _SLACK = 20, 64 * 2**20
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
@@ -122,25 +121,6 @@ def read_shards(index: Path) -> Weights:
         state |= shard.state
         files |= shard.files
     return Weights(state, files)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, too large, or no JSON object.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for a configuration")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return content
 
 
 def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:

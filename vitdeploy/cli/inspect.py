@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
-    from vitdeploy.bundle.manifest import Manifest
+    from vitdeploy.bundle.manifest import Manifest, TensorSpec
     from vitdeploy.bundle.onnx_graph import GraphSummary
 
 SUMMARY = "Show what a bundle, an ONNX file or an engine contains."
@@ -96,19 +97,37 @@ def _facts(manifest: Manifest) -> None:
         rows.append(("model", config.summary))
     if manifest.flops:
         rows.append(("compute", f"{output.flops(manifest.flops)} per image"))
-    rows.append(("input", manifest.input))
-    rows.append(("output", manifest.output))
+    rows.extend((name, _value(spec.name, (spec.dtype, spec.shape))) for name, spec in _tensors(manifest))
     if labels:
         rows.append(("labels", f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"))
     if manifest.output == "logits":
         rows.append(("scores", manifest.scores))
-    if prep := manifest.preprocess:
-        edge = f" {prep.resize_edge}" if prep.resize_edge else ""
-        turned = ", turned as EXIF says" if prep.exif else ""
-        shape = f"{prep.size[0]}x{prep.size[1]}"
-        rows.append(("preprocess", f"{prep.resize}{edge} {prep.resample} to {shape}{turned}"))
+    for name in ("heads", "activation"):
+        if made.facts.get(name, "checkpoint") != "checkpoint":
+            rows.append((name, str(getattr(config, name))))
+    if manifest.preprocess:
+        rows.extend(summary.preprocess_rows(manifest.preprocess))
+    rows = [(name, text + _origin(made.facts, name)) for name, text in rows]
     rows.extend(("note", text) for text in made.notes)
     output.facts(rows)
+
+
+def _tensors(manifest: Manifest) -> list[tuple[str, TensorSpec]]:
+    """What goes in and what comes out."""
+    from vitdeploy.bundle.manifest import input_spec, output_spec
+
+    if manifest.model is not None:
+        spec = input_spec(manifest.model, manifest.input), output_spec(manifest.model, manifest.output)
+        return list(zip(("input", "output"), spec, strict=True))
+    first = manifest.artifacts[0]
+    return [*(("input", spec) for spec in first.inputs), *(("output", spec) for spec in first.outputs)]
+
+
+def _origin(facts: Mapping[str, str], name: str) -> str:
+    """Where a fact is from, to be put behind it; older bundles do not say."""
+    source = facts.get(name, facts.get("preprocess") if name in summary.PREPROCESS else None)
+    words = {"checkpoint": "the checkpoint", "default": "a default", "user": "you"}
+    return f"  [from {words[source]}]" if source else ""
 
 
 def _onnx(path: Path, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from vitdeploy.bundle import golden
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import AOT, Artifact, Manifest, ParityRecord, Provenance, Tolerance
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule
+from vitdeploy.checkpoint.stated import check_labels
 from vitdeploy.config import Precision
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.exporter import triton_aot
@@ -72,6 +73,8 @@ def run_export(
         with progress.stage("reference") as stage:
             arrays = golden_arrays(subject)
             stage.detail = f"{len(arrays['reference'])} golden images in float64"
+        if subject.labels is not None:
+            check_labels(subject.labels, arrays["reference"].shape[-1])
         with progress.stage("weights") as stage:
             stage.size = _write_tensors(writer, subject, arrays)
         subject.reload(writer.directory / WEIGHTS)
@@ -344,4 +347,5 @@ def _provenance(request: ExportRequest, opened: Checkpoint | UserModule) -> Prov
         platform=f"{platform.system()} {platform.machine()}, Python {sys.version.split()[0]}",
         command=request.command,
         notes=opened.notes,
+        facts=dict(opened.facts),
     )

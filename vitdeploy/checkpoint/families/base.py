@@ -69,6 +69,8 @@ class Reading:
     scores: Scores | None = None
     """What the checkpoint says that its logits mean; None where it says nothing."""
     notes: tuple[str, ...] = ()
+    assumed: Mapping[str, str | None] = field(default_factory=dict)
+    """Which of ``preprocess``, ``heads`` and ``activation`` no file states, with the note to give."""
     default_size: Size | None = None
     """The resolution to build for when the user names none; None is the checkpoint's own."""
     originals: Mapping[str, str] = field(default_factory=dict)

@@ -96,9 +96,9 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     def preprocess(size: Size | None) -> Preprocess:
         return at_size(Preprocess(), size or config.image_size)
 
-    notes = ("preprocessing is vit_jax's: resize, scale to -1 ... 1",)
+    assumed = {"preprocess": "preprocessing is vit_jax's: resize, scale to -1 ... 1"}
     return Reading(
-        config, _LAYOUT, state, preprocess, ignored={"opt/.*": None}, notes=notes, originals=originals
+        config, _LAYOUT, state, preprocess, ignored={"opt/.*": None}, assumed=assumed, originals=originals
     )
 
 

@@ -241,8 +241,10 @@ def reading(
         base = from_huggingface(foreign.processor, model_type)
     prefix = model_type if any(name.startswith(f"{model_type}.") for name in foreign.state) else ""
     notes = []
+    assumed: dict[str, str | None] = {} if foreign.config is not None else {"heads": None, "activation": None}
     if foreign.processor is None:
-        notes.append(f"no preprocessor_config.json: preprocessing is that of published {model_type} models")
+        note = f"no preprocessor_config.json: preprocessing is that of published {model_type} models"
+        assumed["preprocess"] = note
     elif base.size != config.image_size:
         feeds, states = ("x".join(map(str, size)) for size in (base.size, config.image_size))
         notes.append(f"preprocessor_config.json feeds {feeds} pixels, config.json says {states}")
@@ -262,6 +264,7 @@ def reading(
         labels=labels_of(foreign.config, config.classes),
         scores=scores_of(foreign.config),
         notes=tuple(notes),
+        assumed=assumed,
         default_size=base.size if follows_processor and foreign.processor is not None else None,
         originals=originals,
         spell=spell,

@@ -89,8 +89,10 @@ def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]
 
 
 def usual_heads(width: int) -> int:
-    """Heads of 64 columns, except for the widths of the paper's H, g and G, and of SoViT-400M."""
-    return 16 if width in (1152, 1280, 1408, 1664) else max(1, width // 64)
+    """Heads of 64 columns or a little more; 16 for the widths of the paper's H, g, G and of SoViT-400M."""
+    if width in (1152, 1280, 1408, 1664):
+        return 16
+    return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
 
 
 def what_is_open(template: ViTConfig | None) -> tuple[Callable[[int], int], list[Size]]:

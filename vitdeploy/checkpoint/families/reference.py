@@ -7,9 +7,7 @@ and of ``Preprocess``, one label for each class or null, and what becomes of log
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,8 +25,9 @@ from vitdeploy.checkpoint.families.base import (
 )
 from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
+from vitdeploy.checkpoint.stated import parsed_fields
 from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_type
-from vitdeploy.errors import CheckpointError, ConfigError, did_you_mean
+from vitdeploy.errors import CheckpointError, ConfigError
 from vitdeploy.images.preprocess import at_size
 
 MODEL_TYPE = "vitdeploy"
@@ -44,8 +43,6 @@ _LAYOUT: Layout = {name: Source(name) for name in _TOKENS} | {
     name: source for layer in _LAYERS for name, source in linear(layer, layer).items()
 }
 
-_Fields = TypeVar("_Fields")
-
 
 def _claims(foreign: Foreign) -> bool:
     if foreign.config is not None and "model_type" in foreign.config:
@@ -55,7 +52,7 @@ def _claims(foreign: Foreign) -> bool:
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     stated = foreign.config or {}
-    notes = []
+    assumed: dict[str, str | None] = {}
     layout = _LAYOUT
     config: ModelConfig
     if stated.get("model") is not None:
@@ -65,11 +62,13 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     else:
         heads, sizes = what_is_open(template)
         inferred = infer_config(_LAYOUT, foreign.state, foreign.source, heads=heads, sizes=sizes)
-        notes += [] if template else [heads_note(inferred)]
+        assumed |= {"heads": None if template else heads_note(inferred), "activation": None}
         config = inferred
     base = Preprocess(size=config.image_size)
-    if stated.get("preprocess"):
-        base = _parse(Preprocess, config_object(stated, "preprocess"), "preprocess")
+    if not stated.get("preprocess"):
+        assumed["preprocess"] = None
+    else:
+        base = parsed_fields(Preprocess, config_object(stated, "preprocess"), "config.json", "preprocess")
 
     def preprocess(size: Size | None) -> Preprocess:
         return base if size in (None, base.size) else at_size(base, size)
@@ -82,7 +81,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         preprocess,
         labels=labels,
         scores=_scores(stated.get("scores")),
-        notes=tuple(notes),
+        assumed=assumed,
     )
 
 
@@ -91,20 +90,8 @@ def _model(values: Mapping[str, object]) -> ModelConfig:
         kind, fields = model_type(values)
     except ConfigError as error:
         raise CheckpointError(f"config.json: model: {error.message}") from error
-    return _parse(kind, fields, "model")
-
-
-def _parse(kind: type[_Fields], values: Mapping[str, object], key: str) -> _Fields:
-    fields = list(inspect.signature(kind).parameters)
-    for name in values:
-        if name not in fields:
-            raise CheckpointError(f"config.json: {key} has no field {name!r}{did_you_mean(name, fields)}")
-    try:
-        return TypeAdapter(kind).validate_python(dict(values))
-    except ValidationError as error:
-        raise CheckpointError(f"config.json: {first_problem(error, key)}") from error
-    except ConfigError as error:
-        raise CheckpointError(f"config.json: {key}: {error.message}", hint=error.hint) from error
+    model: ModelConfig = parsed_fields(kind, fields, "config.json", "model")
+    return model
 
 
 def _labels(labels: object, classes: int) -> tuple[str, ...] | None:

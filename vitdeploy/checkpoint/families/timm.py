@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,9 +113,11 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         sizes=[*_sizes(arguments, pretrained), *sizes],
         **stated,
     )
-    notes = [] if architecture or template else [heads_note(result)]
+    assumed: dict[str, str | None] = {}
+    if not architecture:
+        assumed |= {"heads": None if template else heads_note(result), "activation": None}
     if not pretrained:
-        notes.append("no config.json of timm: preprocessing is timm's default for ViT")
+        assumed["preprocess"] = "no config.json of timm: preprocessing is timm's default for ViT"
     return Reading(
         config=result,
         layout=layout,
@@ -123,7 +126,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         ignored={"mask_token": None},
         originals=originals,
         labels=_labels(config, pretrained, result.classes),
-        notes=tuple(notes),
+        assumed=assumed,
     )
 
 
@@ -227,8 +230,8 @@ def _labels(
 FAMILY = Family("timm", _claims, _read, PositionRule(antialias=True, dtype=torch.float32))
 
 
-def from_library(name: str) -> Foreign:
-    """Return timm's pretrained model ``name``, downloaded by timm.
+def from_library(name: str, *, pretrained: bool = True, cache_dir: Path | str | None = None) -> Foreign:
+    """Return timm's model ``name``: pretrained, downloaded by timm; or what it is, for weights of the user's.
 
     Raises:
         MissingDependency: timm is not installed.
@@ -242,14 +245,19 @@ def from_library(name: str) -> Foreign:
     if name not in names:
         raise CheckpointError(f"timm has no model {name!r}{did_you_mean(name, names)}")
     try:
-        model = timm.create_model(name, pretrained=True)
+        where = {} if cache_dir is None else {"cache_dir": cache_dir}
+        model = timm.create_model(name, pretrained=pretrained, **where)
     except Exception as error:  # whatever the download raises: HTTP, offline, disk, no weights published
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"timm could not load the pretrained weights of {name}: {reason}",
             hint="download its model.safetensors and config.json into a folder, and give that folder",
         ) from error
-    return Foreign(f"timm:{name}", model.state_dict(), _config_of(model, name))
+    config = _config_of(model, name)
+    if not pretrained:
+        settings = config_object(config, "pretrained_cfg")
+        config["pretrained_cfg"] = {k: value for k, value in settings.items() if not k.startswith("label_")}
+    return Foreign(f"timm:{name}", model.state_dict(), config)
 
 
 def _config_of(model: Any, name: str) -> dict[str, object]:

@@ -62,10 +62,11 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     def preprocess(size: Size | None) -> Preprocess:
         return at_size(_PREPROCESS, size or config.image_size)
 
-    notes = ["preprocessing is torchvision's for its ImageNet weights"]
-    if template is None:
-        notes.append(heads_note(config))
-    return Reading(config, _LAYOUT, state, preprocess, notes=tuple(notes), originals=originals)
+    assumed = {
+        "preprocess": "preprocessing is torchvision's for its ImageNet weights",
+        "heads": heads_note(config) if template is None else None,
+    }
+    return Reading(config, _LAYOUT, state, preprocess, assumed=assumed, originals=originals)
 
 
 FAMILY = Family("torchvision", _claims, _read, PositionRule(align_corners=True))
