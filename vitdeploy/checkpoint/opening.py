@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitdeploy.bundle.files import sha256
-from vitdeploy.checkpoint import families
+from vitdeploy.checkpoint import families, lora
 from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
@@ -48,7 +48,7 @@ DIGITS = "digits"
 
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("config.json", "preprocessor_config.json", "adapter_config.json")
+_HUB_FILES = ("config.json", "preprocessor_config.json", lora.CONFIG, *lora.WEIGHTS)
 _HUB_WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
@@ -69,7 +69,8 @@ class Checkpoint:
     config: ModelConfig
     state: Mapping[str, Tensor]
     """Exactly the names and shapes of ``registry.expected_shapes(config)``; dtypes as in the file. A position
-    table that was interpolated is float64, or float32 where its family computes it so."""
+    table that was interpolated is float64, or float32 where its family computes it so; what an adapter was
+    merged into is float64."""
     preprocess: Preprocess
     labels: tuple[str, ...] | None
     family: str
@@ -171,6 +172,10 @@ def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     """Read a folder, or a weights file with what describes it beside it."""
     if not path.exists():
         raise CheckpointError(f"{source}: no such file or folder")
+    if path.name in lora.WEIGHTS and lora.is_adapter(path.parent):
+        path = path.parent
+    if path.is_dir() and lora.is_adapter(path) and not any((path / name).is_file() for name in _IN_FOLDERS):
+        return _adapted(path, source)
     if path.is_dir():
         folder, weights = path, _folder_weights(path, source)
     elif path.name.endswith(_INDEX):
@@ -186,6 +191,31 @@ def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     refuse_quantised(source, weights.state, config)
     foreign = Foreign(source, weights.state, config, read_json(processor) if described else None)
     return foreign, replace(weights, files={**weights.files, **files})
+
+
+def _adapted(folder: Path, source: str) -> tuple[Foreign, Weights]:
+    """A LoRA adapter, merged into the base that it names; what its folder says of the model goes first."""
+    adapter = lora.read_adapter(folder, source)
+    path = next((path for path in lora.base_paths(adapter) if path.exists()), None)
+    if path is not None and path.is_dir() and lora.is_adapter(path):
+        raise CheckpointError(
+            f"{source}: its base {adapter.base!r} is an adapter, too",
+            hint=f"merge that one first: {lora.MERGE}",
+        )
+    try:
+        base, files = _from_hub(adapter.base) if path is None else _from_path(path, adapter.base)
+    except (CheckpointError, UsageError, MissingDependency) as error:
+        raise (lora.base_missing(adapter) if path is None else error) from error
+    foreign, weights = lora.merge(adapter, base, files)
+    config, own = _description(folder, whole=False)
+    if config is not None and config.get("model_type") == (foreign.config or {}).get("model_type"):
+        foreign = replace(foreign, config=config)
+        weights = replace(weights, files={**weights.files, **own})
+    processor = folder / "preprocessor_config.json"
+    if processor.is_file():
+        foreign = replace(foreign, processor=read_json(processor))
+        weights = replace(weights, files={**weights.files, processor.name: sha256(processor)})
+    return foreign, weights
 
 
 def _folder_weights(folder: Path, source: str) -> Weights:
@@ -254,7 +284,7 @@ def _from_hub(name: str) -> tuple[Foreign, Weights]:
 def _convert(
     foreign: Foreign, files: Weights, template: ViTConfig | None, image_size: Size | None, classes: int | None
 ) -> Checkpoint:
-    family, foreign, dropped = families.recognise(foreign)
+    family, foreign, dropped = families.recognise(replace(foreign, wanted=image_size))
     try:
         reading = family.read(foreign, template)
     except ConfigError as error:  # the checkpoint's own numbers, not the user's

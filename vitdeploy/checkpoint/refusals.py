@@ -8,8 +8,6 @@ from pathlib import Path
 
 from vitdeploy.errors import CheckpointError
 
-ADAPTER = "adapter_config.json"
-
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 _QUANTISED: Mapping[str, str] = {
     ".SCB": "bitsandbytes",
@@ -61,10 +59,9 @@ def no_weights(
     """
     names = {entry.name for entry in folder.iterdir()}
     snapshots = sorted(folder.glob("snapshots/*/"), key=lambda entry: entry.stat().st_mtime)
-    if ADAPTER in names:
+    if "adapter_config.json" in names:
         return CheckpointError(
-            f"{source} is an adapter, which changes the weights of another model",
-            hint="merge it: PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(DIR)",
+            f"{source} is an adapter without its weights", hint="adapter_model.safetensors belongs beside it"
         )
     if snapshots:
         return CheckpointError(f"{source} is a cache of the hub", hint=f"give what it holds: {snapshots[-1]}")

@@ -31,6 +31,8 @@ class Foreign:
     """``config.json``, where there is one."""
     processor: Mapping[str, object] | None = None
     """``preprocessor_config.json``, where there is one."""
+    wanted: Size | None = None
+    """The image size that the user asks for: it settles the shape of a position table that no file states."""
 
 
 Pick = Callable[[Tensor], Tensor]
@@ -128,6 +130,13 @@ def rename_tensors(
     """Return the tensors under other names, and those names' originals."""
     originals = {to(name): name for name in state}
     return {name: state[original] for name, original in originals.items()}, originals
+
+
+def sole_head(state: Mapping[str, Tensor], root: str) -> str | None:
+    """The one linear layer under ``root``, as people replace it: ``heads``, ``heads.0``, ``heads.head.1``."""
+    layers = {name.rpartition(".")[0] for name in state if name.startswith(f"{root}.")}
+    weight = state.get(f"{next(iter(layers))}.weight") if len(layers) == 1 else None
+    return layers.pop() if weight is not None and weight.ndim == 2 else None
 
 
 def merged_qkv(weight: str, bias: str) -> dict[str, Source]:

@@ -126,7 +126,7 @@ def config_of(
                 f"{foreign.source}: there is no config.json beside the weights",
                 hint="keep it in its folder, or name the variant: -m vit_base_patch16_224 --checkpoint FILE",
             )
-        heads, sizes = what_is_open(template)
+        heads, sizes = what_is_open(template, foreign.wanted)
         return infer_config(layout, state, foreign.source, heads=heads, sizes=sizes, **fields)
     patch = height_and_width(config.get("patch_size", patch_size), "patch_size")
     if patch[0] != patch[1]:

@@ -93,11 +93,32 @@ def usual_heads(width: int) -> int:
     return 16 if width in (1152, 1280, 1408, 1664) else max(1, width // 64)
 
 
-def what_is_open(template: ViTConfig | None) -> tuple[Callable[[int], int], list[Size]]:
-    """``heads`` and ``sizes`` for ``infer_config``: of the variant the user named, or as usual."""
+def what_is_open(template: ViTConfig | None, wanted: Size | None) -> tuple[Callable[[int], int], list[Size]]:
+    """``heads`` and ``sizes`` for ``infer_config``: of the variant and size the user named, or as usual."""
+    sizes = [] if wanted is None else [wanted]
     if template is None:
-        return usual_heads, []
-    return lambda width: template.heads, [template.image_size]
+        return usual_heads, sizes
+    return lambda width: template.heads, [template.image_size, *sizes]
+
+
+def guesses(
+    config: ViTConfig, template: ViTConfig | None, wanted: Size | None, stated: Sequence[Size] = ()
+) -> list[str]:
+    """Notes on what neither the file nor the user has said: the heads, and the shape of the images."""
+    if template is not None:
+        return []
+    return [heads_note(config), *shape_note(config, wanted, stated)]
+
+
+def shape_note(config: ViTConfig, wanted: Size | None, stated: Sequence[Size] = ()) -> list[str]:
+    """What to say of a position table whose shape no file states."""
+    (height, width), (rows, columns) = config.image_size, config.grid
+    if config.position != "learned" or config.image_size in stated:
+        return []
+    grid = f"the file does not tell the shape of its {rows * columns} patches: {rows}x{columns}"
+    if config.image_size == wanted:
+        return [f"{grid}, of the {height}x{width} pixels asked for"] if rows != columns else []
+    return [f"{grid}, of {height}x{width} pixels, is taken, and --image-size settles it"]
 
 
 def heads_note(config: ViTConfig) -> str:

@@ -25,7 +25,7 @@ from vitdeploy.checkpoint.families.base import (
     linear,
     template_of,
 )
-from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
+from vitdeploy.checkpoint.families.infer import guesses, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_type
 from vitdeploy.errors import CheckpointError, ConfigError, did_you_mean
@@ -63,9 +63,9 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         names = expected_of(config, len(foreign.state), foreign.source)
         layout = {template: Source(template) for template, _ in map(template_of, names)}
     else:
-        heads, sizes = what_is_open(template)
+        heads, sizes = what_is_open(template, foreign.wanted)
         inferred = infer_config(_LAYOUT, foreign.state, foreign.source, heads=heads, sizes=sizes)
-        notes += [] if template else [heads_note(inferred)]
+        notes += guesses(inferred, template, foreign.wanted)
         config = inferred
     base = Preprocess(size=config.image_size)
     if stated.get("preprocess"):
