@@ -122,5 +122,5 @@ def test_a_head_of_several_layers_is_no_head(tmp_path: Path, shape: tuple[int, .
     moved = {name.replace("heads.head.", "heads.2."): tensor for name, tensor in state.items()}
     moved["heads.0.weight"] = torch.ones(shape)
     save_file(moved, tmp_path / "vit.safetensors")
-    with pytest.raises(CheckpointError, match=r"3 unexpected \(heads\.{0,2}\.weight, heads\.2\.bias"):
+    with pytest.raises(CheckpointError, match=r"3 unexpected \(heads\.\{0,2\}\.weight, heads\.2\.bias"):
         open_model(checkpoint=tmp_path / "vit.safetensors")

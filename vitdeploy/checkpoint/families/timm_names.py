@@ -41,7 +41,7 @@ _KINDS: Mapping[str, str] = {
     r"pwee_|_\d+x2_": "parallel branches",
     r"_rpn_": "LayerNorm after the branches",
     r"_r\d*_|resnet": "a ResNet before the blocks",
-    r"^(sam|g?c?)vit_|hiera": "attention in windows",
+    r"^samvit|hiera": "attention in windows",
     r"_radio_|_intern300m_": "no LayerNorm at the end",
     r"^aimv2|test_vit4": "RMSNorm",
     r"^cait": "talking heads",
