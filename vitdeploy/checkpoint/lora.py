@@ -22,6 +22,7 @@ from vitdeploy.bundle.files import sha256
 from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.families.huggingface import file_name
 from vitdeploy.checkpoint.files import Weights, read_json, read_weights
+from vitdeploy.checkpoint.refusals import cut, shown, some
 from vitdeploy.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -86,14 +87,14 @@ def read_adapter(folder: Path, source: str) -> Adapter:
     settings = read_json(folder / CONFIG)
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise _refusal(source, f"is an adapter of the kind {kind}; LoRA's are merged")
+        raise _refusal(source, f"is an adapter of the kind {cut(str(kind))}; LoRA's are merged")
     odd = sorted(key for key, value in settings.items() if value and key not in _KNOWN)
     if settings.get("revision") == "main":
         odd.remove("revision")
     if settings.get("init_lora_weights", True) not in _INITIAL:
-        odd.append(f"init_lora_weights {settings['init_lora_weights']!r}")
+        odd.append(f"init_lora_weights {shown(settings['init_lora_weights'])}")
     if odd:
-        raise _refusal(source, f"is a LoRA adapter with {', '.join(odd[:5])}, which is not merged here")
+        raise _refusal(source, f"is a LoRA adapter with {some(odd, 3)}, which is not merged here")
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(
@@ -113,7 +114,7 @@ def base_paths(adapter: Adapter) -> list[Path]:
 
 def base_missing(adapter: Adapter) -> CheckpointError:
     return CheckpointError(
-        f"{adapter.source} is a LoRA adapter, and its base {adapter.base!r} is not here",
+        f"{adapter.source} is a LoRA adapter, and its base {shown(adapter.base)} is not here",
         hint=f"put the base's folder there or write its place into {CONFIG}; or merge: {MERGE}",
     )
 
@@ -145,7 +146,7 @@ def merge(adapter: Adapter, base: Foreign, files: Weights) -> tuple[Foreign, Wei
     ]
     if whole:
         modules = sorted({name.rpartition(".")[0] for name in whole})
-        notes.append(f"taken over whole from the adapter: {', '.join(modules[:5])}")
+        notes.append(f"taken over whole from the adapter: {some(modules, 4)}")
     foreign, said = _head_of_its_own(foreign, base, whole)
     notes = [*files.notes, *adapter.weights.notes, *notes, *said]
     return foreign, Weights(state, {**files.files, **adapter.weights.files}, tuple(notes))
@@ -198,7 +199,8 @@ def _scale(adapter: Adapter, layer: str, parts: Mapping[str, Tensor]) -> float:
     alpha = 8 if alpha is None else alpha
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise CheckpointError(
-            f"{adapter.source}: lora_alpha must be a number, not {alpha!r}", hint=f"correct it in {CONFIG}"
+            f"{adapter.source}: lora_alpha must be a number, not {shown(alpha)}",
+            hint=f"correct it in {CONFIG}",
         )
     return alpha / (math.sqrt(rank) if adapter.settings.get("use_rslora") else rank)
 
@@ -212,7 +214,7 @@ def _pattern(settings: Mapping[str, Any], table: str, layer: str, default: str) 
                 return value
         except re.error as error:
             raise CheckpointError(
-                f"{CONFIG}: {table} has no pattern {pattern!r}: {error}", hint="correct it"
+                f"{CONFIG}: {table} has no pattern {shown(pattern)}: {error}", hint="correct it"
             ) from error
     return settings.get(default)
 
@@ -254,4 +256,4 @@ def _refusal(source: str, what: str) -> CheckpointError:
 
 
 def _misfit(adapter: Adapter, layer: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{adapter.source}: {layer} is {what}", hint=f"merge it with PEFT: {MERGE}")
+    return CheckpointError(f"{adapter.source}: {cut(layer)} is {what}", hint=f"merge it with PEFT: {MERGE}")

@@ -26,7 +26,7 @@ from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_json, read_shards, read_weights
-from vitdeploy.checkpoint.refusals import no_weights, refuse_quantised, refuse_shard
+from vitdeploy.checkpoint.refusals import CORRECT, no_weights, not_there, refuse_quantised, refuse_shard
 from vitdeploy.config import (
     DEFAULT_MODEL,
     ModelConfig,
@@ -171,7 +171,7 @@ def _template(name: str) -> ViTConfig:
 def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     """Read a folder, or a weights file with what describes it beside it."""
     if not path.exists():
-        raise CheckpointError(f"{source}: no such file or folder")
+        raise not_there(source)
     if path.name in lora.WEIGHTS and lora.is_adapter(path.parent):
         path = path.parent
     if path.is_dir() and lora.is_adapter(path) and not any((path / name).is_file() for name in _IN_FOLDERS):
@@ -251,7 +251,7 @@ def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None
 def _from_hub(name: str) -> tuple[Foreign, Weights]:
     """Download a model of the Hugging Face hub, or take it from the local cache."""
     if name.startswith(("/", ".", "~")) or Path(name).suffix.lower() in SUFFIXES:
-        raise CheckpointError(f"{name}: no such file or folder")
+        raise not_there(name)
     if not _HUB_ID.fullmatch(name):
         names = (*variant_names(), DIGITS)
         raise UsageError(
@@ -288,12 +288,15 @@ def _convert(
     try:
         reading = family.read(foreign, template)
     except ConfigError as error:  # the checkpoint's own numbers, not the user's
-        raise CheckpointError(f"{foreign.source}: {error.message}", hint=error.hint) from error
+        raise CheckpointError(f"{foreign.source}: {error.message}", hint=error.hint or CORRECT) from error
     native = reading.config
     if template is not None:
         _check_template(foreign.source, native, template)
     if classes is not None and native.classes != classes:
-        raise CheckpointError(f"{foreign.source} has {native.classes} classes, not {classes}")
+        raise CheckpointError(
+            f"{foreign.source} has {native.classes} classes, not {classes}",
+            hint="leave the number out, or give the checkpoint that has this head",
+        )
     size = image_size or (template.image_size if template else reading.default_size) or native.image_size
     config = native.at_size(size)
     state, notes = take_over(reading, family.name, foreign.source)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vitdeploy.checkpoint.families.base import Layout, count_blocks, find_tensor
+from vitdeploy.checkpoint.refusals import OTHER_MODEL, looks_like
 from vitdeploy.config import Pool, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
 
@@ -35,7 +36,9 @@ def infer_config(
     shapes = _Shapes(layout, state, source)
     width, channels, patch, across = shapes.of("patch_embed.weight", 4)
     if patch != across:
-        raise CheckpointError(f"{source}: patches of {patch}x{across} pixels are not square")
+        raise CheckpointError(
+            f"{source}: patches of {patch}x{across} pixels are not square", hint=OTHER_MODEL
+        )
     inner, mlp_width = shapes.rows("blocks.{i}.mlp.fc1.weight"), shapes.of("blocks.{i}.mlp.fc2.weight", 2)[1]
     gated = inner == 2 * mlp_width
     fields: dict[str, Any] = {
@@ -86,6 +89,14 @@ def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]
         f"{shapes.source}: the position table has {rows} rows: no square grid, nor the configured size's",
         hint="state the image size in config.json beside the weights",
     )
+
+
+def _instead(name: str, state: Mapping[str, Tensor]) -> str:
+    """What a checkpoint may be that lacks this tensor."""
+    if guess := looks_like(state):
+        return guess
+    positions = "; without it, positions are rotary or relative (DINOv3, EVA02, BEiT)"
+    return positions if "pos" in name else ""
 
 
 def usual_heads(width: int) -> int:
@@ -142,9 +153,13 @@ class _Shapes:
         tensor = find_tensor(self.layout, self.state, ours.format(i=0, j=0))
         name = self.layout[ours].name.format(i=0, j=0)
         if tensor is None:
-            raise CheckpointError(f"{self.source}: the tensor {name} is missing")
+            raise CheckpointError(
+                f"{self.source}: the tensor {name} is missing{_instead(name, self.state)}", hint=OTHER_MODEL
+            )
         if tensor.ndim != dimensions or not tensor.numel():
-            raise CheckpointError(f"{self.source}: {name} has the impossible shape {tuple(tensor.shape)}")
+            raise CheckpointError(
+                f"{self.source}: {name} has the impossible shape {tuple(tensor.shape)}", hint=OTHER_MODEL
+            )
         return tuple(tensor.shape)
 
 

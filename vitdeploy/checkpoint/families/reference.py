@@ -27,6 +27,7 @@ from vitdeploy.checkpoint.families.base import (
 )
 from vitdeploy.checkpoint.families.infer import guesses, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
+from vitdeploy.checkpoint.refusals import CORRECT
 from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_type
 from vitdeploy.errors import CheckpointError, ConfigError, did_you_mean
 from vitdeploy.images.preprocess import at_size
@@ -90,7 +91,7 @@ def _model(values: Mapping[str, object]) -> ModelConfig:
     try:
         kind, fields = model_type(values)
     except ConfigError as error:
-        raise CheckpointError(f"config.json: model: {error.message}") from error
+        raise CheckpointError(f"config.json: model: {error.message}", hint=CORRECT) from error
     return _parse(kind, fields, "model")
 
 
@@ -98,22 +99,26 @@ def _parse(kind: type[_Fields], values: Mapping[str, object], key: str) -> _Fiel
     fields = list(inspect.signature(kind).parameters)
     for name in values:
         if name not in fields:
-            raise CheckpointError(f"config.json: {key} has no field {name!r}{did_you_mean(name, fields)}")
+            raise CheckpointError(
+                f"config.json: {key} has no field {name!r}{did_you_mean(name, fields)}", hint=CORRECT
+            )
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        raise CheckpointError(f"config.json: {first_problem(error, key)}") from error
+        raise CheckpointError(f"config.json: {first_problem(error, key)}", hint=CORRECT) from error
     except ConfigError as error:
-        raise CheckpointError(f"config.json: {key}: {error.message}", hint=error.hint) from error
+        raise CheckpointError(f"config.json: {key}: {error.message}", hint=error.hint or CORRECT) from error
 
 
 def _labels(labels: object, classes: int) -> tuple[str, ...] | None:
     if labels is None:
         return None
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
-        raise CheckpointError("config.json: labels must be a list of strings")
+        raise CheckpointError("config.json: labels must be a list of strings", hint=CORRECT)
     if len(labels) != classes:
-        raise CheckpointError(f"config.json: {len(labels)} labels, but the head has {classes} classes")
+        raise CheckpointError(
+            f"config.json: {len(labels)} labels, but the head has {classes} classes", hint=CORRECT
+        )
     return tuple(labels)
 
 
@@ -123,7 +128,7 @@ def _scores(scores: object) -> Scores | None:
     try:
         return TypeAdapter[Scores](Scores).validate_python(scores)
     except ValidationError as error:
-        raise CheckpointError(f"config.json: {first_problem(error, 'scores')}") from error
+        raise CheckpointError(f"config.json: {first_problem(error, 'scores')}", hint=CORRECT) from error
 
 
 FAMILY = Family(MODEL_TYPE, _claims, _read, PositionRule(antialias=True))

@@ -34,6 +34,7 @@ from vitdeploy.checkpoint.families.huggingface import scores_of
 from vitdeploy.checkpoint.families.infer import guesses, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.checkpoint.families.timm_names import activation_of, heads_of, is_plain, kind_of
+from vitdeploy.checkpoint.refusals import CORRECT, OTHER_MODEL, cut, shown
 from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
 from vitdeploy.images.preprocess import from_timm
@@ -140,7 +141,7 @@ def _stated_fields(
         fields["activation"] = activation
     pool = arguments.get("global_pool") or config.get("global_pool") or ("avg" if late else None)
     if pool not in (None, "avg", "token"):
-        raise CheckpointError(f"{source}: pooling by {pool!r} is not supported")
+        raise CheckpointError(f"{source}: pooling by {shown(pool)} is not supported", hint=OTHER_MODEL)
     if "dist_token" in state:
         fields["pool"] = "both_heads"
     elif pool is not None:
@@ -171,12 +172,14 @@ def _refuse_unsupported(source: str, architecture: str, arguments: Mapping[str, 
     unsupported = []
     if architecture and not is_plain(architecture):
         kind = kind_of(architecture)
-        unsupported.append(f"architecture {architecture}" + (f" ({kind})" if kind else ""))
+        unsupported.append(f"architecture {cut(architecture)}" + (f" ({kind})" if kind else ""))
     if arguments.get("pool_include_prefix"):
         unsupported.append("pool_include_prefix")
     if arguments.get("norm_layer") not in _NORMS:
-        unsupported.append(f"norm_layer {arguments['norm_layer']!r}")
-    unsupported += [f"{key} {arguments[key]!r}" for key in ("attn_layer", "block_fn") if arguments.get(key)]
+        unsupported.append(f"norm_layer {shown(arguments['norm_layer'])}")
+    unsupported += [
+        f"{key} {shown(arguments[key])}" for key in ("attn_layer", "block_fn") if arguments.get(key)
+    ]
     if unsupported:
         raise CheckpointError(
             f"{source}: timm's {', '.join(unsupported)} is not supported",
@@ -209,7 +212,7 @@ def _heads(architecture: str, arguments: Mapping[str, object]) -> Callable[[int]
     if "num_heads" in arguments:
         heads = config_integer(arguments, "num_heads", 0)
         if heads < 1:
-            raise CheckpointError(f"config.json: num_heads must be at least 1, not {heads}")
+            raise CheckpointError(f"config.json: num_heads must be at least 1, not {heads}", hint=CORRECT)
         return lambda width: heads
     known = heads_of(architecture)
     return None if known is None else lambda width: known
@@ -221,7 +224,7 @@ def _activation(architecture: str, arguments: Mapping[str, object]) -> Activatio
         return activation_of(architecture)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         guess = did_you_mean(str(name), _ACTIVATIONS)
-        raise CheckpointError(f"config.json: act_layer {name!r} is not supported{guess}")
+        raise CheckpointError(f"config.json: act_layer {shown(name)} is not supported{guess}", hint=CORRECT)
     return _ACTIVATIONS[name]
 
 
@@ -254,7 +257,9 @@ def _labels(
         names = [names.get(str(index), names.get(index)) for index in range(max(classes, len(names)))]
     if not isinstance(names, (list, tuple)) or len(names) != classes or None in names:
         count = len(names) if isinstance(names, (list, tuple)) else 0
-        raise CheckpointError(f"config.json: {count} label_names, but the head has {classes} classes")
+        raise CheckpointError(
+            f"config.json: {count} label_names, but the head has {classes} classes", hint=CORRECT
+        )
     words = config_object(config, "label_descriptions") or config_object(pretrained, "label_descriptions")
     return tuple(str(words.get(str(name), name)) for name in names)
 
@@ -275,7 +280,10 @@ def from_library(name: str) -> Foreign:
         raise MissingDependency("timm", extra="hub", purpose=f"--model timm:{name}") from error
     names = timm.list_models() + timm.list_models(pretrained=True)
     if name not in names:
-        raise CheckpointError(f"timm has no model {name!r}{did_you_mean(name, names)}")
+        raise CheckpointError(
+            f"timm has no model {shown(name)}{did_you_mean(name, names)}",
+            hint="timm.list_models() lists what it has",
+        )
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever the download raises: HTTP, offline, disk, no weights published

@@ -40,11 +40,12 @@ _KINDS: Mapping[str, str] = {
     r"_d(wee|little)_": "differential attention",
     r"pwee_|_\d+x2_": "parallel branches",
     r"_rpn_": "LayerNorm after the branches",
-    r"_r\d*_|resnet": "a ResNet before the blocks",
+    r"^vit_.*(_r\d*_|_resnet)": "a ResNet before the blocks",
     r"^samvit|hiera": "attention in windows",
     r"_radio_|_intern300m_": "no LayerNorm at the end",
     r"^aimv2|test_vit4": "RMSNorm",
     r"^cait": "talking heads",
+    r"^(qwen|deepseek)": "the attention of a language model's image encoder",
 }
 """Patterns of other names, and what sets these models apart."""
 
