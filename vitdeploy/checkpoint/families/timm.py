@@ -31,9 +31,9 @@ from vitdeploy.checkpoint.families.base import (
     sole_head,
 )
 from vitdeploy.checkpoint.families.huggingface import scores_of
-from vitdeploy.checkpoint.families.infer import guesses, infer_config, what_is_open
+from vitdeploy.checkpoint.families.infer import guesses, heads_note, infer_config, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
-from vitdeploy.checkpoint.families.timm_names import activation_of, heads_of, is_plain, kind_of
+from vitdeploy.checkpoint.families.timm_names import activation_of, heads_of, is_plain, kind_of, width_of
 from vitdeploy.checkpoint.refusals import CORRECT, OTHER_MODEL, cut, shown
 from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
@@ -114,6 +114,8 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     if own_sizes and foreign.wanted is None:
         _refuse_indivisible(foreign.source, own_sizes[0], result.patch_size)
     notes = [] if head in (None, "head") else [f"the head is the linear layer {head!r}"]
+    if "num_heads" not in arguments and width_of(architecture) not in (None, result.width):
+        notes.append(heads_note(result))
     if not architecture:
         notes += guesses(result, template, foreign.wanted, own_sizes)
     if not pretrained:

@@ -54,6 +54,8 @@ _HEADS: Mapping[str, int] = {
     r"test_vit2?": 2,
 }
 """Patterns of names, and their heads where they are unlike others of their width."""
+_WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
+_SIZED = re.compile(r"(vit|deit3?)_(?P<size>tiny|small|base|large)(_distilled)?_patch\d+_(224|384)")
 _TANH_GELU = re.compile(
     r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_\d+|large_patch16_siglip_gap_512)"
 )
@@ -72,6 +74,12 @@ def kind_of(architecture: str) -> str | None:
 def heads_of(architecture: str) -> int | None:
     """The heads of a plain architecture; None where they are as usual for its width."""
     return next((heads for names, heads in _HEADS.items() if re.fullmatch(names, architecture)), None)
+
+
+def width_of(architecture: str) -> int | None:
+    """The width of an architecture of the paper's sizes; models built with another may bear its name, too."""
+    sized = _SIZED.fullmatch(_TAGS.sub("", architecture))
+    return _WIDTHS[sized["size"]] if sized else None
 
 
 def activation_of(architecture: str) -> Activation | None:
