@@ -326,10 +326,12 @@ def test_weights_of_the_users_in_timms_configuration(monkeypatch: pytest.MonkeyP
         return VisionTransformer()
 
     library = types.ModuleType("timm")
-    library.__dict__.update(list_models=lambda pretrained=False: ["vit_x"], create_model=create_model)
+    library.__dict__.update(
+        list_models=lambda pretrained=False: ["vit_tiny_patch16_224"], create_model=create_model
+    )
     monkeypatch.setitem(sys.modules, "timm", library)
     shutil.copy(case / "model.safetensors", tmp_path / "w.safetensors")
-    made = opened("timm:vit_x", checkpoint=tmp_path / "w.safetensors")
+    made = opened("timm:vit_tiny_patch16_224", checkpoint=tmp_path / "w.safetensors")
     assert (made.preprocess.resize_edge, made.preprocess.mean, made.labels) == (32, (0.1, 0.2, 0.3), None)
     output = forward_float64(build_reference(made.config, made.state), answer["pixels"])
     torch.testing.assert_close(output, answer["output"], rtol=0, atol=1e-10)

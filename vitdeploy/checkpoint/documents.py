@@ -8,6 +8,9 @@ from typing import Any
 
 from vitdeploy.errors import CheckpointError
 
+AGAIN = "download or save it again"
+PERMISSIONS = "check the path and its permissions"
+"""Hints."""
 _MAX_BYTES = 64 * 2**20
 
 
@@ -20,9 +23,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path} is not JSON: {error}", hint=AGAIN) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
+        raise CheckpointError(f"{path} must hold a JSON object", hint=AGAIN)
     return content
 
 
@@ -34,7 +37,10 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for a configuration")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, too many for a configuration",
+                hint="give the folder of a checkpoint",
+            )
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=PERMISSIONS) from error

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from vitdeploy.bundle.files import sha256
 from vitdeploy.bundle.manifest import FactSource
-from vitdeploy.checkpoint import families
+from vitdeploy.checkpoint import families, lora
 from vitdeploy.checkpoint.documents import read_json
 from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Family, Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_shards, read_weights
-from vitdeploy.checkpoint.refusals import no_weights, refuse_quantised, refuse_shard
+from vitdeploy.checkpoint.refusals import CORRECT, no_weights, not_there, refuse_quantised, refuse_shard
 from vitdeploy.checkpoint.stated import SHAPELESS, Stated
 from vitdeploy.config import (
     DEFAULT_MODEL,
@@ -53,7 +53,7 @@ _TIMM = "timm:"
 
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("config.json", "preprocessor_config.json", "adapter_config.json")
+_HUB_FILES = ("config.json", "preprocessor_config.json", lora.CONFIG, *lora.WEIGHTS)
 _HUB_WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
@@ -74,7 +74,8 @@ class Checkpoint:
     config: ModelConfig
     state: Mapping[str, Tensor]
     """Exactly the names and shapes of ``registry.expected_shapes(config)``; dtypes as in the file. A position
-    table that was interpolated is float64, or float32 where its family computes it so."""
+    table that was interpolated is float64, or float32 where its family computes it so; what an adapter was
+    merged into is float64."""
     preprocess: Preprocess
     labels: tuple[str, ...] | None
     family: str
@@ -223,7 +224,11 @@ def _template(name: str) -> ViTConfig:
 def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     """Read a folder, or a weights file with what describes it beside it."""
     if not path.exists():
-        raise CheckpointError(f"{source}: no such file or folder")
+        raise not_there(source)
+    if path.name in lora.WEIGHTS and lora.is_adapter(path.parent):
+        path = path.parent
+    if path.is_dir() and lora.is_adapter(path) and not any((path / name).is_file() for name in _IN_FOLDERS):
+        return _adapted(path, source)
     if path.is_dir():
         folder, weights = path, _folder_weights(path, source)
     elif path.name.endswith(_INDEX):
@@ -239,6 +244,31 @@ def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     refuse_quantised(source, weights.state, config)
     foreign = Foreign(source, weights.state, config, read_json(processor) if described else None)
     return foreign, replace(weights, files={**weights.files, **files})
+
+
+def _adapted(folder: Path, source: str) -> tuple[Foreign, Weights]:
+    """A LoRA adapter, merged into the base that it names; what its folder says of the model goes first."""
+    adapter = lora.read_adapter(folder, source)
+    path = next((path for path in lora.base_paths(adapter) if path.exists()), None)
+    if path is not None and path.is_dir() and lora.is_adapter(path):
+        raise CheckpointError(
+            f"{source}: its base {adapter.base!r} is an adapter, too",
+            hint=f"merge that one first: {lora.MERGE}",
+        )
+    try:
+        base, files = _from_hub(adapter.base, None, None) if path is None else _from_path(path, adapter.base)
+    except (CheckpointError, UsageError, MissingDependency) as error:
+        raise (lora.base_missing(adapter) if path is None else error) from error
+    foreign, weights = lora.merge(adapter, base, files)
+    config, own = _description(folder, whole=False)
+    if config is not None and config.get("model_type") == (foreign.config or {}).get("model_type"):
+        foreign = replace(foreign, config=config)
+        weights = replace(weights, files={**weights.files, **own})
+    processor = folder / "preprocessor_config.json"
+    if processor.is_file():
+        foreign = replace(foreign, processor=read_json(processor))
+        weights = replace(weights, files={**weights.files, processor.name: sha256(processor)})
+    return foreign, weights
 
 
 def _folder_weights(folder: Path, source: str) -> Weights:
@@ -274,7 +304,7 @@ def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None
 def _from_hub(name: str, revision: str | None, cache_dir: Path | str | None) -> tuple[Foreign, Weights]:
     """Download a model of the Hugging Face hub, or take it from the local cache."""
     if name.startswith(("/", ".", "~")) or Path(name).suffix.lower() in SUFFIXES:
-        raise CheckpointError(f"{name}: no such file or folder")
+        raise not_there(name)
     if not _HUB_ID.fullmatch(name):
         names = (*variant_names(), DIGITS)
         raise UsageError(
@@ -315,13 +345,16 @@ def _convert(
     classes: int | None,
     stated: Stated,
 ) -> Checkpoint:
-    family, foreign, dropped = families.recognise(foreign)
+    family, foreign, dropped = families.recognise(replace(foreign, wanted=image_size))
     reading = _read(family, replace(foreign, config=stated.without(foreign.config)), template, stated)
     native = stated.configure(reading.config)
     if template is not None:
         _check_template(foreign.source, native, template)
     if classes is not None and native.classes != classes:
-        raise CheckpointError(f"{foreign.source} has {native.classes} classes, not {classes}")
+        raise CheckpointError(
+            f"{foreign.source} has {native.classes} classes, not {classes}",
+            hint="leave the number out, or give the checkpoint that has this head",
+        )
     size = image_size or (template.image_size if template else reading.default_size) or native.image_size
     config = native.at_size(size)
     state, notes = take_over(reading, family.name, foreign.source)
@@ -353,7 +386,7 @@ def _read(family: Family, foreign: Foreign, template: ViTConfig | None, stated: 
     try:
         return family.read(foreign, template)
     except ConfigError as error:  # the checkpoint's own numbers, not the user's
-        raise CheckpointError(f"{foreign.source}: {error.message}", hint=error.hint) from error
+        raise CheckpointError(f"{foreign.source}: {error.message}", hint=error.hint or CORRECT) from error
     except CheckpointError:
         if stated.preprocess is None or foreign.processor is None:
             raise

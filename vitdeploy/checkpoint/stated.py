@@ -206,16 +206,17 @@ def parsed_fields(kind: type[Any], values: Mapping[str, object], where: str, key
     Raises:
         CheckpointError: an unknown field, or a wrong value.
     """
-    names = [field.name for field in fields(kind)]
+    names, correct = [field.name for field in fields(kind)], f"correct {where}"
     for name in values:
         if name not in names:
-            raise CheckpointError(f"{where}: {key} has no field {name!r}{did_you_mean(name, names)}")
+            guess = did_you_mean(name, names)
+            raise CheckpointError(f"{where}: {key} has no field {name!r}{guess}", hint=correct)
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        raise CheckpointError(f"{where}: {first_problem(error, key)}") from error
+        raise CheckpointError(f"{where}: {first_problem(error, key)}", hint=correct) from error
     except ConfigError as error:
-        raise CheckpointError(f"{where}: {key}: {error.message}", hint=error.hint) from error
+        raise CheckpointError(f"{where}: {key}: {error.message}", hint=error.hint or correct) from error
 
 
 def _known(what: str, name: Named | None, choices: Sequence[str]) -> Named | None:

@@ -225,12 +225,14 @@ def from_huggingface(config: Mapping[str, Any], model_type: str = "vit") -> Prep
 
     Args:
         config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP and BEiT processors are known, under their
-            older and ``Fast`` names too.
+            older and ``Fast`` names too, and the one that wraps timm's transforms.
         model_type: the model's, from ``config.json``; decides where the file names no processor.
 
     Raises:
         CheckpointError: a setting is unknown, malformed, or gives images whose size varies. Names the key.
     """
+    if config.get("image_processor_type") == "TimmWrapperImageProcessor":
+        return replace(from_timm(config.get("pretrained_cfg") or {}), exif=True)
     processor = _processor(config, model_type)
     given = {key: value for key, value in config.items() if value is not None}
     settings = {**_COMMON_DEFAULTS, **_PROCESSOR_DEFAULTS[processor], **given}

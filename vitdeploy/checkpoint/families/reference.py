@@ -23,8 +23,9 @@ from vitdeploy.checkpoint.families.base import (
     linear,
     template_of,
 )
-from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
+from vitdeploy.checkpoint.families.infer import heads_note, infer_config, shape_note, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
+from vitdeploy.checkpoint.refusals import CORRECT
 from vitdeploy.checkpoint.stated import parsed_fields
 from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_type
 from vitdeploy.errors import CheckpointError, ConfigError
@@ -53,6 +54,7 @@ def _claims(foreign: Foreign) -> bool:
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     stated = foreign.config or {}
     assumed: dict[str, str | None] = {}
+    notes: tuple[str, ...] = ()
     layout = _LAYOUT
     config: ModelConfig
     if stated.get("model") is not None:
@@ -60,9 +62,10 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         names = expected_of(config, len(foreign.state), foreign.source)
         layout = {template: Source(template) for template, _ in map(template_of, names)}
     else:
-        heads, sizes = what_is_open(template)
+        heads, sizes = what_is_open(template, foreign.wanted)
         inferred = infer_config(_LAYOUT, foreign.state, foreign.source, heads=heads, sizes=sizes)
         assumed |= {"heads": None if template else heads_note(inferred), "activation": None}
+        notes = shape_note(inferred, template, foreign.wanted)
         config = inferred
     base = Preprocess(size=config.image_size)
     if not stated.get("preprocess"):
@@ -81,6 +84,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         preprocess,
         labels=labels,
         scores=_scores(stated.get("scores")),
+        notes=notes,
         assumed=assumed,
     )
 
@@ -89,7 +93,7 @@ def _model(values: Mapping[str, object]) -> ModelConfig:
     try:
         kind, fields = model_type(values)
     except ConfigError as error:
-        raise CheckpointError(f"config.json: model: {error.message}") from error
+        raise CheckpointError(f"config.json: model: {error.message}", hint=CORRECT) from error
     model: ModelConfig = parsed_fields(kind, fields, "config.json", "model")
     return model
 
@@ -98,9 +102,11 @@ def _labels(labels: object, classes: int) -> tuple[str, ...] | None:
     if labels is None:
         return None
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
-        raise CheckpointError("config.json: labels must be a list of strings")
+        raise CheckpointError("config.json: labels must be a list of strings", hint=CORRECT)
     if len(labels) != classes:
-        raise CheckpointError(f"config.json: {len(labels)} labels, but the head has {classes} classes")
+        raise CheckpointError(
+            f"config.json: {len(labels)} labels, but the head has {classes} classes", hint=CORRECT
+        )
     return tuple(labels)
 
 
@@ -110,7 +116,7 @@ def _scores(scores: object) -> Scores | None:
     try:
         return TypeAdapter[Scores](Scores).validate_python(scores)
     except ValidationError as error:
-        raise CheckpointError(f"config.json: {first_problem(error, 'scores')}") from error
+        raise CheckpointError(f"config.json: {first_problem(error, 'scores')}", hint=CORRECT) from error
 
 
 FAMILY = Family(MODEL_TYPE, _claims, _read, PositionRule(antialias=True))
