@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vitdeploy.benchmark.results import Results
     from vitdeploy.bundle.folder import Bundle
-    from vitdeploy.config import BatchRange, Size
+    from vitdeploy.config import BatchRange, Preprocess, Size
     from vitdeploy.predictor import Predictor
     from vitdeploy.progress import Progress
     from vitdeploy.verification.foreign.report import ForeignReport
@@ -43,7 +43,18 @@ def export(
     opset: int = 20,
     input: Literal["float", "uint8"] = "float",
     output: Literal["logits", "features", "tokens"] | None = None,
+    labels: Sequence[str] | Path | None = None,
     scores: Literal["softmax", "sigmoid", "none"] | None = None,
+    preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    resize: int | Size | Literal["exact", "none"] | None = None,
+    crop: float | int | Size | None = None,
+    resample: str | None = None,
+    heads: int | None = None,
+    activation: str | None = None,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
     atol: float | None = None,
     fallback: bool = True,
     seed: int = 0,
@@ -59,7 +70,7 @@ def export(
             (N, 3, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is given; a named variant
             without a checkpoint has seeded random weights.
         output_dir: the bundle's folder; named after the model, in the working directory, when omitted.
-        checkpoint: a file or folder with the weights of a named variant.
+        checkpoint: a file or folder with the weights of a named variant, or of ``"timm:<name>"``.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, or several of them: one artifact each.
         format: ``"onnx"``; ``"tensorrt"``, engines for the GPU that is here; ``"tensorrt-rtx"``, engines for
             ``arch``; ``"triton-aot"``, fused kernels for ``arch``; ``"auto"``: ONNX and what engines it can.
@@ -71,9 +82,21 @@ def export(
             images, with the normalisation folded into the first projection.
         output: ``"logits"`` (N, classes), ``"features"`` (N, D) or ``"tokens"`` (N, T, D), float32; the
             logits where the model has a head when omitted.
+        labels: one for each class, or a file with them; the checkpoint's own when omitted.
         scores: what becomes of logits where classes are named: shares of one answer, an answer for each
             class, or the values themselves; as the checkpoint says when omitted, else a softmax, or a sigmoid
             of a single output.
+        preprocess: ``"imagenet"``, ``"inception"``, ``"clip"``, ``"siglip"``, ``"deit"``, ``"dinov2"``; a
+            file of transformers, timm or a manifest, or its content; the checkpoint's own when omitted.
+        mean, std: of each channel, for pixels from 0 to 1; one number stands for all.
+        resize: before the crop: the shorter side in pixels; (height, width); ``"exact"``, to the model's
+            size; or ``"none"``.
+        crop: the share of the shorter side that the crop keeps (0.875); or its size in pixels, the model's.
+        resample: Pillow's filter: ``"bilinear"``, ``"bicubic"``, ...
+        heads: attention heads, where the checkpoint does not tell them.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"quick_gelu"``, ``"relu"`` or ``"silu"``.
+        revision: a branch, tag or commit, of a model on the hub.
+        cache_dir: where downloads are kept.
         atol: an absolute tolerance on top of the table in ``vitdeploy.verification.parity``.
         fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16; else raise.
         seed: of random weights.
@@ -92,6 +115,7 @@ def export(
     from vitdeploy.exporter import exporting
 
     with exporting():
+        from vitdeploy.checkpoint.stated import Stated
         from vitdeploy.exporter.request import ExportRequest
         from vitdeploy.exporter.run import run_export
 
@@ -106,7 +130,20 @@ def export(
         opset=opset,
         input=input,
         output=output,
-        scores=scores,
+        stated=Stated(
+            labels=labels,
+            preprocess=preprocess,
+            mean=mean,
+            std=std,
+            resize=resize,
+            crop=crop,
+            resample=resample,
+            scores=scores,
+            heads=heads,
+            activation=activation,
+        ),
+        revision=revision,
+        cache_dir=None if cache_dir is None else pathlib.Path(cache_dir),
         atol=atol,
         fallback=fallback,
         seed=seed,

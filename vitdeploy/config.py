@@ -26,6 +26,7 @@ InputKind = Literal["float", "uint8"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Scores = Literal["softmax", "sigmoid", "none"]
 """What becomes of logits where classes are named: ``vitdeploy.scores``."""
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 
 class ModelConfig(ABC):
@@ -231,7 +232,7 @@ class Preprocess:
     resize: Literal["exact", "shortest_edge", "cover", "contain", "none"] = "exact"
     resize_edge: int | None = None
     resize_to: Size | None = None
-    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bilinear"
+    resample: Resample = "bilinear"
     crop_rounding: Literal["floor", "round"] = "floor"
     """Where the centre of an odd margin is: transformers rounds down, torchvision to even."""
     pad: tuple[int, int, int] = (0, 0, 0)

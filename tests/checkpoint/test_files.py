@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitdeploy.checkpoint.files import read_json, read_shards, read_weights
+from vitdeploy.checkpoint.documents import read_json
+from vitdeploy.checkpoint.files import read_shards, read_weights
 from vitdeploy.errors import CheckpointError
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.float16)}

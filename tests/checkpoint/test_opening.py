@@ -129,7 +129,7 @@ def test_variant_of_another_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def test_checkpoint_goes_with_variants_only(folder: Path) -> None:
-    with pytest.raises(UsageError, match="--checkpoint goes with a named variant, not 'digits'"):
+    with pytest.raises(UsageError, match="--checkpoint goes with a named variant or timm:NAME, not 'digits'"):
         open_model("digits", checkpoint=folder)
 
 
@@ -265,7 +265,7 @@ def test_module_function_is_called(user_code: Path) -> None:
     assert isinstance(entry, UserModule)
     assert isinstance(entry.module, nn.Sequential)
     assert not entry.module.training
-    assert (entry.source, entry.image_size) == ("their_model:make", (2, 2))
+    assert (entry.source, entry.preprocess.size) == ("their_model:make", (2, 2))
     assert sys.path == path
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.checkpoints import save_tiny
+from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
+from tests.helpers.paths import ORACLES
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.errors import CheckpointError
 
@@ -30,15 +31,11 @@ def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model")
 
 
-def test_an_adapter(tmp_path: Path) -> None:
+def test_an_adapter_without_its_weights(tmp_path: Path) -> None:
     made = tmp_path / "adapter"
     made.mkdir()
-    name = "base_model.model.vit.layers.0.attention.q_proj.lora_A.weight"
-    save_file({name: torch.randn(4, 32)}, made / "adapter_model.safetensors")
     (made / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
-    error = refused(made)
-    assert "is an adapter" in error.message
-    assert "merge_and_unload" in (error.hint or "")
+    assert "is an adapter without its weights" in refused(made).message
 
 
 def test_the_hubs_cache_and_its_hint(folder: Path, tmp_path: Path) -> None:
@@ -114,3 +111,75 @@ def test_a_file_beside_and_its_hint(folder: Path) -> None:
     error = refused(folder)
     assert "none of model.safetensors" in error.message
     assert isinstance(open_model((error.hint or "").rpartition(": ")[2]), Checkpoint)
+
+
+SIGNS = [
+    ("norm_pre.weight", "a CLIP image tower"),
+    ("attn_pool.latent", "a SigLIP image tower"),
+    ("blocks.0.attn.q_norm.weight", "norms of its queries and keys"),
+    ("blocks.0.attn.relative_position_bias_table", "BEiT"),
+    ("blocks.0.attn.q_bias", "BEiT"),
+    ("blocks.0.attn.rel_pos.mlp.fc1.weight", "relative positions"),
+    ("blocks.0.attn.rope.freqs", "rotary positions"),
+    ("blocks.0.attn.lambda_q1", "differential attention"),
+    ("blocks.0.attn.rel_pos_h", "SAM"),
+    ("blocks.0.attn.norm.weight", "norms inside its branches"),
+    ("blocks.0.mlp.fc1_g.weight", "another gated MLP"),
+    ("patch_embed.backbone.stem.conv.weight", "a hybrid"),
+    ("blocks_token_only.0.norm1.weight", "CaiT"),
+    ("decoder_blocks.0.norm1.weight", "MAE's pretraining"),
+]
+"""Names that timm's state dicts have (1.0.31), and what they are a sign of."""
+
+
+@pytest.mark.parametrize("name, what", SIGNS)
+def test_another_architecture_is_called_what_it_probably_is(tmp_path: Path, name: str, what: str) -> None:
+    state = load_file(ORACLES / "timm" / "vit" / "model.safetensors") | {name: torch.ones(2)}
+    save_file(state, tmp_path / "weights.safetensors")
+    error = refused(tmp_path / "weights.safetensors")
+    assert what in error.message.partition("; it looks like ")[2]
+    assert "module:function" in (error.hint or "")
+
+
+def test_without_positions(tmp_path: Path) -> None:
+    state = load_file(ORACLES / "timm" / "vit" / "model.safetensors")
+    del state["pos_embed"]
+    save_file(state, tmp_path / "weights.safetensors")
+    assert "rotary or relative (DINOv3, EVA02, BEiT)" in refused(tmp_path / "weights.safetensors").message
+
+
+@pytest.mark.parametrize(
+    "names, what",
+    [
+        (["layers.0.blocks.0.attn.relative_position_bias_table"], "Swin"),
+        (["conv1.weight", "layer1.0.conv1.weight"], "a ResNet"),
+        (["stages.0.downsample.0.weight"], "a model in stages"),
+        (["text_model.final_layer_norm.weight", "logit_scale"], "CLIP or SigLIP with its text model"),
+        (["base_model.model.vit.layers.0.q.lora_A.weight"], "a LoRA adapter"),
+    ],
+)
+def test_names_of_no_family_say_what_they_are(tmp_path: Path, names: list[str], what: str) -> None:
+    save_file({name: torch.ones(2) for name in names}, tmp_path / "weights.safetensors")
+    assert f"it looks like {what}" in refused(tmp_path / "weights.safetensors").message
+
+
+@pytest.mark.parametrize("kind", ["swin", "beit", "siglip", "dinov3_vit"])
+def test_model_types_of_others_are_no_misspelt_ones(folder: Path, kind: str) -> None:
+    edit_config(folder, model_type=kind)
+    error = refused(folder)
+    assert f"model_type {kind!r} in config.json is not supported" in error.message
+    assert "did you mean" not in error.message
+
+
+def test_a_wrapped_model_of_timm_that_is_no_vit(folder: Path) -> None:
+    edit_config(folder, model_type="timm_wrapper", architecture="resnet50")
+    edit_weights(
+        folder, lambda state: state.clear() or state.update({"timm_model.conv1.weight": torch.ones(2)})
+    )
+    assert "timm's architecture resnet50" in refused(folder).message
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "hidden_act", "model_type", "problem_type"])
+def test_long_values_are_cut(folder: Path, key: str) -> None:
+    edit_config(folder, **{key: "x" * 5000})
+    refused(folder)

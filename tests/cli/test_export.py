@@ -16,6 +16,7 @@ from tests.helpers.bundles import write_bundle
 from tests.helpers.commands import COMMAND, Run, in_a_process
 from tests.helpers.exports import Exported
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.checkpoint.stated import Stated
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ParityError
 from vitdeploy.exporter import run as exporter
@@ -76,7 +77,17 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[ExportR
         (["--input", "uint8", "--output", "tokens"], {"input": "uint8", "output": "tokens"}),
         (["-m", "B/16", "--checkpoint", "w.npz"], {"model": "B/16", "checkpoint": Path("w.npz")}),
         (["--opset", "17", "--atol", "1e-3", "--seed", "7"], {"opset": 17, "atol": 1e-3, "seed": 7}),
-        (["--scores", "sigmoid"], {"scores": "sigmoid"}),
+        (["--scores", "sigmoid", "--heads", "3"], {"stated": Stated(scores="sigmoid", heads=3)}),
+        (
+            ["--labels", "l.txt", "--activation", "relu"],
+            {"stated": Stated(labels="l.txt", activation="relu")},
+        ),
+        (["--preprocess", "clip", "--mean", "0.5"], {"stated": Stated(preprocess="clip", mean=0.5)}),
+        (["--std", ".2,.3,.25", "--crop", "0.9"], {"stated": Stated(std=(0.2, 0.3, 0.25), crop=0.9)}),
+        (["--resize", "256", "--crop", "224"], {"stated": Stated(resize=256, crop=224)}),
+        (["--resize", "256x288", "--resample", "box"], {"stated": Stated(resize=(256, 288), resample="box")}),
+        (["--resize", "exact", "--crop", "32x48"], {"stated": Stated(resize="exact", crop=(32, 48))}),
+        (["--revision", "v1", "--cache-dir", "c"], {"revision": "v1", "cache_dir": Path("c")}),
         (["--no-fallback", "--format", "onnx"], {"fallback": False, "formats": ("onnx",)}),
     ],
     ids=str,
@@ -114,6 +125,20 @@ def test_place_and_force(run: Run, asked: list[Any]) -> None:
         (["-m", "digits", "--output", "feature"], "did you mean 'features'?"),
         (["-m", "digits", "--scores", "sigmoyd"], "did you mean 'sigmoid'?"),
         (["-m", "digits", "--output", "tokens", "--scores", "none"], "--scores is what becomes of logits"),
+        (["-m", "digits", "--mean", "x"], "--mean x: not numbers"),
+        (["-m", "digits", "--mean", "0.1,0.2"], "mean and std must be three numbers"),
+        (["-m", "digits", "--mean", "123.7,116.3,103.5"], "is of pixels from 0 to 255"),
+        (["-m", "digits", "--resize", "big"], "--resize big: not a size in pixels"),
+        (["-m", "digits", "--resize", "31"], "leaves less than the 32x32 pixels"),
+        (["-m", "digits", "--crop", "1.5"], "--crop 1.5: not a size in pixels"),
+        (["-m", "digits", "--crop", "28"], "the crop is what the model reads, 32x32 pixels"),
+        (["-m", "digits", "--crop", "0.9", "--resize", "40"], "resize says it too"),
+        (["-m", "digits", "--resample", "cubic"], "did you mean 'bicubic'?"),
+        (["-m", "digits", "--preprocess", "imagenett"], "did you mean 'imagenet'?"),
+        (["-m", "digits", "--labels", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["-m", "digits", "--heads", "5"], "width 96 is not divisible by 5 heads"),
+        (["-m", "digits", "--activation", "gelu_tan"], "did you mean 'gelu_tanh'?"),
+        (["-m", "digits", "--revision", "v1"], "a revision goes with a hub id, not with digits"),
         (["-m", "digits", "--image-size", "33"], "not divisible by the patch"),
         (["-m", "digits", "--checkpoint", "nowhere.safetensors"], "named variant"),
     ],

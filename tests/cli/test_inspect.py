@@ -7,10 +7,12 @@ from pathlib import Path
 import onnx
 import pytest
 
-from tests.helpers.bundles import WEIGHT, graph
+from tests.helpers.bundles import WEIGHT, graph, write_bundle
 from tests.helpers.commands import Run
 from tests.helpers.exports import Exported
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import FactSource, Provenance
+from vitdeploy.config import Preprocess
 
 
 def test_a_bundle(run: Run, digits: Exported) -> None:
@@ -35,6 +37,28 @@ def test_a_bundle_as_json(run: Run, digits: Exported) -> None:
     assert document["operators"].keys() == {"onnx-fp32", "onnx-fp16"}
     nodes = {a["name"]: a["nodes"] for a in document["manifest"]["artifacts"]}
     assert {name: sum(counts.values()) for name, counts in document["operators"].items()} == nodes
+
+
+def test_every_fact_with_its_origin(run: Run, tmp_path: Path) -> None:
+    spec = Preprocess(size=(8, 8), resize="shortest_edge", resize_edge=9, mean=(0.1, 0.2, 0.3), exif=True)
+    facts: dict[str, FactSource] = {"preprocess": "checkpoint", "mean": "user", "labels": "user"}
+    made = Provenance(source="linear", family="test", facts=facts | {"scores": "default"})
+    bundle = write_bundle(tmp_path / "b.bundle", preprocess=spec, provenance=made)
+    lines = run("inspect", bundle.root).out.splitlines()
+    for line in (
+        "input        pixel_values float32 (N, 3, 8, 8)",
+        "output       logits float32 (N, 5)",
+        "scores       softmax  [from a default]",
+        "turn         as the EXIF orientation says  [from the checkpoint]",
+        "resize       shorter side to 9  [from the checkpoint]",
+        "crop         8x8 from the middle, an odd margin rounded down  [from the checkpoint]",
+        "resample     bilinear  [from the checkpoint]",
+        "rescale      by 1/255  [from the checkpoint]",
+        "mean         0.1, 0.2, 0.3  [from you]",
+        "std          0.5, 0.5, 0.5  [from the checkpoint]",
+    ):
+        assert line in lines
+    assert any(line.startswith("labels") and line.endswith("[from you]") for line in lines)
 
 
 def test_an_onnx_file(run: Run, bundle: Bundle) -> None:

@@ -95,7 +95,7 @@ def test_it_ends_when_told(tmp_path: Path, number: signal.Signals) -> None:
         assert any(re.match(r"serving http://127\.0\.0\.1:\d+$", line) for line in lines)
         process.send_signal(number)
         assert f"stopped by signal {int(number)}" in process.stderr.read()
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
 
 
 NAMES = st.sampled_from(["a", "b.c", "D-1"]) | st.from_regex(

@@ -194,12 +194,38 @@ def test_where_no_islands_help_bf16_takes_over(tmp_path: Path, monkeypatch: pyte
     assert "no few fp32 islands help" in (artifact.fallback or "")
 
 
+def beyond_fp16() -> dict[str, torch.Tensor]:
+    """Healthy activations, and weights of 1e5 that hardly touch them: the inputs of theirs are small."""
+    state = random_state(SINGLE, spread=0.2)
+    state["head.weight"][0, 0], state["blocks.0.mlp.fc2.weight"][3, 5] = 1e5, -1e5
+    state["norm.weight"][0] = state["norm.bias"][0] = 1e-5
+    state["blocks.0.mlp.fc1.weight"][5], state["blocks.0.mlp.fc1.bias"][5] = 0.0, 2e-5
+    return state
+
+
 @pytest.mark.slow
-def test_weights_beyond_fp16_are_an_error_that_names_them(tmp_path: Path) -> None:
+def test_weights_beyond_fp16_stay_in_fp32(tmp_path: Path) -> None:
+    bundle = export(tmp_path, SINGLE, beyond_fp16(), precisions=("fp16",))
+    (artifact,) = bundle.manifest.artifacts
+    assert (artifact.path, artifact.precision, artifact.requested) == ("model.mixed.onnx", "mixed", "fp16")
+    assert set(artifact.islands) - {"blocks.0.norm1", "blocks.0.norm2", "norm"} == {
+        "blocks.0.mlp.fc2",
+        "head",
+    }
+    assert "weights do not fit into float16" in (artifact.fallback or "")
+    assert "blocks.0.mlp.fc2 has a weight of 100000, beyond the dtype's 65504" in (artifact.fallback or "")
+    assert artifact.proof is not None
+    wide = {row.name for row in artifact.proof.ops if row.op in ("MatMul", "Gemm") and row.dtype == "float32"}
+    assert wide == {"blocks.0.mlp.fc2/Gemm", "head/Gemm"}
+    assert all(record.passed for record in bundle.manifest.parity)
+
+
+@pytest.mark.slow
+def test_weights_beyond_fp16_are_named_where_no_fallback_is_wanted(tmp_path: Path) -> None:
     state = random_state(SINGLE, spread=0.2)
     state["head.weight"][0, 0] = 1e5
     with pytest.raises(PrecisionError, match=r"head\.weight \(largest magnitude 100000\)") as caught:
-        export(tmp_path, SINGLE, state, precisions=("fp32", "fp16"))
+        export(tmp_path, SINGLE, state, precisions=("fp32", "fp16"), fallback=False)
     assert "--bf16" in (caught.value.hint or "")
     assert not (tmp_path / "out.bundle").exists()
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,13 @@ def test_what_cannot_be_done_is_refused_by_name(config: dict[str, Any], key: str
     with pytest.raises(CheckpointError, match=key) as caught:
         from_huggingface(config)
     assert "\n" not in caught.value.message
+
+
+def test_the_processor_that_wraps_timms_transforms() -> None:
+    """timm's transform, behind a load_image of transformers that turns photographs."""
+    given = {"input_size": [3, 64, 64], "crop_pct": 0.9, "mean": [0.5] * 3, "interpolation": "bicubic"}
+    wrapped = {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": given}
+    assert from_huggingface(wrapped) == replace(from_timm(given), exif=True)
 
 
 def test_a_model_without_known_processor_is_refused() -> None:

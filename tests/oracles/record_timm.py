@@ -4,13 +4,14 @@
 
 Each folder under tests/oracles/timm is what timm itself saves for the hub, with ``answer.safetensors`` in it:
 inputs at the model's own resolution and at another one, and timm's outputs for both in float64.
-tests/oracles/torchvision holds bare state dicts, as torchvision publishes them. ``architectures.json`` lists
-what timm builds under its own names.
+tests/oracles/torchvision holds bare state dicts, as torchvision publishes them. ``architectures.json``
+and ``look_alikes.json`` list what timm builds under its own names.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from timm.layers import GluMlp, Mlp, PatchEmbed
 from timm.models import save_for_hf
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -110,26 +112,51 @@ def record_torchvision(case: str, seed: int, **changes: Any) -> None:
     save_file(record, folder / f"{case}.answer.safetensors")
 
 
+# Names of a plain ViT's tensors, with i for the number of the block.
+TENSORS = re.compile(
+    r"(cls_token|dist_token|reg_token|pos_embed|patch_embed\.proj\.\w+|(fc_)?norm\.\w+|head(_dist)?\.\w+"
+    r"|blocks\.\d+\.(norm[12]\.\w+|attn\.(qkv|proj)\.\w+|ls[12]\.gamma|mlp\.fc[12]\.\w+))"
+)
+
+
+def is_plain(model: nn.Module) -> bool:
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        return False
+    block, names = model.blocks[0], list(model.state_dict())
+    return (
+        (type(block), type(block.attn), type(model.patch_embed)) == (Block, Attention, PatchEmbed)
+        and isinstance(block.norm1, nn.LayerNorm)
+        and isinstance(block.mlp, Mlp | GluMlp)
+        and not model.pool_include_prefix
+        and all(TENSORS.fullmatch(name) for name in names)
+        and not {"norm.bias", "fc_norm.bias"}.isdisjoint(names)
+    )
+
+
 def record_architectures() -> None:
-    """What shapes do not tell, of every timm architecture built from VisionTransformer's plain blocks."""
-    table: dict[str, dict[str, Any]] = {}
-    for name in timm.list_models(["vit_*", "deit*", "flexivit_*", "eva_large_*"]):
+    """What timm builds with a ViT's tensor names: what shapes do not tell of the plain ones; the others."""
+    plain: dict[str, dict[str, Any]] = {}
+    others: list[str] = []
+    for name in timm.list_models():
         with torch.device("meta"):
             model = timm.create_model(name)
-        plain = type(model) in (VisionTransformer, VisionTransformerDistilled)
-        if not plain or type(model.blocks[0]) is not Block or model.attn_pool is not None:
+        if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= model.state_dict().keys():
             continue
-        if "norm_pre.weight" in model.state_dict() or type(model.patch_embed).__name__ != "PatchEmbed":
+        if not is_plain(model):
+            others.append(name)
             continue
         block = model.blocks[0]
-        table[name] = {
+        plain[name] = {
             "width": model.embed_dim,
             "heads": block.attn.num_heads,
             "activation": type(block.mlp.act).__name__,
             "norm_eps": block.norm1.eps,
             "global_pool": model.global_pool,
+            "image_size": list(model.patch_embed.img_size),
+            "patch_size": model.patch_embed.patch_size[0],
         }
-    (HERE / "timm" / "architectures.json").write_text(json.dumps(table, indent=1) + "\n")
+    (HERE / "timm" / "architectures.json").write_text(json.dumps(plain, indent=1) + "\n")
+    (HERE / "timm" / "look_alikes.json").write_text(json.dumps(others, indent=1) + "\n")
 
 
 def main() -> None:

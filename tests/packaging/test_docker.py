@@ -232,7 +232,7 @@ def test_the_recipe_without_a_container(package: Make, digits: Bundle, wheel: Pa
             image = digits_images()[0]
             place = f"http://127.0.0.1:{http}/v1/models/digits:predict"
             request = urllib.request.Request(place, image.read_bytes(), {"Content-Type": "image/png"})
-            with urllib.request.urlopen(request, timeout=30) as response:
+            with urllib.request.urlopen(request, timeout=120) as response:
                 said = json.load(response)
             assert said["predictions"][0][0]["label"] == image.name[0]
         finally:

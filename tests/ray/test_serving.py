@@ -122,7 +122,7 @@ def test_the_packaged_folder_serves(tmp_path: Path) -> None:
     mark, port = uuid.uuid4().hex, free_port()
     client = Client(port)
     with serving(folder, mark, port) as server:
-        ready = wait_for(lambda: client.ask(client.model)[0] == 200 or server.poll() is not None, 400, 0.5)
+        ready = wait_for(lambda: client.ask(client.model)[0] == 200 or server.poll() is not None, 900, 0.5)
         assert ready, (tmp_path / "serve.log").read_text()[-4000:]
         assert server.poll() is None, (tmp_path / "serve.log").read_text()[-4000:]
         expected = {"model_name": "photos", "model_version": "1", "ready": True}
@@ -133,7 +133,7 @@ def test_the_packaged_folder_serves(tmp_path: Path) -> None:
         check_own_answers(client)
         server.send_signal(signal.SIGINT)
         server.wait(120)
-        assert wait_for(lambda: not marked(mark), 90), marked(mark)
+        assert wait_for(lambda: not marked(mark), 180), marked(mark)
 
 
 def check_own_answers(client: Client) -> None:

@@ -252,6 +252,9 @@ class Choice(_Record):
     created: str
 
 
+FactSource = Literal["checkpoint", "default", "user"]
+
+
 class Provenance(_Record):
     """Where the weights come from and what built the bundle."""
 
@@ -264,6 +267,16 @@ class Provenance(_Record):
     platform: str = ""
     command: str = ""
     notes: tuple[str, ...] = ()
+    facts: dict[str, FactSource] = Field(default_factory=dict)
+    """Where labels, preprocessing (or a single setting of it), scores, heads and activation are from."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``facts`` where there are none: bundles from before it keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        if not self.facts:
+            fields.pop("facts", None)
+        return fields
 
 
 class Manifest(_Record):

@@ -7,7 +7,6 @@ bytes that are there.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import pickle
 import warnings
@@ -23,12 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitdeploy.bundle.files import sha256
+from vitdeploy.checkpoint.documents import AGAIN, PERMISSIONS, read_json
+from vitdeploy.checkpoint.refusals import some
 from vitdeploy.errors import CheckpointError
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 """Of files that may hold weights; which kind a file is, its first bytes say."""
 
-_MAX_JSON = 64 * 2**20
 # Weights hardly compress: what unpacks to far more than the file holds is no checkpoint.
 _MAX_RATIO, _SLACK = 20, 64 * 2**20
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
@@ -72,12 +72,12 @@ def read_weights(path: Path) -> Weights:
     """
     try:
         if not path.stat().st_size:
-            raise CheckpointError(f"{path} is empty", hint="download or save it again")
+            raise CheckpointError(f"{path} is empty", hint=AGAIN)
         with path.open("rb") as file:
             start = file.read(32)
         digest = sha256(path)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=PERMISSIONS) from error
     notes: tuple[str, ...] = ()
     for first, (what, hint) in _FOREIGN.items():
         if start.startswith(first) and start[8:9] != b"{":
@@ -95,7 +95,7 @@ def read_weights(path: Path) -> Weights:
             hint="download or save it again, or give the file with the weights",
         )
     if not state:
-        raise CheckpointError(f"{path} holds no tensors")
+        raise CheckpointError(f"{path} holds no tensors", hint="give the file with the weights")
     return Weights(state, {path.name: digest}, notes)
 
 
@@ -107,40 +107,27 @@ def read_shards(index: Path) -> Weights:
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names", hint=AGAIN)
     state: dict[str, Tensor] = {}
     files = {index.name: sha256(index)}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
-            raise CheckpointError(f"{index}: shard {file!r} is not a weights file in the same folder")
+            raise CheckpointError(
+                f"{index}: shard {file!r} is not a weights file in the same folder",
+                hint=AGAIN,
+            )
         if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index}: shard {file} is missing", hint="download the checkpoint again")
+            raise CheckpointError(f"{index}: shard {file} is missing", hint=AGAIN)
         shard = read_weights(index.parent / file)
         absent = sorted(name for name, home in weight_map.items() if home == file and name not in shard.state)
         if absent:
-            raise CheckpointError(f"{index}: {file} lacks tensors it should hold: {', '.join(absent)}")
+            raise CheckpointError(
+                f"{index}: {file} lacks tensors it should hold: {some(absent, 3)}",
+                hint=AGAIN,
+            )
         state |= shard.state
         files |= shard.files
     return Weights(state, files)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, too large, or no JSON object.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for a configuration")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return content
 
 
 def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
@@ -155,15 +142,13 @@ def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
     if len(start) < 8 or header > size - 8:
         raise CheckpointError(
             f"{path} is truncated or not safetensors: its header claims {header} bytes, the file has {size}",
-            hint="download or save it again",
+            hint=AGAIN,
         )
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or not safetensors: {_line(error)}", hint="download or save it again"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or not safetensors: {_line(error)}", hint=AGAIN) from error
 
 
 def _is_npz(path: Path, start: bytes) -> bool:
@@ -189,15 +174,13 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise almost anything on damaged bytes
-        raise CheckpointError(
-            f"{path} is damaged or not .npz: {_line(error)}", hint="download or save it again"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or not .npz: {_line(error)}", hint=AGAIN) from error
 
 
 def _check_unpacked(path: Path, archive: zipfile.ZipFile) -> None:
     total = sum(member.file_size for member in archive.infolist())
     if total > _MAX_RATIO * path.stat().st_size + _SLACK:
-        raise CheckpointError(f"{path} would unpack to {total} bytes; that is no checkpoint")
+        raise CheckpointError(f"{path} would unpack to {total} bytes; that is no checkpoint", hint=AGAIN)
 
 
 def _check_npy(file: IO[bytes], size: int, where: str) -> None:
@@ -205,12 +188,17 @@ def _check_npy(file: IO[bytes], size: int, where: str) -> None:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in readers:
-        raise CheckpointError(f"{where}: npy version {version} is not supported")
+        raise CheckpointError(
+            f"{where}: npy version {version} is not supported",
+            hint="save it as safetensors, or with a recent numpy",
+        )
     shape, _, dtype = readers[version](file)
     if dtype.kind not in "fiub":
-        raise CheckpointError(f"{where}: arrays of {dtype} are not supported")
+        raise CheckpointError(
+            f"{where}: arrays of {dtype} are not supported", hint="save the weights as floating-point arrays"
+        )
     if math.prod(shape) * dtype.itemsize > size:
-        raise CheckpointError(f"{where}: shape {shape} needs more than its {size} bytes")
+        raise CheckpointError(f"{where}: shape {shape} needs more than its {size} bytes", hint=AGAIN)
 
 
 def _native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -243,7 +231,7 @@ def _read_pickle(path: Path, start: bytes) -> tuple[dict[str, Tensor], tuple[str
                 hint='where you trust it: torch.save(model.state_dict(), "weights.pt"), then give that file',
             ) from error
         raise CheckpointError(
-            f"{path} is damaged or not a PyTorch file: {_line(error)}", hint="download or save it again"
+            f"{path} is damaged or not a PyTorch file: {_line(error)}", hint=AGAIN
         ) from error
     notes = []
     while isinstance(content, Mapping) and not _is_state(content):

@@ -13,20 +13,24 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitdeploy.bundle.files import sha256
-from vitdeploy.checkpoint import families
+from vitdeploy.bundle.manifest import FactSource
+from vitdeploy.checkpoint import families, lora
+from vitdeploy.checkpoint.documents import read_json
 from vitdeploy.checkpoint.families import reference
-from vitdeploy.checkpoint.families.base import Foreign, Reading, take_over
+from vitdeploy.checkpoint.families.base import Family, Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
-from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_json, read_shards, read_weights
-from vitdeploy.checkpoint.refusals import no_weights, refuse_quantised, refuse_shard
+from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_shards, read_weights
+from vitdeploy.checkpoint.refusals import CORRECT, no_weights, not_there, refuse_quantised, refuse_shard
+from vitdeploy.checkpoint.stated import SHAPELESS, Stated
 from vitdeploy.config import (
     DEFAULT_MODEL,
     ModelConfig,
@@ -45,10 +49,11 @@ from vitdeploy.model.registry import expected_shapes
 from vitdeploy.scores import usual_scores
 
 DIGITS = "digits"
+_TIMM = "timm:"
 
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("config.json", "preprocessor_config.json", "adapter_config.json")
+_HUB_FILES = ("config.json", "preprocessor_config.json", lora.CONFIG, *lora.WEIGHTS)
 _HUB_WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
@@ -69,14 +74,17 @@ class Checkpoint:
     config: ModelConfig
     state: Mapping[str, Tensor]
     """Exactly the names and shapes of ``registry.expected_shapes(config)``; dtypes as in the file. A position
-    table that was interpolated is float64, or float32 where its family computes it so."""
+    table that was interpolated is float64, or float32 where its family computes it so; what an adapter was
+    merged into is float64."""
     preprocess: Preprocess
     labels: tuple[str, ...] | None
     family: str
     source: str
     scores: Scores = "softmax"
+    facts: Mapping[str, FactSource] = field(default_factory=dict)
+    """Where labels, preprocessing, scores and what no shape tells are from."""
     notes: tuple[str, ...] = ()
-    provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
     """File names to sha256."""
     seed: int | None = None
     """The seed of random weights; None where the weights are from a file."""
@@ -88,7 +96,11 @@ class UserModule:
 
     module: nn.Module
     source: str
-    image_size: Size = (224, 224)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    labels: tuple[str, ...] | None = None
+    scores: Scores | None = None
+    """None is what is usual for as many outputs as it has."""
+    facts: Mapping[str, FactSource] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -99,17 +111,26 @@ def open_model(
     image_size: Size | None = None,
     classes: int | None = None,
     seed: int = 0,
+    stated: Stated | None = None,
+    revision: str | None = None,
+    cache_dir: Path | str | None = None,
 ) -> Checkpoint | UserModule:
     """Open a model by its name, or weights from a file.
 
     Args:
         name: see the module; ``DEFAULT_MODEL`` when neither a name nor a checkpoint is given.
-        checkpoint: a file or folder with the weights. A ``name`` beside it must be a named variant: it gives
-            the architecture's heads and image size, the file gives the rest.
+        checkpoint: a file or folder with the weights. A ``name`` beside it is a named variant, which gives
+            heads and image size, or ``timm:<name>``, which gives timm's own configuration; the file gives the
+            rest.
         image_size: height and width to build for; position embeddings interpolate by the family's own rule.
         classes: how many classes the model is expected to have; of a variant with random weights, how many it
             gets.
         seed: of random weights, where a named variant comes without a checkpoint.
+        stated: what the user says; it beats what the files say.
+        revision: a branch, tag or commit of the hub; goes with a hub id.
+        cache_dir: where downloads are kept, the library's own folder when omitted.
+
+    A token for the hub is what its library finds: ``HF_TOKEN``, or what ``hf auth login`` has kept.
 
     Raises:
         UsageError: the name is unknown, or does not go with the other arguments.
@@ -117,22 +138,54 @@ def open_model(
         CheckpointError: the checkpoint cannot be read, or is wrong.
         MissingDependency: the hub's or timm's library is needed and not installed.
     """
+    said, template = stated or Stated(), None
+    on_hub = checkpoint is None and name is not None and _is_elsewhere(name)
+    if revision is not None and not on_hub:
+        raise UsageError(f"a revision goes with a hub id, not with {name or checkpoint or DEFAULT_MODEL}")
     if checkpoint is not None:
-        template = _template(name) if name is not None else None
+        of_timm = name is not None and name.startswith(_TIMM)
+        template = _template(name) if name is not None and not of_timm else None
         foreign, files = _from_path(Path(checkpoint), str(checkpoint))
-        return _convert(foreign, files, template, image_size, classes)
-    name = name or DEFAULT_MODEL
-    if name == DIGITS:
+        if name is not None and of_timm:
+            config = from_library(name.removeprefix(_TIMM), pretrained=False).config
+            foreign = replace(foreign, config=config)
+    elif name is None or is_variant(name):
+        return _random(name or DEFAULT_MODEL, image_size, classes, seed, said)
+    elif name == DIGITS:
         foreign, files = _from_path(digits_folder(), DIGITS)
-        return _convert(foreign, files, None, image_size, classes)
-    if is_variant(name):
-        return _random(name, image_size, classes, seed)
-    if name.startswith("timm:"):
-        return _convert(from_library(name.removeprefix("timm:")), Weights({}, {}), None, image_size, classes)
-    if _ENTRY.fullmatch(name) and not Path(name).exists():
-        return _user_module(name, image_size)
-    foreign, files = _from_path(Path(name), name) if Path(name).exists() else _from_hub(name)
-    return _convert(foreign, files, None, image_size, classes)
+    elif name.startswith(_TIMM):
+        foreign, files = from_library(name.removeprefix(_TIMM), cache_dir=cache_dir), Weights({}, {})
+    elif _ENTRY.fullmatch(name) and not Path(name).exists():
+        return user_module(_called(name), name, image_size, said)
+    elif on_hub:
+        foreign, files = _from_hub(name, revision, cache_dir)
+    else:
+        foreign, files = _from_path(Path(name), name)
+    return _convert(foreign, files, template, image_size, classes, said)
+
+
+def user_module(module: nn.Module, source: str, image_size: Size | None, stated: Stated) -> UserModule:
+    """A module of the user's, with what the user says of it.
+
+    Raises:
+        UsageError: what is said does not fit a module that is exported as it is.
+    """
+    stated.refuse_shapeless(source)
+    scores: dict[str, Scores] = {name: name for name in get_args(Scores)}
+    return UserModule(
+        module,
+        source,
+        stated.prepare(Preprocess(size=image_size or (224, 224))),
+        stated.name_classes(None, None),
+        scores[stated.scores] if stated.scores is not None else None,
+        stated.facts(("preprocess", "scores"), ("preprocess", "scores")),
+    )
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Whether a name is neither one of ours nor of anything on this machine."""
+    ours = name == DIGITS or is_variant(name) or name.startswith(_TIMM) or _ENTRY.fullmatch(name)
+    return not ours and not Path(name).exists()
 
 
 def save_folder(checkpoint: Checkpoint, path: Path) -> None:
@@ -158,7 +211,8 @@ def save_folder(checkpoint: Checkpoint, path: Path) -> None:
 def _template(name: str) -> ViTConfig:
     if not is_variant(name):
         raise UsageError(
-            f"--checkpoint goes with a named variant, not {name!r}{did_you_mean(name, variant_names())}",
+            f"--checkpoint goes with a named variant or timm:NAME, not {name!r}"
+            f"{did_you_mean(name, variant_names())}",
             hint="leave --model out to let the checkpoint say what it is",
         )
     return decode_variant(name)
@@ -170,7 +224,11 @@ def _template(name: str) -> ViTConfig:
 def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     """Read a folder, or a weights file with what describes it beside it."""
     if not path.exists():
-        raise CheckpointError(f"{source}: no such file or folder")
+        raise not_there(source)
+    if path.name in lora.WEIGHTS and lora.is_adapter(path.parent):
+        path = path.parent
+    if path.is_dir() and lora.is_adapter(path) and not any((path / name).is_file() for name in _IN_FOLDERS):
+        return _adapted(path, source)
     if path.is_dir():
         folder, weights = path, _folder_weights(path, source)
     elif path.name.endswith(_INDEX):
@@ -186,6 +244,31 @@ def _from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     refuse_quantised(source, weights.state, config)
     foreign = Foreign(source, weights.state, config, read_json(processor) if described else None)
     return foreign, replace(weights, files={**weights.files, **files})
+
+
+def _adapted(folder: Path, source: str) -> tuple[Foreign, Weights]:
+    """A LoRA adapter, merged into the base that it names; what its folder says of the model goes first."""
+    adapter = lora.read_adapter(folder, source)
+    path = next((path for path in lora.base_paths(adapter) if path.exists()), None)
+    if path is not None and path.is_dir() and lora.is_adapter(path):
+        raise CheckpointError(
+            f"{source}: its base {adapter.base!r} is an adapter, too",
+            hint=f"merge that one first: {lora.MERGE}",
+        )
+    try:
+        base, files = _from_hub(adapter.base, None, None) if path is None else _from_path(path, adapter.base)
+    except (CheckpointError, UsageError, MissingDependency) as error:
+        raise (lora.base_missing(adapter) if path is None else error) from error
+    foreign, weights = lora.merge(adapter, base, files)
+    config, own = _description(folder, whole=False)
+    if config is not None and config.get("model_type") == (foreign.config or {}).get("model_type"):
+        foreign = replace(foreign, config=config)
+        weights = replace(weights, files={**weights.files, **own})
+    processor = folder / "preprocessor_config.json"
+    if processor.is_file():
+        foreign = replace(foreign, processor=read_json(processor))
+        weights = replace(weights, files={**weights.files, processor.name: sha256(processor)})
+    return foreign, weights
 
 
 def _folder_weights(folder: Path, source: str) -> Weights:
@@ -218,10 +301,10 @@ def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None
     return None, {}
 
 
-def _from_hub(name: str) -> tuple[Foreign, Weights]:
+def _from_hub(name: str, revision: str | None, cache_dir: Path | str | None) -> tuple[Foreign, Weights]:
     """Download a model of the Hugging Face hub, or take it from the local cache."""
     if name.startswith(("/", ".", "~")) or Path(name).suffix.lower() in SUFFIXES:
-        raise CheckpointError(f"{name}: no such file or folder")
+        raise not_there(name)
     if not _HUB_ID.fullmatch(name):
         names = (*variant_names(), DIGITS)
         raise UsageError(
@@ -235,14 +318,17 @@ def _from_hub(name: str) -> tuple[Foreign, Weights]:
         raise MissingDependency("huggingface-hub", extra="hub", purpose=purpose) from error
     try:
         for weights in _HUB_WEIGHTS:
-            folder = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, *weights]))
+            wanted = [*_HUB_FILES, *weights]
+            folder = Path(
+                snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
+            )
             if any(path for pattern in weights for path in folder.glob(pattern)):
                 break
     except Exception as error:  # the library raises HTTP, cache and validation errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{name!r} is neither a local path nor to be had from the Hugging Face hub: {reason}",
-            hint="check the name and the network; a downloaded folder can be given as a path",
+            hint="check the name, the network and HF_TOKEN; a downloaded folder can be given as a path",
         ) from error
     foreign, found = _from_path(folder, name)
     return foreign, replace(found, notes=(*found.notes, f"hub revision {folder.name}"))
@@ -252,35 +338,69 @@ def _from_hub(name: str) -> tuple[Foreign, Weights]:
 
 
 def _convert(
-    foreign: Foreign, files: Weights, template: ViTConfig | None, image_size: Size | None, classes: int | None
+    foreign: Foreign,
+    files: Weights,
+    template: ViTConfig | None,
+    image_size: Size | None,
+    classes: int | None,
+    stated: Stated,
 ) -> Checkpoint:
-    family, foreign, dropped = families.recognise(foreign)
-    try:
-        reading = family.read(foreign, template)
-    except ConfigError as error:  # the checkpoint's own numbers, not the user's
-        raise CheckpointError(f"{foreign.source}: {error.message}", hint=error.hint) from error
-    native = reading.config
+    family, foreign, dropped = families.recognise(replace(foreign, wanted=image_size))
+    reading = _read(family, replace(foreign, config=stated.without(foreign.config)), template, stated)
+    native = stated.configure(reading.config)
     if template is not None:
         _check_template(foreign.source, native, template)
     if classes is not None and native.classes != classes:
-        raise CheckpointError(f"{foreign.source} has {native.classes} classes, not {classes}")
+        raise CheckpointError(
+            f"{foreign.source} has {native.classes} classes, not {classes}",
+            hint="leave the number out, or give the checkpoint that has this head",
+        )
     size = image_size or (template.image_size if template else reading.default_size) or native.image_size
     config = native.at_size(size)
     state, notes = take_over(reading, family.name, foreign.source)
     if fitted := family.positions.fit(state, native, size):
         state |= fitted
         notes = (*notes, _interpolation_note(reading, size, family.name))
+    labels = stated.name_classes(config.classes, reading.labels)
+    assumed = {**reading.assumed, **({} if reading.scores else {"scores": None})}
+    known = ("preprocess", "scores", *_shapeless(config), *(("labels",) if labels else ()))
+    facts = stated.facts(assumed, known)
+    if template is not None and "heads" in assumed:
+        facts["heads"] = "user"
+    guesses = [note for name, note in assumed.items() if note and facts[name] == "default"]
     return Checkpoint(
         config=config,
         state=state,
-        preprocess=reading.preprocess(size),
-        labels=reading.labels,
+        preprocess=stated.prepare(reading.preprocess(size)),
+        labels=labels,
         family=family.name,
         source=foreign.source,
-        scores=reading.scores or usual_scores(config.classes),
-        notes=(*files.notes, *dropped, *reading.notes, *notes),
+        scores=_scores(stated, reading.scores, config),
+        facts=facts,
+        notes=(*files.notes, *dropped, *reading.notes, *guesses, *notes),
         provenance=files.files,
     )
+
+
+def _read(family: Family, foreign: Foreign, template: ViTConfig | None, stated: Stated) -> Reading:
+    try:
+        return family.read(foreign, template)
+    except ConfigError as error:  # the checkpoint's own numbers, not the user's
+        raise CheckpointError(f"{foreign.source}: {error.message}", hint=error.hint or CORRECT) from error
+    except CheckpointError:
+        if stated.preprocess is None or foreign.processor is None:
+            raise
+        # Settings that the user replaces need not be readable.
+        return _read(family, replace(foreign, processor=None), template, stated)
+
+
+def _shapeless(config: ModelConfig) -> list[str]:
+    return [name for name in SHAPELESS if hasattr(config, name)]
+
+
+def _scores(stated: Stated, read: Scores | None, config: ModelConfig) -> Scores:
+    said: dict[str | None, Scores] = {name: name for name in get_args(Scores)}
+    return said.get(stated.scores) or read or usual_scores(config.classes)
 
 
 def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> None:
@@ -302,20 +422,23 @@ def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
     return f"positions interpolated from {old_height}x{old_width} to {height}x{width} pixels as {family} does"
 
 
-def _random(name: str, image_size: Size | None, classes: int | None, seed: int) -> Checkpoint:
+def _random(name: str, image_size: Size | None, classes: int | None, seed: int, stated: Stated) -> Checkpoint:
     if classes is not None and classes < 0:
         raise UsageError(f"classes must be at least 0, not {classes}")
     config = decode_variant(name)
     config = config.at_size(image_size or config.image_size)
     config = config if classes is None else replace(config, classes=classes)
+    deployed = stated.configure(config)
+    labels = stated.name_classes(config.classes, None)
     return Checkpoint(
-        config=config,
+        config=deployed,
         state=random_state(config, seed),
-        preprocess=Preprocess(size=config.image_size),
-        labels=None,
+        preprocess=stated.prepare(Preprocess(size=config.image_size)),
+        labels=labels,
         family="vitdeploy",
         source=name,
-        scores=usual_scores(config.classes),
+        scores=_scores(stated, None, config),
+        facts=stated.facts(("preprocess", "scores"), ("preprocess", "scores")),
         notes=(f"no checkpoint: the weights of {name} are random (seed {seed})",),
         seed=seed,
     )
@@ -340,7 +463,7 @@ def random_state(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 # --- the user's own module ------------------------------------------------------------------------------
 
 
-def _user_module(name: str, image_size: Size | None) -> UserModule:
+def _called(name: str) -> nn.Module:
     """Call a user's function for its module, with the working directory importable as in ``python -c``."""
     module_name, function_name = name.split(":")
     with _working_directory_importable():
@@ -364,7 +487,7 @@ def _user_module(name: str, image_size: Size | None) -> UserModule:
             raise UsageError(message) from error
     if not isinstance(result, nn.Module):
         raise UsageError(f"--model {name}: it returned {type(result).__name__}, not a torch.nn.Module")
-    return UserModule(result.eval(), name, image_size or (224, 224))
+    return result.eval()
 
 
 @contextlib.contextmanager

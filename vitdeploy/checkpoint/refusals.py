@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vitdeploy.errors import CheckpointError
 
-ADAPTER = "adapter_config.json"
+OTHER_MODEL = "for a model of another architecture, --model module:function exports any nn.Module"
+CORRECT = "correct config.json, which describes the weights beside it"
+"""Hints."""
+
+_SIGNS: Mapping[str, str] = {
+    r"lora_[AB]\.": "a LoRA adapter, which needs its folder with adapter_config.json",
+    r"decoder_blocks\.|decoder_embed\.": "MAE's pretraining with its decoder",
+    r"text_model\.|transformer\.resblocks\.|logit_scale": "CLIP or SigLIP with its text model",
+    r"norm_pre\.|pre_layrnorm\.|ln_pre\.": "a CLIP image tower",
+    r"attn_pool\.|head\.probe": "a SigLIP image tower, with attention pooling",
+    r"layers\.\d+\.blocks\.\d+\..*relative_position_bias_table|\.swin\.|^swin": "Swin",
+    r"relative_position|rel_pos\.|attn\.q_bias|lambda_1": "BEiT, EVA or a ViT with relative positions",
+    r"rope|rotary|freqs": "a model with rotary positions (DINOv3, EVA02)",
+    r"attn\.[qk]_norm\.": "a ViT with norms of its queries and keys",
+    r"attn\.lambda_q1": "a ViT with differential attention",
+    r"attn\.rel_pos_[hw]": "SAM's image encoder",
+    r"attn\.norm\.|mlp\.norm\.": "a ViT with norms inside its branches (EVA02, BEiT-3)",
+    r"mlp\.fc1_[gx]\.": "a ViT with another gated MLP (AIMv2, EVA02, DINOv3)",
+    r"patch_embed\.backbone\.": "a hybrid, with a ResNet before the blocks",
+    r"blocks_token_only\.": "CaiT",
+    r"\.attns\.|\.ffns\.": "a ViT with parallel branches",
+    r"downsample": "a model in stages, as Swin and ConvNeXt are",
+    r"^conv1\.|layer\d\.\d+\.conv\d": "a ResNet",
+}
+"""Patterns in names of tensors, and the architecture that has such; the surest first."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 _QUANTISED: Mapping[str, str] = {
@@ -19,6 +43,38 @@ _QUANTISED: Mapping[str, str] = {
     "._packed_params": "PyTorch's dynamic quantisation",
 }
 """Ends of names that quantised layers have."""
+
+
+def looks_like(names: Iterable[str]) -> str:
+    """``"; it looks like X"`` where names of tensors tell, or nothing."""
+    every = list(names)
+    sign = (what for pattern, what in _SIGNS.items() if any(re.search(pattern, name) for name in every))
+    found = next(sign, None)
+    return f"; it looks like {found}" if found else ""
+
+
+def some(items: Sequence[str], most: int) -> str:
+    """The first of them, none too long, and how many more there are."""
+    first = [cut(item, 120) for item in items[:most]]
+    rest = len(items) - most
+    return ", ".join(first if rest <= 0 else (*first, f"{rest} more"))
+
+
+def cut(text: str, most: int = 60) -> str:
+    """A text of somebody else's, as far as an error has room for it."""
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def shown(value: object) -> str:
+    """A value of somebody else's, as far as an error has room for it."""
+    return cut(repr(value))
+
+
+def not_there(source: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: no such file or folder",
+        hint="check the path; a relative one begins in the working directory",
+    )
 
 
 def refuse_shard(path: Path, source: str) -> None:
@@ -61,10 +117,9 @@ def no_weights(
     """
     names = {entry.name for entry in folder.iterdir()}
     snapshots = sorted(folder.glob("snapshots/*/"), key=lambda entry: entry.stat().st_mtime)
-    if ADAPTER in names:
+    if "adapter_config.json" in names:
         return CheckpointError(
-            f"{source} is an adapter, which changes the weights of another model",
-            hint="merge it: PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(DIR)",
+            f"{source} is an adapter without its weights", hint="adapter_model.safetensors belongs beside it"
         )
     if snapshots:
         return CheckpointError(f"{source} is a cache of the hub", hint=f"give what it holds: {snapshots[-1]}")

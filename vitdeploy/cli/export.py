@@ -23,6 +23,8 @@ EXAMPLES = (
     "vitdeploy export -m B/16 --fp16 --format onnx,triton-aot --arch sm_89,sm_90",
     "vitdeploy export -m B/16 --fp16 --format tensorrt-rtx --arch sm_89,sm_120",
     "vitdeploy export -m my_models:build --image-size 224x320 --dry-run",
+    "vitdeploy export -m my_models:build --preprocess imagenet --labels classes.txt",
+    "vitdeploy export -m timm:vit_small_patch16_224 --checkpoint best.pth.tar --mean 0.5 --std 0.5",
 )
 
 
@@ -37,7 +39,8 @@ Model = Annotated[
     ),
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option(metavar="PATH", help="Weights of a named variant: a file or folder.")
+    Path | None,
+    typer.Option(metavar="PATH", help="Weights of a named variant or of timm:NAME: a file or folder."),
 ]
 OutputDir = Annotated[
     Path | None,
@@ -97,6 +100,49 @@ ScoresKind = Annotated[
         help="What becomes of logits where classes are named.  [default: as the checkpoint says]",
     ),
 ]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="The classes' names: one per line, or JSON.  [default: the checkpoint's]"
+    ),
+]
+PreprocessKind = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        metavar="FILE|PRESET",
+        help="How images become pixel values: imagenet, inception, clip, siglip, deit or dinov2; or a "
+        "preprocessor_config.json, timm's config.json, or a manifest.  [default: the checkpoint's]",
+    ),
+]
+Mean = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="The mean to subtract, of pixels from 0 to 1.")
+]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="The deviation to divide by.")]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|HxW|exact|none",
+        help="How to resize before the crop: the shorter side to N; to HxW; exactly to the model's; not.",
+    ),
+]
+Crop = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE|N", help="The share of the shorter side that the crop keeps, or its pixels."),
+]
+ResampleKind = Annotated[
+    str | None,
+    typer.Option("--resample", metavar="FILTER", help="How to resize: bilinear, bicubic, lanczos, box, ..."),
+]
+Heads = Annotated[int | None, typer.Option(metavar="N", help="Attention heads, which no tensor tells.")]
+ActivationKind = Annotated[
+    str | None,
+    typer.Option("--activation", metavar="NAME", help="gelu, gelu_tanh, quick_gelu, relu or silu."),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="The branch, tag or commit of a model on the hub.")
+]
+CacheDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where downloads are kept.")]
 Atol = Annotated[
     float | None, typer.Option(metavar="X", help="An absolute tolerance on top of the built-in ones.")
 ]
@@ -124,7 +170,18 @@ def command(
     opset: Opset = 20,
     input: Input = "float",
     output_kind: Output = None,
+    labels: Labels = None,
     scores: ScoresKind = None,
+    preprocess: PreprocessKind = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    resample: ResampleKind = None,
+    heads: Heads = None,
+    activation: ActivationKind = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
     atol: Atol = None,
     no_fallback: NoFallback = False,
     seed: Seed = 0,
@@ -137,11 +194,16 @@ def command(
     Without a checkpoint a named variant has seeded random weights. Precisions add up: --fp32 --fp16
     builds both. Anything that fails, or is interrupted, leaves nothing behind. Engines are built with
     TensorRT's own defaults; `vitdeploy engine` adds others to a bundle.
+
+    What --labels, --scores, --preprocess and its single settings, --heads and --activation say beats what the
+    checkpoint says; `vitdeploy inspect` shows where each fact is from. A token for the hub is read from
+    HF_TOKEN.
     """
     if model is not None and _is_bundle(model):
         hint = f"`vitdeploy engine {shlex.quote(model)}` adds engines to it"
         raise UsageError(f"{model} is a bundle, and no model to export", hint=hint)
     flags = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
+    from vitdeploy.checkpoint.stated import Stated
     from vitdeploy.exporter.request import ExportRequest
 
     request = ExportRequest(
@@ -155,7 +217,20 @@ def command(
         opset=opset,
         input=input,
         output=output_kind,
-        scores=scores,
+        stated=Stated(
+            labels=labels,
+            preprocess=preprocess,
+            mean=parse.numbers(mean, "--mean"),
+            std=parse.numbers(std, "--std"),
+            resize=parse.resize(resize),
+            crop=parse.crop(crop),
+            resample=resample,
+            scores=scores,
+            heads=heads,
+            activation=activation,
+        ),
+        revision=revision,
+        cache_dir=cache_dir,
         atol=atol,
         fallback=not no_fallback,
         seed=seed,

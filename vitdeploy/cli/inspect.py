@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +13,9 @@ from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
-    from vitdeploy.bundle.manifest import Manifest
+    from vitdeploy.bundle.manifest import Manifest, TensorSpec
     from vitdeploy.bundle.onnx_graph import GraphSummary
     from vitdeploy.bundle.onnx_metadata import SelfDescription
-    from vitdeploy.config import Preprocess
 
 SUMMARY = "Show what a bundle, an ONNX file or an engine contains."
 _LONGEST = 200
@@ -101,45 +100,55 @@ def _facts(manifest: Manifest) -> None:
         rows.append(("model", config.summary))
     if manifest.flops:
         rows.append(("compute", f"{output.flops(manifest.flops)} per image"))
-    rows.append(("input", manifest.input))
-    rows.append(("output", manifest.output))
+    rows.extend((name, _value(spec.name, (spec.dtype, spec.shape))) for name, spec in _tensors(manifest))
     if labels:
         rows.append(("labels", _labels(labels)))
     if manifest.output == "logits":
         rows.append(("scores", manifest.scores))
+    for name in ("heads", "activation"):
+        if made.facts.get(name, "checkpoint") != "checkpoint":
+            rows.append((name, str(getattr(config, name))))
     if manifest.preprocess:
-        rows.append(("preprocess", _preprocess(manifest.preprocess)))
+        rows.extend(summary.preprocess_rows(manifest.preprocess))
+    rows = [(name, text + _origin(made.facts, name)) for name, text in rows]
     rows.extend(("note", text) for text in made.notes)
     output.facts(rows)
+
+
+def _tensors(manifest: Manifest) -> list[tuple[str, TensorSpec]]:
+    """What goes in and what comes out."""
+    from vitdeploy.bundle.manifest import input_spec, output_spec
+
+    if manifest.model is not None:
+        spec = input_spec(manifest.model, manifest.input), output_spec(manifest.model, manifest.output)
+        return list(zip(("input", "output"), spec, strict=True))
+    first = manifest.artifacts[0]
+    return [*(("input", spec) for spec in first.inputs), *(("output", spec) for spec in first.outputs)]
+
+
+def _origin(facts: Mapping[str, str], name: str) -> str:
+    """Where a fact is from, to be put behind it; older bundles do not say."""
+    source = facts.get(name, facts.get("preprocess") if name in summary.PREPROCESS else None)
+    words = {"checkpoint": "the checkpoint", "default": "a default", "user": "you"}
+    return f"  [from {words[source]}]" if source else ""
 
 
 def _labels(labels: Sequence[str]) -> str:
     return f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"
 
 
-def _preprocess(prep: Preprocess) -> str:
-    edge = f" {prep.resize_edge}" if prep.resize_edge else ""
-    turned = ", turned as EXIF says" if prep.exif else ""
-    return f"{prep.resize}{edge} {prep.resample} to {prep.size[0]}x{prep.size[1]}{turned}"
-
-
 def _said(said: SelfDescription) -> Iterator[tuple[str, object]]:
     """What an ONNX file says of itself, in the words for a bundle."""
     whole = said.whole_preprocess
-    if said.input:
-        yield "input", said.input
-    if said.output:
-        yield "output", said.output
     if said.labels:
         yield "labels", _labels(said.labels)
     if said.scores:
         yield "scores", said.scores
     if whole is not None:
-        yield "preprocess", _preprocess(whole)
-    shown = ("rescale", "mean", "std") if whole is not None else tuple(said.preprocess)
-    for name in shown:
-        value = said.preprocess[name]
-        yield name, ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
+        yield from summary.preprocess_rows(whole)
+    else:
+        for name, value in said.preprocess.items():
+            yield name, ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
     for text in said.notes:
         yield "note", text
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from vitdeploy.config import BatchRange, Size
 from vitdeploy.errors import UsageError
@@ -99,13 +100,55 @@ def image_size(text: str | None) -> Size | None:
     """
     if text is None:
         return None
+    pixels = _pixels(text, "--image-size", "384, or 224x384 (HxW)")
+    return (pixels, pixels) if isinstance(pixels, int) else pixels
+
+
+def numbers(text: str | None, flag: str) -> tuple[float, ...] | float | None:
+    """``"0.485,0.456,0.406"`` as numbers, ``"0.5"`` as one.
+
+    Raises:
+        UsageError: neither; names the flag.
+    """
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}: not numbers", hint=f"{flag} 0.485,0.456,0.406, or 0.5") from error
+    return values if len(values) > 1 else values[0]
+
+
+def resize(text: str | None) -> int | Size | Literal["exact", "none"] | None:
+    """``"256"``, the shorter side, ``"256x224"`` (height, width), ``"exact"`` or ``"none"``.
+
+    Raises:
+        UsageError: none of them.
+    """
+    if text is None:
+        return None
+    words: dict[str, Literal["exact", "none"]] = {"exact": "exact", "none": "none"}
+    return words.get(text) or _pixels(text, "--resize", "256, 256x224 (HxW), exact or none")
+
+
+def crop(text: str | None) -> float | int | Size | None:
+    """``"0.875"``, the share that is kept, or ``"224"`` or ``"224x320"`` in pixels.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text is None:
+        return None
+    if re.fullmatch(r"0?\.[0-9]{1,6}|1\.0*", text.strip()):
+        return float(text)
+    return _pixels(text, "--crop", "0.875, or 224")
+
+
+def _pixels(text: str, flag: str, examples: str) -> int | Size:
     match = re.fullmatch(r"([0-9]{1,5})(?:[xX×]([0-9]{1,5}))?", text.strip())
     if match is None or int(match[1]) == 0 or int(match[2] or 1) == 0:
-        raise UsageError(
-            f"--image-size {text}: not a size in pixels", hint="--image-size 384, or 224x384 (HxW)"
-        )
-    height = int(match[1])
-    return height, int(match[2] or height)
+        raise UsageError(f"{flag} {text}: not a size in pixels", hint=f"{flag} {examples}")
+    return (int(match[1]), int(match[2])) if match[2] else int(match[1])
 
 
 def duration(text: str, flag: str = "--budget") -> float:

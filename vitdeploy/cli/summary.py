@@ -14,6 +14,7 @@ from vitdeploy.errors import ParityError
 if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
     from vitdeploy.bundle.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
+    from vitdeploy.config import Preprocess
     from vitdeploy.verification.accuracy import AccuracyRecord
 
 _KINDS = {
@@ -29,6 +30,41 @@ _KINDS = {
 }
 """Operations by what they are; the fused kernels have names of their own."""
 _PLURAL = {"softmax": "softmaxes", "fused attention": "fused attentions"}
+
+
+PREPROCESS = ("turn", "resize", "crop", "resample", "pad", "rescale", "mean", "std")
+"""The steps of preprocessing, by the names of what says them."""
+_MARGINS = {"floor": "rounded down", "round": "rounded to even"}
+
+
+def preprocess_rows(spec: Preprocess) -> list[tuple[str, str]]:
+    """Every step from an image file to pixel values, by the names of ``PREPROCESS``."""
+    height, width = spec.size
+    target = "x".join(map(str, spec.resize_to or spec.size))
+    how = {
+        "exact": f"to {target}",
+        "shortest_edge": f"shorter side to {spec.resize_edge}",
+        "cover": f"to cover {target}",
+        "contain": f"to fit into {target}",
+        "none": "not at all",
+    }[spec.resize]
+    steps = {
+        "turn": "as the EXIF orientation says" if spec.exif else None,
+        "resize": how,
+        "resample": spec.resample if spec.resize != "none" else None,
+        "crop": f"{height}x{width} from the middle, an odd margin {_MARGINS[spec.crop_rounding]}",
+        "pad": f"with {_numbers(spec.pad)}" if any(spec.pad) else None,
+        "rescale": "by 1/255" if spec.rescale == 1 / 255 else f"by {spec.rescale:g}",
+        "mean": _numbers(spec.mean),
+        "std": _numbers(spec.std),
+    }
+    if spec.resize == "exact" and spec.resize_to is None:
+        steps["crop"] = None
+    return [(name, text) for name in PREPROCESS if (text := steps[name])]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def worst_relative(manifest: Manifest, artifact: Artifact) -> float | None:

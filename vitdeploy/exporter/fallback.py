@@ -66,21 +66,42 @@ def smallest_islands(
     named = [(name, site) for name, site in sites(model) if not site.always_fp32]
     adds = [name for name, module in named if isinstance(module, Add)]
     others = [name for name, module in named if not isinstance(module, Add)]
-    branches = _needed(search, others, frozenset(adds))
+    overflowing = _overflowing(model, plan.default)
+    branches = _needed(search, others, frozenset(adds), frozenset(overflowing))
     if branches is None:
         return None
     stream = _stretch(search, adds, branches)
     islands = frozenset(stream) | branches
     order = [name for name, _ in named]
     first = min(islands, key=order.index) if islands else order[-1]
-    return Proposal(islands, first, _largest(model, inputs, first, plan.default))
+    if first in overflowing:
+        reason = (
+            f"{first} has a weight of {overflowing[first]:.6g}, beyond the dtype's {_limit(plan.default)}"
+        )
+    else:
+        reason = _largest(model, inputs, first, plan.default)
+    return Proposal(islands, first, reason)
 
 
-def _needed(search: _Search, names: list[str], residual: frozenset[str]) -> frozenset[str] | None:
-    """The sites that cannot leave fp32 while the whole residual stream stays in it."""
-    needed: frozenset[str] = frozenset()
+def _overflowing(model: nn.Module, dtype: torch.dtype) -> dict[str, float]:
+    """The sites with weights that ``dtype`` cannot hold, and their largest magnitude."""
+    largest = {
+        name: max((p.abs().max().item() for p in site.parameters(recurse=False) if p.numel()), default=0.0)
+        for name, site in sites(model)
+        if not site.always_fp32
+    }
+    return {name: value for name, value in largest.items() if torch.tensor(value).to(dtype).isinf()}
+
+
+def _needed(
+    search: _Search, names: list[str], residual: frozenset[str], must: frozenset[str]
+) -> frozenset[str] | None:
+    """The sites that cannot leave fp32 while the whole residual stream stays in it, ``must`` among them."""
+    needed = must
+    if len(needed) > MOST_BRANCHES:
+        return None
     while not search.passes(residual | needed):
-        if len(needed) == MOST_BRANCHES or not search.passes(residual | frozenset(names)):
+        if len(needed) >= MOST_BRANCHES or not search.passes(residual | frozenset(names)):
             return None
         # The least k with which the first k sites, reduced, fail: the k-th is what breaks.
         low, high = 0, len(names)
@@ -89,7 +110,7 @@ def _needed(search: _Search, names: list[str], residual: frozenset[str]) -> froz
             good = search.passes(residual | needed | frozenset(names[middle:]))
             low, high = (middle, high) if good else (low, middle)
         needed |= {names[high - 1]}
-    for name in sorted(needed):
+    for name in sorted(needed - must):
         if search.passes(residual | (needed - {name})):
             needed -= {name}
     return needed
@@ -165,6 +186,9 @@ def _largest(model: nn.Module, inputs: Tensor, site: str, dtype: torch.dtype) ->
         model(inputs)
     finally:
         handle.remove()
-    limit = torch.finfo(dtype).max
-    relation = "beyond" if seen[0] > limit else "within"
-    return f"{site} reaches {seen[0]:.6g}, {relation} the dtype's {limit:.6g}"
+    relation = "beyond" if seen[0] > torch.finfo(dtype).max else "within"
+    return f"{site} reaches {seen[0]:.6g}, {relation} the dtype's {_limit(dtype)}"
+
+
+def _limit(dtype: torch.dtype) -> str:
+    return f"{torch.finfo(dtype).max:.6g}"

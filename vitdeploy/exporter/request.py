@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vitdeploy.bundle.manifest import AOT
-from vitdeploy.config import DEFAULT_MODEL, BatchRange, Precision, Scores, Size
+from vitdeploy.checkpoint.stated import Stated
+from vitdeploy.config import DEFAULT_MODEL, BatchRange, Precision, Size
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus
 from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets
@@ -91,8 +92,12 @@ class ExportRequest:
     opset: int = 20
     input: str = "float"
     output: str | None = None
-    scores: str | None = None
-    """What becomes of logits; None is as the checkpoint says."""
+    stated: Stated = field(default_factory=Stated)
+    """What the user says of the model."""
+    revision: str | None = None
+    """Of a model on the hub."""
+    cache_dir: Path | None = None
+    """Where downloads are kept."""
     atol: float | None = None
     architectures: tuple[str, ...] = ()
     """GPUs to build engines and compile kernels for; ``sm_80+sm_89`` is one engine for both."""
@@ -108,7 +113,6 @@ class ExportRequest:
         for what, given, choices in (
             ("precision", self.precisions, get_args(Precision)),
             ("format", self.formats, FORMATS),
-            ("kind of scores", (self.scores,) if self.scores is not None else (), get_args(Scores)),
         ):
             for name in given:
                 if name not in choices:

@@ -20,8 +20,9 @@ from vitdeploy.bundle import golden
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import AOT, Artifact, Manifest, ParityRecord, Provenance, Tolerance
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule
+from vitdeploy.checkpoint.stated import check_labels
 from vitdeploy.config import Precision
-from vitdeploy.errors import ParityError, UsageError
+from vitdeploy.errors import ParityError, PrecisionError, UsageError
 from vitdeploy.exporter import triton_aot
 from vitdeploy.exporter.artifact_parity import engines_parity, first_failure, onnx_parity, worst
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
@@ -72,6 +73,8 @@ def run_export(
         with progress.stage("reference") as stage:
             arrays = golden_arrays(subject)
             stage.detail = f"{len(arrays['reference'])} golden images in float64"
+        if subject.labels is not None:
+            check_labels(subject.labels, arrays["reference"].shape[-1])
         with progress.stage("weights") as stage:
             stage.size = _write_tensors(writer, subject, arrays)
         subject.reload(writer.directory / WEIGHTS)
@@ -156,8 +159,7 @@ class _Job:
 
     def _build_one(self, precision: Precision) -> None:
         plan = PrecisionPlan.of(precision)
-        rehearsed = self._rehearse(plan)
-        trouble = first_failure(rehearsed)
+        rehearsed, trouble = self._try_out(plan)
         if trouble is None:
             artifact, records = self._attempt(plan, precision)
             trouble = first_failure(records)
@@ -180,9 +182,11 @@ class _Job:
         if not config.fused_kernels:
             raise UsageError(f"there are no fused kernels for a model of the kind {config.kind!r}")
         onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]
-        rehearsed = onnx or self._rehearse(PrecisionPlan.of(precision))
+        rehearsed, trouble = (
+            (onnx, first_failure(onnx)) if onnx else self._try_out(PrecisionPlan.of(precision))
+        )
         records = [record.model_copy(update={"artifact": name}) for record in rehearsed]
-        if trouble := first_failure(records):
+        if trouble:
             failure = f"{precision} does not compute what the checkpoint computes: {trouble}"
             if not self.request.fallback or not self.artifacts:
                 raise ParityError(failure, hint="--bf16 has more range")
@@ -221,6 +225,20 @@ class _Job:
         raise ParityError(
             f"{precision} does not compute what the checkpoint computes: {trouble}", hint="--fp32"
         )
+
+    def _try_out(self, plan: PrecisionPlan) -> tuple[list[ParityRecord], str | None]:
+        """The rehearsal, and what is wrong with it; weights that do not fit are as wrong as results.
+
+        Raises:
+            PrecisionError: weights do not fit, and no fallback is wanted.
+        """
+        try:
+            rehearsed = self._rehearse(plan)
+        except PrecisionError as error:
+            if not self.request.fallback:
+                raise
+            return [], error.message
+        return rehearsed, first_failure(rehearsed)
 
     def _rehearse(self, plan: PrecisionPlan) -> list[ParityRecord]:
         """A reduced precision as hardware computes it, every result rounded.
@@ -337,4 +355,5 @@ def _provenance(request: ExportRequest, opened: Checkpoint | UserModule) -> Prov
         platform=f"{platform.system()} {platform.machine()}, Python {sys.version.split()[0]}",
         command=request.command,
         notes=opened.notes,
+        facts=dict(opened.facts),
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model
+from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
 from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, Scores
 from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
@@ -138,14 +138,16 @@ class ModuleSubject(Subject):
         if output not in (None, "logits"):
             raise UsageError(f"a module of your own gives what it returns; {output!r} cannot be chosen")
         self.config = None
-        self.preprocess = Preprocess(size=user.image_size)
-        self.labels = None
+        self.preprocess, self.labels, self.scores = user.preprocess, user.labels, user.scores
         self.output, self.input = "logits", input_kind
-        height, width = user.image_size
-        self.notes = (
-            f"a module of your own says nothing of its preprocessing; assumed: resize to {height}x{width}, "
-            "mean and std 0.5",
-        )
+        if not any(
+            user.facts.get(name) == "user" for name in ("preprocess", "mean", "std", "resize", "crop")
+        ):
+            height, width = user.preprocess.size
+            self.notes = (
+                "a module of your own says nothing of its preprocessing; assumed (--preprocess says it): "
+                f"resize to {height}x{width}, mean and std 0.5",
+            )
         self._module = user.module
 
     @property
@@ -176,22 +178,24 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
     Raises:
         UsageError, CheckpointError, MissingDependency: it cannot be opened, or not so.
     """
+    opened: Checkpoint | UserModule
     if isinstance(request.model, nn.Module):
-        name, size = type(request.model).__name__, request.image_size or (224, 224)
-        opened: Checkpoint | UserModule = UserModule(request.model, name, size)
+        name = type(request.model).__name__
+        opened = user_module(request.model, name, request.image_size, request.stated)
     else:
         opened = open_model(
             None if request.model is None else str(request.model),
             checkpoint=request.checkpoint,
             image_size=request.image_size,
             seed=request.seed,
+            stated=request.stated,
+            revision=request.revision,
+            cache_dir=request.cache_dir,
         )
     subject = subject_of(opened, request.output, request.input)
-    if request.scores is not None:
-        if subject.output != "logits":
-            raise UsageError(f"--scores is what becomes of logits; {opened.source} gives {subject.output}")
-        kinds: dict[str, Scores] = {name: name for name in get_args(Scores)}
-        subject.scores = kinds[request.scores]
+    for flag, said in (("--scores", request.stated.scores), ("--labels", request.stated.labels)):
+        if said is not None and subject.output != "logits":
+            raise UsageError(f"{flag} is what becomes of logits; {opened.source} gives {subject.output}")
     return opened, subject
 
 

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitdeploy.config import Preprocess, Size
+from vitdeploy.config import Preprocess, Resample, Size
 from vitdeploy.errors import CheckpointError, ConfigError, ImageError, did_you_mean
 from vitdeploy.images.decode import MAX_PIXELS, load_image, upright
 
-_Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-_FILTERS: Mapping[_Resample, Image.Resampling] = {
+_FILTERS: Mapping[Resample, Image.Resampling] = {
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
     "bilinear": Image.Resampling.BILINEAR,
@@ -29,7 +28,7 @@ _FILTERS: Mapping[_Resample, Image.Resampling] = {
     "box": Image.Resampling.BOX,
     "hamming": Image.Resampling.HAMMING,
 }
-_CODES: Mapping[int, _Resample] = {int(code): name for name, code in _FILTERS.items()}
+_CODES: Mapping[int, Resample] = {int(code): name for name, code in _FILTERS.items()}
 
 
 def pixel_values(image: Image.Image, spec: Preprocess, kind: Literal["float", "uint8"]) -> NDArray[Any]:
@@ -200,17 +199,40 @@ def published(model_type: str) -> Preprocess:
     return from_huggingface(_PUBLISHED.get(model_type, {}), model_type)
 
 
+PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "imagenet": ("dinov2", {**_DINOV2, "resample": 2}),
+    "inception": ("vit", {}),
+    "clip": ("clip", {}),
+    "openai": ("clip", {}),
+    "siglip": ("siglip", {}),
+    "deit": ("deit", _PUBLISHED["deit"]),
+    "dinov2": ("dinov2", _DINOV2),
+}
+"""Preprocessing that models share, by the names that people know: a model type and its settings.
+
+``imagenet`` is torchvision's: the shorter edge to 256, bilinear; ``inception`` scales to -1 ... 1.
+"""
+
+
+def preset(name: str) -> Preprocess:
+    """One of ``PRESETS``, for 224 x 224 pixels."""
+    model_type, settings = PRESETS[name]
+    return from_huggingface(settings, model_type)
+
+
 def from_huggingface(config: Mapping[str, Any], model_type: str = "vit") -> Preprocess:
     """Return what a ``preprocessor_config.json`` of transformers says, defaults of its class included.
 
     Args:
         config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP and BEiT processors are known, under their
-            older and ``Fast`` names too.
+            older and ``Fast`` names too, and the one that wraps timm's transforms.
         model_type: the model's, from ``config.json``; decides where the file names no processor.
 
     Raises:
         CheckpointError: a setting is unknown, malformed, or gives images whose size varies. Names the key.
     """
+    if config.get("image_processor_type") == "TimmWrapperImageProcessor":
+        return replace(from_timm(config.get("pretrained_cfg") or {}), exif=True)
     processor = _processor(config, model_type)
     given = {key: value for key, value in config.items() if value is not None}
     settings = {**_COMMON_DEFAULTS, **_PROCESSOR_DEFAULTS[processor], **given}
@@ -334,7 +356,7 @@ def _colour(value: Any, key: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _choice(value: Any, key: str, known: Mapping[Any, _Resample]) -> _Resample:
+def _choice(value: Any, key: str, known: Mapping[Any, Resample]) -> Resample:
     if isinstance(value, bool) or not isinstance(value, (int, str)) or value not in known:
         raise _refusal(key, value, f"is none of {', '.join(map(str, known))}")
     return known[value]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tests.helpers.paths import ORACLES
 from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.families.timm import FAMILY
+from vitdeploy.checkpoint.families.timm_names import width_of
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.errors import CheckpointError, MissingDependency
 from vitdeploy.model.reference import forward_float64
@@ -98,22 +100,135 @@ def test_preprocessing_follows_the_resolution_as_timm_rounds_it() -> None:
     assert load(RECORDED / "vit", image_size=(32, 32)).preprocess.resize_edge == 35  # floor(32 / 0.9)
 
 
-def test_every_architecture_of_timm_has_its_heads_and_activation() -> None:
-    """Of a config.json without model_args, as timm wrote them until 2024."""
+ARCHITECTURES: dict[str, dict[str, Any]] = json.loads((RECORDED / "architectures.json").read_text())
+LOOK_ALIKES: list[str] = json.loads((RECORDED / "look_alikes.json").read_text())
+
+
+def named(name: str, facts: dict[str, Any], **config: Any) -> Foreign:
+    """A model without values, of this architecture, and a config.json without model_args, as until 2024."""
+    width, gated = facts["width"], facts["activation"] == "SiLU"
+    state = {
+        "patch_embed.proj.weight": torch.empty(width, 3, 2, 2, device="meta"),
+        "pos_embed": torch.empty(1, 4, width, device="meta"),
+        "blocks.0.attn.qkv.weight": torch.empty(3 * width, width, device="meta"),
+        "blocks.0.mlp.fc1.weight": torch.empty(128 if gated else 64, width, device="meta"),
+        "blocks.0.mlp.fc2.weight": torch.empty(width, 64, device="meta"),
+    }
+    return Foreign(name, state, {"architecture": name, "global_pool": "avg", **config})
+
+
+def test_every_plain_architecture_of_timm_has_its_heads_and_activation() -> None:
     names = {"gelu": "GELU", "gelu_tanh": "GELUTanh", "silu": "SiLU"}
-    for name, facts in json.loads((RECORDED / "architectures.json").read_text()).items():
-        width, gated = facts["width"], facts["activation"] == "SiLU"
-        state = {
-            "patch_embed.proj.weight": torch.empty(width, 3, 2, 2, device="meta"),
-            "pos_embed": torch.empty(1, 4, width, device="meta"),
-            "blocks.0.attn.qkv.weight": torch.empty(3 * width, width, device="meta"),
-            "blocks.0.mlp.fc1.weight": torch.empty(128 if gated else 64, width, device="meta"),
-            "blocks.0.mlp.fc2.weight": torch.empty(width, 64, device="meta"),
-        }
-        config = FAMILY.read(Foreign(name, state, {"architecture": name, "global_pool": "avg"}), None).config
+    assert len(ARCHITECTURES) > 100
+    for name, facts in ARCHITECTURES.items():
+        config = FAMILY.read(named(name, facts), None).config
         assert (name, config.heads) == (name, facts["heads"])
         assert (name, names[config.activation]) == (name, facts["activation"])
         assert (name, config.norm_eps) == (name, facts["norm_eps"])
+        assert (name, width_of(name)) in ((name, None), (name, facts["width"]))
+
+
+def test_every_other_architecture_with_these_tensors_is_refused_by_name() -> None:
+    assert len(LOOK_ALIKES) > 150
+    assert {"vit_small_patch16_rope_ape_224", "vit_base_patch16_rpn_224", "test_vit3"} < set(LOOK_ALIKES)
+    unexplained = []
+    for name in [*LOOK_ALIKES, "vit_of_tomorrow_patch16_224"]:
+        with pytest.raises(CheckpointError, match=f"timm's architecture {name} .*is not supported") as caught:
+            FAMILY.read(named(name, ARCHITECTURES["vit_base_patch16_224"]), None)
+        assert "module:function" in (caught.value.hint or "")
+        if "(" not in caught.value.message:
+            unexplained.append(name)
+    assert unexplained == ["vit_of_tomorrow_patch16_224"]
+
+
+def test_names_that_timm_gave_up_for_tags() -> None:
+    """As in register_model_deprecations of timm's vision_transformer.py and deit.py."""
+    for name in (
+        "vit_base_patch16_224_in21k",
+        "vit_base_patch16_224_miil_in21k",
+        "vit_small_patch8_224_dino",
+        "vit_base_patch32_224_sam",
+        "deit3_huge_patch14_224_in21ft1k",
+    ):
+        assert FAMILY.read(named(name, ARCHITECTURES["vit_base_patch16_224"]), None).config.heads == 12
+
+
+def test_a_size_that_the_patch_does_not_divide() -> None:
+    """timm drops what is beyond the last whole patch: vit_so400m_patch14_siglip_gap_384 sees 378 of 384."""
+    uneven = {name: facts["image_size"] for name, facts in ARCHITECTURES.items()}
+    uneven = {n: size for n, size in uneven.items() if size[0] % ARCHITECTURES[n]["patch_size"]}
+    assert uneven == {"vit_so400m_patch14_siglip_gap_384": [384, 384]}
+    facts = {"width": 1152, "activation": "GELU"}
+    foreign = named("vit_so400m_patch14_siglip_gap_384", facts, pretrained_cfg={"input_size": [3, 5, 5]})
+    with pytest.raises(CheckpointError, match="feeds 5x5 pixels, of which patches of 2 use 4x4") as caught:
+        FAMILY.read(foreign, None)
+    assert "--image-size 4x4" in (caught.value.hint or "")
+    assert FAMILY.read(replace(foreign, wanted=(4, 4)), None).config.image_size == (4, 4)
+
+
+def flat(tmp_path: Path, **settings: Any) -> Path:
+    """A folder with config.json as timm wrote it before pretrained_cfg."""
+    folder = copy("vit", tmp_path, model_args=None, pretrained_cfg=None, label_names=None)
+    given = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 5,
+        "input_size": [3, 16, 16],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "crop_pct": 0.8,
+        "interpolation": "bilinear",
+        "labels": list("abcde"),
+    }
+    (folder / "config.json").write_text(json.dumps(given | settings))
+    return folder
+
+
+def test_elder_config_without_pretrained_cfg(tmp_path: Path) -> None:
+    opened = load(flat(tmp_path))
+    assert opened.labels == ("a", "b", "c", "d", "e")
+    spec = opened.preprocess
+    assert (spec.mean, spec.std, spec.resample) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
+    assert (spec.size, spec.resize_edge) == ((16, 16), 20)
+    # Its name says a width of 192 and so 3 heads; it was built with another.
+    assert opened.notes == ("the file does not tell the number of heads: 1, as usual for width 16",)
+
+
+def wrapped(tmp_path: Path, **config: Any) -> Path:
+    """What transformers' TimmWrapperForImageClassification saves."""
+    kinds = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
+    folder = copy("vit", tmp_path, **{**kinds, **config})
+    state = load_file(folder / "model.safetensors")
+    save_file({f"timm_model.{name}": tensor for name, tensor in state.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_models_that_transformers_wraps(tmp_path: Path) -> None:
+    plain, opened = load(RECORDED / "vit"), load(wrapped(tmp_path / "a"))
+    assert opened.config == plain.config
+    assert all(torch.equal(opened.state[name], tensor) for name, tensor in plain.state.items())
+    # load_image of transformers turns photographs.
+    assert opened.preprocess == replace(plain.preprocess, exif=True)
+    assert (opened.labels, opened.scores) == (plain.labels, "softmax")
+    several = load(wrapped(tmp_path / "b", problem_type="multi_label_classification"))
+    assert several.scores == "sigmoid"
+
+
+def test_a_wrapped_model_without_its_head(tmp_path: Path) -> None:
+    folder = wrapped(tmp_path, architectures=["TimmWrapperModel"])
+    state = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in state.items() if ".head." not in k}, folder / "model.safetensors")
+    assert load(folder).config.classes == 0
+
+
+@pytest.mark.parametrize("place", ["head.1", "head.fc"])
+def test_a_head_under_another_name(tmp_path: Path, place: str) -> None:
+    """A dropout before the one linear layer moves its name."""
+    folder = copy("vit", tmp_path)
+    state = load_file(folder / "model.safetensors")
+    save_file({k.replace("head.", f"{place}."): t for k, t in state.items()}, folder / "model.safetensors")
+    opened = load(folder)
+    assert torch.equal(opened.state["head.weight"], state["head.weight"])
+    assert f"the head is the linear layer {place!r}" in opened.notes
 
 
 @pytest.mark.parametrize(

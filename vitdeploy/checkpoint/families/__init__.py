@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from vitdeploy.checkpoint.families import deit, dinov2, google, reference, timm, torchvision, vit
 from vitdeploy.checkpoint.families.base import Family, Foreign
+from vitdeploy.checkpoint.families.timm_names import kind_of
+from vitdeploy.checkpoint.refusals import cut, looks_like, shown, some
 from vitdeploy.errors import CheckpointError, did_you_mean
 
 FAMILIES: tuple[Family, ...] = (
@@ -29,6 +31,14 @@ _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 _OWN = tuple(f.name for f in (vit.FAMILY, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS))
 """Families of transformers, whose names begin so where a base model is below a head."""
+_OTHERS = frozenset(
+    (
+        *("beit", "clip", "clip_vision_model", "convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera"),
+        *("ijepa", "levit", "mobilevit", "pvt", "siglip", "siglip_vision_model", "siglip2", "swin", "swinv2"),
+        *("vit_hybrid", "vit_mae", "vit_msn", "yolos"),
+    )
+)
+"""Model types of transformers that are others, not supported ones with a wrong letter."""
 _PREFERRED = ("ema", "teacher")
 """Of several models in one file, those that are deployed."""
 
@@ -59,16 +69,24 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
                 (f"weights taken from names that begin with {where!r}; {left} others left out",),
             )
     model_type = (foreign.config or {}).get("model_type")
+    if model_type == "timm_wrapper":
+        architecture = str((foreign.config or {}).get("architecture"))
+        kind = kind_of(architecture)
+        what = f" ({kind})" if kind else ""
+        raise CheckpointError(
+            f"{foreign.source}: timm's architecture {cut(architecture)}{what} is not supported", hint=_HINT
+        )
     if model_type is not None:
         supported = [reference.MODEL_TYPE, *_OWN]
+        other = str(model_type).casefold() in _OTHERS
+        guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(
-            f"{foreign.source}: model_type {model_type!r} in config.json is not supported"
-            f"{did_you_mean(str(model_type), supported)}",
+            f"{foreign.source}: model_type {shown(model_type)} in config.json is not supported{guess}",
             hint=f"supported: {', '.join(sorted(supported))}; {_HINT}",
         )
-    first = ", ".join(sorted(foreign.state)[:3]) or "none"
+    first = some(sorted(foreign.state), 3)
     raise CheckpointError(
-        f"{foreign.source}: no known family names its tensors like this: {first}, ...",
+        f"{foreign.source}: no known family names its tensors like this: {first}{looks_like(foreign.state)}",
         hint=f"known: {', '.join(family.name for family in FAMILIES)}; {_HINT}",
     )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitdeploy.checkpoint.families.positions import PositionRule
+from vitdeploy.checkpoint.refusals import CORRECT, OTHER_MODEL, looks_like, shown, some
 from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
 from vitdeploy.model.registry import expected_shapes
@@ -31,7 +32,12 @@ class Foreign:
     """``config.json``, where there is one."""
     processor: Mapping[str, object] | None = None
     """``preprocessor_config.json``, where there is one."""
+    wanted: Size | None = None
+    """The image size that the user asks for: it settles the shape of a position table that no file states."""
 
+
+_MOST = 400
+"""Characters of a refusal and its hint; of names, as many are told as fit."""
 
 Pick = Callable[[Tensor], Tensor]
 
@@ -69,6 +75,8 @@ class Reading:
     scores: Scores | None = None
     """What the checkpoint says that its logits mean; None where it says nothing."""
     notes: tuple[str, ...] = ()
+    assumed: Mapping[str, str | None] = field(default_factory=dict)
+    """Which of ``preprocess``, ``heads`` and ``activation`` no file states, with the note to give."""
     default_size: Size | None = None
     """The resolution to build for when the user names none; None is the checkpoint's own."""
     originals: Mapping[str, str] = field(default_factory=dict)
@@ -130,6 +138,13 @@ def rename_tensors(
     return {name: state[original] for name, original in originals.items()}, originals
 
 
+def sole_head(state: Mapping[str, Tensor], root: str) -> str | None:
+    """The one linear layer under ``root``, as people replace it: ``heads``, ``heads.0``, ``heads.head.1``."""
+    layers = {name.rpartition(".")[0] for name in state if name.startswith(f"{root}.")}
+    weight = state.get(f"{next(iter(layers))}.weight") if len(layers) == 1 else None
+    return layers.pop() if weight is not None and weight.ndim == 2 else None
+
+
 def merged_qkv(weight: str, bias: str) -> dict[str, Source]:
     """Query, key and value of a block, stored as one (3D, D) layer."""
     parts = {f"blocks.{{i}}.attn.{name}": third(index) for index, name in enumerate("qkv")}
@@ -143,14 +158,14 @@ def merged_qkv(weight: str, bias: str) -> dict[str, Source]:
 def config_number(config: Mapping[str, object], key: str, default: float) -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
+        raise CheckpointError(f"config.json: {key} must be a number, not {shown(value)}", hint=CORRECT)
     return float(value)
 
 
 def config_integer(config: Mapping[str, object], key: str, default: int) -> int:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(f"config.json: {key} must be a whole number, not {value!r}")
+        raise CheckpointError(f"config.json: {key} must be a whole number, not {shown(value)}", hint=CORRECT)
     return value
 
 
@@ -158,14 +173,16 @@ def height_and_width(value: object, key: str) -> Size:
     """A length for both sides, or [height, width]."""
     sides = value if isinstance(value, (list, tuple)) else (value, value)
     if len(sides) != 2 or not all(type(side) is int for side in sides):
-        raise CheckpointError(f"config.json: {key} must be one or two whole numbers, not {value!r}")
+        raise CheckpointError(
+            f"config.json: {key} must be one or two whole numbers, not {shown(value)}", hint=CORRECT
+        )
     return sides[0], sides[1]
 
 
 def config_object(config: Mapping[str, object] | None, key: str) -> Mapping[str, object]:
     value = {} if config is None or config.get(key) is None else config[key]
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"config.json: {key} must be an object, not {value!r}")
+        raise CheckpointError(f"config.json: {key} must be an object, not {shown(value)}", hint=CORRECT)
     return value
 
 
@@ -236,7 +253,7 @@ def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Ten
     for ours, shape in expected_of(reading.config, len(reading.state), source).items():
         template, numbers = template_of(ours)
         if template not in reading.layout:
-            raise CheckpointError(f"{source}: {family} checkpoints have no {ours}")
+            raise CheckpointError(f"{source}: {family} checkpoints have no {ours}", hint=OTHER_MODEL)
         theirs = filled(reading.layout[template].name, numbers)
         used.add(theirs)
         tensor = find_tensor(reading.layout, reading.state, ours)
@@ -263,12 +280,15 @@ def expected_of(config: ModelConfig, tensors: int, source: str) -> dict[str, tup
     """
     if config.depth > tensors:
         raise CheckpointError(
-            f"{source}: the configuration has {config.depth} blocks, the file only {tensors} tensors"
+            f"{source}: the configuration has {config.depth} blocks, the file only {tensors} tensors",
+            hint=CORRECT,
         )
     try:
         return expected_shapes(config)
     except RuntimeError as error:  # torch's word for sizes that overflow
-        raise CheckpointError(f"{source}: the configuration's sizes are impossibly large") from error
+        raise CheckpointError(
+            f"{source}: the configuration's sizes are impossibly large", hint=CORRECT
+        ) from error
 
 
 def _left_over(reading: Reading, used: set[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -292,24 +312,25 @@ def _refuse_misfit(
     if not (missing or unexpected or wrong):
         return
     lack, extra = (_grouped([reading.in_file(name) for name in names]) for names in (missing, unexpected))
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} missing ({', '.join(lack)})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} unexpected ({', '.join(extra)})")
-    if wrong:
-        details: dict[str, list[str]] = {}
-        for name, problem in wrong.items():
-            details.setdefault(problem, []).append(reading.in_file(name))
-        lines = [f"{', '.join(_grouped(names))} {problem}" for problem, names in details.items()]
-        problems.append(f"{len(wrong)} of the wrong shape ({'; '.join(lines)})")
-    similar = ((name, difflib.get_close_matches(name, extra, n=1, cutoff=0.8)) for name in lack)
-    close = [f"{match[0]!r} for {name!r}" for name, match in similar if match]
-    guess = f"; did you mean {', '.join(close)}?" if close else ""
-    raise CheckpointError(
-        f"{what}: {', '.join(problems)}{guess}",
-        hint="for a model of another architecture, --model module:function exports any nn.Module",
+    details: dict[str, list[str]] = {}
+    for name, problem in wrong.items():
+        details.setdefault(problem, []).append(reading.in_file(name))
+    lines = [f"{some(_grouped(names), 2)} {problem}" for problem, names in details.items()]
+    similar = (difflib.get_close_matches(name, extra, n=1, cutoff=0.8) for name in lack)
+    close = next((f"; did you mean {match[0]!r}?" for match in similar if match), "")
+    guess = looks_like([*missing, *unexpected]) or close
+    counts = (
+        (len(missing), "missing", lack),
+        (len(unexpected), "unexpected", extra),
+        (len(wrong), "of the wrong shape", lines),
     )
+    room = max(200, _MOST - len(what) - len(OTHER_MODEL))
+    for most in (len(lack) + len(extra) + len(lines), 8, 4, 2, 1):
+        problems = [f"{count} {kind} ({some(names, most)})" for count, kind, names in counts if count]
+        text = f": {', '.join(problems)}{guess}"
+        if len(text) <= room:
+            break
+    raise CheckpointError(f"{what}{text}", hint=OTHER_MODEL)
 
 
 def _grouped(names: Iterable[str]) -> list[str]:
@@ -329,7 +350,11 @@ def _joined(names: Sequence[list[str]], place: int) -> list[str]:
     first = names[0]
     if len(names) == 1:
         return first
-    return [*first[:place], "{" + ",".join(name[place] for name in names) + "}", *first[place + 1 :]]
+    numbers = [name[place] for name in names]
+    ends = int(numbers[0]), int(numbers[-1])
+    run = len(numbers) > 3 and [int(number) for number in numbers] == list(range(ends[0], ends[1] + 1))
+    listed = "{}..{}".format(*ends) if run else ",".join(numbers)
+    return [*first[:place], "{" + listed + "}", *first[place + 1 :]]
 
 
 def _size(shape: Iterable[int]) -> str:
@@ -345,7 +370,7 @@ def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
     odd = [f"{name} ({dtype})" for name, dtype in dtypes.items()]
     if odd:
         raise CheckpointError(
-            f"{source}: weights must be float16, bfloat16, float32 or float64: {', '.join(odd)}",
+            f"{source}: weights must be float16, bfloat16, float32 or float64: {some(odd, 3)}",
             hint="quantised checkpoints cannot be exported; start from the original",
         )
     bad = []
@@ -357,7 +382,7 @@ def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
             bad.append(f"{name} ({' and '.join(counts)} of {tensor.numel()})")
     if bad:
         raise CheckpointError(
-            f"{source}: {len(bad)} tensor(s) with values that are not finite: {', '.join(bad)}",
+            f"{source}: {len(bad)} tensor(s) with values that are not finite: {some(bad, 3)}",
             hint="the training diverged or the file is damaged; take an earlier checkpoint",
         )
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, Source, flat, rename_tensors
-from vitdeploy.checkpoint.families.infer import infer_config, what_is_open
+from vitdeploy.checkpoint.families.infer import infer_config, shape_note, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
+from vitdeploy.checkpoint.refusals import OTHER_MODEL
 from vitdeploy.config import Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
 from vitdeploy.images.preprocess import at_size
@@ -87,8 +88,10 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     query = state.get(name)
     if query is None or query.ndim != 3:
         actual = "missing" if query is None else f"of shape {tuple(query.shape)}"
-        raise CheckpointError(f"{foreign.source}: {name} must be (width, heads, head width); it is {actual}")
-    heads, (_, sizes) = query.shape[1], what_is_open(template)
+        raise CheckpointError(
+            f"{foreign.source}: {name} must be (width, heads, head width); it is {actual}", hint=OTHER_MODEL
+        )
+    heads, (_, sizes) = query.shape[1], what_is_open(template, foreign.wanted)
     config = infer_config(
         _LAYOUT, state, foreign.source, heads=lambda width: heads, sizes=sizes, activation="gelu_tanh"
     )
@@ -96,9 +99,16 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     def preprocess(size: Size | None) -> Preprocess:
         return at_size(Preprocess(), size or config.image_size)
 
-    notes = ("preprocessing is vit_jax's: resize, scale to -1 ... 1",)
+    assumed = {"preprocess": "preprocessing is vit_jax's: resize, scale to -1 ... 1"}
     return Reading(
-        config, _LAYOUT, state, preprocess, ignored={"opt/.*": None}, notes=notes, originals=originals
+        config,
+        _LAYOUT,
+        state,
+        preprocess,
+        ignored={"opt/.*": None},
+        notes=shape_note(config, template, foreign.wanted),
+        assumed=assumed,
+        originals=originals,
     )
 
 

@@ -20,6 +20,7 @@ from vitdeploy.checkpoint.families.base import (
     linear,
 )
 from vitdeploy.checkpoint.families.infer import infer_config, what_is_open
+from vitdeploy.checkpoint.refusals import CORRECT, shown
 from vitdeploy.config import Activation, Preprocess, Scores, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, did_you_mean
 from vitdeploy.images.preprocess import at_size, from_huggingface, published
@@ -126,11 +127,11 @@ def config_of(
                 f"{foreign.source}: there is no config.json beside the weights",
                 hint="keep it in its folder, or name the variant: -m vit_base_patch16_224 --checkpoint FILE",
             )
-        heads, sizes = what_is_open(template)
+        heads, sizes = what_is_open(template, foreign.wanted)
         return infer_config(layout, state, foreign.source, heads=heads, sizes=sizes, **fields)
     patch = height_and_width(config.get("patch_size", patch_size), "patch_size")
     if patch[0] != patch[1]:
-        raise CheckpointError(f"config.json: patch_size {list(patch)} is not square")
+        raise CheckpointError(f"config.json: patch_size {list(patch)} is not square", hint=CORRECT)
     return ViTConfig(
         image_size=height_and_width(config.get("image_size", 224), "image_size"),
         patch_size=patch[0],
@@ -155,7 +156,7 @@ def _heads(config: Mapping[str, object]) -> int:
         config_integer(config, "num_attention_heads", 12),
     )
     if heads < 1 or config_integer(config, "head_dim", width // heads) * heads != width:
-        raise CheckpointError(f"config.json: {heads} heads do not make up hidden_size {width}")
+        raise CheckpointError(f"config.json: {heads} heads do not make up hidden_size {width}", hint=CORRECT)
     return heads
 
 
@@ -174,7 +175,7 @@ def _activation(config: Mapping[str, object]) -> Activation:
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         guess = did_you_mean(str(name), _ACTIVATIONS)
         raise CheckpointError(
-            f"config.json: hidden_act {name!r} is not supported{guess}",
+            f"config.json: hidden_act {shown(name)} is not supported{guess}",
             hint=f"supported: {', '.join(_ACTIVATIONS)}",
         )
     return _ACTIVATIONS[name]
@@ -190,7 +191,7 @@ def labels_of(config: Mapping[str, object] | None, classes: int) -> tuple[str, .
     if not table or not classes:
         return None
     if not isinstance(table, Mapping) or not all(str(key).isdecimal() for key in table):
-        raise CheckpointError("config.json: id2label must map class numbers to labels")
+        raise CheckpointError("config.json: id2label must map class numbers to labels", hint=CORRECT)
     labels = {int(key): str(label) for key, label in table.items()}
     if len(labels) != classes or sorted(labels) != list(range(classes)):
         raise CheckpointError(
@@ -211,8 +212,9 @@ def scores_of(config: Mapping[str, object] | None) -> Scores | None:
     if problem is None:
         return None
     if not isinstance(problem, str) or problem not in _SCORES:
+        guess = did_you_mean(str(problem), _SCORES)
         raise CheckpointError(
-            f"config.json: problem_type {problem!r} is not supported{did_you_mean(str(problem), _SCORES)}",
+            f"config.json: problem_type {shown(problem)} is not supported{guess}",
             hint=f"known: {', '.join(_SCORES)}",
         )
     return _SCORES[problem]
@@ -241,8 +243,10 @@ def reading(
         base = from_huggingface(foreign.processor, model_type)
     prefix = model_type if any(name.startswith(f"{model_type}.") for name in foreign.state) else ""
     notes = []
+    assumed: dict[str, str | None] = {} if foreign.config is not None else {"heads": None, "activation": None}
     if foreign.processor is None:
-        notes.append(f"no preprocessor_config.json: preprocessing is that of published {model_type} models")
+        note = f"no preprocessor_config.json: preprocessing is that of published {model_type} models"
+        assumed["preprocess"] = note
     elif base.size != config.image_size:
         feeds, states = ("x".join(map(str, size)) for size in (base.size, config.image_size))
         notes.append(f"preprocessor_config.json feeds {feeds} pixels, config.json says {states}")
@@ -262,6 +266,7 @@ def reading(
         labels=labels_of(foreign.config, config.classes),
         scores=scores_of(foreign.config),
         notes=tuple(notes),
+        assumed=assumed,
         default_size=base.size if follows_processor and foreign.processor is not None else None,
         originals=originals,
         spell=spell,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vitdeploy.checkpoint.families.base import Layout, count_blocks, find_tensor
+from vitdeploy.checkpoint.refusals import OTHER_MODEL, looks_like
 from vitdeploy.config import Pool, Size, ViTConfig
 from vitdeploy.errors import CheckpointError
 
@@ -35,7 +36,9 @@ def infer_config(
     shapes = _Shapes(layout, state, source)
     width, channels, patch, across = shapes.of("patch_embed.weight", 4)
     if patch != across:
-        raise CheckpointError(f"{source}: patches of {patch}x{across} pixels are not square")
+        raise CheckpointError(
+            f"{source}: patches of {patch}x{across} pixels are not square", hint=OTHER_MODEL
+        )
     inner, mlp_width = shapes.rows("blocks.{i}.mlp.fc1.weight"), shapes.of("blocks.{i}.mlp.fc2.weight", 2)[1]
     gated = inner == 2 * mlp_width
     fields: dict[str, Any] = {
@@ -88,16 +91,40 @@ def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]
     )
 
 
+def _instead(name: str, state: Mapping[str, Tensor]) -> str:
+    """What a checkpoint may be that lacks this tensor."""
+    if guess := looks_like(state):
+        return guess
+    positions = "; without it, positions are rotary or relative (DINOv3, EVA02, BEiT)"
+    return positions if "pos" in name else ""
+
+
 def usual_heads(width: int) -> int:
-    """Heads of 64 columns, except for the widths of the paper's H, g and G, and of SoViT-400M."""
-    return 16 if width in (1152, 1280, 1408, 1664) else max(1, width // 64)
+    """Heads of 64 columns or a little more; 16 for the widths of the paper's H, g, G and of SoViT-400M."""
+    if width in (1152, 1280, 1408, 1664):
+        return 16
+    return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
 
 
-def what_is_open(template: ViTConfig | None) -> tuple[Callable[[int], int], list[Size]]:
-    """``heads`` and ``sizes`` for ``infer_config``: of the variant the user named, or as usual."""
+def what_is_open(template: ViTConfig | None, wanted: Size | None) -> tuple[Callable[[int], int], list[Size]]:
+    """``heads`` and ``sizes`` for ``infer_config``: of the variant and size the user named, or as usual."""
+    sizes = [] if wanted is None else [wanted]
     if template is None:
-        return usual_heads, []
-    return lambda width: template.heads, [template.image_size]
+        return usual_heads, sizes
+    return lambda width: template.heads, [template.image_size, *sizes]
+
+
+def shape_note(
+    config: ViTConfig, template: ViTConfig | None, wanted: Size | None, stated: Sequence[Size] = ()
+) -> tuple[str, ...]:
+    """What to say of a position table whose shape neither a file nor a variant's name states."""
+    (height, width), (rows, columns) = config.image_size, config.grid
+    if template is not None or config.position != "learned" or config.image_size in stated:
+        return ()
+    grid = f"the file does not tell the shape of its {rows * columns} patches: {rows}x{columns}"
+    if config.image_size == wanted:
+        return (f"{grid}, of the {height}x{width} pixels asked for",) if rows != columns else ()
+    return (f"{grid}, of {height}x{width} pixels, is taken, and --image-size settles it",)
 
 
 def heads_note(config: ViTConfig) -> str:
@@ -121,9 +148,13 @@ class _Shapes:
         tensor = find_tensor(self.layout, self.state, ours.format(i=0, j=0))
         name = self.layout[ours].name.format(i=0, j=0)
         if tensor is None:
-            raise CheckpointError(f"{self.source}: the tensor {name} is missing")
+            raise CheckpointError(
+                f"{self.source}: the tensor {name} is missing{_instead(name, self.state)}", hint=OTHER_MODEL
+            )
         if tensor.ndim != dimensions or not tensor.numel():
-            raise CheckpointError(f"{self.source}: {name} has the impossible shape {tuple(tensor.shape)}")
+            raise CheckpointError(
+                f"{self.source}: {name} has the impossible shape {tuple(tensor.shape)}", hint=OTHER_MODEL
+            )
         return tuple(tensor.shape)
 
 

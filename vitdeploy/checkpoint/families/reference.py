@@ -7,9 +7,7 @@ and of ``Preprocess``, one label for each class or null, and what becomes of log
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,10 +23,12 @@ from vitdeploy.checkpoint.families.base import (
     linear,
     template_of,
 )
-from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
+from vitdeploy.checkpoint.families.infer import heads_note, infer_config, shape_note, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
+from vitdeploy.checkpoint.refusals import CORRECT
+from vitdeploy.checkpoint.stated import parsed_fields
 from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_type
-from vitdeploy.errors import CheckpointError, ConfigError, did_you_mean
+from vitdeploy.errors import CheckpointError, ConfigError
 from vitdeploy.images.preprocess import at_size
 
 MODEL_TYPE = "vitdeploy"
@@ -44,8 +44,6 @@ _LAYOUT: Layout = {name: Source(name) for name in _TOKENS} | {
     name: source for layer in _LAYERS for name, source in linear(layer, layer).items()
 }
 
-_Fields = TypeVar("_Fields")
-
 
 def _claims(foreign: Foreign) -> bool:
     if foreign.config is not None and "model_type" in foreign.config:
@@ -55,7 +53,8 @@ def _claims(foreign: Foreign) -> bool:
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     stated = foreign.config or {}
-    notes = []
+    assumed: dict[str, str | None] = {}
+    notes: tuple[str, ...] = ()
     layout = _LAYOUT
     config: ModelConfig
     if stated.get("model") is not None:
@@ -63,13 +62,16 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         names = expected_of(config, len(foreign.state), foreign.source)
         layout = {template: Source(template) for template, _ in map(template_of, names)}
     else:
-        heads, sizes = what_is_open(template)
+        heads, sizes = what_is_open(template, foreign.wanted)
         inferred = infer_config(_LAYOUT, foreign.state, foreign.source, heads=heads, sizes=sizes)
-        notes += [] if template else [heads_note(inferred)]
+        assumed |= {"heads": None if template else heads_note(inferred), "activation": None}
+        notes = shape_note(inferred, template, foreign.wanted)
         config = inferred
     base = Preprocess(size=config.image_size)
-    if stated.get("preprocess"):
-        base = _parse(Preprocess, config_object(stated, "preprocess"), "preprocess")
+    if not stated.get("preprocess"):
+        assumed["preprocess"] = None
+    else:
+        base = parsed_fields(Preprocess, config_object(stated, "preprocess"), "config.json", "preprocess")
 
     def preprocess(size: Size | None) -> Preprocess:
         return base if size in (None, base.size) else at_size(base, size)
@@ -82,7 +84,8 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         preprocess,
         labels=labels,
         scores=_scores(stated.get("scores")),
-        notes=tuple(notes),
+        notes=notes,
+        assumed=assumed,
     )
 
 
@@ -90,30 +93,20 @@ def _model(values: Mapping[str, object]) -> ModelConfig:
     try:
         kind, fields = model_type(values)
     except ConfigError as error:
-        raise CheckpointError(f"config.json: model: {error.message}") from error
-    return _parse(kind, fields, "model")
-
-
-def _parse(kind: type[_Fields], values: Mapping[str, object], key: str) -> _Fields:
-    fields = list(inspect.signature(kind).parameters)
-    for name in values:
-        if name not in fields:
-            raise CheckpointError(f"config.json: {key} has no field {name!r}{did_you_mean(name, fields)}")
-    try:
-        return TypeAdapter(kind).validate_python(dict(values))
-    except ValidationError as error:
-        raise CheckpointError(f"config.json: {first_problem(error, key)}") from error
-    except ConfigError as error:
-        raise CheckpointError(f"config.json: {key}: {error.message}", hint=error.hint) from error
+        raise CheckpointError(f"config.json: model: {error.message}", hint=CORRECT) from error
+    model: ModelConfig = parsed_fields(kind, fields, "config.json", "model")
+    return model
 
 
 def _labels(labels: object, classes: int) -> tuple[str, ...] | None:
     if labels is None:
         return None
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
-        raise CheckpointError("config.json: labels must be a list of strings")
+        raise CheckpointError("config.json: labels must be a list of strings", hint=CORRECT)
     if len(labels) != classes:
-        raise CheckpointError(f"config.json: {len(labels)} labels, but the head has {classes} classes")
+        raise CheckpointError(
+            f"config.json: {len(labels)} labels, but the head has {classes} classes", hint=CORRECT
+        )
     return tuple(labels)
 
 
@@ -123,7 +116,7 @@ def _scores(scores: object) -> Scores | None:
     try:
         return TypeAdapter[Scores](Scores).validate_python(scores)
     except ValidationError as error:
-        raise CheckpointError(f"config.json: {first_problem(error, 'scores')}") from error
+        raise CheckpointError(f"config.json: {first_problem(error, 'scores')}", hint=CORRECT) from error
 
 
 FAMILY = Family(MODEL_TYPE, _claims, _read, PositionRule(antialias=True))

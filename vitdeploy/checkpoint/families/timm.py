@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +29,13 @@ from vitdeploy.checkpoint.families.base import (
     linear,
     merged_qkv,
     rename_tensors,
+    sole_head,
 )
-from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
+from vitdeploy.checkpoint.families.huggingface import scores_of
+from vitdeploy.checkpoint.families.infer import heads_note, infer_config, shape_note, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
+from vitdeploy.checkpoint.families.timm_names import activation_of, heads_of, is_plain, kind_of, width_of
+from vitdeploy.checkpoint.refusals import CORRECT, OTHER_MODEL, cut, shown
 from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
 from vitdeploy.images.preprocess import from_timm
@@ -65,14 +71,6 @@ _ELDER_NAMES = (
     (re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),
 )
 
-# Unlike others of their width.
-_SIXTEEN_HEADS = re.compile(r"vit_base_patch16_gap_224|vit_giantopt_.*")
-_TANH_GELU = re.compile(
-    r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_\d+|large_patch16_siglip_gap_512)"
-)
-# Same tensor names, another function.
-_REFUSED = re.compile(r".*_rpn_.*")
-
 _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "gelu_tanh": "gelu_tanh",
@@ -97,33 +95,45 @@ def _claims(foreign: Foreign) -> bool:
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     config = foreign.config or {}
-    arguments, pretrained = config_object(config, "model_args"), config_object(config, "pretrained_cfg")
+    arguments, pretrained = config_object(config, "model_args"), _pretrained(config)
     architecture = str(config.get("architecture") or pretrained.get("architecture") or "").split(".")[0]
-    _refuse_unsupported(architecture, arguments)
-    state, originals = rename_tensors(foreign.state, _modern_name)
+    _refuse_unsupported(foreign.source, architecture, arguments)
+    head = sole_head(foreign.state, "head")
+    state, originals = rename_tensors(foreign.state, lambda name: _modern_name(name, head))
     layout = _layout("fc_norm" if "fc_norm.weight" in state else "norm")
     stated = _stated_fields(foreign.source, architecture, config, state)
-    heads, sizes = what_is_open(template)
+    heads, sizes = what_is_open(template, foreign.wanted)
+    own_sizes = _sizes(arguments, pretrained)
     result = infer_config(
         layout,
         state,
         foreign.source,
         heads=_heads(architecture, arguments) or heads,
-        sizes=[*_sizes(arguments, pretrained), *sizes],
+        sizes=[*own_sizes, *sizes],
         **stated,
     )
-    notes = [] if architecture or template else [heads_note(result)]
+    if own_sizes and foreign.wanted is None:
+        _refuse_indivisible(foreign.source, own_sizes[0], result.patch_size)
+    notes: tuple[str, ...] = () if head in (None, "head") else (f"the head is the linear layer {head!r}",)
+    assumed: dict[str, str | None] = {}
+    if "num_heads" not in arguments and width_of(architecture) not in (None, result.width):
+        assumed["heads"] = heads_note(result)
+    if not architecture:
+        notes += shape_note(result, template, foreign.wanted, own_sizes)
+        assumed |= {"heads": None if template else heads_note(result), "activation": None}
     if not pretrained:
-        notes.append("no config.json of timm: preprocessing is timm's default for ViT")
+        assumed["preprocess"] = "no config.json of timm: preprocessing is timm's default for ViT"
     return Reading(
         config=result,
         layout=layout,
         state=state,
-        preprocess=lambda size: _preprocess(pretrained, size or result.image_size),
+        preprocess=lambda size: _preprocess(config, pretrained, size or result.image_size),
         ignored={"mask_token": None},
         originals=originals,
         labels=_labels(config, pretrained, result.classes),
-        notes=tuple(notes),
+        scores=scores_of(config) if _is_wrapped(config) else None,
+        notes=notes,
+        assumed=assumed,
     )
 
 
@@ -137,36 +147,67 @@ def _stated_fields(
         fields["activation"] = activation
     pool = arguments.get("global_pool") or config.get("global_pool") or ("avg" if late else None)
     if pool not in (None, "avg", "token"):
-        raise CheckpointError(f"{source}: pooling by {pool!r} is not supported")
+        raise CheckpointError(f"{source}: pooling by {shown(pool)} is not supported", hint=OTHER_MODEL)
     if "dist_token" in state:
         fields["pool"] = "both_heads"
     elif pool is not None:
         fields["pool"] = "mean" if pool == "avg" else "cls"
     if arguments.get("pos_embed") in ("", "none"):
         fields["position"] = "none"
-    for ours, theirs in (("classes", "num_classes"), ("depth", "depth")):
+    # transformers keeps the number of classes of a model that it saves without its head.
+    body = _is_wrapped(config) and "ForImageClassification" not in str(config.get("architectures"))
+    for ours, theirs in (("depth", "depth"),) if body else (("classes", "num_classes"), ("depth", "depth")):
         if (value := arguments.get(theirs, config.get(theirs))) is not None:
             fields[ours] = config_integer({theirs: value}, theirs, 0)
     return fields
 
 
-def _refuse_unsupported(architecture: str, arguments: Mapping[str, object]) -> None:
+def _is_wrapped(config: Mapping[str, object]) -> bool:
+    """Whether transformers saved it, as a ``TimmWrapperModel``."""
+    return config.get("model_type") == "timm_wrapper"
+
+
+def _pretrained(config: Mapping[str, object]) -> Mapping[str, object]:
+    """``pretrained_cfg``; elder files have its settings beside ``architecture``, as timm's loader knows."""
+    nested = config_object(config, "pretrained_cfg")
+    flat = not config.keys().isdisjoint(("input_size", "mean", "std", "crop_pct", "interpolation"))
+    return config if flat and not nested else nested
+
+
+def _refuse_unsupported(source: str, architecture: str, arguments: Mapping[str, object]) -> None:
     unsupported = []
-    if _REFUSED.fullmatch(architecture):
-        unsupported.append(f"architecture {architecture}")
+    if architecture and not is_plain(architecture):
+        kind = kind_of(architecture)
+        unsupported.append(f"architecture {cut(architecture)}" + (f" ({kind})" if kind else ""))
     if arguments.get("pool_include_prefix"):
         unsupported.append("pool_include_prefix")
     if arguments.get("norm_layer") not in _NORMS:
-        unsupported.append(f"norm_layer {arguments['norm_layer']!r}")
-    unsupported += [f"{key} {arguments[key]!r}" for key in ("attn_layer", "block_fn") if arguments.get(key)]
+        unsupported.append(f"norm_layer {shown(arguments['norm_layer'])}")
+    unsupported += [
+        f"{key} {shown(arguments[key])}" for key in ("attn_layer", "block_fn") if arguments.get(key)
+    ]
     if unsupported:
         raise CheckpointError(
-            f"timm's {', '.join(unsupported)} is not supported",
+            f"{source}: timm's {', '.join(unsupported)} is not supported",
             hint="--model module:function exports any nn.Module, timm.create_model(...) too",
         )
 
 
-def _modern_name(name: str) -> str:
+def _refuse_indivisible(source: str, size: Size, patch: int) -> None:
+    """Refuse a model that sees the upper left part of its images only: ours see all that they are given."""
+    used = [side - side % patch for side in size]
+    if used != list(size):
+        (height, width), (rows, columns) = size, used
+        raise CheckpointError(
+            f"{source}: timm feeds {height}x{width} pixels, of which patches of {patch} use {rows}x{columns}",
+            hint=f"--image-size {rows}x{columns} resizes images to what is used; the scores change a little",
+        )
+
+
+def _modern_name(name: str, head: str | None) -> str:
+    """The name that timm gives it today; ``head`` is the linear layer in the head's place."""
+    if head is not None and name.rpartition(".")[0] == head:
+        return f"head.{name.rpartition('.')[2]}"
     for pattern, replacement in _ELDER_NAMES:
         name = pattern.sub(replacement, name)
     return name
@@ -177,18 +218,19 @@ def _heads(architecture: str, arguments: Mapping[str, object]) -> Callable[[int]
     if "num_heads" in arguments:
         heads = config_integer(arguments, "num_heads", 0)
         if heads < 1:
-            raise CheckpointError(f"config.json: num_heads must be at least 1, not {heads}")
+            raise CheckpointError(f"config.json: num_heads must be at least 1, not {heads}", hint=CORRECT)
         return lambda width: heads
-    return (lambda width: 16) if _SIXTEEN_HEADS.fullmatch(architecture) else None
+    known = heads_of(architecture)
+    return None if known is None else lambda width: known
 
 
 def _activation(architecture: str, arguments: Mapping[str, object]) -> Activation | None:
     name = arguments.get("act_layer")
     if name is None:
-        return "gelu_tanh" if _TANH_GELU.fullmatch(architecture) else None
+        return activation_of(architecture)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         guess = did_you_mean(str(name), _ACTIVATIONS)
-        raise CheckpointError(f"config.json: act_layer {name!r} is not supported{guess}")
+        raise CheckpointError(f"config.json: act_layer {shown(name)} is not supported{guess}", hint=CORRECT)
     return _ACTIVATIONS[name]
 
 
@@ -202,24 +244,28 @@ def _sizes(arguments: Mapping[str, object], pretrained: Mapping[str, object]) ->
     return sizes
 
 
-def _preprocess(pretrained: Mapping[str, object], size: Size) -> Preprocess:
+def _preprocess(config: Mapping[str, object], pretrained: Mapping[str, object], size: Size) -> Preprocess:
     half = (0.5, 0.5, 0.5)
     settings = pretrained or {"crop_pct": 0.9, "mean": half, "std": half}
-    return from_timm({**settings, "input_size": (3, *size)})
+    # transformers turns photographs as their EXIF orientation says before it hands them to timm's transform.
+    return replace(from_timm({**settings, "input_size": (3, *size)}), exif=_is_wrapped(config))
 
 
 def _labels(
     config: Mapping[str, object], pretrained: Mapping[str, object], classes: int
 ) -> tuple[str, ...] | None:
-    """timm's ``label_names``, in words where ``label_descriptions`` has them."""
-    names = config.get("label_names") or pretrained.get("label_names")
+    """timm's ``label_names`` (``labels`` in elder files), in words where ``label_descriptions`` has them."""
+    places = [found.get(key) for key in ("label_names", "labels") for found in (config, pretrained)]
+    names = next(filter(None, places), None)
     if not names or not classes:
         return None
     if isinstance(names, Mapping):
         names = [names.get(str(index), names.get(index)) for index in range(max(classes, len(names)))]
     if not isinstance(names, (list, tuple)) or len(names) != classes or None in names:
         count = len(names) if isinstance(names, (list, tuple)) else 0
-        raise CheckpointError(f"config.json: {count} label_names, but the head has {classes} classes")
+        raise CheckpointError(
+            f"config.json: {count} label_names, but the head has {classes} classes", hint=CORRECT
+        )
     words = config_object(config, "label_descriptions") or config_object(pretrained, "label_descriptions")
     return tuple(str(words.get(str(name), name)) for name in names)
 
@@ -227,8 +273,8 @@ def _labels(
 FAMILY = Family("timm", _claims, _read, PositionRule(antialias=True, dtype=torch.float32))
 
 
-def from_library(name: str) -> Foreign:
-    """Return timm's pretrained model ``name``, downloaded by timm.
+def from_library(name: str, *, pretrained: bool = True, cache_dir: Path | str | None = None) -> Foreign:
+    """Return timm's model ``name``: pretrained, downloaded by timm; or what it is, for weights of the user's.
 
     Raises:
         MissingDependency: timm is not installed.
@@ -240,16 +286,24 @@ def from_library(name: str) -> Foreign:
         raise MissingDependency("timm", extra="hub", purpose=f"--model timm:{name}") from error
     names = timm.list_models() + timm.list_models(pretrained=True)
     if name not in names:
-        raise CheckpointError(f"timm has no model {name!r}{did_you_mean(name, names)}")
+        raise CheckpointError(
+            f"timm has no model {shown(name)}{did_you_mean(name, names)}",
+            hint="timm.list_models() lists what it has",
+        )
     try:
-        model = timm.create_model(name, pretrained=True)
+        where = {} if cache_dir is None else {"cache_dir": cache_dir}
+        model = timm.create_model(name, pretrained=pretrained, **where)
     except Exception as error:  # whatever the download raises: HTTP, offline, disk, no weights published
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"timm could not load the pretrained weights of {name}: {reason}",
             hint="download its model.safetensors and config.json into a folder, and give that folder",
         ) from error
-    return Foreign(f"timm:{name}", model.state_dict(), _config_of(model, name))
+    config = _config_of(model, name)
+    if not pretrained:
+        settings = config_object(config, "pretrained_cfg")
+        config["pretrained_cfg"] = {k: value for k, value in settings.items() if not k.startswith("label_")}
+    return Foreign(f"timm:{name}", model.state_dict(), config)
 
 
 def _config_of(model: Any, name: str) -> dict[str, object]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Literal
+
 from vitdeploy.checkpoint.families.base import (
     Family,
     Foreign,
@@ -12,8 +15,9 @@ from vitdeploy.checkpoint.families.base import (
     linear,
     merged_qkv,
     rename_tensors,
+    sole_head,
 )
-from vitdeploy.checkpoint.families.infer import heads_note, infer_config, what_is_open
+from vitdeploy.checkpoint.families.infer import heads_note, infer_config, shape_note, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import Preprocess, Size, ViTConfig
 from vitdeploy.images.preprocess import at_size
@@ -33,8 +37,7 @@ _LAYOUT: Layout = {
     **linear("representation", "heads.pre_logits"),
     **linear("head", "heads.head"),
 }
-# ViT_B_16_Weights.IMAGENET1K_V1; the SWAG weights only differ in size.
-_PREPROCESS = Preprocess(
+_IMAGENET = Preprocess(
     resize="shortest_edge",
     resize_edge=256,
     crop_rounding="round",
@@ -43,29 +46,76 @@ _PREPROCESS = Preprocess(
 )
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """Weights that torchvision publishes, and how it prepares images for them."""
+
+    name: str
+    width: int
+    patch: int
+    size: int
+    edge: int
+    """The shorter edge that images are resized to, in pixels."""
+    resample: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+_PUBLISHED = (
+    _Weights("ViT_B_16_Weights.IMAGENET1K_V1", 768, 16, 224, 256),
+    _Weights("ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1", 768, 16, 384, 384, "bicubic"),
+    _Weights("ViT_B_32_Weights.IMAGENET1K_V1", 768, 32, 224, 256),
+    _Weights("ViT_L_16_Weights.IMAGENET1K_V1", 1024, 16, 224, 242),
+    _Weights("ViT_L_16_Weights.IMAGENET1K_SWAG_E2E_V1", 1024, 16, 512, 512, "bicubic"),
+    _Weights("ViT_L_32_Weights.IMAGENET1K_V1", 1024, 32, 224, 256),
+    _Weights("ViT_H_14_Weights.IMAGENET1K_SWAG_E2E_V1", 1280, 14, 518, 518, "bicubic"),
+    _Weights("ViT_H_14_Weights.IMAGENET1K_SWAG_LINEAR_V1", 1280, 14, 224, 224, "bicubic"),
+)
+"""Of torchvision 0.29. B/16 and L/16 of SWAG_LINEAR cannot be told from those of IMAGENET1K_V1."""
+
+
+def _published(config: ViTConfig) -> _Weights:
+    """The weights that these are or probably began as: of their architecture, of their size if possible."""
+    own = [known for known in _PUBLISHED if (known.width, known.patch) == (config.width, config.patch_size)]
+    sized = [known for known in own if (known.size, known.size) == config.image_size]
+    return (sized or own or list(_PUBLISHED))[0]
+
+
 def _claims(foreign: Foreign) -> bool:
     return "conv_proj.weight" in foreign.state and any(
         name.startswith("encoder.layers.encoder_layer_0.") for name in foreign.state
     )
 
 
-def _modern_name(name: str) -> str:
-    """The MLP of torchvision 0.12 had names, that of its successors has numbers."""
+def _modern_name(name: str, head: str | None) -> str:
+    """The MLP of torchvision 0.12 had names, later ones have numbers; ``head`` is the head's layer."""
+    if head is not None and name.rpartition(".")[0] == head:
+        return f"heads.head.{name.rpartition('.')[2]}"
     return name.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state, originals = rename_tensors(foreign.state, _modern_name)
-    heads, sizes = what_is_open(template)
+    head = sole_head(foreign.state, "heads")
+    state, originals = rename_tensors(foreign.state, lambda name: _modern_name(name, head))
+    heads, sizes = what_is_open(template, foreign.wanted)
     config = infer_config(_LAYOUT, state, foreign.source, heads=heads, sizes=sizes)
+    published = _published(config)
+    base = replace(
+        _IMAGENET,
+        size=(published.size, published.size),
+        resize_edge=published.edge,
+        resample=published.resample,
+    )
 
     def preprocess(size: Size | None) -> Preprocess:
-        return at_size(_PREPROCESS, size or config.image_size)
+        return at_size(base, size or config.image_size)
 
-    notes = ["preprocessing is torchvision's for its ImageNet weights"]
-    if template is None:
-        notes.append(heads_note(config))
-    return Reading(config, _LAYOUT, state, preprocess, notes=tuple(notes), originals=originals)
+    assumed = {
+        "preprocess": f"preprocessing is taken to be that of torchvision's {published.name}",
+        "heads": heads_note(config) if template is None else None,
+    }
+    notes = shape_note(config, template, foreign.wanted)
+    if head not in (None, "heads.head"):
+        notes = (f"the head is the linear layer {head!r}", *notes)
+    return Reading(config, _LAYOUT, state, preprocess, notes=notes, assumed=assumed, originals=originals)
 
 
 FAMILY = Family("torchvision", _claims, _read, PositionRule(align_corners=True))

@@ -10,8 +10,8 @@ from typing import Any
 from vitdeploy.bundle.dtypes import PRECISION_DTYPES
 from vitdeploy.bundle.manifest import OpPrecision
 from vitdeploy.bundle.onnx_graph import GEMMS, prove_precision
+from vitdeploy.checkpoint.documents import read_json
 from vitdeploy.checkpoint.families.huggingface import labels_of
-from vitdeploy.checkpoint.files import read_json
 from vitdeploy.config import Preprocess
 from vitdeploy.errors import CheckpointError
 from vitdeploy.images.preprocess import from_huggingface

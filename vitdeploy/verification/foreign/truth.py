@@ -17,7 +17,8 @@ from vitdeploy.backends.base import Array, Session, SessionFacts
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import golden_inputs
 from vitdeploy.bundle.manifest import Manifest, Provenance, TensorSpec
-from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model
+from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
+from vitdeploy.checkpoint.stated import Stated
 from vitdeploy.config import ModelConfig, Output, Preprocess, Scores, Size
 from vitdeploy.errors import UsageError
 from vitdeploy.model.reference import Reference, forward_float64
@@ -60,7 +61,9 @@ class Truth:
         """
         self.opened, self.interface = opened, interface
         self.checkpoint = opened if isinstance(opened, Checkpoint) else None
-        self.size: Size = interface.size or self._native_size
+        self.size: Size = interface.size or (
+            self.config.image_size if self.config else opened.preprocess.size
+        )
         channels = 3 if self.config is None else self.config.channels
         if interface.channels not in (None, channels):
             raise UsageError(f"the file reads {interface.channels} channels, and {self.source} {channels}")
@@ -75,8 +78,9 @@ class Truth:
             UsageError, CheckpointError, MissingDependency: as ``open_model``; or its weights are random.
         """
         if isinstance(model, nn.Module):
-            size = interface.size or (224, 224)
-            opened: Checkpoint | UserModule = UserModule(model, type(model).__name__, size)
+            opened: Checkpoint | UserModule = user_module(
+                model, type(model).__name__, interface.size, Stated()
+            )
         else:
             name = None if model is None else str(model)
             opened = open_model(name, checkpoint=checkpoint, image_size=interface.size)
@@ -96,12 +100,8 @@ class Truth:
         return self.checkpoint.config if self.checkpoint else None
 
     @property
-    def _native_size(self) -> Size:
-        return self.config.image_size if self.config else self.opened.image_size  # type: ignore[union-attr]
-
-    @property
     def labels(self) -> tuple[str, ...] | None:
-        return self.checkpoint.labels if self.checkpoint else None
+        return self.opened.labels
 
     @property
     def stated_preprocess(self) -> Preprocess | None:
@@ -110,7 +110,7 @@ class Truth:
 
     @property
     def preprocess(self) -> Preprocess:
-        return self.stated_preprocess or Preprocess(size=self.size)
+        return self.opened.preprocess
 
     @property
     def state(self) -> Mapping[str, Tensor]:
@@ -191,8 +191,8 @@ class Truth:
             model=self.config,
             input=self.interface.kind,
             preprocess=self.preprocess,
-            labels=self.labels if self.config else tuple(map(str, range(classes))),
-            scores=scores or (checkpoint.scores if checkpoint else usual_scores(classes)),
+            labels=self.labels if self.config or self.labels else tuple(map(str, range(classes))),
+            scores=scores or self.opened.scores or usual_scores(classes),
             provenance=Provenance(
                 source=self.source, family=checkpoint.family if checkpoint else "user module"
             ),
