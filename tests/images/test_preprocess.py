@@ -234,7 +234,6 @@ def test_timm_defaults() -> None:
 @pytest.mark.parametrize(
     "config,key",
     [
-        ({"input_size": [1, 28, 28]}, "input_size"),
         ({"input_size": [224, 224]}, "input_size"),
         ({"input_size": 224}, "input_size"),
         ({"input_size": [3, 224, 0]}, "input_size"),
@@ -245,6 +244,8 @@ def test_timm_defaults() -> None:
         ({"interpolation": "random"}, "interpolation"),
         ({"interpolation": 3}, "interpolation"),
         ({"mean": [0.5]}, "mean"),
+        ({"mean": [0.5] * 3, "input_size": [1, 28, 28], "std": [0.5]}, "mean has 3 numbers and std 1"),
+        ({"mean": [0.5] * 2, "input_size": [4, 28, 28]}, "is not 4 numbers, as the model has 4 channels"),
         ({"std": [0.5, 0.5, 0]}, "std"),
     ],
 )

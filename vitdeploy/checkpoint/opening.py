@@ -41,6 +41,7 @@ from vitdeploy.config import (
 )
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError, did_you_mean
+from vitdeploy.images.preprocess import channel_notes, for_channels
 from vitdeploy.model.registry import expected_shapes
 from vitdeploy.scores import usual_scores
 
@@ -270,10 +271,12 @@ def _convert(
     if fitted := family.positions.fit(state, native, size):
         state |= fitted
         notes = (*notes, _interpolation_note(reading, size, family.name))
+    preprocess = reading.preprocess(size)
+    notes = (*notes, *channel_notes(preprocess, config.channels))
     return Checkpoint(
         config=config,
         state=state,
-        preprocess=reading.preprocess(size),
+        preprocess=for_channels(preprocess, config.channels),
         labels=reading.labels,
         family=family.name,
         source=foreign.source,
@@ -284,7 +287,7 @@ def _convert(
 
 
 def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> None:
-    fields = ("patch_size", "channels", "width", "depth", "heads", "mlp_width", "distillation_token")
+    fields = ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token")
     differing = [
         f"{field} {getattr(config, field, None)}, not {getattr(template, field)}"
         for field in fields

@@ -106,7 +106,9 @@ def _facts(manifest: Manifest) -> None:
         edge = f" {prep.resize_edge}" if prep.resize_edge else ""
         turned = ", turned as EXIF says" if prep.exif else ""
         shape = f"{prep.size[0]}x{prep.size[1]}"
-        rows.append(("preprocess", f"{prep.resize}{edge} {prep.resample} to {shape}{turned}"))
+        grey = ", in grey" if prep.channels == 1 else ""
+        how = f"{prep.resize}{edge} {prep.resample} to {shape}{turned}{grey}"
+        rows.append(("preprocess", how if prep.takes_images else f"{manifest.refuses_images}"))
     rows.extend(("note", text) for text in made.notes)
     output.facts(rows)
 

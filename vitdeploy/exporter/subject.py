@@ -18,7 +18,8 @@ from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, Scores
 from vitdeploy.errors import ExportError, UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
 from vitdeploy.exporter.request import ExportRequest
-from vitdeploy.exporter.user_module import island_norms, only_tensor, rehearse, wrap
+from vitdeploy.exporter.user_module import input_channels, island_norms, only_tensor, rehearse, wrap
+from vitdeploy.images.preprocess import channel_notes, for_channels
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan, island_names
 from vitdeploy.model.reference import forward_float64, state_of
@@ -80,8 +81,12 @@ class CheckpointSubject(Subject):
 
     def __init__(self, checkpoint: Checkpoint, output: Output | None, input_kind: InputKind) -> None:
         config = checkpoint.config
-        if config.channels != 3:
-            raise UsageError(f"{checkpoint.source} reads {config.channels} channels; images have 3")
+        if checkpoint.preprocess.channels != config.channels:
+            raise UsageError(
+                f"{checkpoint.source} reads {config.channels} channels, but its preprocessing has "
+                f"{checkpoint.preprocess.channels} means",
+                hint="state one mean and one deviation for each channel",
+            )
         if output is not None and output not in config.outputs:
             raise UsageError(
                 f"{checkpoint.source} has no {output}", hint=f"it has: {', '.join(config.outputs)}"
@@ -138,13 +143,15 @@ class ModuleSubject(Subject):
         if output not in (None, "logits"):
             raise UsageError(f"a module of your own gives what it returns; {output!r} cannot be chosen")
         self.config = None
-        self.preprocess = Preprocess(size=user.image_size)
+        channels, stated = input_channels(user.module, user.image_size), Preprocess(size=user.image_size)
+        self.preprocess = for_channels(stated, channels)
         self.labels = None
         self.output, self.input = "logits", input_kind
         height, width = user.image_size
         self.notes = (
             f"a module of your own says nothing of its preprocessing; assumed: resize to {height}x{width}, "
             "mean and std 0.5",
+            *channel_notes(stated, channels),
         )
         self._module = user.module
 
@@ -165,7 +172,7 @@ class ModuleSubject(Subject):
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ExportError(
                 f"the model does not run on a {tuple(inputs.shape)} tensor in float64: {error}",
-                hint="it must take one (N, 3, H, W) tensor; --image-size says which H and W",
+                hint="it must take one (N, C, H, W) tensor; --image-size says which H and W",
             ) from error
 
     def deployed(self, plan: PrecisionPlan) -> nn.Module:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from vitdeploy.config import Size
 from vitdeploy.errors import ExportError
 from vitdeploy.model.precision import PrecisionPlan
 
@@ -41,6 +42,20 @@ class IslandNorm(nn.Module):
 
 def _widened(value: Tensor | None) -> nn.Parameter | None:
     return None if value is None else nn.Parameter(value.detach().float(), requires_grad=False)
+
+
+def input_channels(module: nn.Module, size: Size) -> int:
+    """What the first convolution reads, unless the module takes an image of three channels."""
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    if first is None or first.in_channels == 3:
+        return 3
+    image = torch.zeros(1, 3, *size, dtype=first.weight.dtype, device=first.weight.device)
+    try:
+        with torch.inference_mode():
+            copy.deepcopy(module).eval()(image)
+    except Exception:  # whatever the user's code raises where it is given too many channels
+        return first.in_channels
+    return 3
 
 
 def only_tensor(output: object) -> Tensor:

@@ -238,7 +238,7 @@ def reading(
     if foreign.processor is None:
         base = published(model_type)
     else:
-        base = from_huggingface(foreign.processor, model_type)
+        base = from_huggingface(foreign.processor, model_type, config.channels)
     prefix = model_type if any(name.startswith(f"{model_type}.") for name in foreign.state) else ""
     notes = []
     if foreign.processor is None:

@@ -70,6 +70,11 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     base = Preprocess(size=config.image_size)
     if stated.get("preprocess"):
         base = _parse(Preprocess, config_object(stated, "preprocess"), "preprocess")
+        if base.channels != config.channels:
+            raise CheckpointError(
+                f"config.json: preprocess: {base.channels} means for a model of {config.channels} channels",
+                hint="state one number for each channel in mean and std",
+            )
 
     def preprocess(size: Size | None) -> Preprocess:
         return base if size in (None, base.size) else at_size(base, size)

@@ -119,7 +119,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         config=result,
         layout=layout,
         state=state,
-        preprocess=lambda size: _preprocess(pretrained, size or result.image_size),
+        preprocess=lambda size: _preprocess(pretrained, result.channels, size or result.image_size),
         ignored={"mask_token": None},
         originals=originals,
         labels=_labels(config, pretrained, result.classes),
@@ -202,10 +202,9 @@ def _sizes(arguments: Mapping[str, object], pretrained: Mapping[str, object]) ->
     return sizes
 
 
-def _preprocess(pretrained: Mapping[str, object], size: Size) -> Preprocess:
-    half = (0.5, 0.5, 0.5)
-    settings = pretrained or {"crop_pct": 0.9, "mean": half, "std": half}
-    return from_timm({**settings, "input_size": (3, *size)})
+def _preprocess(pretrained: Mapping[str, object], channels: int, size: Size) -> Preprocess:
+    settings = pretrained or {"crop_pct": 0.9, "mean": 0.5, "std": 0.5}
+    return from_timm({**settings, "input_size": (channels, *size)})
 
 
 def _labels(
