@@ -166,8 +166,8 @@ class Predictor:
             reads = self.session.facts.inputs[0]
             raise UsageError(
                 f"{self.bundle.root}: {manifest.refuses_images}, so it cannot take images",
-                hint=f"in Python: vitdeploy.load({str(self.bundle.root)!r}).run(tensors), tensors of shape "
-                f"({', '.join(map(str, reads.shape))}) in {reads.dtype}",
+                hint=f"in Python, vitdeploy.load(BUNDLE).run(x) takes x: {reads.dtype} "
+                f"({', '.join(map(str, reads.shape))})",
             )
         picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image)
         return pixel_values(picture, manifest.preprocess, manifest.input)

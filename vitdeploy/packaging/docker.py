@@ -83,7 +83,8 @@ def _call(job: Job) -> str:
         where = f"http://localhost:8000/v1/models/{job.name}:predict"
         return f'curl --fail --data-binary @image.jpg -H "Content-Type: image/jpeg" {where}'
     where = f"http://localhost:8000/v2/models/{job.name}"
-    return f"curl --fail {where}  # POST to {where}/infer: {reads.name}, {reads.dtype} {list(reads.shape)}"
+    shape = ", ".join(map(str, reads.shape))
+    return f"curl --fail {where}  # POST to {where}/infer: {reads.name}, {reads.dtype} ({shape})"
 
 
 def _what(wheel: str | None) -> dict[str, str]:
