@@ -51,3 +51,14 @@ def test_heads_are_those_of_the_published_models(tmp_path: Path) -> None:
     again = open_model(checkpoint=tmp_path / "elder.safetensors")
     assert isinstance(again, Checkpoint)
     assert all(torch.equal(again.state[name], tensor) for name, tensor in opened.state.items())
+
+
+def test_a_model_of_one_channel_gets_the_average_of_imagenet(tmp_path: Path) -> None:
+    state = load_file(RECORDED / "vit.safetensors")
+    state["conv_proj.weight"] = state["conv_proj.weight"].sum(dim=1, keepdim=True)
+    save_file(state, tmp_path / "grey.safetensors")
+    opened = open_model(checkpoint=tmp_path / "grey.safetensors")
+    assert isinstance(opened, Checkpoint)
+    assert opened.config.channels == 1
+    assert opened.preprocess.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,), rel=1e-15)
+    assert any("average" in note for note in opened.notes)
