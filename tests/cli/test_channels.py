@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from sklearn.datasets import load_sample_images
 
 import vitdeploy
 from tests.helpers.channel_models import (
+    MEAN,
     SIZE,
+    STD,
     Array,
     expected_logits,
     expected_pixels,
@@ -30,6 +32,9 @@ from tests.helpers.live_server import Live, serving
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import UsageError
 from vitdeploy.scores import softmax
+from vitdeploy.verification.live.diagnosis import explain_images
+from vitdeploy.verification.live.image_endpoints import Scored
+from vitdeploy.verification.live.images import expect, image_files
 
 pytestmark = pytest.mark.slow
 
@@ -153,6 +158,41 @@ def test_bundles_and_servers_verify(run: Run, grey: Path, four: Path, four_uint8
     said = run("verify", four).out
     assert "the bundle reads tensors of 4 channels, not images: no pixels were compared" in said
     assert "preprocessing equal" not in said
+
+
+GREYS: dict[str, tuple[str, Callable[[Array], Array]]] = {
+    "grey that is the mean of red, green and blue": ("half", lambda rgb: np.rint(rgb.mean(axis=-1))),
+    "BGR pixels: red and blue are swapped": (
+        "half",
+        lambda rgb: np.asarray(Image.fromarray(np.ascontiguousarray(rgb[..., ::-1])).convert("L")),
+    ),
+    "pixels normalised with ImageNet's mean and std": (
+        "imagenet",
+        lambda rgb: np.asarray(Image.fromarray(rgb).convert("L")),
+    ),
+}
+
+
+@pytest.mark.parametrize("cause", GREYS)
+def test_what_a_server_does_wrong_with_grey_is_named(grey: Path, cause: str) -> None:
+    """A server's own Pillow and numpy, or PyTorch's processor, instead of the bundle's preprocessing."""
+    bundle = Bundle.open(grey)
+    statistics, convert = GREYS[cause]
+    with vitdeploy.load(bundle, artifact="onnx-fp32") as local:
+        asked = expect(local, image_files(bundle))
+        wrong = []
+        for item in asked:
+            rgb = np.asarray(Image.open(io.BytesIO(item.file.data)))
+            pixels = expected_pixels(grey, Image.fromarray(convert(rgb).astype(np.uint8)))
+            if statistics == "imagenet":
+                levels = pixels * STD[0] + MEAN[0]
+                pixels = (levels - np.mean([0.485, 0.456, 0.406])) / np.mean([0.229, 0.224, 0.225])
+            scores = softmax(expected_logits(grey, pixels)[0])
+            best = np.argsort(-scores)
+            wrong.append((item, [Scored(f"LABEL_{i}", int(i), float(scores[i])) for i in best]))
+        found = explain_images(bundle, local, wrong, bound=1e-4)
+    assert found is not None
+    assert cause in found
 
 
 def test_golden_channels_tell_apart(four: Path) -> None:
