@@ -260,8 +260,8 @@ class Preprocess:
             raise ConfigError(f"resize={self.resize!r} needs resize_to")
         if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise ConfigError(
-                f"mean has {len(self.mean)} numbers and std {len(self.std)}: each must have one for each "
-                "channel, those of std positive"
+                "mean and std must have a number for each channel of the model, those of std positive; they "
+                f"have {len(self.mean)} and {len(self.std)}"
             )
         if {len(self.pad)} != {3} or min(self.pad) < 0 or max(self.pad) > 255:
             raise ConfigError(f"pad must be three numbers from 0 to 255, not {self.pad}")

@@ -305,10 +305,12 @@ def test_digest_ignores_only_itself() -> None:
 
 
 def test_means_are_as_many_as_channels() -> None:
-    with pytest.raises(ValueError, match="3 means for a model of 1 channels"):
+    with pytest.raises(ValueError, match=r"preprocess\.mean has 3 numbers, but model\.channels is 1"):
         draft(model=ViTConfig(channels=1), preprocess=Preprocess())
     grey = Preprocess(mean=(0.5,), std=(0.5,))
-    assert draft(model=ViTConfig(channels=1), preprocess=grey).refuses_images is None
+    assert draft(model=ViTConfig(channels=1), preprocess=grey).classifies_images
+    assert not draft(preprocess=grey, output="features").classifies_images
     bands = draft(preprocess=Preprocess(mean=(0.5,) * 12, std=(0.5,) * 12))
+    assert not bands.classifies_images
     assert bands.refuses_images == "reads tensors of 12 channels, not images"
     assert draft().refuses_images == "says nothing of preprocessing"

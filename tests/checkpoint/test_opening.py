@@ -182,7 +182,8 @@ def test_bundle_is_opened_through_its_manifest(tmp_path: Path) -> None:
         ({"model": {"width": "wide"}}, "model.width: Input should be a valid integer"),
         ({"model": {"width": 3, "heads": 2}}, "width 3 is not divisible by 2 heads"),
         ({"model": []}, "model must be an object, not []"),
-        ({"preprocess": {"std": [1, 1]}}, "preprocess.std"),
+        ({"preprocess": {"std": [1, 1]}}, "preprocess: mean and std must have a number for each channel"),
+        ({"preprocess": {"std": [1, "x", 1]}}, "preprocess.std"),
         ({"preprocess": {"size": [0, 1]}}, "preprocess: "),
     ],
 )
@@ -306,6 +307,6 @@ def test_means_of_our_own_config_are_as_many_as_channels(tmp_path: Path) -> None
     save_folder(Checkpoint(config, random_state(config, 0), spec, None, "vitdeploy", "two"), tmp_path)
     assert opened(str(tmp_path)).preprocess == spec
     edit_config(tmp_path, preprocess={"size": [32, 32]})
-    assert "3 means for a model of 2 channels" in refusal(str(tmp_path)).message
+    assert "preprocess.mean has 3 numbers, but model.channels is 2" in refusal(str(tmp_path)).message
     edit_config(tmp_path, preprocess=None)
     assert opened(str(tmp_path)).preprocess.mean == (0.5, 0.5)

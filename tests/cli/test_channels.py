@@ -207,6 +207,12 @@ def test_golden_channels_tell_apart(four: Path) -> None:
             assert not close(expected_logits(four, swapped), golden["reference"])
 
 
+def test_what_the_server_says_it_takes(live: Live) -> None:
+    said = live.said()
+    assert f"grey version 1: curl --data-binary @IMAGE {live.url}/v1/models/grey:predict" in said
+    assert f"four version 1: tensors at {live.url}/v2/models/four/infer" in said
+
+
 def test_images_for_four_channels_are_refused(run: Run, tmp_path: Path, four: Path, live: Live) -> None:
     photograph = tmp_path / "a.jpg"
     photograph.write_bytes(FILES["JPEG"])

@@ -24,7 +24,7 @@ from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import golden_arrays, run_export
-from vitdeploy.exporter.subject import ModuleSubject
+from vitdeploy.exporter.subject import CheckpointSubject, ModuleSubject
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import build_reference
 from vitdeploy.progress import Progress
@@ -235,6 +235,13 @@ def test_any_module_takes_the_generic_path(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = Conv().eval()(torch.from_numpy(x))["logits"].numpy()
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_preprocessing_of_other_channels_is_refused() -> None:
+    config = dataclasses.replace(SINGLE, channels=1)
+    checkpoint = Checkpoint(config, random_state(config), Preprocess(config.image_size), None, "vit", "grey")
+    with pytest.raises(UsageError, match="its preprocessing is for 3 channels, but the model has 1"):
+        CheckpointSubject(checkpoint, None, "float")
 
 
 class Necked(nn.Module):

@@ -246,7 +246,7 @@ def test_timm_defaults() -> None:
         ({"interpolation": "random"}, "interpolation"),
         ({"interpolation": 3}, "interpolation"),
         ({"mean": [0.5]}, "mean"),
-        ({"mean": [0.5] * 3, "input_size": [1, 28, 28], "std": [0.5]}, "mean has 3 numbers and std 1"),
+        ({"mean": [0.5] * 3, "input_size": [1, 28, 28], "std": [0.5]}, "they have 3 and 1"),
         ({"mean": [0.5] * 2, "input_size": [4, 28, 28]}, "is not 4 numbers, as the model has 4 channels"),
         ({"std": [0.5, 0.5, 0]}, "std"),
     ],
@@ -489,7 +489,7 @@ def test_many_numbers_do_not_fill_the_screen() -> None:
     with pytest.raises(CheckpointError, match="is not 200 numbers, as the model has 200 channels") as caught:
         from_huggingface({"image_mean": [0.123456] * 199}, channels=200)
     assert len(caught.value.message) < 250
-    with pytest.raises(CheckpointError, match="mean has 200 numbers and std 3") as caught:
+    with pytest.raises(CheckpointError, match="they have 200 and 3") as caught:
         from_timm({"mean": [0.1] * 200, "std": [0.1] * 3, "input_size": [200, 8, 8]})
     assert len(caught.value.message) < 250
 

@@ -308,6 +308,11 @@ class Manifest(_Record):
         return None
 
     @property
+    def classifies_images(self) -> bool:
+        """Whether image files go in and classes come out."""
+        return self.output == "logits" and self.refuses_images is None
+
+    @property
     def max_abs(self) -> float | None:
         """The absolute bound on errors that the user gave; it holds for every artifact."""
         return next((record.tolerance.max_abs for record in self.parity), None)
@@ -332,7 +337,8 @@ class Manifest(_Record):
             raise ValueError(f"{len(self.labels)} labels for {classes} classes")
         if self.model and self.preprocess and self.preprocess.channels != self.model.channels:
             raise ValueError(
-                f"{self.preprocess.channels} means for a model of {self.model.channels} channels"
+                f"preprocess.mean has {self.preprocess.channels} numbers, but model.channels is "
+                f"{self.model.channels}"
             )
         if MANIFEST in self.files:
             raise ValueError(f"{MANIFEST} lists itself")

@@ -191,6 +191,6 @@ def _print_bundle(bundle: Bundle, where: Path) -> None:
     output.heading("next")
     folder = shlex.quote(str(where))
     output.line(f"  vitdeploy verify {folder}")
-    if bundle.manifest.output == "logits" and not bundle.manifest.refuses_images:
+    if bundle.manifest.classifies_images:
         output.line(f"  vitdeploy predict {folder} IMAGE")
     output.line(f"  vitdeploy bench {folder}")

@@ -83,9 +83,9 @@ class CheckpointSubject(Subject):
         config = checkpoint.config
         if checkpoint.preprocess.channels != config.channels:
             raise UsageError(
-                f"{checkpoint.source} reads {config.channels} channels, but its preprocessing has "
-                f"{checkpoint.preprocess.channels} means",
-                hint="state one mean and one deviation for each channel",
+                f"{checkpoint.source}: its preprocessing is for {checkpoint.preprocess.channels} channels, "
+                f"but the model has {config.channels}",
+                hint="state one mean and one deviation for each channel of the model",
             )
         if output is not None and output not in config.outputs:
             raise UsageError(

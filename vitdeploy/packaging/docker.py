@@ -79,7 +79,7 @@ def pins(traits: Traits) -> list[str]:
 def _call(job: Job) -> str:
     """How to ask the model: an image file where it takes one and gives classes, tensors otherwise."""
     manifest, (reads, *_) = job.bundle.manifest, job.artifact.inputs
-    if manifest.output == "logits" and not manifest.refuses_images:
+    if manifest.classifies_images:
         where = f"http://localhost:8000/v1/models/{job.name}:predict"
         return f'curl --fail --data-binary @image.jpg -H "Content-Type: image/jpeg" {where}'
     where = f"http://localhost:8000/v2/models/{job.name}"

@@ -72,7 +72,8 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         base = _parse(Preprocess, config_object(stated, "preprocess"), "preprocess")
         if base.channels != config.channels:
             raise CheckpointError(
-                f"config.json: preprocess: {base.channels} means for a model of {config.channels} channels",
+                f"config.json: preprocess.mean has {base.channels} numbers, but model.channels is "
+                f"{config.channels}",
                 hint="state one number for each channel in mean and std",
             )
 
