@@ -251,9 +251,15 @@ def test_packages_of_four_channels_take_tensors(run: Run, tmp_path: Path, four: 
 
 def test_a_job_on_ray_needs_images(four: Path) -> None:
     from vitdeploy.ray.job import JobRequest, make_plan
+    from vitdeploy.ray.serving import _batch as most_together
 
     with pytest.raises(UsageError, match="reads tensors of 4 channels, not images"):
         make_plan(JobRequest(four, ("photos",), Path("out")))
+    with (
+        vitdeploy.load(four) as predictor,
+        pytest.raises(UsageError, match="reads tensors of 4 channels, not images"),
+    ):
+        most_together(predictor, 8)
 
 
 def test_what_the_user_is_told(run: Run, tmp_path: Path, grey: Path) -> None:
