@@ -85,10 +85,10 @@ def run_export(
 
 
 def golden_arrays(subject: Subject) -> Golden:
-    """Golden inputs with float64 outputs, and raw images with their preprocessed form."""
+    """Golden inputs with float64 outputs, and raw images with their preprocessed form where images go in."""
     spec = subject.preprocess
     size = spec.size if subject.config is None else subject.config.image_size
-    images = np.stack(golden.golden_images(size))  # (K, H, W, 3) uint8
+    images = np.stack(golden.golden_images(size, spec.channels))  # (K, H, W, C) uint8
     inputs: np.ndarray[Any, Any]
     if subject.input == "uint8":
         inputs = images
@@ -98,7 +98,7 @@ def golden_arrays(subject: Subject) -> Golden:
     inputs = np.ascontiguousarray(inputs)
     reference = subject.reference(torch.from_numpy(inputs)).numpy()
     arrays: Golden = {INPUT: inputs, "reference": reference}
-    for i, raw in enumerate(golden.raw_images()):
+    for i, raw in enumerate(golden.raw_images() if spec.takes_images else ()):
         arrays[f"image.{i}"] = raw
         arrays[f"image.{i}.{INPUT}"] = _preprocessed(raw, subject)
     return arrays
