@@ -67,7 +67,7 @@ def export(
     Args:
         model: a named variant (``"vit_base_patch16_224"``, ``"B/16"``, ``"digits"``), a folder or hub id of
             transformers, ``"timm:<name>"``, ``"module:function"``, or a module of your own that takes one
-            (N, 3, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is given; a named variant
+            (N, C, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is given; a named variant
             without a checkpoint has seeded random weights.
         output_dir: the bundle's folder; named after the model, in the working directory, when omitted.
         checkpoint: a file or folder with the weights of a named variant, or of ``"timm:<name>"``.
@@ -78,7 +78,7 @@ def export(
         image_size: (height, width), or one number for both; the checkpoint's own when omitted.
         batch: (min, opt, max) batch sizes that the artifacts serve; one number for a fixed batch.
         opset: the ONNX operator set, 17 to 23.
-        input: ``"float"`` reads (N, 3, H, W) float32 pixel values; ``"uint8"`` reads (N, H, W, 3) uint8
+        input: ``"float"`` reads (N, C, H, W) float32 pixel values; ``"uint8"`` reads (N, H, W, C) uint8
             images, with the normalisation folded into the first projection.
         output: ``"logits"`` (N, classes), ``"features"`` (N, D) or ``"tokens"`` (N, T, D), float32; the
             logits where the model has a head when omitted.

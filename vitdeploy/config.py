@@ -213,7 +213,11 @@ def model_fields(config: ModelConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes ``pixel_values``: decode, RGB, resize, centre crop, rescale, normalise.
+    """How an image becomes ``pixel_values``: decode, RGB or grey, resize, centre crop, rescale, normalise.
+
+    ``mean`` and ``std`` have a number for each channel of the model: three are red, green, blue; one is grey,
+    to which images are converted before they are resized. A model of other channels reads tensors only, of
+    which ``rescale``, ``mean`` and ``std`` say how they are scaled.
 
     ``size`` is the final (height, width): what is larger after resizing is cropped around the centre,
     what is smaller is surrounded by ``pad``. ``resize`` says how the image is resized before:
@@ -238,8 +242,8 @@ class Preprocess:
     pad: tuple[int, int, int] = (0, 0, 0)
     """Red, green, blue (0-255) around an image that is smaller than ``size``."""
     rescale: float = 1 / 255
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     exif: bool = False
     """Turn the image as its EXIF orientation says; only where the checkpoint's own pipeline does."""
 
@@ -255,10 +259,23 @@ class Preprocess:
             raise ConfigError(f"resize_to does not go with resize={self.resize!r}")
         if self.resize_to is None and self.resize in ("cover", "contain"):
             raise ConfigError(f"resize={self.resize!r} needs resize_to")
-        if {len(self.mean), len(self.std)} != {3} or min(self.std) <= 0:
-            raise ConfigError(f"mean and std must be three numbers, std positive: {self.mean}, {self.std}")
+        if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ConfigError(
+                "mean and std must have a number for each channel of the model, those of std positive; they "
+                f"have {len(self.mean)} and {len(self.std)}"
+            )
         if {len(self.pad)} != {3} or min(self.pad) < 0 or max(self.pad) > 255:
             raise ConfigError(f"pad must be three numbers from 0 to 255, not {self.pad}")
+
+    @property
+    def channels(self) -> int:
+        """Of the tensor: as many as there are means."""
+        return len(self.mean)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether images can become such a tensor: in grey or in red, green and blue."""
+        return self.channels in (1, 3)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from vitdeploy.machine.identity import this_machine
 from vitdeploy.scores import scores_of
 
 AnyImage = ImageSource | np.ndarray[Any, Any]
-"""A path, the bytes of an image file, a binary file object, a Pillow image, or (H, W, 3) uint8 RGB."""
+"""A path, the bytes of an image file, a binary file object, a Pillow image, (H, W, 3) uint8 RGB, or (H, W) or
+(H, W, 1) uint8 grey."""
 
 EXACTNESS = ("fp32", "mixed", "fp16", "bf16")
 """Precisions, the most exact first: the order in which an artifact is chosen."""
@@ -104,7 +105,7 @@ class Predictor:
         """Classify one or many images.
 
         Args:
-            images: one image or an iterable of them; see ``AnyImage``. A (N, H, W, 3) uint8 array is N.
+            images: one image or an iterable of them; see ``AnyImage``. A (N, H, W, 3 or 1) uint8 array is N.
             top_k: how many classes per image, the likeliest first; at most all of them.
 
         Returns:
@@ -154,14 +155,20 @@ class Predictor:
         return np.concatenate(outputs)
 
     def preprocess(self, image: AnyImage) -> Array:
-        """Return the model's input for one image: (3, H, W) float32, or (H, W, 3) uint8 for uint8 input.
+        """Return the model's input for one image: (C, H, W) float32, or (H, W, C) uint8 for uint8 input.
 
         Raises:
             ImageError: it cannot be decoded.
+            UsageError: the bundle takes tensors only.
         """
         manifest = self.bundle.manifest
-        if manifest.preprocess is None:
-            raise UsageError(f"{self.bundle.root}: says nothing of preprocessing, so it cannot take images")
+        if manifest.preprocess is None or manifest.refuses_images:
+            reads = self.session.facts.inputs[0]
+            raise UsageError(
+                f"{self.bundle.root}: {manifest.refuses_images}, so it cannot take images",
+                hint=f"in Python, vitdeploy.load(BUNDLE).run(x) takes x: {reads.dtype} "
+                f"({', '.join(map(str, reads.shape))})",
+            )
         picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image)
         return pixel_values(picture, manifest.preprocess, manifest.input)
 
@@ -284,12 +291,14 @@ def as_many(images: AnyImage | Iterable[AnyImage]) -> Iterable[AnyImage]:
 
 
 def _picture(array: np.ndarray[Any, Any]) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+    grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
+    rgb = array.ndim == 3 and array.shape[2] == 3
+    if array.dtype != np.uint8 or not (grey or rgb) or not array.size:
         raise ImageError(
             f"an array of shape {array.shape} and dtype {array.dtype} is not an image",
-            hint="pass (H, W, 3) uint8 RGB",
+            hint="pass (H, W, 3) uint8 RGB, or (H, W) uint8 grey",
         )
-    return Image.fromarray(array)
+    return Image.fromarray(array.reshape(array.shape[:2]) if grey else array)
 
 
 def _chunks(images: Iterable[AnyImage], size: int) -> Iterator[tuple[AnyImage, ...]]:

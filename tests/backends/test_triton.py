@@ -98,6 +98,22 @@ def test_uint8_images(weights_bundle: Make) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("provider")
+@pytest.mark.parametrize("channels, kind", [(1, "float"), (4, "uint8")])
+def test_other_channels(weights_bundle: Make, channels: int, kind: str) -> None:
+    config = dataclasses.replace(CONFIG, channels=channels, depth=1)
+    mean, std = (0.4, 0.5, 0.6, 0.3)[:channels], (0.2, 0.25, 0.3, 0.35)[:channels]
+    spec = dataclasses.replace(SPEC, mean=mean, std=std)
+    images = np.random.default_rng(0).integers(0, 256, size=(2, *config.image_size, channels), dtype=np.uint8)
+    exact = ((images / 255 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)
+    reference = forward_float64(random_vit(config), torch.from_numpy(exact))
+    given = images if kind == "uint8" else np.ascontiguousarray(exact, dtype=np.float32)
+    with Triton().load(weights_bundle(config, preprocess=spec, input=kind), None, Options()) as session:
+        arrays = {"pixel_values": given, "reference": reference.numpy()}
+        assert all(record.passed for record in check_session(session, arrays, batches=[2]))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("provider")
 def test_a_batch_between_buckets_is_padded_and_nan_stays_in_its_image(weights_bundle: Make) -> None:
     images = pixels(CONFIG, 3).numpy()
     poisoned = images.copy()

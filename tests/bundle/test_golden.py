@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vitdeploy.bundle.golden import GOLDEN_NAMES, golden_images, raw_images
 
@@ -23,6 +24,25 @@ def test_any_size_and_twice_the_same(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [size for size in SIZES if min(size) >= 8])
 def test_no_two_are_the_same(size: tuple[int, int]) -> None:
     assert len({image.tobytes() for image in golden_images(size)}) == len(GOLDEN_NAMES)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (28, 56)])
+def test_one_channel_is_the_grey_of_pillow(size: tuple[int, int]) -> None:
+    for image, grey in zip(golden_images(size), golden_images(size, 1), strict=True):
+        assert grey.shape == (*size, 1)
+        assert np.array_equal(grey[..., 0], np.asarray(Image.fromarray(image).convert("L")))
+    assert len({image.tobytes() for image in golden_images(size, 1)}) == len(GOLDEN_NAMES)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 12, 50])
+def test_no_two_channels_of_a_scene_are_the_same(channels: int) -> None:
+    drawn = dict(zip(GOLDEN_NAMES, golden_images((16, 24), channels), strict=True))
+    for name, image in drawn.items():
+        assert image.shape == (16, 24, channels)
+        assert image.dtype == np.uint8
+        if name not in ("black", "white", "checkerboard", "bright_pixel"):
+            assert len({image[..., channel].tobytes() for channel in range(channels)}) == channels
+    assert np.array_equal(drawn["foliage"][..., :2], golden_images((16, 24))[2][..., :2])
 
 
 def test_names_say_what_is_drawn() -> None:

@@ -64,10 +64,19 @@ RECORDS = st.builds(
     ParityRecord, batch=st.integers(1, 99), metrics=METRICS, tolerance=TOLERANCES, failures=st.tuples(TEXT)
 )
 DISTILLED = decode_variant("deit_tiny_distilled_patch16_224")
-CONFIGS = st.sampled_from([None, ViTConfig(), DISTILLED, ViTConfig(classes=0)])
-PREPROCESSES = st.builds(
-    Preprocess, mean=st.tuples(FLOATS, FLOATS, FLOATS), rescale=FLOATS, exif=st.booleans()
+CONFIGS = st.sampled_from(
+    [None, ViTConfig(), DISTILLED, ViTConfig(classes=0), ViTConfig(channels=1), ViTConfig(channels=4)]
 )
+
+
+def preprocesses(channels: int) -> st.SearchStrategy[Preprocess]:
+    return st.builds(
+        Preprocess,
+        mean=st.tuples(*[FLOATS] * channels),
+        std=st.just((0.5,) * channels),
+        rescale=FLOATS,
+        exif=st.booleans(),
+    )
 
 
 def draft(**fields: Any) -> Manifest:
@@ -116,10 +125,11 @@ def manifests(draw: st.DrawFn) -> tuple[Manifest, dict[str, FileRecord]]:
             "fallback": draw(st.none() | TEXT),
         }
         artifacts.append(artifact(name, path=own[0], files=own, **fields))
+    model = draw(CONFIGS)
     manifest = draft(
         name=draw(NAMES),
-        model=draw(CONFIGS),
-        preprocess=draw(st.none() | PREPROCESSES),
+        model=model,
+        preprocess=draw(st.none() | preprocesses(model.channels if model else draw(st.integers(1, 5)))),
         artifacts=tuple(artifacts),
         parity=tuple(draw(st.lists(RECORDS, max_size=2))),
         rewrites=tuple(draw(REWRITES)),
@@ -292,3 +302,15 @@ def test_digest_ignores_only_itself() -> None:
     one = draft()
     assert digest_of(one) == digest_of(one.model_copy(update={"digest": "x"}))
     assert digest_of(one) != digest_of(one.model_copy(update={"name": "other"}))
+
+
+def test_means_are_as_many_as_channels() -> None:
+    with pytest.raises(ValueError, match=r"preprocess\.mean has 3 numbers, but model\.channels is 1"):
+        draft(model=ViTConfig(channels=1), preprocess=Preprocess())
+    grey = Preprocess(mean=(0.5,), std=(0.5,))
+    assert draft(model=ViTConfig(channels=1), preprocess=grey).classifies_images
+    assert not draft(preprocess=grey, output="features").classifies_images
+    bands = draft(preprocess=Preprocess(mean=(0.5,) * 12, std=(0.5,) * 12))
+    assert not bands.classifies_images
+    assert bands.refuses_images == "reads tensors of 12 channels, not images"
+    assert draft().refuses_images == "says nothing of preprocessing"

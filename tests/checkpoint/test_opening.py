@@ -11,12 +11,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.helpers.checkpoints import edit_config, opened, refusal, save_tiny
-from vitdeploy.checkpoint.opening import UserModule, open_model, random_state, save_folder
-from vitdeploy.config import Preprocess, variant_names
+from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, random_state, save_folder
+from vitdeploy.config import Preprocess, decode_variant, variant_names
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import build_reference
@@ -182,7 +182,8 @@ def test_bundle_is_opened_through_its_manifest(tmp_path: Path) -> None:
         ({"model": {"width": "wide"}}, "model.width: Input should be a valid integer"),
         ({"model": {"width": 3, "heads": 2}}, "width 3 is not divisible by 2 heads"),
         ({"model": []}, "model must be an object, not []"),
-        ({"preprocess": {"std": [1, 1]}}, "preprocess.std"),
+        ({"preprocess": {"std": [1, 1]}}, "preprocess: mean and std must have a number for each channel"),
+        ({"preprocess": {"std": [1, "x", 1]}}, "preprocess.std"),
         ({"preprocess": {"size": [0, 1]}}, "preprocess: "),
     ],
 )
@@ -288,3 +289,24 @@ def test_entry_that_does_not_work_is_one_clear_error(user_code: Path, name: str,
     with pytest.raises(UsageError) as error:
         open_model(name)
     assert message in error.value.message
+
+
+def test_a_named_variant_leaves_channels_to_the_file(tmp_path: Path) -> None:
+    config = replace(decode_variant("vit_tiny_patch16_32"), channels=1, depth=1)
+    save_file(random_state(config, 0), tmp_path / "grey.safetensors")
+    with pytest.raises(CheckpointError, match="depth 1, not 12"):
+        open_model("vit_tiny_patch16_32", checkpoint=tmp_path / "grey.safetensors")
+    save_file(random_state(replace(config, depth=12), 0), tmp_path / "grey.safetensors")
+    checkpoint = opened("vit_tiny_patch16_32", checkpoint=tmp_path / "grey.safetensors")
+    assert (checkpoint.config.channels, checkpoint.preprocess.mean) == (1, (0.5,))
+
+
+def test_means_of_our_own_config_are_as_many_as_channels(tmp_path: Path) -> None:
+    config = replace(decode_variant("vit_tiny_patch16_32"), channels=2, depth=1)
+    spec = Preprocess((32, 32), mean=(0.1, 0.2), std=(0.3, 0.4))
+    save_folder(Checkpoint(config, random_state(config, 0), spec, None, "vitdeploy", "two"), tmp_path)
+    assert opened(str(tmp_path)).preprocess == spec
+    edit_config(tmp_path, preprocess={"size": [32, 32]})
+    assert "preprocess.mean has 3 numbers, but model.channels is 2" in refusal(str(tmp_path)).message
+    edit_config(tmp_path, preprocess=None)
+    assert opened(str(tmp_path)).preprocess.mean == (0.5, 0.5)

@@ -67,7 +67,7 @@ def stated(path: Path, **facts: Any) -> Any:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_what_their_names_stand_for(name: str) -> None:
-    close(Stated(preprocess=name).prepare(Preprocess()), *PROCESSORS[name])
+    close(Stated(preprocess=name).prepare(Preprocess())[0], *PROCESSORS[name])
 
 
 @pytest.mark.parametrize(
@@ -104,31 +104,31 @@ def test_presets_are_what_their_names_stand_for(name: str) -> None:
     ],
 )
 def test_single_settings(said: dict[str, Any], kind: str, settings: dict[str, Any]) -> None:
-    close(Stated(**said).prepare(Preprocess()), kind, settings)
+    close(Stated(**said).prepare(Preprocess())[0], kind, settings)
 
 
 def test_files_of_transformers_timm_and_a_manifest(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     processor = transformers.BitImageProcessorPil(**PROCESSORS["dinov2"][1])
     path.write_text(processor.to_json_string())
-    spec = Stated(preprocess=path).prepare(Preprocess())
+    spec = Stated(preprocess=path).prepare(Preprocess())[0]
     close(spec, *PROCESSORS["dinov2"])
     timm = {"crop_pct": 0.875, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
     for content in ({"pretrained_cfg": timm}, timm):
         path.write_text(json.dumps(content))
-        said = Stated(preprocess=str(path)).prepare(Preprocess())
+        said = Stated(preprocess=str(path)).prepare(Preprocess())[0]
         assert (said.resize_edge, said.resample, said.crop_rounding) == (256, "bilinear", "round")
     # Of our own settings, those that are left out stay as they were read.
-    assert Stated(preprocess={"mean": [0.1, 0.2, 0.3]}).prepare(spec).resize_edge == 256
-    exact = Stated(preprocess={"preprocess": {"resize": "exact"}}).prepare(spec)
+    assert Stated(preprocess={"mean": [0.1, 0.2, 0.3]}).prepare(spec)[0].resize_edge == 256
+    exact = Stated(preprocess={"preprocess": {"resize": "exact"}}).prepare(spec)[0]
     assert (exact.resize, exact.resize_edge, exact.mean) == ("exact", None, spec.mean)
-    assert Stated(preprocess=spec).prepare(Preprocess(size=(448, 448))).resize_edge == 512
+    assert Stated(preprocess=spec).prepare(Preprocess(size=(448, 448)))[0].resize_edge == 512
 
 
 @pytest.mark.parametrize(
     "said, words",
     [
-        ({"preprocess": {"mean": [0.1]}}, "preprocess.mean"),
+        ({"preprocess": {"mean": [0.1]}}, "a number for each channel"),
         ({"preprocess": {"means": [0.1]}}, "no preprocessing of transformers, timm or a manifest"),
         ({"preprocess": {"resize": "sideways"}}, "preprocess.resize"),
         ({"preprocess": {"image_mean": [1], "image_processor_type": "OwlProcessor"}}, "is not supported"),
@@ -136,7 +136,7 @@ def test_files_of_transformers_timm_and_a_manifest(tmp_path: Path) -> None:
 )
 def test_wrong_settings(said: dict[str, Any], words: str) -> None:
     with pytest.raises((UsageError, CheckpointError), match=words):
-        Stated(**said).prepare(Preprocess())
+        Stated(**said).prepare(Preprocess())[0]
 
 
 def test_settings_that_cannot_be_read_are_no_matter_where_the_user_says_them(tmp_path: Path) -> None:
@@ -263,6 +263,17 @@ def test_where_each_fact_is_from(tmp_path: Path) -> None:
         "crop": "user",
         "resize": "user",
     }
+
+
+def test_means_of_other_channels() -> None:
+    grey, notes = Stated(preprocess="imagenet").prepare(Preprocess(), 1)
+    assert grey.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
+    assert any("grey" in note for note in notes)
+    assert Stated(mean=0.25).prepare(Preprocess(), 4)[0].mean == (0.25,) * 4
+    two = Stated(mean=(0.1, 0.2), std=(0.3, 0.4))
+    assert two.prepare(Preprocess(), 2)[0].std == (0.3, 0.4)
+    with pytest.raises(UsageError, match="mean and std are of 2 channels, and the model has 3"):
+        two.prepare(Preprocess())
 
 
 def test_a_module_of_the_users() -> None:

@@ -126,7 +126,7 @@ def test_place_and_force(run: Run, asked: list[Any]) -> None:
         (["-m", "digits", "--scores", "sigmoyd"], "did you mean 'sigmoid'?"),
         (["-m", "digits", "--output", "tokens", "--scores", "none"], "--scores is what becomes of logits"),
         (["-m", "digits", "--mean", "x"], "--mean x: not numbers"),
-        (["-m", "digits", "--mean", "0.1,0.2"], "mean and std must be three numbers"),
+        (["-m", "digits", "--mean", "0.1,0.2"], "mean and std must have a number for each channel"),
         (["-m", "digits", "--mean", "123.7,116.3,103.5"], "is of pixels from 0 to 255"),
         (["-m", "digits", "--resize", "big"], "--resize big: not a size in pixels"),
         (["-m", "digits", "--resize", "31"], "leaves less than the 32x32 pixels"),

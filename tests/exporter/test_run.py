@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import signal
 import subprocess
@@ -18,11 +19,12 @@ from torch import nn
 from tests.helpers.models import CONFIGS, SMALL, random_state
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.checkpoint.opening import Checkpoint, save_folder
+from vitdeploy.checkpoint.opening import Checkpoint, UserModule, save_folder
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.exporter.request import ExportRequest
-from vitdeploy.exporter.run import run_export
+from vitdeploy.exporter.run import golden_arrays, run_export
+from vitdeploy.exporter.subject import CheckpointSubject, ModuleSubject
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import build_reference
 from vitdeploy.progress import Progress
@@ -259,6 +261,41 @@ def test_any_module_takes_the_generic_path(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = Conv().eval()(torch.from_numpy(x))["logits"].numpy()
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_preprocessing_of_other_channels_is_refused() -> None:
+    config = dataclasses.replace(SINGLE, channels=1)
+    checkpoint = Checkpoint(config, random_state(config), Preprocess(config.image_size), None, "vit", "grey")
+    with pytest.raises(UsageError, match="its preprocessing is for 3 channels, but the model has 1"):
+        CheckpointSubject(checkpoint, None, "float")
+
+
+class Necked(nn.Module):
+    """The first convolution that it registers is not the first that it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck, self.stem = nn.Conv2d(8, 5, 1), nn.Conv2d(3, 8, 4, stride=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.neck(self.stem(x)).mean(dim=(2, 3))
+
+
+def test_the_channels_of_any_module() -> None:
+    grey, bands = Conv(), Conv()
+    grey.conv, bands.conv = nn.Conv2d(1, 8, 4, stride=4), nn.Conv2d(7, 8, 4, stride=4)
+    for module, channels in ((Conv(), 3), (grey, 1), (bands, 7), (Necked(), 3), (nn.Linear(7, 3), 3)):
+        subject = ModuleSubject(UserModule(module, "mine", (32, 32)), None, "float")
+        assert subject.preprocess.channels == channels
+        if channels == 1:
+            assert any("images become grey" in note for note in subject.notes)
+        if not isinstance(module, nn.Linear):
+            arrays = golden_arrays(subject)
+            assert arrays["pixel_values"].shape == (8, channels, 32, 32)
+            with torch.inference_mode():
+                exact = copy.deepcopy(module).double()(torch.from_numpy(arrays["pixel_values"]).double())
+            exact = exact["logits"] if isinstance(exact, dict) else exact
+            assert np.array_equal(arrays["reference"], exact.numpy())
 
 
 class Overflowing(Conv):

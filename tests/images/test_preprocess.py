@@ -25,6 +25,8 @@ from vitdeploy.images.preprocess import (
     apply,
     apply_uint8,
     at_size,
+    channel_notes,
+    for_channels,
     from_huggingface,
     from_timm,
     published,
@@ -242,7 +244,6 @@ def test_timm_defaults() -> None:
 @pytest.mark.parametrize(
     "config,key",
     [
-        ({"input_size": [1, 28, 28]}, "input_size"),
         ({"input_size": [224, 224]}, "input_size"),
         ({"input_size": 224}, "input_size"),
         ({"input_size": [3, 224, 0]}, "input_size"),
@@ -253,6 +254,8 @@ def test_timm_defaults() -> None:
         ({"interpolation": "random"}, "interpolation"),
         ({"interpolation": 3}, "interpolation"),
         ({"mean": [0.5]}, "mean"),
+        ({"mean": [0.5] * 3, "input_size": [1, 28, 28], "std": [0.5]}, "they have 3 and 1"),
+        ({"mean": [0.5] * 2, "input_size": [4, 28, 28]}, "is not 4 numbers, as the model has 4 channels"),
         ({"std": [0.5, 0.5, 0]}, "std"),
     ],
 )
@@ -418,3 +421,99 @@ def test_published_models_of_facebook_take_imagenet(model_type: str) -> None:
     assert (spec.size, spec.resample) == ((224, 224), "bicubic")
     assert spec.resize_edge == (None if model_type == "deit" else 256)
     assert published("vit").mean == (0.5, 0.5, 0.5)
+
+
+# --- models of other channels than three -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_384", "deit_crop_beyond", "deit_nearest", "bit_number", "clip"])
+def test_grey_pixels_are_those_of_transformers(name: str, photographs: list[Image.Image]) -> None:
+    """Its processors take grey images as they are; Pillow makes them grey, as a user does before."""
+    import transformers
+
+    kind, options = HUGGINGFACE[name]
+    options = options | {"image_mean": [0.45], "image_std": [0.27], "do_convert_rgb": False}
+    processor = getattr(transformers, kind + "Pil")(**options)
+    spec = from_huggingface(json.loads(processor.to_json_string()), channels=1)
+    for image in photographs:
+        expected = processor(image.convert("L"), return_tensors="np")["pixel_values"][0]
+        ours = apply(image, spec)
+        assert ours.shape == expected.shape == (1, *spec.size)
+        assert np.array_equal(ours, expected.astype(np.float32))
+
+
+GREY = Preprocess((20, 30), "none", rescale=1.0, mean=(0.0,), std=(1.0,))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_grey_is_pillow_s_whatever_the_mode(mode: str, tmp_path: Path) -> None:
+    image = random_image(30, 20).convert(mode)
+    image.save(tmp_path / "saved.tif")
+    expected = np.asarray(Image.open(tmp_path / "saved.tif").convert("L"))
+    assert np.array_equal(apply_uint8(load_image(tmp_path / "saved.tif"), GREY)[..., 0], expected)
+    assert np.array_equal(apply(image, GREY)[0], expected.astype(np.float32))
+
+
+def test_every_level_of_grey_survives() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    spec = Preprocess((16, 16), mean=(0.0,), std=(1.0,))
+    assert np.array_equal(apply_uint8(Image.fromarray(levels), spec)[..., 0], levels)
+    deep = Image.fromarray(levels.astype(np.uint16) * 257)  # 16 bits
+    assert np.array_equal(apply_uint8(deep, spec)[..., 0], levels)
+
+
+def test_padding_becomes_grey_too() -> None:
+    spec = Preprocess((4, 4), "none", pad=(10, 200, 30), mean=(0.0,), std=(1.0,))
+    pixels = apply_uint8(Image.new("RGB", (2, 2), "white"), spec)[..., 0]
+    luma = (299 * 10 + 587 * 200 + 114 * 30) / 1000  # ITU-R BT.601
+    assert np.array_equal(pixels[1:3, 1:3], np.full((2, 2), 255))
+    assert abs(pixels[0, 0] - luma) <= 0.5
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_an_image_has_no_other_channels(channels: int) -> None:
+    spec = Preprocess(mean=(0.5,) * channels, std=(0.5,) * channels)
+    assert not spec.takes_images
+    with pytest.raises(ImageError, match=f"cannot become a tensor of {channels} channels"):
+        apply(random_image(9, 9), spec)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_a_processor_states_a_number_for_each_channel(channels: int) -> None:
+    wanted = tuple(0.1 + 0.1 * index for index in range(channels))
+    config = {"image_mean": list(wanted), "image_std": list(wanted)}
+    spec = from_huggingface(config, channels=channels)
+    assert (spec.mean, spec.std) == (wanted, wanted)
+    assert from_huggingface({"image_mean": 0.2}, channels=channels).mean == (0.2,) * channels
+    assert from_huggingface({}, channels=channels).mean == (0.5,) * channels
+    raw = from_huggingface({**config, "do_normalize": False}, channels=channels)
+    assert (raw.mean, raw.std) == ((0.0,) * channels, (1.0,) * channels)
+    for key in ("image_mean", "image_std"):
+        with pytest.raises(CheckpointError, match=rf"{key} = \[0.5, 0.5, 0.5\] is not .* as the model has"):
+            from_huggingface({**config, key: [0.5] * 3}, channels=channels)
+
+
+def test_many_numbers_do_not_fill_the_screen() -> None:
+    with pytest.raises(CheckpointError, match="is not 200 numbers, as the model has 200 channels") as caught:
+        from_huggingface({"image_mean": [0.123456] * 199}, channels=200)
+    assert len(caught.value.message) < 250
+    with pytest.raises(CheckpointError, match="they have 200 and 3") as caught:
+        from_timm({"mean": [0.1] * 200, "std": [0.1] * 3, "input_size": [200, 8, 8]})
+    assert len(caught.value.message) < 250
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_rgb_means_are_averaged_as_timm_s_loader_does(channels: int) -> None:
+    """timm.data.loader.adapt_to_chs: ``np.mean`` of what is stated, for every channel."""
+    stated = from_timm({"input_size": [channels, 224, 224]})
+    assert stated.channels == 3
+    spec = for_channels(stated, channels)
+    assert spec.mean == pytest.approx((np.mean([0.485, 0.456, 0.406]),) * channels, rel=1e-15)
+    assert spec.std == pytest.approx((np.mean([0.229, 0.224, 0.225]),) * channels, rel=1e-15)
+    assert any("average" in note for note in channel_notes(stated, channels))
+    own = from_timm({"mean": [0.3] * channels, "std": [0.2] * channels, "input_size": [channels, 8, 8]})
+    assert for_channels(own, channels) == own
+    assert not any("average" in note for note in channel_notes(own, channels))
+    assert for_channels(Preprocess(), channels).mean == (0.5,) * channels
+    assert not any("average" in note for note in channel_notes(Preprocess(), channels))
+    assert channel_notes(Preprocess(), 3) == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,22 @@ def test_the_whole_deployed_model_is_exact_for_every_output(config: ViTConfig, k
         got = deployed(raw if kind == "uint8" else normalised)
         assert got.dtype == torch.float64
         assert worst(got, expected) < EXACT
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@torch.no_grad()
+def test_any_number_of_channels_is_exact(channels: int) -> None:
+    config = replace(CONFIGS["vit"], channels=channels)
+    vit, shares = random_vit(config), torch.linspace(0.2, 0.7, channels, dtype=torch.float64)
+    spec = Preprocess(
+        size=config.image_size, mean=tuple(shares.tolist()), std=tuple((1 - shares).tolist()), rescale=1 / 200
+    )
+    raw = torch.randint(0, 256, (3, *config.image_size, channels), dtype=torch.uint8)
+    normalised = ((raw.double() / 200 - shares) / (1 - shares)).permute(0, 3, 1, 2)
+    expected = forward_float64(vit, normalised)
+    exactly = functools.partial(deploy, vit, PrecisionPlan.exact(), preprocess=spec)
+    assert worst(exactly(input_kind="float")(normalised), expected) < EXACT
+    assert worst(exactly(input_kind="uint8")(raw), expected) < EXACT
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

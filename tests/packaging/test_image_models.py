@@ -41,6 +41,15 @@ SPECS = {
     "contain": Preprocess(size=(33, 33), resize="contain", resize_to=(33, 33), pad=(7, 100, 255)),
     "beyond": Preprocess(size=(40, 37), resize="none", pad=(124, 116, 104), crop_rounding="round"),
     "imagenet": Preprocess(size=(24, 24), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    "grey": Preprocess(
+        size=(23, 17),
+        resize="contain",
+        resize_to=(23, 17),
+        pad=(7, 100, 255),
+        mean=(0.4,),
+        std=(0.3,),
+        exif=True,
+    ),
     "raw": Preprocess(size=(24, 24), rescale=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
 }
 

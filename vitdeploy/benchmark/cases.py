@@ -44,7 +44,7 @@ class BenchTarget:
             name=self.name,
             model=manifest.name,
             digest=manifest.digest,
-            image_size=(shape[1], shape[2]) if shape[-1] == 3 else (shape[2], shape[3]),
+            image_size=(shape[1], shape[2]) if manifest.input == "uint8" else (shape[2], shape[3]),
             parameters=manifest.parameters,
         )
 

@@ -94,7 +94,8 @@ class Bundle:
         """Golden inputs and outputs, their hash checked; empty if the bundle has none.
 
         ``pixel_values`` (K, ...) are network inputs, ``reference`` (K, ...) the float64 reference's
-        outputs, ``image.i`` (H, W, 3) uint8 and ``image.i.pixel_values`` are for comparing the preprocessing.
+        outputs, ``image.i`` (H, W, 3) uint8 and ``image.i.pixel_values`` are for comparing the preprocessing,
+        where images can go in.
         """
         if GOLDEN not in self.manifest.files:
             return {}

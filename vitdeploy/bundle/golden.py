@@ -3,6 +3,9 @@
 Three scenes with the statistics of photographs (1/f texture, shading, hard edges), then noise, constants and
 extreme contrast. Drawn with integers only, from the raw 64-bit stream of PCG64, which numpy keeps stable
 between versions (a ``Generator``'s distributions it does not): every machine draws the same pixels.
+
+For a model of one channel they are grey. Beyond three channels, each three are the first three moved on by
+one more pixel, so that no channel of a scene can stand for another unnoticed.
 """
 
 from __future__ import annotations
@@ -21,17 +24,17 @@ _UNIT = 4096
 """Scenes are drawn in coordinates from 0 to this, whatever the size."""
 
 
-def golden_images(size: Size) -> list[NDArray[np.uint8]]:
-    """Return one (H, W, 3) uint8 RGB image per name in ``GOLDEN_NAMES``, in that order.
+def golden_images(size: Size, channels: int = 3) -> list[NDArray[np.uint8]]:
+    """Return one (H, W, channels) uint8 image per name in ``GOLDEN_NAMES``, in that order; RGB where it is 3.
 
     From 8x8 pixels on, no two are the same.
     """
-    return [draw(size) for draw in _DRAWINGS.values()]
+    return [_with_channels(draw(size), channels) for draw in _DRAWINGS.values()]
 
 
 def golden_inputs(spec: Preprocess, size: Size, kind: InputKind) -> NDArray[Any]:
-    """The same images as a model reads them: (K, 3, H, W) float32 normalised, or (K, H, W, 3) uint8."""
-    images = np.stack(golden_images(size))
+    """The same images as a model reads them: (K, C, H, W) float32 normalised, or (K, H, W, C) uint8."""
+    images = np.stack(golden_images(size, spec.channels))
     if kind == "uint8":
         return images
     mean, std = (np.array(values, np.float64) for values in (spec.mean, spec.std))
@@ -42,6 +45,17 @@ def golden_inputs(spec: Preprocess, size: Size, kind: InputKind) -> NDArray[Any]
 def raw_images() -> list[NDArray[np.uint8]]:
     """Return two (H, W, 3) uint8 RGB images, one wide, one tall, that a preprocessing has to resize."""
     return [_landscape((213, 320)), _still_life((240, 97))]
+
+
+def _with_channels(image: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
+    """(H, W, 3) to (H, W, channels)."""
+    if channels == 1:  # as Pillow's convert("L")
+        luma = image.astype(np.int64) @ np.array([[19595], [38470], [7471]]) + 32768
+        return _to_uint8(luma >> 16)
+    pixels = image.reshape(-1, 3)
+    moved = [np.roll(pixels, step, axis=0) for step in range(-(-channels // 3))]
+    made: NDArray[np.uint8] = np.concatenate(moved, axis=-1)[:, :channels]
+    return made.reshape(*image.shape[:2], channels)
 
 
 def _landscape(size: Size) -> NDArray[np.uint8]:

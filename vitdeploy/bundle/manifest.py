@@ -312,6 +312,20 @@ class Manifest(_Record):
     """sha256 of this manifest's canonical form with ``digest`` empty."""
 
     @property
+    def refuses_images(self) -> str | None:
+        """Why no image files can go in; None where they can."""
+        if self.preprocess is None:
+            return "says nothing of preprocessing"
+        if not self.preprocess.takes_images:
+            return f"reads tensors of {self.preprocess.channels} channels, not images"
+        return None
+
+    @property
+    def classifies_images(self) -> bool:
+        """Whether image files go in and classes come out."""
+        return self.output == "logits" and self.refuses_images is None
+
+    @property
     def max_abs(self) -> float | None:
         """The absolute bound on errors that the user gave; it holds for every artifact."""
         return next((record.tolerance.max_abs for record in self.parity), None)
@@ -334,6 +348,11 @@ class Manifest(_Record):
         classes = self.model.classes if self.model else 0
         if self.labels is not None and classes and len(self.labels) != classes:
             raise ValueError(f"{len(self.labels)} labels for {classes} classes")
+        if self.model and self.preprocess and self.preprocess.channels != self.model.channels:
+            raise ValueError(
+                f"preprocess.mean has {self.preprocess.channels} numbers, but model.channels is "
+                f"{self.model.channels}"
+            )
         if MANIFEST in self.files:
             raise ValueError(f"{MANIFEST} lists itself")
         for artifact in self.artifacts if self.digest else ():

@@ -12,7 +12,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
@@ -46,6 +46,7 @@ from vitdeploy.config import (
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError, did_you_mean
 from vitdeploy.model.registry import expected_shapes
+from vitdeploy.model.user_module import input_channels
 from vitdeploy.scores import usual_scores
 
 DIGITS = "digits"
@@ -172,13 +173,24 @@ def user_module(module: nn.Module, source: str, image_size: Size | None, stated:
     """
     stated.refuse_shapeless(source)
     scores: dict[str, Scores] = {name: name for name in get_args(Scores)}
+    size = image_size or (224, 224)
+    facts = stated.facts(("preprocess", "scores"), ("preprocess", "scores"))
+    channels = len(stated.mean) if isinstance(stated.mean, Sequence) else input_channels(module, size)
+    preprocess, notes = stated.prepare(Preprocess(size=size), channels)
+    if not any(facts.get(name) == "user" for name in ("preprocess", "mean", "std", "resize", "crop")):
+        assumed = (
+            "a module of your own says nothing of its preprocessing; assumed (--preprocess says it): "
+            f"resize to {size[0]}x{size[1]}, mean and std 0.5"
+        )
+        notes = (assumed, *notes)
     return UserModule(
         module,
         source,
-        stated.prepare(Preprocess(size=image_size or (224, 224))),
+        preprocess,
         stated.name_classes(None, None),
         scores[stated.scores] if stated.scores is not None else None,
-        stated.facts(("preprocess", "scores"), ("preprocess", "scores")),
+        facts,
+        notes,
     )
 
 
@@ -368,16 +380,17 @@ def _convert(
     if template is not None and "heads" in assumed:
         facts["heads"] = "user"
     guesses = [note for name, note in assumed.items() if note and facts[name] == "default"]
+    preprocess, seen = stated.prepare(reading.preprocess(size), config.channels)
     return Checkpoint(
         config=config,
         state=state,
-        preprocess=stated.prepare(reading.preprocess(size)),
+        preprocess=preprocess,
         labels=labels,
         family=family.name,
         source=foreign.source,
         scores=_scores(stated, reading.scores, config),
         facts=facts,
-        notes=(*files.notes, *dropped, *reading.notes, *guesses, *notes),
+        notes=(*files.notes, *dropped, *reading.notes, *guesses, *notes, *seen),
         provenance=files.files,
     )
 
@@ -404,7 +417,7 @@ def _scores(stated: Stated, read: Scores | None, config: ModelConfig) -> Scores:
 
 
 def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> None:
-    fields = ("patch_size", "channels", "width", "depth", "heads", "mlp_width", "distillation_token")
+    fields = ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token")
     differing = [
         f"{field} {getattr(config, field, None)}, not {getattr(template, field)}"
         for field in fields
@@ -429,11 +442,12 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int, 
     config = config.at_size(image_size or config.image_size)
     config = config if classes is None else replace(config, classes=classes)
     deployed = stated.configure(config)
+    preprocess, _ = stated.prepare(Preprocess(size=config.image_size), config.channels)
     labels = stated.name_classes(config.classes, None)
     return Checkpoint(
         config=deployed,
         state=random_state(config, seed),
-        preprocess=stated.prepare(Preprocess(size=config.image_size)),
+        preprocess=preprocess,
         labels=labels,
         family="vitdeploy",
         source=name,

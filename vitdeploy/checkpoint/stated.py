@@ -20,7 +20,15 @@ from vitdeploy.bundle.manifest import FactSource, first_problem
 from vitdeploy.checkpoint.documents import read_bytes, read_json
 from vitdeploy.config import Activation, ModelConfig, Preprocess, Resample, Scores, Size
 from vitdeploy.errors import CheckpointError, ConfigError, UsageError, did_you_mean
-from vitdeploy.images.preprocess import PRESETS, at_size, from_huggingface, from_timm, preset
+from vitdeploy.images.preprocess import (
+    PRESETS,
+    at_size,
+    channel_notes,
+    for_channels,
+    from_huggingface,
+    from_timm,
+    preset,
+)
 
 Facts = dict[str, FactSource]
 Named = TypeVar("Named", bound=str)
@@ -111,18 +119,27 @@ class Stated:
             if getattr(self, name) is not None:
                 raise UsageError(f"{source} is exported as it is: its {name} cannot be chosen")
 
-    def prepare(self, read: Preprocess) -> Preprocess:
-        """The preprocessing for ``read.size``: the user's whole, or what was read, with single settings.
+    def prepare(self, read: Preprocess, channels: int = 3) -> tuple[Preprocess, tuple[str, ...]]:
+        """The preprocessing for ``read.size``, and notes: the user's, or what was read, with single settings.
+
+        Args:
+            channels: the model's.
 
         Raises:
             UsageError: a setting that does not fit the size, or contradicts another.
             CheckpointError: the user's file is wrong.
         """
-        spec = read if self.preprocess is None else _chosen(self.preprocess, read)
+        spec = for_channels(read, channels)
+        if self.preprocess is not None:
+            spec = for_channels(_chosen(self.preprocess, spec), channels)
         try:
-            return replace(spec, **self._colours(len(spec.mean)), **self._geometry(spec))
+            spec = replace(spec, **self._colours(channels), **self._geometry(spec))
         except ConfigError as error:
             raise UsageError(error.message, hint=error.hint) from error
+        if spec.channels != channels:
+            raise UsageError(f"mean and std are of {spec.channels} channels, and the model has {channels}")
+        said = self.preprocess is not None or self.mean is not None
+        return spec, channel_notes(spec if said else read, channels)
 
     def facts(self, assumed: Collection[str], known: Sequence[str]) -> Facts:
         """Where each of the ``known`` facts is from, and each single setting of the user's.
@@ -306,9 +323,9 @@ def _read_settings(content: Mapping[str, Any], where: str, read: Preprocess) -> 
     if not content.keys().isdisjoint(
         ("image_processor_type", "feature_extractor_type", "do_resize", "image_mean")
     ):
-        return from_huggingface(content)
+        return from_huggingface(content, channels=read.channels)
     if isinstance(timm, Mapping) and not timm.keys().isdisjoint(("crop_pct", "interpolation", "input_size")):
-        return from_timm(timm)
+        return from_timm({**timm, "input_size": (read.channels, *read.size)})
     raise CheckpointError(
         f"{where}: no preprocessing of transformers, timm or a manifest",
         hint='{"resize": "exact", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}',

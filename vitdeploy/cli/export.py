@@ -80,7 +80,7 @@ Input = Annotated[
     str,
     typer.Option(
         metavar="float|uint8",
-        help="What the artifacts read: float, (N,3,H,W) pixel values; uint8, (N,H,W,3) images, with the "
+        help="What the artifacts read: float, (N,C,H,W) pixel values; uint8, (N,H,W,C) images, with the "
         "normalisation folded in.",
     ),
 ]

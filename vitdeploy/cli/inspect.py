@@ -108,8 +108,10 @@ def _facts(manifest: Manifest) -> None:
     for name in ("heads", "activation"):
         if made.facts.get(name, "checkpoint") != "checkpoint":
             rows.append((name, str(getattr(config, name))))
-    if manifest.preprocess:
+    if manifest.preprocess and manifest.preprocess.takes_images:
         rows.extend(summary.preprocess_rows(manifest.preprocess))
+    elif manifest.refuses_images:
+        rows.append(("images", manifest.refuses_images))
     rows = [(name, text + _origin(made.facts, name)) for name, text in rows]
     rows.extend(("note", text) for text in made.notes)
     output.facts(rows)

@@ -145,6 +145,8 @@ def _started(server: RunningServer) -> None:
     for model in server.repository.models:
         if model.note:
             output.note(f"{model.name}: {model.note}")
-        path = f"{server.url}/v1/models/{model.name}:predict"
-        output.note(f"  {model.name} version {model.version}: curl --data-binary @IMAGE {path}")
+        takes = f"tensors at {server.url}/v2/models/{model.name}/infer"
+        if model.bundle.manifest.classifies_images:
+            takes = f"curl --data-binary @IMAGE {server.url}/v1/models/{model.name}:predict"
+        output.note(f"  {model.name} version {model.version}: {takes}")
     output.note(f"serving {server.url}" + (f", gRPC {server.grpc}" if server.grpc else ""))

@@ -32,7 +32,7 @@ _KINDS = {
 _PLURAL = {"softmax": "softmaxes", "fused attention": "fused attentions"}
 
 
-PREPROCESS = ("turn", "resize", "crop", "resample", "pad", "rescale", "mean", "std")
+PREPROCESS = ("turn", "colour", "resize", "crop", "resample", "pad", "rescale", "mean", "std")
 """The steps of preprocessing, by the names of what says them."""
 _MARGINS = {"floor": "rounded down", "round": "rounded to even"}
 
@@ -50,6 +50,7 @@ def preprocess_rows(spec: Preprocess) -> list[tuple[str, str]]:
     }[spec.resize]
     steps = {
         "turn": "as the EXIF orientation says" if spec.exif else None,
+        "colour": "grey" if spec.channels == 1 else None,
         "resize": how,
         "resample": spec.resample if spec.resize != "none" else None,
         "crop": f"{height}x{width} from the middle, an odd margin {_MARGINS[spec.crop_rounding]}",
@@ -236,6 +237,6 @@ def _print_bundle(bundle: Bundle, where: Path) -> None:
     output.heading("next")
     folder = shlex.quote(str(where))
     output.line(f"  vitdeploy verify {folder}")
-    if bundle.manifest.output == "logits":
+    if bundle.manifest.classifies_images:
         output.line(f"  vitdeploy predict {folder} IMAGE")
     output.line(f"  vitdeploy bench {folder}")

@@ -250,9 +250,8 @@ def _print_local(report: VerifyReport) -> None:
         output.line()
         if report.unproven:
             output.line(f"not verified, as no named backend runs it: {', '.join(report.unproven)}")
-        output.line(
-            f"{report.bundle}: verified: {report.files} files intact, preprocessing equal, {compared} passed"
-        )
+        equal = "preprocessing equal, " if report.preprocess.images else ""
+        output.line(f"{report.bundle}: verified: {report.files} files intact, {equal}{compared} passed")
 
 
 def _verify_live(bundle: Path, url: str, batch: str | None, options: dict[str, Any], as_json: bool) -> int:

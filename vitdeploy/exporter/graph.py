@@ -82,7 +82,7 @@ def _exported(
         reason = str(error.__cause__ or error).strip().splitlines()
         raise ExportError(
             f"PyTorch could not trace {type(module).__name__} into ONNX: {reason[0] if reason else error!r}",
-            hint="a model must take one (N, 3, H, W) tensor, return one tensor and keep N dynamic; "
+            hint="a model must take one (N, C, H, W) tensor, return one tensor and keep N dynamic; "
             "--batch 1 traces a fixed batch",
         ) from error
     if program is None:

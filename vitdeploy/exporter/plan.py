@@ -54,9 +54,9 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
     orders, impossible = orders_of(request.engines)
     with BundleWriter(target, force=force):  # the same objections as the export's, and nothing committed
         opened, subject = open_subject(request)
-    size = _image_size(subject)
+    size, channels = _image_size(subject), subject.preprocess.channels
     channels_last = subject.input == "uint8"
-    shape = ("N", *size, 3) if channels_last else ("N", 3, *size)
+    shape = ("N", *size, channels) if channels_last else ("N", channels, *size)
     return ExportPlan(
         source=opened.source,
         config=model_fields(subject.config) if subject.config else {},
@@ -86,8 +86,8 @@ def _image_size(subject: Subject) -> Size:
 
 def _files(request: ExportRequest, subject: Subject) -> dict[str, int]:
     height, width = _image_size(subject)
-    raw = [image.nbytes for image in raw_images()]
-    pixels = (len(GOLDEN_NAMES) + len(raw)) * 3 * height * width
+    raw = [image.nbytes for image in raw_images()] if subject.preprocess.takes_images else []
+    pixels = (len(GOLDEN_NAMES) + len(raw)) * subject.preprocess.channels * height * width
     files = {
         WEIGHTS: sum(tensor.nbytes for tensor in subject.state.values()),
         GOLDEN: sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels),

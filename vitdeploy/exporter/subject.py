@@ -80,8 +80,12 @@ class CheckpointSubject(Subject):
 
     def __init__(self, checkpoint: Checkpoint, output: Output | None, input_kind: InputKind) -> None:
         config = checkpoint.config
-        if config.channels != 3:
-            raise UsageError(f"{checkpoint.source} reads {config.channels} channels; images have 3")
+        if checkpoint.preprocess.channels != config.channels:
+            raise UsageError(
+                f"{checkpoint.source}: its preprocessing is for {checkpoint.preprocess.channels} channels, "
+                f"but the model has {config.channels}",
+                hint="state one mean and one deviation for each channel of the model",
+            )
         if output is not None and output not in config.outputs:
             raise UsageError(
                 f"{checkpoint.source} has no {output}", hint=f"it has: {', '.join(config.outputs)}"
@@ -140,14 +144,6 @@ class ModuleSubject(Subject):
         self.config = None
         self.preprocess, self.labels, self.scores = user.preprocess, user.labels, user.scores
         self.output, self.input = "logits", input_kind
-        if not any(
-            user.facts.get(name) == "user" for name in ("preprocess", "mean", "std", "resize", "crop")
-        ):
-            height, width = user.preprocess.size
-            self.notes = (
-                "a module of your own says nothing of its preprocessing; assumed (--preprocess says it): "
-                f"resize to {height}x{width}, mean and std 0.5",
-            )
         self._module = user.module
 
     @property

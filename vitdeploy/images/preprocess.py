@@ -3,6 +3,11 @@
 Pillow resizes, numpy does the rest, so that the pixels are those of transformers' PIL image processors and of
 timm's evaluation transform. A ``Preprocess`` says what to do; ``from_huggingface`` and ``from_timm`` read it
 from a checkpoint's own configuration.
+
+For a model of one channel, images become grey first, as Pillow's ``convert("L")`` makes them: the luma of
+ITU-R BT.601, (19595 R + 38470 G + 7471 B + 32768) / 65536 rounded down. So does timm, whose scripts open
+images in that mode for such models; transformers' processors take what they are given, and its pipelines only
+know RGB. Grey that was decoded to RGB comes back unchanged, as the weights add up to 65536.
 """
 
 from __future__ import annotations
@@ -41,36 +46,41 @@ def pixel_values(image: Image.Image, spec: Preprocess, kind: Literal["float", "u
 
 
 def apply(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
-    """Return the network's input for one image: (3, H, W) float32, C-contiguous, H and W from ``spec.size``.
+    """Return the network's input for one image: (C, H, W) float32, C-contiguous, H and W from ``spec.size``.
 
     ``image`` is what ``load_image`` returned; any other Pillow image goes through it first.
 
     Raises:
-        ImageError: as ``load_image``, or the image is so elongated that resizing it would exhaust memory.
+        ImageError: as ``load_image``, or the image is so elongated that resizing it would exhaust memory,
+            or the model's channels are not those of an image.
     """
     pixels = apply_uint8(image, spec)
     # Each channel has 256 possible values: compute those, in float64 then float32 as transformers does.
     levels = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
     mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (spec.mean, spec.std))
-    table = (levels - mean) / std  # (3, 256)
-    values = np.empty((3, *spec.size), dtype=np.float32)
-    for channel in range(3):
+    table = (levels - mean) / std  # (C, 256)
+    values = np.empty((spec.channels, *spec.size), dtype=np.float32)
+    for channel in range(spec.channels):
         np.take(table[channel], pixels[:, :, channel], out=values[channel], mode="clip")
     return values
 
 
 def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
-    """Return the resized and cropped image before rescaling and normalising: (H, W, 3) uint8.
+    """Return the resized and cropped image before rescaling and normalising: (H, W, C) uint8.
 
     ``(x * spec.rescale - spec.mean) / spec.std`` of it is ``apply``, up to float32 rounding.
 
     Raises:
         ImageError: as ``apply``.
     """
+    if not spec.takes_images:
+        raise ImageError(f"an image cannot become a tensor of {spec.channels} channels")
     if type(image) is not Image.Image or image.mode != "RGB":
         image = load_image(image)
     if spec.exif:
         image = upright(image)
+    if spec.channels == 1:
+        image = image.convert("L")
     height, width = resized((image.height, image.width), spec)
     if height * width > MAX_PIXELS:
         raise ImageError(
@@ -79,7 +89,7 @@ def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
             hint="crop it first",
         )
     image = image.resize((width, height), _FILTERS[spec.resample])
-    return np.array(_crop(image, spec))
+    return np.array(_crop(image, spec)).reshape(*spec.size, spec.channels)
 
 
 def resized(size: Size, spec: Preprocess) -> Size:
@@ -107,7 +117,7 @@ def _crop(image: Image.Image, spec: Preprocess) -> Image.Image:
     left = _margin(image.width, width, spec)
     if image.height >= height and image.width >= width:
         return image.crop((left, top, left + width, top + height))
-    canvas = Image.new("RGB", (width, height), spec.pad)
+    canvas = Image.new("RGB", (width, height), spec.pad).convert(image.mode)
     canvas.paste(image, (-left, -top))
     return canvas
 
@@ -138,10 +148,33 @@ def at_size(spec: Preprocess, size: Size) -> Preprocess:
     return replace(spec, size=size, resize="cover", resize_edge=None, resize_to=(height, width))
 
 
+def for_channels(spec: Preprocess, channels: int) -> Preprocess:
+    """Return ``spec`` for a model of so many channels, where it was written for RGB.
+
+    The average of the three means stands for each channel, as in timm's loader, and so for the deviations.
+    """
+    if spec.channels == channels:
+        return spec
+    mean, std = (math.fsum(values) / len(values) for values in (spec.mean, spec.std))
+    return replace(spec, mean=(mean,) * channels, std=(std,) * channels)
+
+
+def channel_notes(spec: Preprocess, channels: int) -> tuple[str, ...]:
+    """What to tell about a model whose images are not RGB; ``spec`` is its preprocessing as it was stated."""
+    notes = []
+    if channels == 1:
+        notes.append("one channel: images become grey (Pillow's L, ITU-R BT.601) before they are resized")
+    elif channels != 3:
+        notes.append(f"{channels} channels: tensors go in, not images")
+    if spec.channels != channels and (len(set(spec.mean)) > 1 or len(set(spec.std)) > 1):
+        notes.append("mean and std are stated for RGB: each channel gets their average, as in timm's loader")
+    return tuple(notes)
+
+
 # --- a checkpoint's own configuration ----------------------------------------------------------------
 
 _IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
-_INCEPTION = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_INCEPTION = {"image_mean": 0.5, "image_std": 0.5}  # of each channel
 _OPENAI = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
@@ -220,16 +253,18 @@ def preset(name: str) -> Preprocess:
     return from_huggingface(settings, model_type)
 
 
-def from_huggingface(config: Mapping[str, Any], model_type: str = "vit") -> Preprocess:
+def from_huggingface(config: Mapping[str, Any], model_type: str = "vit", channels: int = 3) -> Preprocess:
     """Return what a ``preprocessor_config.json`` of transformers says, defaults of its class included.
 
     Args:
         config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP and BEiT processors are known, under their
             older and ``Fast`` names too, and the one that wraps timm's transforms.
         model_type: the model's, from ``config.json``; decides where the file names no processor.
+        channels: the model's. Where they are not three, the file has to say mean and std for them.
 
     Raises:
-        CheckpointError: a setting is unknown, malformed, or gives images whose size varies. Names the key.
+        CheckpointError: a setting is unknown, malformed, not for so many channels, or gives images whose size
+            varies. Names the key.
     """
     if config.get("image_processor_type") == "TimmWrapperImageProcessor":
         return replace(from_timm(config.get("pretrained_cfg") or {}), exif=True)
@@ -255,8 +290,8 @@ def from_huggingface(config: Mapping[str, Any], model_type: str = "vit") -> Prep
     return _checked(
         **geometry,
         rescale=_number(settings["rescale_factor"], "rescale_factor") if settings["do_rescale"] else 1.0,
-        mean=_colour(mean, "image_mean"),
-        std=_colour(std, "image_std"),
+        mean=_per_channel(mean, "image_mean", channels),
+        std=_per_channel(std, "image_std", channels),
         exif=True,  # as load_image of transformers does before its processors
     )
 
@@ -266,23 +301,24 @@ def from_timm(pretrained_cfg: Mapping[str, Any]) -> Preprocess:
 
     Args:
         pretrained_cfg: timm's settings of a model (``"pretrained_cfg"`` in its ``config.json``): input_size,
-            crop_pct, crop_mode, interpolation, mean, std; each with timm's default where missing.
+            crop_pct, crop_mode, interpolation, mean, std; each with timm's default where missing. For a
+            model of other channels timm keeps the RGB mean and std: they are returned as they are stated, and
+            ``for_channels`` makes them the model's.
 
     Raises:
         CheckpointError: a setting is unknown or malformed. Names the key.
     """
     channels, *size = _integers(pretrained_cfg.get("input_size") or (3, 224, 224), "input_size", 3)
-    if channels != 3:
-        raise _refusal("input_size", pretrained_cfg["input_size"], "is not of 3-channel images")
     fraction = _number(pretrained_cfg.get("crop_pct") or 0.875, "crop_pct")
     height, width = (math.floor(edge / fraction) for edge in size)
-    mean = _colour(pretrained_cfg.get("mean") or _IMAGENET["image_mean"], "mean")
+    mean = _for_rgb_or(channels, pretrained_cfg.get("mean") or _IMAGENET["image_mean"], "mean")
     geometry: dict[str, Any] = {"resize_to": (height, width)}
     match pretrained_cfg.get("crop_mode") or "center":
         case "squash":
             geometry["resize"] = "exact"
         case "border":
-            geometry.update(resize="contain", pad=tuple(round(255 * value) for value in mean))
+            colour = mean if len(mean) == 3 else mean[:1] * 3
+            geometry.update(resize="contain", pad=tuple(round(255 * value) for value in colour))
         case "center" if height != width:
             geometry["resize"] = "cover"
         case "center":
@@ -296,7 +332,7 @@ def from_timm(pretrained_cfg: Mapping[str, Any]) -> Preprocess:
         crop_rounding="round",
         resample=_choice(pretrained_cfg.get("interpolation") or "bicubic", "interpolation", names),
         mean=mean,
-        std=_colour(pretrained_cfg.get("std") or _IMAGENET["image_std"], "std"),
+        std=_for_rgb_or(channels, pretrained_cfg.get("std") or _IMAGENET["image_std"], "std"),
     )
 
 
@@ -345,15 +381,21 @@ def _number(value: Any, key: str) -> float:
     return float(value)
 
 
-def _colour(value: Any, key: str) -> tuple[float, float, float]:
-    """Three numbers, for red, green and blue; a single one stands for all."""
-    items = [value] * 3 if isinstance(value, (int, float)) else value
-    if not isinstance(items, (list, tuple)) or len(items) != 3:
-        raise _refusal(key, value, "is not three numbers")
+def _per_channel(value: Any, key: str, channels: int) -> tuple[float, ...]:
+    """A number for each channel; a single one stands for all."""
+    items = [value] * channels if isinstance(value, (int, float)) else value
+    if not isinstance(items, (list, tuple)) or len(items) != channels:
+        count = f"{channels} numbers" if channels > 1 else "one number"
+        raise _refusal(key, value, f"is not {count}, as the model has {count.replace('number', 'channel')}")
     if not all(isinstance(item, (int, float)) and math.isfinite(item) for item in items):
         raise _refusal(key, value, "is not made of numbers")
-    red, green, blue = map(float, items)
-    return red, green, blue
+    return tuple(map(float, items))
+
+
+def _for_rgb_or(channels: int, value: Any, key: str) -> tuple[float, ...]:
+    """Three numbers for RGB, whatever the channels; or one for each."""
+    rgb = isinstance(value, (list, tuple)) and len(value) == 3
+    return _per_channel(value, key, 3 if rgb else channels)
 
 
 def _choice(value: Any, key: str, known: Mapping[Any, Resample]) -> Resample:
@@ -370,7 +412,9 @@ def _checked(**settings: Any) -> Preprocess:
 
 
 def _refusal(key: str, value: Any, problem: str) -> CheckpointError:
+    text = repr(value)
+    text = text if len(text) <= 100 else f"{text[:97]}..."
     return CheckpointError(
-        f"the checkpoint's preprocessing setting {key} = {value!r} {problem}",
+        f"the checkpoint's preprocessing setting {key} = {text} {problem}",
         hint="correct its preprocessing configuration",
     )

@@ -1,4 +1,4 @@
-"""A module of the user's as a reference: what it computes in float64, whatever it returns it in."""
+"""A module of the user's as a reference: what goes in, and what it computes in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,22 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from vitdeploy.config import Size
 from vitdeploy.errors import ExportError
+
+
+def input_channels(module: nn.Module, size: Size) -> int:
+    """What the first convolution reads, unless the module takes an image of three channels."""
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    if first is None or first.in_channels == 3:
+        return 3
+    image = torch.zeros(1, 3, *size, dtype=first.weight.dtype, device=first.weight.device)
+    try:
+        with torch.inference_mode():
+            copy.deepcopy(module).eval()(image)
+    except Exception:  # whatever the user's code raises where it is given too many channels
+        return first.in_channels
+    return 3
 
 
 def module_float64(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -23,7 +38,7 @@ def module_float64(module: nn.Module, inputs: Tensor) -> Tensor:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ExportError(
             f"the model does not run on a {tuple(inputs.shape)} tensor in float64: {error}",
-            hint="it must take one (N, 3, H, W) tensor; --image-size says which H and W",
+            hint="it must take one (N, C, H, W) tensor; --image-size says which H and W",
         ) from error
 
 

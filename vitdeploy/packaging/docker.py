@@ -59,6 +59,7 @@ def write(job: Job) -> Outcome:
         backend=backend.name,
         tag=tag,
         gpus="--gpus all " if gpu else "",
+        call=_call(job),
     )
     write_text(folder / "README.md", readme)
     return Outcome(_what(wheel), next=_next(job), notes=_notes(backend.traits, wheel))
@@ -73,6 +74,17 @@ def pins(traits: Traits) -> list[str]:
         except PackageNotFoundError:
             continue
     return pinned
+
+
+def _call(job: Job) -> str:
+    """How to ask the model: an image file where it takes one and gives classes, tensors otherwise."""
+    manifest, (reads, *_) = job.bundle.manifest, job.artifact.inputs
+    if manifest.classifies_images:
+        where = f"http://localhost:8000/v1/models/{job.name}:predict"
+        return f'curl --fail --data-binary @image.jpg -H "Content-Type: image/jpeg" {where}'
+    where = f"http://localhost:8000/v2/models/{job.name}"
+    shape = ", ".join(map(str, reads.shape))
+    return f"curl --fail {where}  # POST to {where}/infer: {reads.name}, {reads.dtype} ({shape})"
 
 
 def _what(wheel: str | None) -> dict[str, str]:

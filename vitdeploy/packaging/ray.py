@@ -32,8 +32,13 @@ def write(job: Job) -> Outcome:
         UsageError: the bundle gives no classes, or a setting does not fit the artifact.
     """
     manifest = job.bundle.manifest
-    if manifest.output != "logits" or manifest.preprocess is None:
+    if manifest.output != "logits":
         raise UsageError(f"{job.bundle.root}: gives {manifest.output}, which are no classes of an image")
+    if manifest.refuses_images:
+        raise UsageError(
+            f"{job.bundle.root}: {manifest.refuses_images}, which the application for Ray takes",
+            hint="--target triton-server, kserve or docker serves tensors",
+        )
     backend = job.backend()
     arguments = _arguments(job, backend.traits)
     copy_bundle(job, job.folder / BUNDLE)

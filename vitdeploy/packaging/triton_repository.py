@@ -286,8 +286,8 @@ def device_of(job: Job) -> Device:
 def why_tensors_only(job: Job) -> str | None:
     """None where image files can go in; else why only tensors can."""
     manifest, artifact = job.bundle.manifest, job.artifact
-    if manifest.preprocess is None:
-        return "the bundle says nothing of preprocessing"
+    if manifest.refuses_images:
+        return f"the bundle {manifest.refuses_images}"
     if len(artifact.inputs) != 1 or len(artifact.outputs) != 1:
         return f"{artifact.name} has {len(artifact.inputs)} inputs and {len(artifact.outputs)} outputs"
     return None

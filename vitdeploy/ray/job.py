@@ -96,8 +96,10 @@ def make_plan(request: JobRequest) -> tuple[ActorPlan, str]:
         BundleError: it is no bundle.
     """
     bundle = Bundle.open(request.bundle)
-    if bundle.manifest.output != "logits" or bundle.manifest.preprocess is None:
+    if bundle.manifest.output != "logits":
         raise UsageError(f"{bundle.root}: gives {bundle.manifest.output}, which are no classes to predict")
+    if bundle.manifest.refuses_images:
+        raise UsageError(f"{bundle.root}: {bundle.manifest.refuses_images}, so it cannot take images")
     if request.top_k < 1:
         raise UsageError(f"top_k must be at least 1, not {request.top_k}")
     Options(threads=request.threads)

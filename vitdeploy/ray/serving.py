@@ -185,11 +185,13 @@ def _batch(predictor: Predictor, max_batch: int) -> int:
     """How many images are computed together at most.
 
     Raises:
-        UsageError: the artifact does not take so many, or gives no classes.
+        UsageError: the artifact does not take so many, or no images, or gives no classes.
     """
     manifest, facts = predictor.bundle.manifest, predictor.session.facts
     if manifest.output != "logits":
         raise UsageError(f"{predictor.bundle.root}: gives {manifest.output}, which are no classes")
+    if manifest.refuses_images:
+        raise UsageError(f"{predictor.bundle.root}: {manifest.refuses_images}, so it cannot take images")
     if facts.batch is not None and max_batch > facts.batch.max:
         raise UsageError(f"max_batch {max_batch}: {facts.artifact} takes at most {facts.batch.max}")
     return max_batch

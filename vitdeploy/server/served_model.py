@@ -213,9 +213,11 @@ class ServedModel:
             RequestError: the model gives no classes, or cannot run them now.
         """
         self._require_classes()
-        if self.bundle.manifest.preprocess is None:
+        if reason := self.bundle.manifest.refuses_images:
             raise RequestError(
-                "invalid", f"model '{self.name}' takes no images: its bundle has no preprocessing"
+                "invalid",
+                f"model '{self.name}' takes no images: its bundle {reason}; tensors go to "
+                f"/v2/models/{self.name}/infer",
             )
         if top_k < 1:
             raise RequestError("invalid", f"top_k must be at least 1, not {top_k}")

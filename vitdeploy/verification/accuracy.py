@@ -85,6 +85,8 @@ def find_labelled(folder: Path, manifest: Manifest) -> LabelledImages:
     """
     if manifest.output != "logits":
         raise UsageError(f"accuracy needs logits, but this bundle gives {manifest.output}")
+    if manifest.refuses_images:
+        raise UsageError(f"accuracy needs images, but this bundle {manifest.refuses_images}")
     if not folder.is_dir():
         raise ImageError(f"{folder}: is not a folder of labelled images", hint="--data DIR")
     classes = _classes(manifest)

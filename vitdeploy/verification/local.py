@@ -117,6 +117,8 @@ def verify_bundle(
     with job.progress.stage("preprocess") as stage:
         preprocess = check_preprocess(opened)
         stage.detail = f"{preprocess.images} images, difference {preprocess.max_abs:.1e}"
+    if not preprocess.images and preprocess.passed:
+        job.notes.append(f"the bundle {opened.manifest.refuses_images}: no pixels were compared")
     job.failures += [f"preprocessing: {reason}" for reason in preprocess.failures]
     job.run(pairs, images)
     if max_drop is not None:

@@ -377,3 +377,53 @@ def test_library_without_network_or_model(monkeypatch: pytest.MonkeyPatch) -> No
         open_model("timm:vit_tiny_patch16_224")
     with pytest.raises(CheckpointError, match="did you mean 'vit_tiny_patch16_224'"):
         open_model("timm:vit_tiny_patch16_24")
+
+
+def with_channels(weight: Tensor, channels: int) -> Tensor:
+    """What timm makes of an RGB patch convolution (D, 3, P, P) for ``in_chans``: summed up, or repeated."""
+    weight = weight.double()  # or the sums are rounded
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_model_of_one_channel(described: bool, tmp_path: Path) -> None:
+    """Its weights are summed over RGB: it gives for grey what the RGB model gives for grey in all three."""
+    folder = copy("vit", tmp_path, model_args=arguments("vit", in_chans=1))
+    state = load_file(folder / "model.safetensors")
+    state["patch_embed.proj.weight"] = with_channels(state["patch_embed.proj.weight"], 1)
+    save_file(state, folder / "model.safetensors")
+    if not described:
+        (folder / "config.json").unlink()
+    opened = open_model(checkpoint=folder / "model.safetensors")
+    assert isinstance(opened, Checkpoint)
+    colour = load(RECORDED / "vit")
+    assert opened.config.channels == 1
+    if described:
+        grey = torch.randn(2, 1, *opened.config.image_size, dtype=torch.float64)
+        torch.testing.assert_close(
+            run(opened, grey), run(colour, grey.expand(-1, 3, -1, -1)), rtol=0, atol=1e-10
+        )
+        assert opened.preprocess.mean == pytest.approx((sum(colour.preprocess.mean) / 3,))
+    assert opened.preprocess.channels == 1
+    assert any("images become grey" in note for note in opened.notes)
+
+
+def test_a_model_of_four_channels(tmp_path: Path) -> None:
+    own = {"mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
+    pretrained = json.loads((RECORDED / "vit" / "config.json").read_text())["pretrained_cfg"]
+    size = [4, *pretrained["input_size"][1:]]
+    folder = copy("vit", tmp_path, pretrained_cfg={**pretrained, **own, "input_size": size})
+    state = load_file(folder / "model.safetensors")
+    state["patch_embed.proj.weight"] = with_channels(state["patch_embed.proj.weight"], 4)
+    save_file(state, folder / "model.safetensors")
+    opened = load(folder)
+    assert (opened.config.channels, list(opened.preprocess.mean), list(opened.preprocess.std)) == (
+        4,
+        *own.values(),
+    )
+    x = torch.randn(2, 4, *opened.config.image_size, dtype=torch.float64)
+    same = torch.stack([x[:, 0] + x[:, 3], x[:, 1], x[:, 2]], dim=1) * (3 / 4)
+    torch.testing.assert_close(run(opened, x), run(load(RECORDED / "vit"), same), rtol=0, atol=1e-10)
+    assert any("tensors go in, not images" in note for note in opened.notes)

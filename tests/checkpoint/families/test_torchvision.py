@@ -124,3 +124,14 @@ def test_a_head_of_several_layers_is_no_head(tmp_path: Path, shape: tuple[int, .
     save_file(moved, tmp_path / "vit.safetensors")
     with pytest.raises(CheckpointError, match=r"3 unexpected \(heads\.\{0,2\}\.weight, heads\.2\.bias"):
         open_model(checkpoint=tmp_path / "vit.safetensors")
+
+
+def test_a_model_of_one_channel_gets_the_average_of_imagenet(tmp_path: Path) -> None:
+    state = load_file(RECORDED / "vit.safetensors")
+    state["conv_proj.weight"] = state["conv_proj.weight"].sum(dim=1, keepdim=True)
+    save_file(state, tmp_path / "grey.safetensors")
+    opened = open_model(checkpoint=tmp_path / "grey.safetensors")
+    assert isinstance(opened, Checkpoint)
+    assert opened.config.channels == 1
+    assert opened.preprocess.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,), rel=1e-15)
+    assert any("average" in note for note in opened.notes)

@@ -240,7 +240,7 @@ def reading(
     if foreign.processor is None:
         base = published(model_type)
     else:
-        base = from_huggingface(foreign.processor, model_type)
+        base = from_huggingface(foreign.processor, model_type, config.channels)
     prefix = model_type if any(name.startswith(f"{model_type}.") for name in foreign.state) else ""
     notes = []
     assumed: dict[str, str | None] = {} if foreign.config is not None else {"heads": None, "activation": None}

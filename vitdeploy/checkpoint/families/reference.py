@@ -72,6 +72,12 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         assumed["preprocess"] = None
     else:
         base = parsed_fields(Preprocess, config_object(stated, "preprocess"), "config.json", "preprocess")
+        if base.channels != config.channels:
+            raise CheckpointError(
+                f"config.json: preprocess.mean has {base.channels} numbers, but model.channels is "
+                f"{config.channels}",
+                hint="state one number for each channel in mean and std",
+            )
 
     def preprocess(size: Size | None) -> Preprocess:
         return base if size in (None, base.size) else at_size(base, size)

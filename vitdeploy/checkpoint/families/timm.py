@@ -127,7 +127,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         config=result,
         layout=layout,
         state=state,
-        preprocess=lambda size: _preprocess(config, pretrained, size or result.image_size),
+        preprocess=lambda size: _preprocess(config, pretrained, result.channels, size or result.image_size),
         ignored={"mask_token": None},
         originals=originals,
         labels=_labels(config, pretrained, result.classes),
@@ -244,11 +244,12 @@ def _sizes(arguments: Mapping[str, object], pretrained: Mapping[str, object]) ->
     return sizes
 
 
-def _preprocess(config: Mapping[str, object], pretrained: Mapping[str, object], size: Size) -> Preprocess:
-    half = (0.5, 0.5, 0.5)
-    settings = pretrained or {"crop_pct": 0.9, "mean": half, "std": half}
+def _preprocess(
+    config: Mapping[str, object], pretrained: Mapping[str, object], channels: int, size: Size
+) -> Preprocess:
+    settings = pretrained or {"crop_pct": 0.9, "mean": 0.5, "std": 0.5}
     # transformers turns photographs as their EXIF orientation says before it hands them to timm's transform.
-    return replace(from_timm({**settings, "input_size": (3, *size)}), exif=_is_wrapped(config))
+    return replace(from_timm({**settings, "input_size": (channels, *size)}), exif=_is_wrapped(config))
 
 
 def _labels(

@@ -64,11 +64,12 @@ class Truth:
         self.size: Size = interface.size or (
             self.config.image_size if self.config else opened.preprocess.size
         )
-        channels = 3 if self.config is None else self.config.channels
+        channels = self.preprocess.channels
         if interface.channels not in (None, channels):
-            raise UsageError(f"the file reads {interface.channels} channels, and {self.source} {channels}")
-        if channels != 3:
-            raise UsageError(f"{self.source} reads {channels} channels; images have 3")
+            raise UsageError(
+                f"the file reads {interface.channels} channels, and {self.source} {channels}",
+                hint="give the checkpoint that the file was made from",
+            )
 
     @classmethod
     def open(cls, model: Model | None, checkpoint: Path | str | None, interface: Interface) -> Truth:

@@ -18,7 +18,7 @@ from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import InputKind, Preprocess
 from vitdeploy.errors import VitdeployError
 from vitdeploy.images.decode import load_image
-from vitdeploy.images.preprocess import apply, pixel_values, resized
+from vitdeploy.images.preprocess import apply, for_channels, pixel_values, resized
 from vitdeploy.predictor import Predictor
 from vitdeploy.scores import sigmoid, softmax
 from vitdeploy.verification.live.image_endpoints import Scored
@@ -193,11 +193,14 @@ def tensor_mistakes(kind: InputKind, spec: Preprocess | None) -> Iterator[tuple[
 
     The phrase fits behind "the answers are what the model gives for".
     """
+    channels = 3 if spec is None else spec.channels
     if kind == "uint8":
-        yield "BGR images: the server swaps red and blue", lambda x: x[..., ::-1]
+        if channels == 3:
+            yield "BGR images: the server swaps red and blue", lambda x: x[..., ::-1]
         yield "images with rows and columns swapped", lambda x: x.transpose(0, 2, 1, 3)
         return
-    yield "BGR tensors: the server swaps red and blue", lambda x: x[:, ::-1]
+    if channels == 3:
+        yield "BGR tensors: the server swaps red and blue", lambda x: x[:, ::-1]
     yield "tensors with rows and columns swapped", lambda x: x.transpose(0, 1, 3, 2)
     yield (
         "tensors whose channels are last: the server takes one layout for the other",
@@ -217,6 +220,8 @@ def image_mistakes(kind: InputKind, spec: Preprocess) -> Iterator[tuple[str, Cal
         return pixel_values(image, spec, kind)
 
     yield "BGR pixels: red and blue are swapped", lambda image: convert(_bgr(image), spec)
+    if spec.channels == 1:
+        yield "grey that is the mean of red, green and blue", lambda image: convert(_mean_grey(image), spec)
     if kind == "float":
         yield from _value_mistakes(spec)
     for what, other in _geometries(spec):
@@ -260,10 +265,12 @@ def _interpolated(pixels: Array, size: int) -> Array:
 
 
 def _value_mistakes(spec: Preprocess) -> Iterator[tuple[str, Callable[[Image.Image], Array]]]:
-    for name, (mean, std) in _STATISTICS.items():
+    for name, statistics in _STATISTICS.items():
+        rgb = Preprocess(mean=statistics[0], std=statistics[1])
+        mean, std = for_channels(rgb, spec.channels).mean, for_channels(rgb, spec.channels).std
         if not (np.allclose(mean, spec.mean, atol=1e-3) and np.allclose(std, spec.std, atol=1e-3)):
             yield f"pixels normalised with {name}", _with(replace(spec, mean=mean, std=std))
-    plain = replace(spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    plain = replace(spec, mean=(0.0,) * spec.channels, std=(1.0,) * spec.channels)
     yield "pixels that are not normalised: 0 to 1 as they are", _with(plain)
     yield "pixels from 0 to 255, neither scaled nor normalised", _with(replace(plain, rescale=1.0))
     yield "pixels normalised without being scaled from 0..255 first", _with(replace(spec, rescale=1.0))
@@ -307,3 +314,8 @@ def _with(spec: Preprocess) -> Callable[[Image.Image], Array]:
 
 def _bgr(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1]))
+
+
+def _mean_grey(image: Image.Image) -> Image.Image:
+    """Every colour counts the same, not as the eye sees it."""
+    return Image.fromarray(np.asarray(image.convert("RGB")).mean(axis=-1).round().astype(np.uint8))

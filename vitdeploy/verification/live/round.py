@@ -328,8 +328,8 @@ class _Round:
         manifest, request = self.bundle.manifest, self.request
         if manifest.output != "logits":
             return f"the model gives {manifest.output}, which are no classes"
-        if manifest.preprocess is None:
-            return "the bundle says nothing of preprocessing"
+        if manifest.refuses_images:
+            return f"the bundle {manifest.refuses_images}"
         return find_endpoint(self.client, model, request.timeout, request.headers, request.ca)
 
     def _compare_digests(self, model: LiveModel) -> None:
