@@ -8,12 +8,16 @@ import importlib
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from tests.helpers.commands import in_a_process
 from tests.helpers.exports import Exported, Exports
+
+if TYPE_CHECKING:
+    from tests.helpers.strangers import Strangers
 
 # Tests run in several processes at once: one core each, or their thread pools fight over the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,13 +48,24 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)  # or nanobind tells of leaks
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """One for all processes of this test run."""
+    folder = factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """Exports, each made once for all processes of this test run."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    return Exports(folder / "exports")
+    return Exports(shared_folder(tmp_path_factory) / "exports")
+
+
+@pytest.fixture(scope="session")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Strangers:
+    """A checkpoint of transformers, and what other people's exporters make of it."""
+    from tests.helpers.strangers import Strangers
+
+    return Strangers(shared_folder(tmp_path_factory) / "strangers")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from vitdeploy._version import __version__
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitdeploy.config import BatchRange, Preprocess, Size
     from vitdeploy.predictor import Predictor
     from vitdeploy.progress import Progress
+    from vitdeploy.verification.foreign.report import ForeignReport
     from vitdeploy.verification.local import VerifyReport
 
     Path = str | os.PathLike[str]
@@ -255,25 +256,62 @@ def load(
     return Predictor.open(bundle, backend=backend, artifact=artifact, options=options)
 
 
+@overload
 def verify(
     bundle: Path | Bundle,
     *,
     backends: Sequence[str] | None = None,
     batches: Sequence[int] | None = None,
     data: Path | None = None,
+    max_drop: float | None = None,
     threads: int | None = None,
     provider: str | None = None,
     progress: Progress | None = None,
-) -> VerifyReport:
+) -> VerifyReport: ...
+
+
+@overload
+def verify(
+    bundle: Path,
+    *,
+    model: str | Path | nn.Module | None = None,
+    checkpoint: Path | None = None,
+    batches: Sequence[int] | None = None,
+    data: Path | None = None,
+    max_drop: float | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ForeignReport: ...
+
+
+def verify(
+    bundle: Path | Bundle,
+    *,
+    model: str | Path | nn.Module | None = None,
+    checkpoint: Path | None = None,
+    backends: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    data: Path | None = None,
+    max_drop: float | None = None,
+    threads: int | None = None,
+    provider: str | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport | ForeignReport:
     """Verify a bundle on this machine: every byte, the preprocessing, every artifact on every backend.
 
+    With ``model`` or ``checkpoint``, hold anybody's ONNX file, or a folder of them, against it: parity in
+    ONNX Runtime on the CPU, the dtype of every GEMM, the weights, labels and preprocessing.
+
     Args:
-        bundle: its folder, or an opened one.
+        bundle: its folder, or an opened one; or the file or folder to hold against the checkpoint.
+        model: the checkpoint that a file was made from, as ``export`` takes it.
+        checkpoint: a file or folder with the weights of a named variant, as ``export`` takes it.
         backends: names; every one here that runs exported artifacts when omitted. Then an artifact that
             none of them can run is not verified, and fails; of named ones, what they cannot run is skipped.
         batches: batch sizes; each artifact's least, optimal and largest when omitted.
         data: a folder of labelled images (a sub-folder per label, or files named ``<label>_*.png``), for
             the accuracy of every artifact.
+        max_drop: points of top-1 on ``data`` that an artifact may be below the reference; more is a failure.
         threads: CPU threads; the runtime's own choice when omitted.
         provider: ONNX Runtime's execution provider; goes with ``backends=["onnxruntime"]``.
         progress: receives the stages as they begin and finish.
@@ -284,15 +322,43 @@ def verify(
 
     Raises:
         BundleError: there is no bundle, or a byte of it changed.
-        UsageError: an unknown backend, or a batch size that no artifact serves.
+        UsageError: an unknown backend, a batch size that no artifact serves; a file that is no image model.
+        CheckpointError: the checkpoint cannot be opened.
         MissingDependency, DeviceUnavailable: a backend asked for by name does not work here.
     """
     from vitdeploy.backends.base import Options
-    from vitdeploy.verification.local import verify_bundle
 
     options = Options(threads=threads, provider=provider)
-    return verify_bundle(
-        bundle, backends=backends, batches=batches, data=data, options=options, progress=progress
+    if model is None and checkpoint is None:
+        from vitdeploy.verification.local import verify_bundle
+
+        return verify_bundle(
+            bundle,
+            backends=backends,
+            batches=batches,
+            data=data,
+            max_drop=max_drop,
+            options=options,
+            progress=progress,
+        )
+    from vitdeploy.bundle.folder import Bundle as BundleFolder
+    from vitdeploy.errors import UsageError
+    from vitdeploy.exporter import exporting
+
+    if backends is not None or provider is not None:
+        raise UsageError("a file of no bundle is run by ONNX Runtime on the CPU: no backends, no provider")
+    with exporting("holding a file against its checkpoint"):
+        from vitdeploy.verification.foreign.run import verify_foreign
+
+    return verify_foreign(
+        bundle.root if isinstance(bundle, BundleFolder) else pathlib.Path(bundle),
+        pathlib.Path(model) if isinstance(model, os.PathLike) else model,
+        None if checkpoint is None else pathlib.Path(checkpoint),
+        batches=batches,
+        data=None if data is None else pathlib.Path(data),
+        max_drop=max_drop,
+        options=options,
+        progress=progress,
     )
 
 

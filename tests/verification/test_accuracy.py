@@ -16,9 +16,12 @@ from vitdeploy.bundle.files import sha256
 from vitdeploy.data import digits_folder, digits_heldout
 from vitdeploy.errors import BundleError, UsageError
 from vitdeploy.verification.accuracy import (
+    AccuracyRecord,
     LabelledImages,
     bundled_images,
+    check_max_drop,
     compare_accuracy,
+    judge_drop,
     paired_interval,
     score,
     top_classes,
@@ -56,6 +59,54 @@ def test_nothing_to_compare_is_an_error() -> None:
         compare_accuracy(MODEL[:0], REFERENCE[:0], LABELLED[:0])
     with pytest.raises(ValueError, match="3, 4 and 4 images"):
         compare_accuracy(MODEL[:3], REFERENCE, LABELLED)
+
+
+# --- the gate --------------------------------------------------------------------------------------------
+
+
+def record(images: int, both: int, gained: int, lost: int) -> AccuracyRecord:
+    """Of a model that is right with the reference, where it is wrong, and the other way round."""
+    labels = np.zeros(images, np.int64)
+    model, reference = np.ones((2, images, 1), np.int64)
+    model[: both + gained] = 0
+    reference[:both] = 0
+    reference[both + gained : both + gained + lost] = 0
+    return score("onnx-fp16", "onnxruntime", model, reference, labels)
+
+
+@pytest.mark.parametrize(
+    "drop, allowed, held",
+    [
+        (record(1000, 900, 0, 5), 0.5, True),  # exactly as much
+        (record(1000, 900, 0, 6), 0.5, False),
+        (record(1000, 900, 7, 14), 0.7, True),  # 0.7 is no binary fraction
+        (record(1000, 900, 6, 0), 0.0, True),  # better than the reference
+        (record(1000, 900, 0, 1), 0.0, False),
+    ],
+)
+def test_the_observed_drop_decides(drop: AccuracyRecord, allowed: float, held: bool) -> None:
+    assert judge_drop(drop, allowed)[0] is held
+
+
+def test_what_is_said_of_a_drop() -> None:
+    """Counts of Bentur et al., of the published interval above, as points; and as what it cannot tell."""
+    found = record(images=21, both=1, gained=1, lost=7)
+    assert found.top1_difference == pytest.approx(-6 / 21)
+    held, said = judge_drop(found, 20)
+    assert not held
+    assert said == (
+        "top-1 9.52 %, 28.57 points below the reference (95 % interval 2.56 to 50.69), "
+        "more than the 20 allowed; 21 images cannot tell: the interval holds 20"
+    )
+    held, said = judge_drop(found, 51)
+    assert held
+    assert said.endswith("within the 51 allowed")
+
+
+@pytest.mark.parametrize("most", [-0.1, 100.5, math.nan, math.inf])
+def test_no_number_of_points(most: float) -> None:
+    with pytest.raises(UsageError, match="not a number of percentage points"):
+        check_max_drop(most, "data")
 
 
 # --- the interval ---------------------------------------------------------------------------------------

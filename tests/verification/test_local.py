@@ -317,3 +317,39 @@ def test_features_have_no_accuracy(tmp_path: Path) -> None:
     kwargs: dict[str, Any] = {"output": "features", "labels": None}
     with pytest.raises(UsageError, match="features"):
         vitdeploy.verify(write_bundle(tmp_path / "b", **kwargs), data=tmp_path / "data")
+
+
+def test_a_drop_in_accuracy_fails(tmp_path: Path) -> None:
+    """The second artifact takes the first class for the second, and the other way round."""
+    images = [random_image(seed) for seed in range(20)]
+    best = answer_images(images).argmax(axis=1)
+    (tmp_path / "data").mkdir()
+    for seed, (image, index) in enumerate(zip(images, best, strict=True)):
+        image.save(tmp_path / f"data/{LABELS[index]}_{seed}.png")
+    made = write_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
+    held = vitdeploy.verify(made.root, backends=ORT, data=tmp_path / "data", max_drop=0)
+    held.check()
+    said = "onnx-fp16: top-1 100.00 %, 0.00 points below the reference (95 % interval -"
+    assert [note for note in held.notes if note.startswith(said)]
+    swapped = write_bundle(tmp_path / "o", precisions=("fp16",), weight=wrong("swapped columns"))
+    with made.edit() as writer:
+        writer.file("model.fp16.onnx").write_bytes(swapped.path("model.fp16.onnx").read_bytes())
+        writer.seal(made.manifest)
+        mixed = writer.commit()
+    lost = 100 * int((best < 2).sum()) / 20
+    assert lost > 0
+
+    def dropped(allowed: float) -> list[str]:
+        report = vitdeploy.verify(mixed, backends=ORT, data=tmp_path / "data", max_drop=allowed)
+        return [failure for failure in report.failures if "top-1" in failure]
+
+    assert dropped(lost) == []
+    (failure,) = dropped(lost - 1)
+    assert failure.startswith(f"onnx-fp16: top-1 {100 - lost:.2f} %, {lost:.2f} points below the reference")
+    assert failure.endswith(f"{lost - 1:g} allowed; 20 images cannot tell: the interval holds {lost - 1:g}")
+
+
+def test_a_drop_is_measured_on_something(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there are none") as caught:
+        vitdeploy.verify(tmp_path, max_drop=0.5)
+    assert caught.value.hint == "--data DIR"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitdeploy.backends import onnxruntime_providers as providers
@@ -36,7 +37,7 @@ from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
 if TYPE_CHECKING:
     import onnxruntime
 
-_NO_BF16 = "ONNX Runtime's CPU provider has no bf16 kernels"
+NO_BF16 = "ONNX Runtime's CPU provider has no bf16 kernels"
 
 
 class OnnxRuntime(Backend):
@@ -55,7 +56,7 @@ class OnnxRuntime(Backend):
         if artifact is None or artifact.format != "onnx":
             return "it runs ONNX artifacts only"
         if has_bf16(artifact) and self.availability().ok and not has_gpu_provider(available_providers()):
-            return _NO_BF16
+            return NO_BF16
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
@@ -64,7 +65,7 @@ class OnnxRuntime(Backend):
         require_support(self, bundle, artifact)
         assert artifact is not None
         if provider == "cpu" and has_bf16(artifact):
-            raise UsageError(f"{artifact.name}: {_NO_BF16}", hint="--provider cuda, or another precision")
+            raise UsageError(f"{artifact.name}: {NO_BF16}", hint="--provider cuda, or another precision")
         setup = set_up(library, bundle, artifact, provider, device)
         bundle.verify_hashes(artifact.files)
         session = _open(library, bundle, artifact, provider, setup, options.session_threads)
@@ -110,8 +111,8 @@ def available_providers() -> tuple[str, ...]:
     return tuple(providers.import_onnxruntime().get_available_providers())
 
 
-def session_settings(library: Any, bundle: Bundle, provider: str) -> Any:
-    """What every session is made with, whatever it is for."""
+def session_settings(library: Any, bundle: Bundle | None, provider: str) -> Any:
+    """What every session is made with, whatever it is for; on the CPU it may be of no bundle."""
     severity = 4 if provider == "cpu" else 3  # errors are raised; the log only adds why a GPU is not usable
     library.set_default_logger_severity(severity)
     settings = library.SessionOptions()
@@ -121,10 +122,26 @@ def session_settings(library: Any, bundle: Bundle, provider: str) -> Any:
     settings.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_ALL
     if provider != "cpu":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if bundle.manifest.model is not None:
+        if bundle is not None and bundle.manifest.model is not None:
             # Our graphs need nothing of the CPU; a user's own may compute shapes there.
             settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return settings
+
+
+def open_file(path: Path, threads: int | None) -> Any:
+    """An ONNX file of no bundle, on the CPU.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load it.
+    """
+    library = providers.import_onnxruntime()
+    settings = session_settings(library, None, "cpu")
+    if threads is not None:
+        settings.intra_op_num_threads = threads
+    try:
+        return library.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]])
+    except Exception as error:  # its errors have no base class of their own
+        raise BundleError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from error
 
 
 def _open(

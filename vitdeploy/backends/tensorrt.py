@@ -86,7 +86,9 @@ class _EngineBackend(Backend):
         rebuild = rebuild_command(bundle.root, artifact)
         check_machine(record, library.__version__, gpu, rebuild)
         device = cuda.CudaDevice(index)
-        loaded, log = self._deserialise(library, path, record)
+        log = Log()
+        host_code = record.settings.version_compatible
+        loaded = deserialise(self.flavour, library, path, log, host_code=host_code)
         if record.settings.weights == "stripped":
             _refit(library, loaded, bundle, record, log)
         engine = Engine(
@@ -140,16 +142,26 @@ class _EngineBackend(Backend):
             raise BundleError(f"{path}: its record is of another engine than the manifest lists")
         return path, record
 
-    def _deserialise(self, library: TensorRt, path: Path, record: EngineRecord) -> tuple[ICudaEngine, Log]:
-        log = Log()
-        runtime = library.Runtime(make_logger(library, log))
-        if record.settings.version_compatible:
-            runtime.engine_host_code_allowed = True  # its hash stands in the manifest
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            loaded = runtime.deserialize_cuda_engine(data)
-        if loaded is None:
-            raise BundleError(f"{path}: {self.flavour.title} does not take it: {log.last_errors()}")
-        return loaded, log
+
+def deserialise(
+    flavour: Flavour, library: TensorRt, path: Path, log: Log, *, host_code: bool = False
+) -> ICudaEngine:
+    """Let TensorRT load an engine.
+
+    Args:
+        host_code: whether it may bring a lean runtime of its own; only where its hash stands in a manifest.
+
+    Raises:
+        BundleError: it does not take it.
+    """
+    runtime = library.Runtime(make_logger(library, log))
+    if host_code:
+        runtime.engine_host_code_allowed = True
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        loaded = runtime.deserialize_cuda_engine(data)
+    if loaded is None:
+        raise BundleError(f"{path}: {flavour.title} does not take it: {log.last_errors()}")
+    return loaded
 
 
 class TensorRT(_EngineBackend):

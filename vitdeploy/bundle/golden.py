@@ -11,11 +11,12 @@ one more pixel, so that no channel of a scene can stand for another unnoticed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitdeploy.config import Size
+from vitdeploy.config import InputKind, Preprocess, Size
 
 _Pixels = NDArray[np.int64]
 
@@ -29,6 +30,16 @@ def golden_images(size: Size, channels: int = 3) -> list[NDArray[np.uint8]]:
     From 8x8 pixels on, no two are the same.
     """
     return [_with_channels(draw(size), channels) for draw in _DRAWINGS.values()]
+
+
+def golden_inputs(spec: Preprocess, size: Size, kind: InputKind) -> NDArray[Any]:
+    """The same images as a model reads them: (K, C, H, W) float32 normalised, or (K, H, W, C) uint8."""
+    images = np.stack(golden_images(size, spec.channels))
+    if kind == "uint8":
+        return images
+    mean, std = (np.array(values, np.float64) for values in (spec.mean, spec.std))
+    normalised = (images * spec.rescale - mean) / std
+    return np.ascontiguousarray(normalised.astype(np.float32).transpose(0, 3, 1, 2))
 
 
 def raw_images() -> list[NDArray[np.uint8]]:

@@ -99,7 +99,7 @@ def prove_precision(model: onnx.ModelProto, precision: Precision, islands: Colle
     for node in model.graph.node:
         if node.op_type not in WATCHED:
             continue
-        dtype = types.get(node.input[0]) or types.get(node.output[0]) or "undefined"
+        dtype = next((types[v] for v in (*node.input, *node.output) if v in types), "undefined")
         island = dtype in _WIDE and dtype != wanted and declared(node.name, islands)
         rows.append(OpPrecision(name=node.name, op=node.op_type, dtype=dtype, island=island))
     ok = bool(rows) and not undeclared(rows, precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
     from vitdeploy.bundle.manifest import Manifest, TensorSpec
     from vitdeploy.bundle.onnx_graph import GraphSummary
+    from vitdeploy.bundle.onnx_metadata import SelfDescription
 
 SUMMARY = "Show what a bundle, an ONNX file or an engine contains."
+_LONGEST = 200
+"""Characters of a value that is shown as it is."""
 EXAMPLES = (
     "vitdeploy inspect vit.bundle",
     "vitdeploy inspect vit.bundle/model.fp16.onnx",
@@ -99,7 +102,7 @@ def _facts(manifest: Manifest) -> None:
         rows.append(("compute", f"{output.flops(manifest.flops)} per image"))
     rows.extend((name, _value(spec.name, (spec.dtype, spec.shape))) for name, spec in _tensors(manifest))
     if labels:
-        rows.append(("labels", f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"))
+        rows.append(("labels", _labels(labels)))
     if manifest.output == "logits":
         rows.append(("scores", manifest.scores))
     for name in ("heads", "activation"):
@@ -132,15 +135,46 @@ def _origin(facts: Mapping[str, str], name: str) -> str:
     return f"  [from {words[source]}]" if source else ""
 
 
+def _labels(labels: Sequence[str]) -> str:
+    return f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}"
+
+
+def _said(said: SelfDescription) -> Iterator[tuple[str, object]]:
+    """What an ONNX file says of itself, in the words for a bundle."""
+    if said.input:
+        yield "input", said.input
+    if said.output:
+        yield "output", said.output
+    if said.labels:
+        yield "labels", _labels(said.labels)
+    if said.scores:
+        yield "scores", said.scores
+    if (whole := said.whole_preprocess) is not None:
+        yield from summary.preprocess_rows(whole)
+    else:
+        for name, value in said.preprocess.items():
+            yield name, ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
+    for text in said.notes:
+        yield "note", text
+
+
 def _onnx(path: Path, as_json: bool) -> None:
     from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, summarise
+    from vitdeploy.bundle.onnx_metadata import read_properties
 
     model = read_graph(path)
     graph = summarise(model)
+    said = read_properties(graph.metadata)
     ops = prove_precision(model, "fp32", ()).ops  # for the list of dtypes; nothing is declared, so no verdict
     if as_json:
         output.json_document(
-            {"ok": True, "file": str(path), **_graph_dict(graph), "precision": summary.count_ops(ops)}
+            {
+                "ok": True,
+                "file": str(path),
+                **_graph_dict(graph),
+                "said": said.as_dict(),
+                "precision": summary.count_ops(ops),
+            }
         )
         return
     rows = [
@@ -151,7 +185,8 @@ def _onnx(path: Path, as_json: bool) -> None:
         *(("input", _value(name, spec)) for name, spec in graph.inputs.items()),
         *(("output", _value(name, spec)) for name, spec in graph.outputs.items()),
         ("precision", summary.proof_line(ops)),
-        *((key, value) for key, value in graph.metadata.items()),
+        *_said(said),
+        *((key, _cut(text)) for key, text in graph.metadata.items() if key not in said.keys),
     ]
     output.facts(rows)
     _operators("operators", graph)
@@ -198,6 +233,10 @@ def _engine(path: Path, as_json: bool) -> None:
             *(("fusion", line) for line in record.fusion.lines()),
         ]
     )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _value(name: str, spec: tuple[str, tuple[int | str, ...]]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
     from vitdeploy.bundle.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
     from vitdeploy.config import Preprocess
+    from vitdeploy.verification.accuracy import AccuracyRecord
 
 _KINDS = {
     "Softmax": "softmax",
@@ -148,6 +149,14 @@ def print_parity(records: Sequence[ParityRecord]) -> None:
         )
     columns = ("artifact", "backend", ">batch", ">relative", ">max abs", ">1-cosine", ">KL", ">top-1", "")
     output.table(columns, rows)
+
+
+def print_accuracy(records: Sequence[AccuracyRecord]) -> None:
+    output.heading(f"accuracy on {records[0].images} images")
+    rows = [
+        (a.model, a.backend, f"{100 * a.correct / a.images:.2f} %", f"{a.agree}/{a.images}") for a in records
+    ]
+    output.table(("model", "backend", ">accuracy", ">as the reference"), rows)
 
 
 def count_ops(ops: Sequence[OpPrecision]) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""``vitdeploy verify``: hold a bundle on this machine, or a live server, against the reference."""
+"""``vitdeploy verify``: a bundle on this machine, any ONNX file, or a live server, against the reference."""
 
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitdeploy.cli import output, parse, summary
+from vitdeploy.cli.verify_file import verify_file
 from vitdeploy.errors import ParityError, UsageError, VitdeployError
 
 if TYPE_CHECKING:
@@ -19,12 +21,13 @@ if TYPE_CHECKING:
     from vitdeploy.verification.live.watch import WatchRound, WatchSummary
     from vitdeploy.verification.local import VerifyReport
 
-SUMMARY = "Verify a bundle on this machine, or a live server with it."
+SUMMARY = "Verify a bundle, anybody's ONNX file against its checkpoint, or a live server."
 EXAMPLES = (
     "vitdeploy verify vit.bundle",
     "vitdeploy verify vit.bundle --backend onnxruntime,openvino --batch 1,8",
     "vitdeploy verify vit.bundle --backend triton",
-    "vitdeploy verify vit.bundle --data held_out/ --json",
+    "vitdeploy verify vit.bundle --data held_out/ --max-drop 0.5 --json",
+    "vitdeploy verify model.onnx -m my-vit/",
     "vitdeploy verify vit.bundle --url http://127.0.0.1:8000",
     "vitdeploy verify vit.bundle --url grpc://127.0.0.1:8001 --model vit --watch 60 --metrics-port 9100",
 )
@@ -32,8 +35,29 @@ EXAMPLES = (
 
 def command(
     bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="The bundle to verify.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="BUNDLE|FILE.onnx|FILE.plan|FOLDER",
+            help="The bundle to verify; with -m, an ONNX file, an engine, or a folder with ONNX files.",
+            show_default=False,
+        ),
     ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="Hold an ONNX file against this checkpoint, which is named as for `export`; with --url, the "
+            "model's name on the server.  [default there: the bundle's]",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="The weights of the named variant that -m says, to hold a file against."
+        ),
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -47,6 +71,12 @@ def command(
     data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Measure accuracy on labelled images: LABEL/*.png or LABEL_*.png."),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", help="Fail where top-1 on --data is more than P points below the reference's."
+        ),
     ] = None,
     threads: Annotated[
         int | None,
@@ -64,10 +94,6 @@ def command(
             metavar="URL",
             help="Verify the live server at http[s]://HOST:PORT or grpc[s]://HOST:PORT, not this machine.",
         ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The model's name on the server.  [default: the bundle's]"),
     ] = None,
     version: Annotated[
         str | None,
@@ -109,13 +135,22 @@ def command(
     reference. An artifact that no backend here can run is not verified, and fails too; with --backend, what
     the named ones cannot run is only listed.
 
+    With -m, anybody's ONNX file, or a folder with some, is held against its checkpoint: parity, the dtype of
+    every GEMM, weights, labels, preprocessing. What could not be checked is said.
+
     With --url, a live server of the Open Inference Protocol v2 (vitdeploy's, Triton, KServe) is asked
     instead: the golden tensors and images are sent to it, and what it answers is compared. Exits with 2
     if it cannot be asked; of --watch, with 5 if any round failed.
     """
-    local = {"--backend": backend, "--data": data, "--threads": threads, "--provider": provider}
+    local = {
+        "--backend": backend,
+        "--data": data,
+        "--max-drop": max_drop,
+        "--threads": threads,
+        "--provider": provider,
+        "--checkpoint": checkpoint,
+    }
     live = {
-        "--model": model,
         "--version": version,
         "--artifact": artifact,
         "--timeout": timeout,
@@ -129,20 +164,49 @@ def command(
             raise UsageError(
                 f"{flag} is about a live server, and no --url names one", hint="--url http://127.0.0.1:8000"
             )
-        return _verify_local(bundle, backend, batch, data, threads, provider, as_json)
+        sizes = parse.integers(batch, "--batch") if batch is not None else None
+        if model is not None or checkpoint is not None:
+            for flag in (flag for flag in ("--backend", "--provider") if local[flag] is not None):
+                raise UsageError(
+                    f"{flag} is about a bundle; a file is run by ONNX Runtime on the CPU",
+                    hint=f"leave {flag} out",
+                )
+            return verify_file(
+                bundle,
+                model,
+                checkpoint,
+                batches=sizes,
+                data=data,
+                max_drop=max_drop,
+                threads=threads,
+                as_json=as_json,
+            )
+        if bundle.is_file() or (bundle.is_dir() and _holds_files(bundle)):
+            raise UsageError(
+                f"{bundle} is no bundle; a file is held against the checkpoint that it was made from",
+                hint=f"vitdeploy verify {shlex.quote(str(bundle))} -m CHECKPOINT",
+            )
+        return _verify_local(bundle, backend, sizes, data, max_drop, threads, provider, as_json)
     for flag in (flag for flag, value in local.items() if value is not None):
         raise UsageError(
             f"{flag} is about how this machine runs the bundle, but --url asks a server",
             hint="verify the bundle here first, without --url",
         )
-    return _verify_live(bundle, url, batch, live, as_json)
+    return _verify_live(bundle, url, batch, {**live, "--model": model}, as_json)
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether a folder is no bundle, but one with ONNX files."""
+    files = (path for pattern in ("*.onnx", "onnx/*.onnx") for path in folder.glob(pattern))
+    return not (folder / "manifest.json").exists() and any(files)
 
 
 def _verify_local(
     bundle: Path,
     backend: str | None,
-    batch: str | None,
+    sizes: tuple[int, ...] | None,
     data: Path | None,
+    max_drop: float | None,
     threads: int | None,
     provider: str | None,
     as_json: bool,
@@ -151,11 +215,16 @@ def _verify_local(
     from vitdeploy.verification.local import verify_bundle
 
     named = parse.backends(backend, provider)
-    sizes = parse.integers(batch, "--batch") if batch is not None else None
     options = Options(threads=threads, provider=provider)
     with output.Stages() as stages, output.stdout_is_ours():
         report = verify_bundle(
-            bundle, backends=named, batches=sizes, data=data, options=options, progress=stages
+            bundle,
+            backends=named,
+            batches=sizes,
+            data=data,
+            max_drop=max_drop,
+            options=options,
+            progress=stages,
         )
     if not as_json:
         _print_local(report)
@@ -169,12 +238,7 @@ def _print_local(report: VerifyReport) -> None:
     for skipped in report.skipped:
         output.line(f"not run: {skipped.artifact} on {skipped.backend}: {skipped.reason}")
     if report.accuracy:
-        output.heading(f"accuracy on {report.accuracy[0].images} images")
-        rows = [
-            (a.model, a.backend, f"{100 * a.correct / a.images:.2f} %", f"{a.agree}/{a.images}")
-            for a in report.accuracy
-        ]
-        output.table(("model", "backend", ">accuracy", ">as the reference"), rows)
+        summary.print_accuracy(report.accuracy)
     for fusion in report.fusion:
         output.heading(f"fusion of {fusion.artifact} on {fusion.backend}")
         for text in fusion.lines:

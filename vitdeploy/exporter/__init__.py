@@ -9,8 +9,8 @@ from vitdeploy.errors import MissingDependency
 
 
 @contextmanager
-def exporting() -> Iterator[None]:
-    """Surround an import of the exporter: says which extra to install where PyTorch is missing.
+def exporting(purpose: str = "exporting") -> Iterator[None]:
+    """Surround an import of what exports: says which extra to install where PyTorch is missing.
 
     Raises:
         MissingDependency: PyTorch, or what its ONNX exporter is made of, is not installed.
@@ -20,4 +20,4 @@ def exporting() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] not in ("torch", "onnxscript", "onnx_ir"):
             raise
-        raise MissingDependency(error.name, extra="export", purpose="exporting") from error
+        raise MissingDependency(error.name, extra="export", purpose=purpose) from error

@@ -13,6 +13,7 @@ import torch
 from vitdeploy._version import __version__
 from vitdeploy.bundle.manifest import Artifact, TensorSpec
 from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, undeclared
+from vitdeploy.bundle.onnx_metadata import properties
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import ExportError, PrecisionError
 from vitdeploy.exporter.graph import trace
@@ -20,6 +21,7 @@ from vitdeploy.exporter.request import NEWEST_OPSET
 from vitdeploy.exporter.subject import Subject
 from vitdeploy.machine.memory import release
 from vitdeploy.model.precision import DTYPES, PrecisionPlan
+from vitdeploy.scores import usual_scores
 
 if TYPE_CHECKING:
     from vitdeploy.bundle.folder import BundleWriter
@@ -109,7 +111,20 @@ def write_onnx(
 def _describe(model: ir.Model, subject: Subject, precision: str) -> None:
     model.producer_name, model.producer_version = "vitdeploy", __version__
     model.graph.name = subject.config.kind if subject.config else "model"
-    model.metadata_props.update({"vitdeploy.precision": precision, "vitdeploy.input": subject.input})
+    classes = model.graph.outputs[0].shape
+    scores = subject.scores or usual_scores(
+        int(classes[-1]) if classes and isinstance(classes[-1], int) else 0
+    )
+    model.metadata_props.update(
+        properties(
+            precision=precision,
+            input=subject.input,
+            output=subject.output,
+            scores=scores,
+            labels=subject.labels,
+            preprocess=subject.preprocess,
+        )
+    )
 
 
 def _save(model: ir.Model, path: Path) -> list[Path]:

@@ -88,14 +88,7 @@ def golden_arrays(subject: Subject) -> Golden:
     """Golden inputs with float64 outputs, and raw images with their preprocessed form where images go in."""
     spec = subject.preprocess
     size = spec.size if subject.config is None else subject.config.image_size
-    images = np.stack(golden.golden_images(size, spec.channels))  # (K, H, W, C) uint8
-    inputs: np.ndarray[Any, Any]
-    if subject.input == "uint8":
-        inputs = images
-    else:
-        mean, std = (np.array(v, np.float64) for v in (spec.mean, spec.std))
-        inputs = ((images * spec.rescale - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
-    inputs = np.ascontiguousarray(inputs)
+    inputs = golden.golden_inputs(spec, size, subject.input)
     reference = subject.reference(torch.from_numpy(inputs)).numpy()
     arrays: Golden = {INPUT: inputs, "reference": reference}
     for i, raw in enumerate(golden.raw_images() if spec.takes_images else ()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +14,16 @@ from torch import Tensor, nn
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
 from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, Scores
-from vitdeploy.errors import ExportError, UsageError, did_you_mean
+from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
 from vitdeploy.exporter.request import ExportRequest
-from vitdeploy.exporter.user_module import island_norms, only_tensor, rehearse, wrap
+from vitdeploy.exporter.user_module import island_norms, rehearse, wrap
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan, island_names
 from vitdeploy.model.reference import forward_float64, state_of
 from vitdeploy.model.registry import architecture_of, build_reference
 from vitdeploy.model.rewrites import normalisation
+from vitdeploy.model.user_module import module_float64
 
 
 class Subject(ABC):
@@ -156,15 +156,7 @@ class ModuleSubject(Subject):
         return
 
     def reference(self, inputs: Tensor) -> Tensor:
-        exact = copy.deepcopy(self._module).eval().double()
-        try:
-            with torch.inference_mode():
-                return only_tensor(exact(inputs.double()))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise ExportError(
-                f"the model does not run on a {tuple(inputs.shape)} tensor in float64: {error}",
-                hint="it must take one (N, C, H, W) tensor; --image-size says which H and W",
-            ) from error
+        return module_float64(self._module, inputs)
 
     def deployed(self, plan: PrecisionPlan) -> nn.Module:
         return wrap(self._module, plan)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from vitdeploy.errors import ExportError
 from vitdeploy.model.precision import PrecisionPlan
+from vitdeploy.model.user_module import only_tensor
 
 
 class Wrapped(nn.Module):
@@ -41,25 +41,6 @@ class IslandNorm(nn.Module):
 
 def _widened(value: Tensor | None) -> nn.Parameter | None:
     return None if value is None else nn.Parameter(value.detach().float(), requires_grad=False)
-
-
-def only_tensor(output: object) -> Tensor:
-    """The one tensor of a module's output: itself, ``.logits``, ``["logits"]`` or a tuple's first.
-
-    Raises:
-        ExportError: there is none.
-    """
-    if isinstance(output, dict):
-        output = output.get("logits", next(iter(output.values()), None))
-    output = getattr(output, "logits", output)
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise ExportError(
-            f"the model returns {type(output).__name__}, not a tensor",
-            hint="wrap it in a module whose forward returns the logits",
-        )
-    return output
 
 
 def wrap(module: nn.Module, plan: PrecisionPlan) -> Wrapped:

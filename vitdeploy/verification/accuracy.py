@@ -22,6 +22,8 @@ Labels = NDArray[np.int64]
 TopClasses = NDArray[np.int64]
 """(K, 5) class indices of each image, the likeliest first; (K, 1) of a model with five classes or fewer."""
 
+REFERENCE = "reference"
+"""What records call the reference model."""
 _TOP = 5
 _Z = 1.959963984540054
 """Of a standard normal variable, the quantile 0.975."""
@@ -32,7 +34,7 @@ class AccuracyRecord:
     """Right answers of one model on labelled images."""
 
     model: str
-    """An artifact's name, or ``reference``."""
+    """An artifact's name, or ``REFERENCE``."""
     backend: str
     images: int
     correct: int
@@ -41,6 +43,10 @@ class AccuracyRecord:
     """Images on which it names first what the reference names first."""
     top5: int | None
     """Images whose class is among its first five; None with five classes or fewer."""
+    top1_difference: float
+    """Its share of right first places less the reference's."""
+    top1_interval: tuple[float, float]
+    """95 % confidence interval of that difference."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,12 @@ def reference_top_classes(bundle: Bundle, images: LabelledImages) -> TopClasses 
 def score(
     model: str, backend: str, classes: TopClasses, reference: TopClasses, labels: Labels
 ) -> AccuracyRecord:
-    """Count right answers, and agreement with the reference."""
+    """Count right answers, and agreement with the reference.
+
+    Raises:
+        ValueError: no images, or not of the same number everywhere.
+    """
+    compared = compare_accuracy(classes, reference, labels)
     top5 = _among_five(classes, labels)
     return AccuracyRecord(
         model,
@@ -170,7 +181,45 @@ def score(
         correct=int((classes[:, 0] == labels).sum()),
         agree=int((classes[:, 0] == reference[:, 0]).sum()),
         top5=None if top5 is None else int(top5.sum()),
+        top1_difference=compared.top1_difference,
+        top1_interval=compared.top1_interval,
     )
+
+
+def check_max_drop(max_drop: float | None, data: object) -> None:
+    """Check what a user allows accuracy to drop by.
+
+    Raises:
+        UsageError: no number of points, or nothing to measure them on.
+    """
+    if max_drop is None:
+        return
+    if not 0 <= max_drop <= 100:
+        raise UsageError(
+            f"--max-drop {max_drop:g}: not a number of percentage points", hint="--max-drop 0.5, half a point"
+        )
+    if data is None:
+        raise UsageError("--max-drop is measured on labelled images, and there are none", hint="--data DIR")
+
+
+def judge_drop(record: AccuracyRecord, max_drop: float) -> tuple[bool, str]:
+    """Whether an artifact's top-1 stays within ``max_drop`` points of the reference's, and one line about it.
+
+    What was observed decides. Where the interval of the true drop holds what is allowed, the line says so:
+    other images of the same kind might decide otherwise.
+    """
+    lost = -round(record.top1_difference * record.images)  # images, net
+    held = lost * 100 <= max_drop * record.images + 1e-9
+    low, high = sorted(-100 * limit for limit in record.top1_interval)
+    share = 100 * record.correct / record.images
+    verdict = f"{'within' if held else 'more than'} the {max_drop:g} allowed"
+    said = (
+        f"top-1 {share:.2f} %, {100 * lost / record.images:.2f} points below the reference "
+        f"(95 % interval {low:.2f} to {high:.2f}), {verdict}"
+    )
+    if low < max_drop < high:
+        said += f"; {record.images} images cannot tell: the interval holds {max_drop:g}"
+    return held, said
 
 
 def compare_accuracy(classes: TopClasses, reference: TopClasses, labels: Labels) -> AccuracyComparison:

@@ -16,10 +16,13 @@ from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError
 from vitdeploy.predictor import EXACTNESS, Predictor
 from vitdeploy.progress import Progress
 from vitdeploy.verification.accuracy import (
+    REFERENCE,
     AccuracyRecord,
     LabelledImages,
     TopClasses,
+    check_max_drop,
     find_labelled,
+    judge_drop,
     score,
     top_classes,
 )
@@ -98,10 +101,12 @@ def verify_bundle(
     backends: Sequence[str] | None = None,
     batches: Sequence[int] | None = None,
     data: str | os.PathLike[str] | None = None,
+    max_drop: float | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Verify a bundle; ``vitdeploy.verify`` documents the arguments and the errors."""
+    check_max_drop(max_drop, data)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
     pairs = runnable(opened, backends)
     images = find_labelled(Path(data), opened.manifest) if data is not None else None
@@ -116,6 +121,8 @@ def verify_bundle(
         job.notes.append(f"the bundle {opened.manifest.refuses_images}: no pixels were compared")
     job.failures += [f"preprocessing: {reason}" for reason in preprocess.failures]
     job.run(pairs, images)
+    if max_drop is not None:
+        job.judge_drops(max_drop)
     unproven = tuple(a.name for a in opened.manifest.artifacts if a.name not in job.executed)
     if backends is None:
         job.require_all(unproven)
@@ -241,6 +248,17 @@ class _Verification:
             where = f"{pair.name} on {pair.backend.name}, batch {record.batch}"
             self.failures += [f"{where}: {reason}" for reason in record.failures]
 
+    def judge_drops(self, max_drop: float) -> None:
+        """Hold the accuracy of every artifact against the reference's."""
+        for record in self.accuracy:
+            if record.model == REFERENCE:
+                continue
+            held, said = judge_drop(record, max_drop)
+            if held:
+                self.notes.append(f"{record.model}: {said}")
+            else:
+                self.failures.append(f"{record.model}: {said}")
+
     def require_all(self, not_executed: Sequence[str]) -> None:
         """An artifact that nothing here can run is not verified, and neither is an empty bundle."""
         for name in not_executed:
@@ -262,7 +280,7 @@ class _Verification:
         if backend.availability().ok and backend.supports(self.bundle.manifest, None) is None:
             with backend.load(self.bundle, None, Options(threads=self.options.threads)) as session:
                 classes = self._top_classes(session, images)
-            self.accuracy.append(score("reference", backend.name, classes, classes, images.labels))
+            self.accuracy.append(score(REFERENCE, backend.name, classes, classes, images.labels))
             return classes
         exact = min(
             (a for a in self.bundle.manifest.artifacts if a.name in answers),

@@ -194,6 +194,7 @@ def check_session(
     *,
     batches: Sequence[int] | None = None,
     max_abs: float | None = None,
+    tolerance: Tolerance | None = None,
 ) -> list[ParityRecord]:
     """Hold a session against the reference: one record per batch size, over every golden image.
 
@@ -203,6 +204,7 @@ def check_session(
         golden: ``pixel_values`` (K, ...) as the session takes them, ``reference`` (K, ...) float64.
         batches: batch sizes; by default the least, the optimal and the most the session serves.
         max_abs: an absolute bound on top of the precision's tolerance.
+        tolerance: in place of the precision's own.
 
     Raises:
         ParityError: no golden data, or a reference that nothing can be compared with.
@@ -210,7 +212,7 @@ def check_session(
     """
     inputs, reference = _golden(golden)
     facts = session.facts
-    tolerance = TOLERANCES[facts.precision].model_copy(update={"max_abs": max_abs})
+    tolerance = (tolerance or TOLERANCES[facts.precision]).model_copy(update={"max_abs": max_abs})
     least = facts.batch.min if facts.batch else 1
     sizes = batches or (facts.batch.sizes if facts.batch else (1, 8))
     # With other company than below: alone where the artifact allows it, else with other neighbours.
