@@ -76,7 +76,7 @@ def test_a_server_that_is_not_there(run: Run, single: Bundle) -> None:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--model", "x"], "--model is about a live server, and no --url names one"),
+        (["--model", "x"], "is a bundle, which carries its own reference"),
         (["--watch", "5"], "--watch is about a live server"),
         (["--header", "a: b"], "--header is about a live server"),
         (["--url", "http://a:1", "--backend", "onnxruntime"], "--backend is about how this machine runs"),

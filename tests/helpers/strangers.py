@@ -119,14 +119,19 @@ class Strangers:
 
 
 def export_torchscript(
-    module: nn.Module, path: Path, opset: int, names: list[str], batch: str | None, size: int = 32
+    module: nn.Module,
+    path: Path,
+    opset: int,
+    names: list[str],
+    batch: str | None,
+    shape: tuple[int, int, int] = (3, 32, 32),
 ) -> None:
-    """Export for square images by PyTorch's exporter of before, which says much that is of no interest."""
+    """Export for (C, H, W) images by PyTorch's exporter of before, which says much that is of no interest."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            (torch.zeros(2, 3, size, size),),
+            (torch.zeros(2, *shape),),
             path,
             dynamo=False,
             opset_version=opset,

@@ -141,15 +141,12 @@ def _labels(labels: Sequence[str]) -> str:
 
 def _said(said: SelfDescription) -> Iterator[tuple[str, object]]:
     """What an ONNX file says of itself, in the words for a bundle."""
-    if said.input:
-        yield "input", said.input
-    if said.output:
-        yield "output", said.output
+    whole = said.whole_preprocess
     if said.labels:
         yield "labels", _labels(said.labels)
     if said.scores:
         yield "scores", said.scores
-    if (whole := said.whole_preprocess) is not None:
+    if whole is not None:
         yield from summary.preprocess_rows(whole)
     else:
         for name, value in said.preprocess.items():

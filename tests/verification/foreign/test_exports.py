@@ -14,8 +14,9 @@ import transformers
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 import vitdeploy
-from tests.helpers.strangers import TORCHSCRIPT_OPSETS, Strangers, edited, export_torchscript, in_fp16
+from tests.helpers.strangers import TORCHSCRIPT_OPSETS, Plain, Strangers, edited, export_torchscript, in_fp16
 from vitdeploy.config import Preprocess
+from vitdeploy.errors import UsageError
 from vitdeploy.verification.foreign.onnx_file import OnnxFile
 from vitdeploy.verification.foreign.report import ForeignReport
 
@@ -175,7 +176,7 @@ def test_another_size_built_in(strangers: Strangers, tmp_path: Path) -> None:
             logits: torch.Tensor = self.model(pixel_values, interpolate_pos_encoding=True).logits
             return logits
 
-    export_torchscript(Larger(), tmp_path / "model.onnx", 17, ["logits"], batch=None, size=48)
+    export_torchscript(Larger(), tmp_path / "model.onnx", 17, ["logits"], batch=None, shape=(3, 48, 48))
     report = vitdeploy.verify(tmp_path / "model.onnx", model=strangers.checkpoint)
     report.check()
     # preprocessor_config.json is for the checkpoint's own size, and with it the file cannot run.
@@ -183,6 +184,17 @@ def test_another_size_built_in(strangers: Strangers, tmp_path: Path) -> None:
     report = vitdeploy.verify(tmp_path / "model.onnx", model=strangers.checkpoint)
     assert "size is [32, 32], in the checkpoint [48, 48]" in detail(report, "preprocessing")
     assert not report.passed
+
+
+def test_four_channels(strangers: Strangers, tmp_path: Path) -> None:
+    config = transformers.ViTConfig.from_pretrained(strangers.checkpoint, num_channels=4)
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification._from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "four")
+    export_torchscript(Plain(model), tmp_path / "model.onnx", 17, ["logits"], "N", shape=(4, 32, 32))
+    vitdeploy.verify(tmp_path / "model.onnx", model=tmp_path / "four").check()
+    with pytest.raises(UsageError, match="the file reads 4 channels, and .* 3"):
+        vitdeploy.verify(tmp_path / "model.onnx", model=strangers.checkpoint)
 
 
 def test_what_onnx_runtime_has_optimised(strangers: Strangers, tmp_path: Path) -> None:
@@ -248,8 +260,6 @@ def test_a_batch_that_is_only_said_to_vary(strangers: Strangers, tmp_path: Path)
 
 
 def test_a_module_of_the_user_s(strangers: Strangers) -> None:
-    from tests.helpers.strangers import Plain
-
     model = transformers.ViTForImageClassification.from_pretrained(strangers.checkpoint).eval()
     report = vitdeploy.verify(strangers.torchscript(17), model=Plain(model))
     report.check()

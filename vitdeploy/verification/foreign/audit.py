@@ -158,9 +158,10 @@ def check_preprocessing(file: Described, truth: Truth) -> Iterator[Finding]:
         stated.append((f"the file's metadata ({file.said.source})", file.said.preprocess, {}))
     settings = _beside(file, _PROCESSOR)
     if settings is not None:
+        channels = truth.preprocess.channels
         model_type = str((_beside(file, _CONFIG) or {}).get("model_type", "vit"))
         try:
-            stated.append((_PROCESSOR, _fields(from_huggingface(settings, model_type)), _KEYS))
+            stated.append((_PROCESSOR, _fields(from_huggingface(settings, model_type, channels)), _KEYS))
         except CheckpointError as error:
             yield finding("not checked", f"{_PROCESSOR}: {error.message}")
     truths = truth.stated_preprocess

@@ -217,15 +217,16 @@ def interface_of(path: Path, inputs: Sequence[Value], outputs: Sequence[Value]) 
     if 0 in value.shape:
         raise UsageError(f"{path}: a dimension of its input {value} is 0: nothing goes in")
     batch, first, _, last = value.shape
-    is_last = last in (1, 3) and first not in (1, 3)
-    if is_last != (value.dtype == "uint8"):
-        wanted = "(N, H, W, 3), in uint8, or (N, 3, H, W), in floats"
+    is_last = value.dtype == "uint8"
+    channels, other = (last, first) if is_last else (first, last)
+    if other in (1, 3) and channels not in (1, 3):
+        wanted = "(N, H, W, C), in uint8, or (N, C, H, W), in floats"
         raise UsageError(f"{path}: its input {value} is not {wanted}")
     height, width = value.shape[1:3] if is_last else value.shape[2:]
     size = None if height is None or width is None else (height, width)
     kind: InputKind = "uint8" if is_last else "float"
     dtype: DType = value.dtype  # type: ignore[assignment]  # one of the four above
-    return Interface(value.name, dtype, kind, batch, last if is_last else first, size, tuple(outputs))
+    return Interface(value.name, dtype, kind, batch, channels, size, tuple(outputs))
 
 
 def find_files(path: Path) -> list[tuple[Path, str]]:

@@ -67,7 +67,7 @@ def verify_foreign(
     if path.is_dir() and (path / MANIFEST).is_file():
         raise UsageError(
             f"{path} is a bundle, which carries its own reference",
-            hint="verify it without -m, or one file of it",
+            hint="verify it without -m, or one file of it; with --url, -m is the model's name there",
         )
     job = _Job(model, checkpoint, batches, data, max_drop, options or Options(), progress or Progress())
     if path.is_file() and path.suffix in ENGINES:

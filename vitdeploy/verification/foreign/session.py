@@ -73,7 +73,7 @@ def tolerated(claim: str) -> ArtifactPrecision:
 
 def input_of(interface: Interface, size: Size) -> TensorSpec:
     """What goes into a file, images of this size."""
-    channels = interface.channels or 3
+    channels = interface.channels or "C"
     image = (*size, channels) if interface.kind == "uint8" else (channels, *size)
     return TensorSpec(name=interface.input, dtype=interface.dtype, shape=(interface.batch or "N", *image))
 

@@ -61,11 +61,15 @@ class Truth:
         """
         self.opened, self.interface = opened, interface
         self.checkpoint = opened if isinstance(opened, Checkpoint) else None
-        self.preprocess = opened.preprocess
-        self.size: Size = interface.size or self.preprocess.size
+        self.size: Size = interface.size or (
+            self.config.image_size if self.config else opened.preprocess.size
+        )
         channels = self.preprocess.channels
         if interface.channels not in (None, channels):
-            raise UsageError(f"the file reads {interface.channels} channels, and {self.source} {channels}")
+            raise UsageError(
+                f"the file reads {interface.channels} channels, and {self.source} {channels}",
+                hint="give the checkpoint that the file was made from",
+            )
 
     @classmethod
     def open(cls, model: Model | None, checkpoint: Path | str | None, interface: Interface) -> Truth:
@@ -75,8 +79,9 @@ class Truth:
             UsageError, CheckpointError, MissingDependency: as ``open_model``; or its weights are random.
         """
         if isinstance(model, nn.Module):
-            name = type(model).__name__
-            opened: Checkpoint | UserModule = user_module(model, name, interface.size, Stated())
+            opened: Checkpoint | UserModule = user_module(
+                model, type(model).__name__, interface.size, Stated()
+            )
         else:
             name = None if model is None else str(model)
             opened = open_model(name, checkpoint=checkpoint, image_size=interface.size)
@@ -97,12 +102,16 @@ class Truth:
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        return self.checkpoint.labels if self.checkpoint else None
+        return self.opened.labels
 
     @property
     def stated_preprocess(self) -> Preprocess | None:
         """What the checkpoint says of it; a module of the user's says nothing."""
         return self.checkpoint.preprocess if self.checkpoint else None
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.opened.preprocess
 
     @property
     def state(self) -> Mapping[str, Tensor]:
@@ -183,8 +192,8 @@ class Truth:
             model=self.config,
             input=self.interface.kind,
             preprocess=self.preprocess,
-            labels=self.labels if self.config else tuple(map(str, range(classes))),
-            scores=scores or (checkpoint.scores if checkpoint else usual_scores(classes)),
+            labels=self.labels if self.config or self.labels else tuple(map(str, range(classes))),
+            scores=scores or self.opened.scores or usual_scores(classes),
             provenance=Provenance(
                 source=self.source, family=checkpoint.family if checkpoint else "user module"
             ),
