@@ -162,7 +162,7 @@ class Predictor:
         manifest = self.bundle.manifest
         if manifest.preprocess is None:
             raise UsageError(f"{self.bundle.root}: says nothing of preprocessing, so it cannot take images")
-        picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image)
+        picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image, heif=True)
         return pixel_values(picture, manifest.preprocess, manifest.input)
 
     def run(self, inputs: Array) -> Array:

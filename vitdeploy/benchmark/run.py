@@ -88,6 +88,9 @@ def run_bench(
         sizes = ", ".join(map(str, batches))
         raise UsageError(f"nothing to measure: no artifact serves a batch of {sizes} here", hint=why or None)
     images = {name: found for name, found in labelled.items() if found is not None}
+    progress = progress or Progress()
+    for unread in dict.fromkeys(found.unread for found in images.values() if found.unread):
+        progress.note(unread)
     plan = BenchPlan(cases, batches, budget, seed, skipped, command, images=images)
     return run_plan(plan, progress=progress)
 

@@ -27,7 +27,7 @@ IMAGE = "nvcr.io/nvidia/tritonserver:26.04-py3"
 MAX_DELAY_MS = 2.0
 TOP_K = 5
 
-VENDORED = ("config.py", "errors.py", "images/decode.py", "images/preprocess.py")
+VENDORED = ("config.py", "errors.py", "images/decode.py", "images/kinds.py", "images/preprocess.py")
 """Files of vitdeploy that turn image files into pixels; they need numpy and Pillow only."""
 _VENDOR = "vitdeploy_images"
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
