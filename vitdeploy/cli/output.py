@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _WIDE = 400
 """Columns of a table at most; a narrower terminal wraps a line, which reads better than cut-off numbers."""
 
+_ERROR = 400
+"""Characters of an error and its hint together; ``--json`` has all of them."""
+
 
 def line(text: str = "") -> None:
     """One line of a result."""
@@ -32,12 +35,22 @@ def note(text: str) -> None:
 
 
 def error(message: str, hint: str | None = None) -> None:
-    """What went wrong, and what to do about it."""
+    """What went wrong, and what to do about it: a line each, together no longer than anybody reads."""
+    hint = _shortened(hint or "", _ERROR // 2)
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    note(message)
+    note(_shortened(message, _ERROR - len(hint)))
     if hint:
         typer.secho("hint: ", fg="cyan", nl=False, err=True)
         note(hint)
+
+
+def _shortened(text: str, most: int) -> str:
+    """One line of at most so many characters; what a long one is about stands at its ends."""
+    text = printable(text).replace("\n", "\\n").replace("\t", " ")
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail - 3]} … {text[-tail:]}"
 
 
 def heading(text: str) -> None:

@@ -141,7 +141,9 @@ def artifact_to_package(bundle: Bundle, name: str | None, backend: str | None) -
     names = ", ".join(artifact.name for artifact in ranked)
     raise UsageError(
         f"{bundle.root}: has no artifact for {runtime.name}",
-        hint=f"name one: --artifact {names}" if names else f"vitdeploy export -o {bundle.root} --force",
+        hint=f"name one: --artifact {names}"
+        if names
+        else "it has no artifacts at all: export the model again",
     )
 
 
