@@ -152,8 +152,9 @@ def _value_error(error: Any) -> str:
 
     typer's words change with its version, and with the library that it checks with.
     """
-    parameter, context = getattr(error, "param", None), getattr(error, "ctx", None)
-    verb = _VERBS.get(context.info_name) if parameter is not None and context is not None else None
+    parameter: Any = getattr(error, "param", None)
+    context: Any = getattr(error, "ctx", None)
+    verb = None if parameter is None or context is None else _VERBS.get(context.info_name)
     if verb is None:
         return ""
     declared = get_type_hints(verb.command, include_extras=True)[parameter.name]

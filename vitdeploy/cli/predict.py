@@ -140,8 +140,8 @@ def command(
     options = Options(threads=threads, provider=provider)
     results: list[dict[str, Any]] = []
     write = results.append if as_json else _csv_writer() if as_csv else _print
-    sources, broken = _sources(images)
     with Predictor.open(bundle, backend=backend, artifact=artifact, options=options) as predictor:
+        sources, broken = _sources(images)
         began = time.perf_counter()
         failed = _classify(predictor, sources, top_k, write)
         seconds = time.perf_counter() - began
