@@ -33,6 +33,7 @@ from vitdeploy.benchmark.results import (
 from vitdeploy.benchmark.rounds import CellFailure, Runner, Timing
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import UsageError
+from vitdeploy.machine.temporary import temporary_folder
 from vitdeploy.progress import Progress
 from vitdeploy.verification.accuracy import (
     LabelledImages,
@@ -74,6 +75,7 @@ def run_bench(
 ) -> Results:
     """Measure bundles; ``vitdeploy.bench`` documents the arguments and the errors."""
     choices = choices or Choices()
+    temporary_folder()  # the cells' processes need one: before anything is proven
     many = [bundles] if isinstance(bundles, str | os.PathLike | Bundle) else bundles
     targets = open_targets([b if isinstance(b, Bundle) else Bundle.open(Path(b)) for b in many])
     labelled = {target.name: _images(target, data) for target in targets}

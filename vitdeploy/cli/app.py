@@ -27,6 +27,7 @@ from vitdeploy.cli import (
 )
 from vitdeploy.cli.interruption import Interrupted, interruptible
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
+from vitdeploy.machine.temporary import temporary_folder
 
 # ClickException, of the click that typer depends on or carries inside, as its version will have it.
 _ParserError: type[Any] = typer.BadParameter.__mro__[2]
@@ -93,6 +94,8 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if "--debug" in arguments:
             raise
+        if isinstance(error, FileNotFoundError) and error.filename is None:  # as Python's tempfile has it
+            temporary_folder()
         what = " ".join(str(error).split())
         raise VitdeployError(
             f"this is a bug in vitdeploy: {type(error).__name__}: {what}",

@@ -31,6 +31,7 @@ from vitdeploy.exporter.subject import Subject, open_subject
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.memory import release
+from vitdeploy.machine.temporary import temporary_folder
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
 from vitdeploy.scores import usual_scores
@@ -55,11 +56,13 @@ def run_export(
     Raises:
         UsageError, CheckpointError, BundleError: bad input (exit code 2).
         MissingDependency: a library this export needs is not installed.
+        DeviceUnavailable: no temporary file can be written.
         ExportError: an artifact could not be built.
         ParityError: an artifact does not compute what the reference computes, and no fallback helps.
     """
     progress = progress or Progress()
     target = folder or request.default_folder
+    temporary_folder()  # PyTorch's tracer needs one, and says something else where there is none
     orders, impossible = orders_of(request.engines)
     with BundleWriter(target, force=force) as writer:
         with progress.stage("load") as stage:
