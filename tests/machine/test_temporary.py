@@ -17,8 +17,8 @@ MESSAGE = "no folder for temporary files can be written to"
 
 
 @pytest.fixture
-def nowhere(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's own search, over folders none of which is there; pytest's capture has its file already."""
+def nowhere(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own search, over folders none of which is there; pytest has its own files already."""
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere/at/all"])
     monkeypatch.setattr(tempfile, "tempdir", None)
 
