@@ -119,6 +119,10 @@ def run_plan(
 
     runner = Runner(plan.budget, plan.seed, counters or read_counters, environment.cpu.threads)
     partial, notes = False, list[str]()
+    progress.note(
+        f"{len(cells)} cell{'s' * (len(cells) != 1)} to prove first; the budget of {plan.budget:g} s begins "
+        "behind that"
+    )
     try:
         _check_parity(runs, cells, progress)
         with control_work() as control:

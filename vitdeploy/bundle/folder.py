@@ -335,6 +335,7 @@ class BundleWriter:
 _HINTS = {
     errno.ENOSPC: "free some space, or choose another folder",
     errno.EDQUOT: "free some space, or choose another folder",
+    errno.EEXIST: "--force replaces it",
     errno.EFBIG: "choose a file system that takes larger files",
     errno.EIO: "the disk may be failing",
     errno.EROFS: "choose a folder on another file system",

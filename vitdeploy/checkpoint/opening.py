@@ -26,6 +26,7 @@ from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_json, read_shards, read_weights
+from vitdeploy.checkpoint.footprint import require_memory
 from vitdeploy.checkpoint.refusals import no_weights, refuse_quantised, refuse_shard
 from vitdeploy.config import (
     DEFAULT_MODEL,
@@ -266,6 +267,7 @@ def _convert(
         raise CheckpointError(f"{foreign.source} has {native.classes} classes, not {classes}")
     size = image_size or (template.image_size if template else reading.default_size) or native.image_size
     config = native.at_size(size)
+    require_memory(config)
     state, notes = take_over(reading, family.name, foreign.source)
     if fitted := family.positions.fit(state, native, size):
         state |= fitted
@@ -308,6 +310,7 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int) 
     config = decode_variant(name)
     config = config.at_size(image_size or config.image_size)
     config = config if classes is None else replace(config, classes=classes)
+    require_memory(config)
     return Checkpoint(
         config=config,
         state=random_state(config, seed),

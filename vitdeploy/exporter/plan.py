@@ -16,6 +16,7 @@ from vitdeploy.errors import BundleError
 from vitdeploy.exporter.onnx import FILES, INPUT
 from vitdeploy.exporter.request import ExportRequest, Order, engines_of, orders_of
 from vitdeploy.exporter.subject import Subject, open_subject
+from vitdeploy.tensorrt.flavours import FLAVOURS
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -68,7 +69,12 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
         rewrites=subject.rewrites,
         folder=target,
         files=_files(request, subject) | _engine_files(request, orders, subject),
-        notes=(*opened.notes, *impossible, *_objections(target, force)),
+        notes=(
+            *opened.notes,
+            *subject.notes,
+            *engines_note(orders, impossible),
+            *_objections(target, force),
+        ),
     )
 
 
@@ -80,6 +86,14 @@ def _objections(target: Path, force: bool) -> tuple[str, ...]:
     except BundleError as error:
         hint = f" ({error.hint})" if error.hint else ""
         return (f"the export itself would be refused: {error.message}{hint}",)
+
+
+def engines_note(orders: Sequence[Order], impossible: Sequence[str]) -> tuple[str, ...]:
+    """One line on the engines that ``auto`` leaves out here; who wants them can ask why."""
+    if not impossible:
+        return ()
+    left_out = sorted(FLAVOURS.keys() - {order.flavour.name for order in orders})
+    return (f"no engines for {' and '.join(left_out)}: `vitdeploy engine BUNDLE` says what they need",)
 
 
 def _engine_files(request: ExportRequest, orders: Sequence[Order], subject: Subject) -> dict[str, int]:

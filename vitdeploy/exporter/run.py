@@ -26,6 +26,7 @@ from vitdeploy.exporter import triton_aot
 from vitdeploy.exporter.artifact_parity import engines_parity, first_failure, onnx_parity, worst
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
 from vitdeploy.exporter.onnx import INPUT, write_onnx
+from vitdeploy.exporter.plan import engines_note
 from vitdeploy.exporter.request import ExportRequest, Order, orders_of
 from vitdeploy.exporter.subject import Subject, open_subject
 from vitdeploy.exporter.tensorrt import write_engines
@@ -79,7 +80,8 @@ def run_export(
             stage.size = _write_tensors(writer, subject, arrays)
         subject.reload(writer.directory / WEIGHTS)
         release()
-        job = _Job(request, provenance, subject, arrays, writer, progress, orders, impossible)
+        left_out = engines_note(orders, impossible)
+        job = _Job(request, provenance, subject, arrays, writer, progress, orders, left_out)
         job.build()
         return writer.commit()
 

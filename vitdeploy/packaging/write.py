@@ -117,7 +117,8 @@ def write_package(
             staged.commit(replace=force)
     except OSError as error:
         reason = error.strerror or str(error)
-        hint = "choose a folder you may write to, on a disk with space"
+        there = isinstance(error, FileExistsError)
+        hint = "--force replaces it" if there else "choose a folder you may write to, on a disk with space"
         raise ExportError(f"{folder}: cannot be written: {reason}", hint=hint) from error
     notes = tuple(filter(None, (note, *outcome.notes)))
     return Package(Path(output), target, called, version, chosen.name, files, outcome.next, notes)
