@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
 import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import yaml
 
 from tests.helpers.bundles import write_bundle
-from tests.helpers.paths import ROOT
+from tests.helpers.kserve import in_kserve_python
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.packaging.kserve import SERVICE, _resources
@@ -23,9 +21,6 @@ from vitdeploy.packaging.write import Package
 
 Make = Callable[..., Package]
 URI = "s3://models/linear"
-ENVIRONMENT = ROOT / ".venv-kserve"
-WANTED = ("kserve==0.21.0", "kubernetes<34")
-"""KServe's classes are of the kind that Kubernetes' client generated until then."""
 
 
 def service(package: Package) -> dict[str, Any]:
@@ -176,27 +171,9 @@ json.dump(answers, sys.stdout)
 
 
 def kserve_reads(documents: list[dict[str, Any]]) -> list[Any]:
-    """What KServe's models make of documents, in an environment of its own."""
-    ENVIRONMENT.mkdir(exist_ok=True)
-    with (ENVIRONMENT / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        mark = ENVIRONMENT / ".ready"
-        if not mark.exists() or mark.read_text() != "\n".join(WANTED):
-            venv.create(ENVIRONMENT / "python", clear=True, with_pip=False)
-            pip = (sys.executable, "-m", "pip", "--python", ENVIRONMENT / "python/bin/python")
-            run(*pip, "install", "--quiet", "--no-compile", *WANTED)
-            mark.write_text("\n".join(WANTED))
-    done = run(ENVIRONMENT / "python/bin/python", "-c", _READ, stdin=json.dumps(documents))
-    found: list[Any] = json.loads(done)
+    """What KServe's models make of documents."""
+    found: list[Any] = in_kserve_python(_READ, stdin=json.dumps(documents))
     return found
-
-
-def run(*command: object, stdin: str | None = None) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], input=stdin, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow

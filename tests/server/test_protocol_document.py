@@ -1,8 +1,8 @@
 """The Open Inference Protocol's REST document, asked of a server by schemathesis.
 
 What it promises is written down here in words of our own: its paths, which fields an answer must have and of
-which types. Source: github.com/kserve/open-inference-protocol, specification/protocol/open_inference_rest.yaml
-(Apache-2.0), whose path parameters stand for a model that is served.
+which types. Its path parameters are a model that is served. Source:
+github.com/kserve/open-inference-protocol, specification/protocol/open_inference_rest.yaml (Apache-2.0).
 """
 
 from __future__ import annotations
