@@ -23,6 +23,14 @@ Make = Callable[..., Package]
 URI = "s3://models/linear"
 
 
+def model_config(path: Path) -> Any:
+    """A model's configuration, as the server reads it."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
 def service(package: Package) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load((package.folder / SERVICE).read_text(encoding="utf-8"))
     return found
@@ -44,6 +52,23 @@ def test_the_service(package: Make, bundle: Bundle) -> None:
     assert model["resources"]["requests"] == model["resources"]["limits"] == {"cpu": "8", "memory": "2Gi"}
     assert (made.folder / "models/linear/config.pbtxt").exists()
     assert any(URI in line for line in made.next)
+
+
+def test_the_server_starts_the_threads_that_the_service_asks_for(package: Make, bundle: Bundle) -> None:
+    """On the CPU; ORT's own processors would be those of the node, not of the pod."""
+    for number, (given, threads, instances, cpus) in enumerate(
+        [({}, 2, 1, "2"), ({"threads": 3}, 3, 1, "3"), ({"instances": 2}, 2, 2, "4")]
+    ):
+        made = package(bundle, "kserve", str(number), storage_uri=URI, **given)
+        model = service(made)["spec"]["predictor"]["model"]
+        assert model["resources"]["requests"]["cpu"] == model["resources"]["limits"]["cpu"] == cpus
+        environment = {one["name"]: one["value"] for one in model["env"]}
+        assert environment == {"ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": str(threads)}
+        config = model_config(made.folder / "models/linear/config.pbtxt")
+        assert config.parameters["intra_op_thread_count"].string_value == str(threads)
+        assert config.instance_group[0].count == instances
+    on_gpu = service(package(bundle, "kserve", "gpu", storage_uri=URI, device="gpu", artifact="fp16"))
+    assert on_gpu["spec"]["predictor"]["model"]["env"] == [{"name": "ORT_DISABLE_TELEMETRY", "value": "1"}]
 
 
 def test_image_files_need_an_image(package: Make, bundle: Bundle) -> None:
