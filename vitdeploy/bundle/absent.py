@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from vitdeploy.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES
-from vitdeploy.errors import BundleError, did_you_mean
+from vitdeploy.errors import BundleError
 
 _LOOKED_AT = 1000
 """Entries of a folder, at most."""
@@ -35,9 +36,16 @@ def no_bundle(path: Path) -> BundleError:
         return BundleError(f"{path}: is not a bundle (it has no {MANIFEST})", hint=hint)
     why = "it is a file" if path.exists() else "it does not exist"
     beside = list(_bundles_in(path.parent))
-    meant = did_you_mean(path.name, [bundle.name for bundle in beside])
+    meant = _meant(path, beside)
     hint = f"bundles there: {_listed(beside)}" if beside else _make(path)
     return BundleError(f"{path}: is not a bundle ({why}){meant}", hint=hint)
+
+
+def _meant(path: Path, bundles: list[Path]) -> str:
+    """Which of the bundles is called about so; their suffix, which most have in common, does not count."""
+    stems = {bundle.stem: bundle.name for bundle in bundles}
+    close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.6)
+    return f"; did you mean {stems[close[0]]!r}?" if close else ""
 
 
 def looks_like_bundle(folder: Path) -> bool:

@@ -50,4 +50,4 @@ def _hint(config: ModelConfig, there: float) -> str:
 
 
 def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count < 1e12 else f"{count / 1e12:.4g} TB"
+    return f"{count / 1e9:.3g} GB" if count < 1e12 else f"{count / 1e12:,.1f} TB"

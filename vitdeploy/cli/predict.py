@@ -145,7 +145,7 @@ def command(
         began = time.perf_counter()
         failed = _classify(predictor, sources, top_k, write)
         seconds = time.perf_counter() - began
-    if any(Path(argument).is_dir() for argument in images):
+    if sources and any(Path(argument).is_dir() for argument in images):
         done, speed = output.count(len(sources) - failed, "image"), len(sources) / max(seconds, 1e-9)
         output.note(f"{done} classified, {failed} failed, {speed:.1f} images/s")
     broken += failed

@@ -136,7 +136,7 @@ def _model(job: Job, repository: TritonRepository, uri: str) -> dict[str, Any]:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Of the server: ONNX Runtime tells nobody that it runs; libraries start no thread without a processor."""
+    """Of the server: ONNX Runtime tells nobody that it runs; no library starts more threads than it has."""
     threads = job.settings.threads
     return {"ORT_DISABLE_TELEMETRY": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 

@@ -34,8 +34,8 @@ VENDORED = {
     ),
     "vitdeploy_scores": ("config.py", "errors.py", "scores.py"),
 }
-"""Files of vitdeploy that turn image files into pixels and logits into scores, by the package that they are in a
-repository. They need numpy, and the first ones Pillow."""
+"""Files of vitdeploy that turn image files into pixels and logits into scores, by the package they become.
+They need numpy, and the first ones Pillow."""
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
 _IMAGE_WORKERS = 2
 """Processes that decode; decoding takes about as long as a small model's run."""

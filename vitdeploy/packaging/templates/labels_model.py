@@ -1,7 +1,7 @@
 """Logits in, the likeliest classes out: the last step of the ensemble. Written by `vitdeploy package`.
 
-Runs inside of Triton's Python backend with numpy alone. `vitdeploy_scores` beside this file is vitdeploy's own,
-so that the scores are those of `vitdeploy predict`.
+Runs inside of Triton's Python backend with numpy alone. `vitdeploy_scores` beside this file is vitdeploy's
+own, so that the scores are those of `vitdeploy predict`.
 """
 
 import json
