@@ -9,6 +9,8 @@ from vitdeploy.machine.memory import total_memory
 
 _SHARE = 0.9
 """Of the machine's memory; the rest is for what is not counted: libraries, weights, pixels."""
+_BESIDE = 4
+"""How much more than that a size takes which is recommended: its artifacts are run in their largest batch."""
 _LARGEST = 4096
 """Pixels that are tried for a size that would fit."""
 
@@ -29,7 +31,7 @@ def require_memory(config: ModelConfig) -> None:
     raise UsageError(
         f"at {height}x{width} pixels the float64 reference takes {_gigabytes(needed_bytes(config))} at the "
         f"least, and this machine has {_gigabytes(there)}",
-        hint=_hint(config, _SHARE * there),
+        hint=_hint(config, _SHARE * there / _BESIDE),
     )
 
 
@@ -39,7 +41,7 @@ def needed_bytes(config: ModelConfig) -> int:
 
 
 def _hint(config: ModelConfig, there: float) -> str:
-    """The largest square that fits, found by trying those that the model can be built for."""
+    """The largest square that takes no more than that, of those that the model can be built for."""
     step = getattr(config, "patch_size", 1)
     fitting = [
         pixels
