@@ -48,6 +48,15 @@ def test_a_narrow_terminal_loses_nothing(
     assert {*" ".join(ROWS[0]).split()} <= {*text.split()}
 
 
+def test_a_struck_row_is_struck_in_a_list_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    output.table(("cell", ">ms"), [("onnxruntime", "1.0"), ("openvino", "2.0")], ["strike red", ""])
+    assert capsys.readouterr().out == "\x1b[31m\x1b[9monnxruntime\x1b[0m\n  ms 1.0\nopenvino\n  ms 2.0\n"
+
+
 def test_too_narrow_for_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert printed(60, capsys, monkeypatch) == [
         "engines/sm_89-rtx/model.fp16.plan",

@@ -27,7 +27,6 @@ from vitdeploy.cli import (
 )
 from vitdeploy.cli.interruption import Interrupted, interruptible
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
-from vitdeploy.machine.temporary import temporary_folder
 
 # ClickException, of the click that typer depends on or carries inside, as its version will have it.
 _ParserError: type[Any] = typer.BadParameter.__mro__[2]
@@ -95,6 +94,8 @@ def _run(arguments: list[str]) -> int:
         if "--debug" in arguments:
             raise
         if isinstance(error, FileNotFoundError) and error.filename is None:  # as Python's tempfile has it
+            from vitdeploy.machine.temporary import temporary_folder
+
             temporary_folder()
         what = " ".join(str(error).split())
         raise VitdeployError(

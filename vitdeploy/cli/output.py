@@ -41,7 +41,7 @@ def note(text: str) -> None:
 
 def error(message: str, hint: str | None = None) -> None:
     """What went wrong, and what to do about it: a line each, together no longer than anybody reads."""
-    hint = _shortened(hint or "", _ERROR // 2)
+    hint = _shortened(hint or "", max(_ERROR // 2, _ERROR - len(message)))
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
     note(_shortened(message, _ERROR - len(hint)))
     if hint:
@@ -91,7 +91,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequenc
     shown = [[printable(cell) for cell in row] for row in rows]
     widths = _fitted(columns, shown, width)
     if widths is None:
-        return _lists(columns, shown)
+        return _lists(columns, shown, styles)
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="")
     for column, wide in zip(columns, widths, strict=True):
         side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
@@ -123,10 +123,13 @@ def _fitted(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -
     return widths
 
 
-def _lists(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _lists(columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] | None) -> None:
     """A table's rows one below the other: the first entry, then the others with their columns' names."""
-    for row in rows:
-        line(row[0])
+    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+        if style:
+            typer.secho(row[0], fg="red", strikethrough=True)
+        else:
+            line(row[0])
         for column, cell in zip(columns[1:], row[1:], strict=True):
             if cell:
                 line(f"  {column.removeprefix('>')} {cell}" if column else f"  {cell}")
