@@ -193,7 +193,7 @@ def test_four_channels(strangers: Strangers, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "four")
     export_torchscript(Plain(model), tmp_path / "model.onnx", 17, ["logits"], "N", shape=(4, 32, 32))
     vitdeploy.verify(tmp_path / "model.onnx", model=tmp_path / "four").check()
-    with pytest.raises(UsageError, match="the file reads 4 channels, and .* 3"):
+    with pytest.raises(UsageError, match=r"the file reads 4 channels, and .* 3"):
         vitdeploy.verify(tmp_path / "model.onnx", model=strangers.checkpoint)
 
 
