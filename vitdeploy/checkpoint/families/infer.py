@@ -112,13 +112,9 @@ def what_is_open(template: ViTConfig | None, wanted: Size | None) -> tuple[Calla
     return lambda width: template.heads, [template.image_size, *sizes]
 
 
-def guesses(
-    config: ViTConfig, template: ViTConfig | None, wanted: Size | None, stated: Sequence[Size] = ()
-) -> list[str]:
+def guesses(config: ViTConfig, template: ViTConfig | None, wanted: Size | None) -> list[str]:
     """Notes on what neither the file nor the user has said: the heads, and the shape of the images."""
-    if template is not None:
-        return []
-    return [heads_note(config), *shape_note(config, wanted, stated)]
+    return [] if template is not None else [heads_note(config), *shape_note(config, wanted)]
 
 
 def shape_note(config: ViTConfig, wanted: Size | None, stated: Sequence[Size] = ()) -> list[str]:

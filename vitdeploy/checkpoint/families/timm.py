@@ -31,7 +31,7 @@ from vitdeploy.checkpoint.families.base import (
     sole_head,
 )
 from vitdeploy.checkpoint.families.huggingface import scores_of
-from vitdeploy.checkpoint.families.infer import guesses, heads_note, infer_config, what_is_open
+from vitdeploy.checkpoint.families.infer import heads_note, infer_config, shape_note, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.checkpoint.families.timm_names import activation_of, heads_of, is_plain, kind_of, width_of
 from vitdeploy.checkpoint.refusals import CORRECT, OTHER_MODEL, cut, shown
@@ -116,8 +116,13 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     notes = [] if head in (None, "head") else [f"the head is the linear layer {head!r}"]
     if "num_heads" not in arguments and width_of(architecture) not in (None, result.width):
         notes.append(heads_note(result))
-    if not architecture:
-        notes += guesses(result, template, foreign.wanted, own_sizes)
+    if template is None:
+        notes += [] if architecture else [heads_note(result)]
+        notes += shape_note(result, foreign.wanted, own_sizes)
+    if not architecture and "blocks.0.gamma_1" in foreign.state:
+        notes.append(
+            "gamma_1 is taken for DeiT III's layer scale; timm's vit_*_rope_ape_* have the same names"
+        )
     if not pretrained:
         notes.append("no config.json of timm: preprocessing is timm's default for ViT")
     return Reading(
