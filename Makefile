@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-EXTRAS := client,dev,docs,export,kernels,openvino,package,ray,report,serve,tensorrt-rtx
+EXTRAS := client,dev,docs,export,heic,kernels,openvino,package,ray,report,serve,tensorrt-rtx
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -63,6 +63,11 @@ class ModelConfig(ABC):
     def summary(self) -> str:
         """Its measures, in one line."""
 
+    @property
+    def reference_bytes(self) -> int:
+        """What the float64 reference holds at once for each image, at the least; 0 where nobody counted."""
+        return 0
+
     def at_size(self, size: Size) -> Self:
         """The same model for images of another height and width.
 
@@ -178,6 +183,11 @@ class ViTConfig(ModelConfig):
     def output_shapes(self) -> Mapping[Output, tuple[int, ...]]:
         logits: dict[Output, tuple[int, ...]] = {"logits": (self.classes,)} if self.classes else {}
         return {**logits, "features": (self.features,), "tokens": (self.tokens, self.width)}
+
+    @property
+    def reference_bytes(self) -> int:
+        # Attention holds the scores of all pairs of tokens twice: before the softmax and behind it.
+        return 8 * (2 * self.heads * self.tokens**2 + 2 * self.tokens * self.width)
 
     @property
     def summary(self) -> str:

@@ -169,7 +169,7 @@ class Predictor:
                 hint=f"in Python, vitdeploy.load(BUNDLE).run(x) takes x: {reads.dtype} "
                 f"({', '.join(map(str, reads.shape))})",
             )
-        picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image)
+        picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image, heif=True)
         return pixel_values(picture, manifest.preprocess, manifest.input)
 
     def run(self, inputs: Array) -> Array:

@@ -96,7 +96,7 @@ def test_batches_that_are_not_served(tmp_path: Path) -> None:
     assert found.skipped[0].reason == "batch 8, 32: it serves 1 to 4"
     with pytest.raises(UsageError, match=r"--batch 64: nothing of .* serves it, only 1 to 4") as caught:
         vitdeploy.bench(made, backends=ORT, batches=(1, 64))
-    assert caught.value.hint == "vitdeploy export --batch 1,8,64"
+    assert caught.value.hint == "export the model again with --batch 1,8,64"
 
 
 @pytest.mark.parametrize(

@@ -75,15 +75,58 @@ class TestReading:
         with pytest.raises(BundleError, match="has no file"):
             bundle.verify_hashes([WEIGHTS])
 
-    @pytest.mark.parametrize("kind", ["absent", "file", "empty"])
-    def test_what_is_no_bundle(self, tmp_path: Path, kind: str) -> None:
+    @pytest.mark.parametrize(
+        "kind, why",
+        [("absent", "it does not exist"), ("file", "it is a file"), ("empty", r"it has no manifest\.json")],
+    )
+    def test_what_is_no_bundle(self, tmp_path: Path, kind: str, why: str) -> None:
         path = tmp_path / "bundle"
         if kind == "file":
             path.write_text("x")
         elif kind == "empty":
             path.mkdir()
-        with pytest.raises(BundleError, match=r"bundle: is not a bundle \(it has no manifest\.json\)"):
+        with pytest.raises(BundleError, match=rf"bundle: is not a bundle \({why}\)$") as caught:
             Bundle.open(path)
+        free = path if kind == "absent" else path.with_name("bundle.bundle")
+        assert caught.value.hint == f"`vitdeploy export -m MODEL -o {free}` makes one"
+
+    def test_no_bundle_but_bundles_near_by(self, tmp_path: Path) -> None:
+        cats, dogs = write_small(tmp_path / "cats.bundle"), write_small(tmp_path / "dogs.bundle")
+        (tmp_path / ".hidden.bundle").symlink_to(cats.root)
+        both = f"{cats.root}, {dogs.root}"
+        for path, message, hint in (
+            (
+                tmp_path / "cat.bundle",
+                "(it does not exist); did you mean 'cats.bundle'?",
+                f"bundles there: {both}",
+            ),
+            (tmp_path / "quite else", "(it does not exist)", f"bundles there: {both}"),
+            (tmp_path, "(it has no manifest.json)", f"bundles in it: {both}"),
+            (cats.root / "model.onnx", "(it is in one)", f"name the bundle's folder: {cats.root}"),
+            (cats.root / MANIFEST, "(it is in one)", f"name the bundle's folder: {cats.root}"),
+            (cats.root / "engines", "(it is in one)", f"name the bundle's folder: {cats.root}"),
+            (cats.root / "engines" / "x" / "y", "(it is in one)", f"name the bundle's folder: {cats.root}"),
+        ):
+            with pytest.raises(BundleError) as caught:
+                Bundle.open(path)
+            assert caught.value.message == f"{path}: is not a bundle {message}"
+            assert caught.value.hint == hint
+            Bundle.open(hint.rpartition(": ")[2].partition(", ")[0])  # following it works
+
+    def test_many_bundles_near_by_are_counted(self, tmp_path: Path) -> None:
+        write_small(tmp_path / "0.bundle")
+        for number in range(1, 7):
+            (tmp_path / f"{number}.bundle").symlink_to(tmp_path / "0.bundle")
+        with pytest.raises(BundleError) as caught:
+            Bundle.open(tmp_path / "nothing")
+        assert str(caught.value.hint).endswith(f"{tmp_path / '3.bundle'} and 3 more")
+
+    @pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+    def test_a_checkpoint_is_no_bundle(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).touch()
+        with pytest.raises(BundleError, match=r"it has no manifest\.json") as caught:
+            Bundle.open(tmp_path)
+        assert caught.value.hint == f"`vitdeploy export -m {tmp_path}` makes a bundle of a checkpoint"
 
     def test_a_huge_manifest_is_not_read(self, target: Path) -> None:
         write_small(target)

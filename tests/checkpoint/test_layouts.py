@@ -148,3 +148,13 @@ def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
     error = refusal(str(folder))
     assert "is a Git LFS pointer" in error.message
     assert "git lfs pull" in (error.hint or "")
+
+
+def test_transformers_with_a_dropout_before_its_head(tmp_path: Path) -> None:
+    folder = of_transformers(tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    moved = {name.replace("classifier.", "classifier.1."): tensor for name, tensor in state.items()}
+    save_file(moved, folder / "model.safetensors")
+    model = opened(str(folder))
+    assert torch.equal(model.state["head.weight"], state["classifier.weight"])
+    assert "the head is the linear layer 'classifier.1'" in model.notes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from tests.helpers.checkpoints import opened, refusal
 from tests.helpers.paths import ORACLES
+from vitdeploy.errors import VitdeployError
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import build_reference
 
@@ -194,3 +197,38 @@ def test_tensors_that_fit_nothing_are_named(
 def test_an_adapter_without_layers(tmp_path: Path) -> None:
     folder = edited(copied("plain", tmp_path), {"base_model.model.classifier.bias": torch.ones(4)})
     assert "holds no LoRA layers" in refusal(str(folder)).message
+
+
+def test_a_timm_base(tmp_path: Path) -> None:
+    """PEFT names timm's modules, whose query, key and value are one layer; the oracle is the sum itself."""
+    shutil.copytree(ORACLES / "timm" / "vit", tmp_path / "base")
+    name = "blocks.1.attn.qkv"
+    a, b = torch.randn(3, 16), torch.randn(48, 3)
+    (tmp_path / "adapter").mkdir()
+    parts = {f"base_model.model.{name}.lora_{part}.weight": t for part, t in (("A", a), ("B", b))}
+    edited(tmp_path / "adapter", parts)
+    settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": "base"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    model = opened(str(tmp_path / "adapter"))
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    expected = state[f"{name}.weight"].double() + 2 * (b.double() @ a.double())
+    ours = torch.cat([model.state[f"blocks.1.attn.{part}.weight"] for part in "qkv"])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-14)
+    assert model.labels == opened(str(tmp_path / "base")).labels
+
+
+def test_no_wrong_shape_or_setting_escapes_as_another_error(tmp_path: Path) -> None:
+    dice = random.Random(3)
+    shapes = [(), (0,), (1,), (4, 0), (16,), (16, 16), (4, 16), (16, 4, 1, 1), (2, 3, 4, 5)]
+    values: list[Any] = [-1, 0, 3, 1e9, "x", True, [], {}, [1], {"q_proj": 1}, {"q_proj": "x"}, {"(": 2}]
+    for case in ("plain", "dora", "convolution", "lora_bias", "own_head"):
+        folder = copied(case, tmp_path / case)
+        state, settings = weights(folder), json.loads((folder / "adapter_config.json").read_text())
+        for _ in range(20):
+            changed = state | {dice.choice(sorted(state)): torch.ones(dice.choice(shapes))}
+            wrong = settings | {dice.choice(sorted(settings)): dice.choice(values)}
+            (folder / "adapter_config.json").write_text(
+                json.dumps(wrong | {"base_model_name_or_path": "base"})
+            )
+            with contextlib.suppress(VitdeployError):
+                opened(str(edited(folder, changed)))

@@ -47,7 +47,11 @@ def test_version(run: Run) -> None:
         (["export", "--fp61"], "no such option: --fp61; did you mean '--fp16'?"),
         (["export", "--modle", "x"], "no such option: --modle; did you mean '--model'?"),
         (["predict"], "missing argument 'BUNDLE'"),
-        (["export", "--opset", "x"], "invalid value for '--opset'"),
+        (["export", "--opset", "x"], "--opset takes a whole number, not 'x'"),
+        (["export", "--opset", "2.5"], "--opset takes a whole number, not '2.5'"),
+        (["export", "--atol", "a: b"], "--atol takes a number, not 'a: b'"),
+        (["predict", "b", "i", "--top-k", "0"], "--top-k takes a whole number of at least 1, not '0'"),
+        (["serve", "b", "--port", "70000"], "--port takes a whole number from 0 to 65535, not '70000'"),
         (["export", "--model"], "option '--model' requires an argument"),
         (["inspect", "a", "b"], "got unexpected extra argument"),
     ],
@@ -229,3 +233,12 @@ def test_json_is_ascii(bundle: Bundle, tmp_path: Path, run: Run) -> None:
     out = run("predict", bundle.root, image, "--json").out
     assert out.isascii()
     assert json.loads(out)["images"][0]["path"] == str(image)
+
+
+def test_an_error_is_a_line_however_long_a_path_is(run: Run) -> None:
+    result = run("predict", "x/" * 700 + "\nb\tc.bundle", "image.png")
+    lines = result.err.splitlines()
+    assert result.code == 2
+    assert [line.partition(":")[0] for line in lines] == ["error", "hint"]
+    assert sum(len(line.partition(": ")[2]) for line in lines) <= 400
+    assert "is not a bundle" in lines[0]

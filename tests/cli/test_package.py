@@ -52,7 +52,7 @@ def test_json(run: Run, bundle: Bundle, tmp_path: Path) -> None:
         (["--target", "triton-server", "--name", "../up"], 2, "cannot be a model's name"),
         (["--target", "triton-server", "--name", "/etc"], 2, "cannot be a model's name"),
         (["--target", "triton-server", "--model-version", "0"], 2, "version 0"),
-        (["--target", "triton-server", "--model-version", "x"], 2, "valid integer"),
+        (["--target", "triton-server", "--model-version", "x"], 2, "takes a whole number"),
         (["--target", "triton-server", "--device", "cuda"], 2, "unknown device 'cuda'"),
         (["--target", "triton-server", "--max-batch", "99"], 2, "verified up to 8"),
         (["--target", "triton-server", "--artifact", "int8"], 2, "has no artifact 'int8'"),

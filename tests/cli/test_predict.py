@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tests.helpers.bundles import LABELS, answer_images, random_image, write_bun
 from tests.helpers.commands import Run
 from tests.helpers.exports import Exported
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.images.remote import RemoteImage
 
 
 @pytest.fixture
@@ -90,7 +93,7 @@ def test_artifact_and_threads(run: Run, bundle: Bundle, images: list[Path]) -> N
     [
         (["--backend", "onnxrutnime"], 2, "did you mean 'onnxruntime'"),
         (["--artifact", "int4"], 2, "has no artifact 'int4'"),
-        (["--top-k", "0"], 2, "top_k"),
+        (["--top-k", "0"], 2, "--top-k"),
         (["--threads", "0"], 2, "threads"),
         (["--provider", "cuda"], 3, "no cuda provider"),
         (["--provider", "tensort"], 2, "did you mean 'tensorrt'"),
@@ -102,6 +105,69 @@ def test_errors(
     result = run("predict", bundle.root, images[0], *flags)
     assert (result.code, result.out) == (code, "")
     assert message in result.err
+
+
+def test_a_folder_ends_with_a_summary(run: Run, bundle: Bundle, images: list[Path]) -> None:
+    folder = images[0].parent
+    images[1].write_text("no image")
+    (folder / "x.jp2").touch()
+    (folder / "notes.txt").touch()
+    result = run("predict", bundle.root, folder)
+    lines = result.err.splitlines()
+    assert result.code == 2
+    assert lines[0] == "not read: 1 .jp2, 1 other file"
+    assert re.fullmatch(r"3 images classified, 1 failed, [0-9.]+ images/s", lines[-1])
+
+
+def test_standard_input(
+    run: Run, bundle: Bundle, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with images[2].open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        document = run("predict", bundle.root, "-", images[0], "-", "--json").document
+    assert [image["path"] for image in document["images"]] == ["-", str(images[0])]
+    assert document["images"][0]["predictions"][0]["index"] == best(2)
+
+
+@pytest.mark.parametrize("stdin", [None, SimpleNamespace(buffer=io.BytesIO())])
+def test_standard_input_without_an_image(
+    run: Run, bundle: Bundle, stdin: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", stdin)
+    result = run("predict", bundle.root, "-")
+    assert (result.code, result.out) == (2, "")
+    assert "closed" in result.err or "is empty" in result.err
+
+
+def test_addresses(run: Run, bundle: Bundle, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(self: RemoteImage) -> bytes:
+        return images[int(self.name[-5])].read_bytes()
+
+    monkeypatch.setattr(RemoteImage, "read", fetched)
+    urls = ["https://example.org/a//1.png", "http://example.org/3.png"]
+    document = run("predict", bundle.root, *urls, "--json").document
+    assert [image["path"] for image in document["images"]] == urls
+    assert [image["predictions"][0]["index"] for image in document["images"]] == [best(1), best(3)]
+    result = run("predict", bundle.root, "s3://bucket//x.png")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: s3://bucket//x.png: images are fetched over http and https only")
+
+
+def test_sixteen_bit_grey_is_said_once(run: Run, bundle: Bundle, images: list[Path]) -> None:
+    folder = images[0].parent
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(folder / name)
+    result = run("predict", bundle.root, folder)
+    assert result.code == 0
+    assert result.err.count("16-bit grey") == 1
+    assert "16-bit" not in run("predict", bundle.root, images[0]).err
+
+
+@pytest.mark.parametrize("source", ["-", "https://example.org/x.png"])
+def test_ray_reads_files(run: Run, bundle: Bundle, source: str, tmp_path: Path) -> None:
+    result = run("predict", bundle.root, source, "--engine", "ray", "-o", tmp_path / "out")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: {source}: --engine ray reads files and folders")
 
 
 def test_features_are_no_classes(run: Run, tmp_path: Path, images: list[Path]) -> None:

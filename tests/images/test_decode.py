@@ -283,13 +283,23 @@ def test_a_truncated_jpeg_says_so(photograph: Image.Image, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "content", [b"hello, I am no image\n" * 50, b"\x00" * 500, b"%PDF-1.7\n", b"<svg></svg>", b"\x80\x04K*."]
+    "content, kind",
+    [
+        (b"hello, I am no image\n" * 50, ""),
+        (b"\x00" * 500, ""),
+        (b"\x80\x04K*.", ""),
+        (b"%PDF-1.7\n", ": it is a PDF document"),
+        (b"<svg></svg>", ": it is an SVG drawing"),
+        (b"\n<!DOCTYPE html><html>", ": it is an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ": it is a Git LFS pointer, not the"),
+    ],
 )
-def test_not_an_image(content: bytes, tmp_path: Path) -> None:
+def test_not_an_image(content: bytes, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     path.write_bytes(content)
     error = failure(path)
-    assert error.message == f"{path} is not an image that can be read"
+    assert error.message.startswith(f"{path} is not an image that can be read{kind}")
+    assert kind or error.message.endswith("read")
     assert "JPEG, PNG" in str(error.hint)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,20 @@ def test_find_images(tmp_path: Path) -> None:
         *inside[2:],
     ]
     assert find_images([]) == []
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.JP2", "sub/c.jp2", "notes.txt", "sub/.hidden.txt", "README"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    unread = Counter[str]()
+    assert find_images([tmp_path, tmp_path / "notes.txt"], unread) == [
+        tmp_path / "a.jpg", tmp_path / "notes.txt",
+    ]  # fmt: skip
+    assert unread == {".jp2": 2, ".txt": 1, "": 1}
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(ImageError, match=r"no image in directory .*not read: 2 \.jp2, 2 other files"):
+        find_images([tmp_path])
 
 
 def test_find_images_ends_where_links_go_in_circles(tmp_path: Path) -> None:

@@ -204,6 +204,8 @@ def test_the_processor_that_wraps_timms_transforms() -> None:
     given = {"input_size": [3, 64, 64], "crop_pct": 0.9, "mean": [0.5] * 3, "interpolation": "bicubic"}
     wrapped = {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": given}
     assert from_huggingface(wrapped) == replace(from_timm(given), exif=True)
+    with pytest.raises(CheckpointError, match="pretrained_cfg = None is no object"):
+        from_huggingface({"image_processor_type": "TimmWrapperImageProcessor"})
 
 
 def test_a_model_without_known_processor_is_refused() -> None:

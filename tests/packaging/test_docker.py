@@ -78,6 +78,20 @@ def test_the_dockerfile(package: Make, bundle: Bundle) -> None:
     }
 
 
+def test_threads_are_the_server_s_and_the_container_s(package: Make, bundle: Bundle) -> None:
+    made = package(bundle, "docker", "a", threads=3, instances=2)
+    environment = dict(one.split("=", 1) for one in shlex.split(values(made.folder / "Dockerfile", "ENV")[0]))
+    assert environment["ORT_DISABLE_TELEMETRY"] == "1"
+    assert environment["OMP_NUM_THREADS"] == "3"
+    compose = yaml.safe_load((made.folder / "compose.yaml").read_text())
+    assert compose["services"]["vitdeploy"]["cpus"] == 7  # and one for what decodes
+    # Without a number, the server finds out what its container gives it.
+    plain = package(bundle, "docker", "b")
+    assert "OMP_NUM_THREADS" not in (plain.folder / "Dockerfile").read_text()
+    assert "cpus" not in yaml.safe_load((plain.folder / "compose.yaml").read_text())["services"]["vitdeploy"]
+    assert "--threads" not in served(plain)
+
+
 def test_the_health_check_runs(package: Make, bundle: Bundle) -> None:
     (check,) = values(package(bundle, "docker").folder / "Dockerfile", "HEALTHCHECK")
     command = json.loads(check.partition("CMD ")[2])

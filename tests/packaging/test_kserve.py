@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
 import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import yaml
 
 from tests.helpers.bundles import write_bundle
-from tests.helpers.paths import ROOT
+from tests.helpers.kserve import in_kserve_python
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.packaging.kserve import SERVICE, _resources
@@ -23,9 +21,14 @@ from vitdeploy.packaging.write import Package
 
 Make = Callable[..., Package]
 URI = "s3://models/linear"
-ENVIRONMENT = ROOT / ".venv-kserve"
-WANTED = ("kserve==0.21.0", "kubernetes<34")
-"""KServe's classes are of the kind that Kubernetes' client generated until then."""
+
+
+def model_config(path: Path) -> Any:
+    """A model's configuration, as the server reads it."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
 
 
 def service(package: Package) -> dict[str, Any]:
@@ -49,6 +52,23 @@ def test_the_service(package: Make, bundle: Bundle) -> None:
     assert model["resources"]["requests"] == model["resources"]["limits"] == {"cpu": "8", "memory": "2Gi"}
     assert (made.folder / "models/linear/config.pbtxt").exists()
     assert any(URI in line for line in made.next)
+
+
+def test_the_server_starts_the_threads_that_the_service_asks_for(package: Make, bundle: Bundle) -> None:
+    """On the CPU; ORT's own processors would be those of the node, not of the pod."""
+    for number, (given, threads, instances, cpus) in enumerate(
+        [({}, 2, 1, "2"), ({"threads": 3}, 3, 1, "3"), ({"instances": 2}, 2, 2, "4")]
+    ):
+        made = package(bundle, "kserve", str(number), storage_uri=URI, **given)
+        model = service(made)["spec"]["predictor"]["model"]
+        assert model["resources"]["requests"]["cpu"] == model["resources"]["limits"]["cpu"] == cpus
+        environment = {one["name"]: one["value"] for one in model["env"]}
+        assert environment == {"ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": str(threads)}
+        config = model_config(made.folder / "models/linear/config.pbtxt")
+        assert config.parameters["intra_op_thread_count"].string_value == str(threads)
+        assert config.instance_group[0].count == instances
+    on_gpu = service(package(bundle, "kserve", "gpu", storage_uri=URI, device="gpu", artifact="fp16"))
+    assert on_gpu["spec"]["predictor"]["model"]["env"] == [{"name": "ORT_DISABLE_TELEMETRY", "value": "1"}]
 
 
 def test_image_files_need_an_image(package: Make, bundle: Bundle) -> None:
@@ -176,27 +196,9 @@ json.dump(answers, sys.stdout)
 
 
 def kserve_reads(documents: list[dict[str, Any]]) -> list[Any]:
-    """What KServe's models make of documents, in an environment of its own."""
-    ENVIRONMENT.mkdir(exist_ok=True)
-    with (ENVIRONMENT / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        mark = ENVIRONMENT / ".ready"
-        if not mark.exists() or mark.read_text() != "\n".join(WANTED):
-            venv.create(ENVIRONMENT / "python", clear=True, with_pip=False)
-            pip = (sys.executable, "-m", "pip", "--python", ENVIRONMENT / "python/bin/python")
-            run(*pip, "install", "--quiet", "--no-compile", *WANTED)
-            mark.write_text("\n".join(WANTED))
-    done = run(ENVIRONMENT / "python/bin/python", "-c", _READ, stdin=json.dumps(documents))
-    found: list[Any] = json.loads(done)
+    """What KServe's models make of documents."""
+    found: list[Any] = in_kserve_python(_READ, stdin=json.dumps(documents))
     return found
-
-
-def run(*command: object, stdin: str | None = None) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], input=stdin, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow

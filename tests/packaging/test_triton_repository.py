@@ -233,15 +233,30 @@ def test_external_data_that_is_elsewhere(bundle: Bundle, tmp_path: Path) -> None
         check_external_data(tmp_path / "model.onnx")
 
 
-def test_the_image_modules_stand_alone(package: Make, bundle: Bundle) -> None:
-    folder = package(bundle).folder / "models/linear_preprocess/1/vitdeploy_images"
+@pytest.mark.parametrize(
+    "model, name", [("linear_preprocess", "vitdeploy_images"), ("linear_labels", "vitdeploy_scores")]
+)
+def test_the_modules_of_vitdeploy_stand_alone(package: Make, bundle: Bundle, model: str, name: str) -> None:
+    folder = package(bundle).folder / "models" / model / "1" / name
     assert {path.name for path in folder.iterdir()} == {
         "__init__.py",
-        *(Path(file).name for file in VENDORED),
+        *(Path(file).name for file in VENDORED[name]),
     }
     for path in folder.iterdir():
         imports = [line for line in path.read_text().splitlines() if line.startswith(("from ", "import "))]
         assert not [line for line in imports if line.split()[1].partition(".")[0] == "vitdeploy"]
+
+
+def test_the_readme_says_what_a_server_needs(package: Make, bundle: Bundle) -> None:
+    text = (package(bundle, folder="a").folder / "README.md").read_text()
+    assert "any Triton server" not in text
+    assert "backend `onnxruntime`" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("RUN ")]
+    dockerfile = (package(bundle, folder="b").folder / "Dockerfile").read_text()
+    assert line.split('"')[-2] in dockerfile  # the same Pillow
+    tensors = (package(bundle, folder="c", tensors_only=True).folder / "README.md").read_text()
+    assert "Nothing here needs Python." in tensors
+    assert "Pillow" not in tensors
 
 
 def test_everything_in_the_readme_is_there(package: Make, bundle: Bundle) -> None:

@@ -19,6 +19,7 @@ from tests.helpers.bundles import LABELS, answer_images, random_image, write_bun
 from tests.helpers.live_server import Live, Reply
 from vitdeploy import load
 from vitdeploy.data import digits_images
+from vitdeploy.images import kinds
 
 PATH = "/v1/models/linear:predict"
 BOUNDARY = "b0undary"
@@ -75,7 +76,7 @@ def b64(*files: bytes) -> bytes:
     return json.dumps({"instances": instances}).encode()
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("format", kinds.formats())
 def test_raw_bodies_of_every_format(live: Live, format: str) -> None:
     data = encoded(random_image(1).resize((20, 30)), format)
     for kind in ("application/octet-stream", "image/jpeg", "text/nonsense", None):
@@ -164,6 +165,8 @@ def png() -> bytes:
     (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
     (b"%PDF-1.7\n%...", "is not an image"),
     (b"PK\x03\x04" + bytes(100), "is not an image"),
+    (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(40), "it is a HEIC image"),
+    (b"\x00\x00\x00\x18ftypavif\x00\x00\x00\x00mif1avif" + bytes(40), ""),
     (b"\xff\xd8\xff\xe0" + bytes(50), ""),
     (png()[:100], "damaged or cut short"),
     (encoded(random_image(4).resize((64, 64)), "JPEG")[:400], "damaged or cut short"),

@@ -184,7 +184,7 @@ def _require_batches(target: BenchTarget, cases: Sequence[Case], batches: Sequen
             ranges = ", ".join(sorted({f"{b.min} to {b.max}" for case in cases if (b := case.batch)}))
             raise UsageError(
                 f"--batch {size}: nothing of {target.bundle.root} serves it, only {ranges}",
-                hint=f"vitdeploy export --batch 1,8,{size}",
+                hint=f"export the model again with --batch 1,8,{size}",
             )
 
 

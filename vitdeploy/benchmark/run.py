@@ -33,6 +33,7 @@ from vitdeploy.benchmark.results import (
 from vitdeploy.benchmark.rounds import CellFailure, Runner, Timing
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import UsageError
+from vitdeploy.machine.temporary import temporary_folder
 from vitdeploy.progress import Progress
 from vitdeploy.verification.accuracy import (
     LabelledImages,
@@ -74,6 +75,7 @@ def run_bench(
 ) -> Results:
     """Measure bundles; ``vitdeploy.bench`` documents the arguments and the errors."""
     choices = choices or Choices()
+    temporary_folder()  # the cells' processes need one: before anything is proven
     many = [bundles] if isinstance(bundles, str | os.PathLike | Bundle) else bundles
     targets = open_targets([b if isinstance(b, Bundle) else Bundle.open(Path(b)) for b in many])
     labelled = {target.name: _images(target, data) for target in targets}
@@ -88,6 +90,9 @@ def run_bench(
         sizes = ", ".join(map(str, batches))
         raise UsageError(f"nothing to measure: no artifact serves a batch of {sizes} here", hint=why or None)
     images = {name: found for name, found in labelled.items() if found is not None}
+    progress = progress or Progress()
+    for unread in dict.fromkeys(found.unread for found in images.values() if found.unread):
+        progress.note(unread)
     plan = BenchPlan(cases, batches, budget, seed, skipped, command, images=images)
     return run_plan(plan, progress=progress)
 
@@ -114,6 +119,10 @@ def run_plan(
 
     runner = Runner(plan.budget, plan.seed, counters or read_counters, environment.cpu.threads)
     partial, notes = False, list[str]()
+    progress.note(
+        f"{len(cells)} cell{'s' * (len(cells) != 1)} to prove first; the budget of {plan.budget:g} s begins "
+        "behind that"
+    )
     try:
         _check_parity(runs, cells, progress)
         with control_work() as control:

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from vitdeploy.bundle.absent import looks_like_bundle, no_bundle
 from vitdeploy.bundle.files import Signature, names_below, sha256, signature
 from vitdeploy.bundle.manifest import (
     MANIFEST,
@@ -286,7 +287,7 @@ class BundleWriter:
             raise BundleError(f"{target}: is {what}", hint="choose a folder that does not exist yet")
         if not self._force:
             raise BundleError(f"{target}: already exists", hint="--force replaces it")
-        if any(target.iterdir()) and not _looks_like_bundle(target):
+        if any(target.iterdir()) and not looks_like_bundle(target):
             raise BundleError(f"{target}: is not a bundle, so --force does not replace it")
 
     def _check_unchanged(self, base: Bundle) -> None:
@@ -335,6 +336,7 @@ class BundleWriter:
 _HINTS = {
     errno.ENOSPC: "free some space, or choose another folder",
     errno.EDQUOT: "free some space, or choose another folder",
+    errno.EEXIST: "--force replaces it",
     errno.EFBIG: "choose a file system that takes larger files",
     errno.EIO: "the disk may be failing",
     errno.EROFS: "choose a folder on another file system",
@@ -356,21 +358,11 @@ def _read_manifest(root: Path) -> bytes:
             raise BundleError(f"{path}: {size} bytes, but a manifest has at most {MAX_MANIFEST_BYTES}")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = f"vitdeploy export -o {root}"
-        raise BundleError(f"{root}: is not a bundle (it has no {MANIFEST})", hint=hint) from error
+        raise no_bundle(root) from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise BundleError(f"{root}: {error}") from error
-
-
-def _looks_like_bundle(folder: Path) -> bool:
-    """True for bundles, damaged ones too; false for a stranger's folder with a manifest.json."""
-    try:
-        with (folder / MANIFEST).open("rb") as file:
-            return b'"generator": "vitdeploy' in file.read(MAX_MANIFEST_BYTES)
-    except OSError:
-        return False
 
 
 def _names(folder: Path) -> Iterator[str]:

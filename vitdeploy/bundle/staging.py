@@ -74,13 +74,26 @@ class StagedFolder:
                     return
 
     def commit(self, *, replace: bool) -> None:
-        """Move the folder to its target; an existing folder there gives way only to ``replace``."""
+        """Move the folder to its target; an existing folder there gives way only to ``replace``.
+
+        Raises:
+            FileExistsError: another one was put there meanwhile.
+        """
         _sync(self.path)
         if replace and self.target.exists():
             self._replace()
         else:
-            self.path.rename(self.target)
+            self._place()
         _sync_entry(self.target.parent)
+
+    def _place(self) -> None:
+        try:
+            self.path.rename(self.target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            reason = "another one was put there meanwhile"
+            raise FileExistsError(errno.EEXIST, reason, str(self.target)) from error
 
     def _replace(self) -> None:
         if _exchange(self.path, self.target):  # what is at ``path`` now is the old folder

@@ -138,8 +138,8 @@ def merge(adapter: Adapter, base: Foreign, files: Weights) -> tuple[Foreign, Wei
         ranks.add(parts["A"].shape[0])
         if "bias" in parts:
             bias = places.get(_key(f"{layer}.bias"))
-            if bias is None:
-                raise _misfit(adapter, layer, "a bias for a layer that has none")
+            if bias is None or state[bias].shape != parts["bias"].shape:
+                raise _misfit(adapter, layer, "a bias for a layer that has none of its size")
             state[bias] = state[bias].double() + _scale(adapter, layer, parts) * parts["bias"].double()
     foreign = replace(base, source=adapter.source, state=state)
     notes = [
@@ -160,7 +160,7 @@ def _layers(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, T
     for full, tensor in adapter.weights.state.items():
         name = full.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         found = _PART.fullmatch(name)
-        if found is not None:
+        if found is not None and (found["leaf"] != "bias" or found["part"] == "lora_B"):
             part = found["part"].removeprefix("lora_")
             part = "bias" if found["leaf"] == "bias" else "magnitude" if part == "magnitude_vector" else part
             layers.setdefault(found["layer"], {})[part] = tensor
@@ -182,7 +182,7 @@ def _merged(adapter: Adapter, layer: str, parts: Mapping[str, Tensor], weight: T
         raise _misfit(adapter, layer, f"{_size(b)} by {_size(a)}, which do not make up {_size(old)}")
     stated = _pattern(adapter.settings, "rank_pattern", layer, "r")
     if stated not in (None, rank):
-        raise _misfit(adapter, layer, f"of rank {rank}, where {CONFIG} says {stated}")
+        raise _misfit(adapter, layer, f"of rank {rank}, where {CONFIG} says {shown(stated)}")
     new = old + _scale(adapter, layer, parts) * (b.flatten(1) @ a.flatten(1)).reshape(old.shape)
     if "magnitude" not in parts:
         if adapter.settings.get("use_dora"):

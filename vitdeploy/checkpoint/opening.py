@@ -29,6 +29,7 @@ from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Family, Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_shards, read_weights
+from vitdeploy.checkpoint.footprint import require_memory
 from vitdeploy.checkpoint.refusals import CORRECT, no_weights, not_there, refuse_quantised, refuse_shard
 from vitdeploy.checkpoint.stated import SHAPELESS, Stated
 from vitdeploy.config import (
@@ -369,6 +370,7 @@ def _convert(
         )
     size = image_size or (template.image_size if template else reading.default_size) or native.image_size
     config = native.at_size(size)
+    require_memory(config)
     state, notes = take_over(reading, family.name, foreign.source)
     if fitted := family.positions.fit(state, native, size):
         state |= fitted
@@ -441,6 +443,7 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int, 
     config = decode_variant(name)
     config = config.at_size(image_size or config.image_size)
     config = config if classes is None else replace(config, classes=classes)
+    require_memory(config)
     deployed = stated.configure(config)
     preprocess, _ = stated.prepare(Preprocess(size=config.image_size), config.channels)
     labels = stated.name_classes(config.classes, None)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, get_args, get_type_hints
 
 import typer
 
@@ -31,6 +31,10 @@ from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 # ClickException, of the click that typer depends on or carries inside, as its version will have it.
 _ParserError: type[Any] = typer.BadParameter.__mro__[2]
 
+_VERBS = {
+    verb.__name__.rpartition(".")[2]: verb
+    for verb in (export, engine, verify, bench, inspect, predict, serve, package, tune, doctor)
+}
 _SUMMARY = "Carry a Vision Transformer checkpoint to production, and prove each step."
 _CODES = "Exit codes: 0 ok, 2 bad input, 3 something is missing, 4 export failed, 5 parity failed, 6 slower."
 
@@ -47,8 +51,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_root)
-    for verb in (export, engine, verify, bench, inspect, predict, serve, package, tune, doctor):
-        name = verb.__name__.rpartition(".")[2]
+    for name, verb in _VERBS.items():
         app.command(name, short_help=verb.SUMMARY, epilog=_examples(verb.EXAMPLES))(verb.command)
     return app
 
@@ -90,6 +93,10 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if "--debug" in arguments:
             raise
+        if isinstance(error, FileNotFoundError) and error.filename is None:  # as Python's tempfile has it
+            from vitdeploy.machine.temporary import temporary_folder
+
+            temporary_folder()
         what = " ".join(str(error).split())
         raise VitdeployError(
             f"this is a bug in vitdeploy: {type(error).__name__}: {what}",
@@ -134,12 +141,46 @@ def _usage_error(error: Any) -> UsageError:
         # `export` builds engines with the defaults; what can be chosen about them is asked of `engine`.
         hint = f"vitdeploy export writes the bundle, then: vitdeploy engine BUNDLE {option} ..."
         return UsageError(f"{option} is an option of `vitdeploy engine`", hint=hint)
-    if known := getattr(error, "possibilities", None):
+    if value := _value_error(error):
+        message = value
+    elif known := getattr(error, "possibilities", None):
         message = f"no such option: {option}{did_you_mean(option or '', known)}"
     else:
         message = error.format_message().replace(". Did you mean", "; did you mean").rstrip(".")
     hint = f"{context.command_path if context else 'vitdeploy'} --help shows what there is"
     return UsageError(message[:1].lower() + message[1:], hint=hint)
+
+
+def _value_error(error: Any) -> str:
+    """What a number should have been; empty where the error is about something else.
+
+    typer's words change with its version, and with the library that it checks with.
+    """
+    parameter: Any = getattr(error, "param", None)
+    context: Any = getattr(error, "ctx", None)
+    verb = None if parameter is None or context is None else _VERBS.get(context.info_name)
+    if verb is None:
+        return ""
+    declared = get_type_hints(verb.command, include_extras=True)[parameter.name]
+    kind, stated = declared.__origin__, declared.__metadata__[0]
+    kinds = {kind, *get_args(kind)}
+    noun = "a whole number" if int in kinds else "a number" if float in kinds else ""
+    given = _given(error)
+    if not noun or given is None:
+        return ""
+    if stated.min is not None and stated.max is not None:
+        noun += f" from {stated.min} to {stated.max}"
+    elif stated.min is not None:
+        noun += f" of at least {stated.min:g}"
+    return f"{max(parameter.opts, key=len)} takes {noun}, not {given!r}"
+
+
+def _given(error: Any) -> str | None:
+    """The value that typer objects to; None where it objects to something else."""
+    if problems := getattr(error.__cause__, "errors", None):  # pydantic's
+        return str(problems()[0]["input"])
+    value, found, _ = str(error.message).partition(" is not ")
+    return value.strip("'") if found else None
 
 
 def _options(app: Any, verb: str) -> set[str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitdeploy._version import __version__
 from vitdeploy.backends.base import all_backends, library_extras
+from vitdeploy.errors import DeviceUnavailable
 from vitdeploy.machine.gpus import query_gpus
 from vitdeploy.machine.identity import Cpu, find_cpu, installed_version
+from vitdeploy.machine.temporary import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class Diagnosis:
     backends: tuple[BackendStatus, ...]
     providers: tuple[str, ...]
     """ONNX Runtime's execution providers."""
-    temporary_folder: str
-    free_disk: int
+    temporary_folder: str | None
+    """None where none can be written to."""
+    free_disk: int | None
+    """Bytes, there."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -52,7 +55,7 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at this machine. Imports ONNX Runtime, if it is there, to ask for its providers."""
     gpus, reason = query_gpus()
-    temporary = tempfile.gettempdir()
+    temporary = _temporary_folder()
     return Diagnosis(
         vitdeploy=__version__,
         python=f"{platform.python_version()} ({sys.executable})",
@@ -64,8 +67,15 @@ def diagnose() -> Diagnosis:
         backends=tuple(_status()),
         providers=_providers(),
         temporary_folder=temporary,
-        free_disk=shutil.disk_usage(temporary).free,
+        free_disk=None if temporary is None else shutil.disk_usage(temporary).free,
     )
+
+
+def _temporary_folder() -> str | None:
+    try:
+        return temporary_folder()
+    except DeviceUnavailable:
+        return None
 
 
 def _status() -> list[BackendStatus]:

@@ -21,13 +21,13 @@ def command(
 ) -> int:
     """Show this machine, the libraries, and which backends run here; why not, and what would help.
 
-    The exit code is 3 if no backend runs.
+    The exit code is 3 if no backend runs, or if no folder for temporary files can be written to.
     """
     from vitdeploy.cli.diagnosis import diagnose
 
     with output.stdout_is_ours():
         machine = diagnose()
-    ok = any(backend.available for backend in machine.backends)
+    ok = any(backend.available for backend in machine.backends) and machine.temporary_folder is not None
     if as_json:
         output.json_document({"ok": ok, **machine.as_dict()})
     else:
@@ -38,6 +38,9 @@ def command(
 def _print(machine: Diagnosis) -> None:
     from vitdeploy.backends.base import library_extras
 
+    disk = "no folder for temporary files can be written to: set TMPDIR to one that can"
+    if machine.free_disk is not None:
+        disk = f"{output.size(machine.free_disk)} free in {machine.temporary_folder}"
     memory = "unknown" if machine.cpu.memory is None else output.size(machine.cpu.memory)
     rows = [
         ("vitdeploy", machine.vitdeploy),
@@ -48,7 +51,7 @@ def _print(machine: Diagnosis) -> None:
         ("memory", memory),
         *(("gpu", ", ".join(gpu.values())) for gpu in machine.gpus),
         *([] if machine.gpus else [("gpu", machine.gpu_reason)]),
-        ("disk", f"{output.size(machine.free_disk)} free in {machine.temporary_folder}"),
+        ("disk", disk),
         ("providers", ", ".join(machine.providers) or "none: ONNX Runtime is not installed"),
     ]
     output.facts(rows)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import typer
 
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 _WIDE = 400
-"""Columns of a table at most; a narrower terminal wraps a line, which reads better than cut-off numbers."""
+"""Columns of a table that goes into a file or a pipe, at most."""
+
+_GAP = 2
+"""Blanks between two columns."""
+_FOLDED = 16
+"""Columns that folded text keeps."""
+_ERROR = 400
+"""Characters of an error and its hint together; ``--json`` has all of them."""
 
 
 def line(text: str = "") -> None:
@@ -32,12 +40,22 @@ def note(text: str) -> None:
 
 
 def error(message: str, hint: str | None = None) -> None:
-    """What went wrong, and what to do about it."""
+    """What went wrong, and what to do about it: a line each, together no longer than anybody reads."""
+    hint = _shortened(hint or "", max(_ERROR // 2, _ERROR - len(message)))
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    note(message)
+    note(_shortened(message, _ERROR - len(hint)))
     if hint:
         typer.secho("hint: ", fg="cyan", nl=False, err=True)
         note(hint)
+
+
+def _shortened(text: str, most: int) -> str:
+    """One line of at most so many characters; what a long one is about stands at its ends."""
+    text = printable(text).replace("\n", "\\n").replace("\t", " ")
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail - 3]} … {text[-tail:]}"
 
 
 def heading(text: str) -> None:
@@ -58,7 +76,10 @@ def json_document(document: Mapping[str, Any]) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] | None = None) -> None:
-    """A table; a column whose name begins with ``>`` is aligned to the right.
+    """A table; a column whose name begins with ``>`` is aligned to the right, and never broken.
+
+    On a terminal that is too narrow its other columns are folded; where that is not enough, each row becomes
+    a list of its own.
 
     Args:
         styles: how each row looks on a terminal, in rich's words: ``"strike red"``; empty is plain.
@@ -66,21 +87,58 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequenc
     from rich import box
     from rich.table import Table
 
+    width = shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else _WIDE
+    shown = [[printable(cell) for cell in row] for row in rows]
+    widths = _fitted(columns, shown, width)
+    if widths is None:
+        return _lists(columns, shown, styles)
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True, header_style="")
-    for column in columns:
-        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
-        made.add_row(*(printable(cell) for cell in row), style=style or None)
-    console = _console()
+    for column, wide in zip(columns, widths, strict=True):
+        side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        made.add_column(column.removeprefix(">"), justify=side, width=wide)
+    for row, style in zip(shown, styles or [""] * len(rows), strict=True):
+        made.add_row(*row, style=style or None)
+    console = _console(width=width)
     with console.capture() as drawn:
         console.print(made)
     sys.stdout.write("\n".join(row.rstrip() for row in drawn.get().splitlines()) + "\n")
+    return None
 
 
-def _console(*, stderr: bool = False) -> Console:
+def _fitted(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
+    """The columns' widths for a table of this width, long text folded; None where that is not enough."""
+    from rich.cells import cell_len
+
+    widths, least = [], []
+    for column, *cells in zip(columns, *rows, strict=True):
+        texts = [column.removeprefix(">"), *cells]
+        widths.append(max(map(cell_len, texts)))
+        words = max(cell_len(word) for text in texts for word in (text.split() or [""]))
+        least.append(widths[-1] if column.startswith(">") else max(words, min(widths[-1], _FOLDED)))
+    while sum(widths) + _GAP * (len(widths) - 1) > width:
+        place = max(range(len(widths)), key=lambda place: widths[place] - least[place])
+        if widths[place] == least[place]:
+            return None
+        widths[place] -= 1
+    return widths
+
+
+def _lists(columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] | None) -> None:
+    """A table's rows one below the other: the first entry, then the others with their columns' names."""
+    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+        if style:
+            typer.secho(row[0], fg="red", strikethrough=True)
+        else:
+            line(row[0])
+        for column, cell in zip(columns[1:], row[1:], strict=True):
+            if cell:
+                line(f"  {column.removeprefix('>')} {cell}" if column else f"  {cell}")
+
+
+def _console(*, stderr: bool = False, width: int = _WIDE) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, width=_WIDE, markup=False, emoji=False, highlight=False)
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
 @contextlib.contextmanager

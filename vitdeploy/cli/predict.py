@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -14,7 +16,7 @@ from vitdeploy.cli import output
 from vitdeploy.errors import ImageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from vitdeploy.predictor import Prediction, Predictor
+    from vitdeploy.predictor import AnyImage, Prediction, Predictor
     from vitdeploy.ray.job import JobRequest, Summary
 
 SUMMARY = "Classify images."
@@ -22,9 +24,12 @@ EXAMPLES = (
     "vitdeploy predict vit.bundle cat.jpg",
     "vitdeploy predict vit.bundle photos/ --top-k 1 --csv > labels.csv",
     "vitdeploy predict vit.bundle cat.jpg --artifact fp16 --json",
+    "vitdeploy predict vit.bundle https://example.org/cat.jpg - < dog.jpg",
     "vitdeploy predict vit.bundle photos/ --engine ray -o labels/",
 )
 ENGINES = ("local", "ray")
+_DEEP = (".png", ".tif", ".tiff", ".pgm", ".pnm")
+"""Files that may have 16-bit grey."""
 
 Engine = Annotated[
     str,
@@ -61,8 +66,8 @@ def command(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE|DIR...",
-            help="Image files, and folders that are searched for them.",
+            metavar="IMAGE|DIR|URL|-...",
+            help="Image files, folders to search for them, http(s) addresses; - is one image on stdin.",
             show_default=False,
         ),
     ],
@@ -79,7 +84,9 @@ def command(
             metavar="A", help="Name or precision of the artifact to run.  [default: the most precise]"
         ),
     ] = None,
-    top_k: Annotated[int, typer.Option(metavar="K", help="How many classes to give for each image.")] = 5,
+    top_k: Annotated[
+        int, typer.Option(min=1, metavar="K", help="How many classes to give for each image.")
+    ] = 5,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="How many CPU threads the runtime uses.")
     ] = None,
@@ -110,6 +117,7 @@ def command(
     if engine == "ray":
         if out is None:
             raise UsageError("--engine ray writes its results into a folder", hint="-o DIR")
+        _check_files(images)
         from vitdeploy.ray.job import JobRequest
 
         request = JobRequest(
@@ -132,9 +140,15 @@ def command(
     options = Options(threads=threads, provider=provider)
     results: list[dict[str, Any]] = []
     write = results.append if as_json else _csv_writer() if as_csv else _print
-    paths, broken = _paths(images)
     with Predictor.open(bundle, backend=backend, artifact=artifact, options=options) as predictor:
-        broken += _classify(predictor, paths, top_k, write)
+        sources, broken = _sources(images)
+        began = time.perf_counter()
+        failed = _classify(predictor, sources, top_k, write)
+        seconds = time.perf_counter() - began
+    if sources and any(Path(argument).is_dir() for argument in images):
+        done, speed = output.count(len(sources) - failed, "image"), len(sources) / max(seconds, 1e-9)
+        output.note(f"{done} classified, {failed} failed, {speed:.1f} images/s")
+    broken += failed
     if as_json:
         output.json_document({"images": results})
     return ImageError.exit_code if broken else 0
@@ -154,34 +168,70 @@ def _check_engine(engine: str, only_ray: Mapping[str, object], as_csv: bool) -> 
             raise UsageError(f"{name} {value}: only --engine ray has it", hint="add --engine ray")
 
 
-def _paths(arguments: Sequence[str]) -> tuple[list[Path], int]:
-    """The image files that the arguments name, each once, and how many arguments name none."""
-    from vitdeploy.images.decode import find_images
+def _check_files(arguments: Sequence[str]) -> None:
+    """Raise a UsageError for what other machines could not read."""
+    from vitdeploy.images.remote import is_address
 
-    paths: dict[Path, None] = {}
+    for argument in arguments:
+        if argument == "-" or is_address(argument):
+            raise UsageError(f"{argument}: --engine ray reads files and folders", hint="leave --engine out")
+
+
+def _sources(arguments: Sequence[str]) -> tuple[dict[str, AnyImage], int]:
+    """The images that the arguments name, each once, by name; and how many arguments name none."""
+    from vitdeploy.images.decode import find_images
+    from vitdeploy.images.kinds import unread_line
+    from vitdeploy.images.remote import RemoteImage, is_address
+
+    sources: dict[str, AnyImage] = {}
+    unread = Counter[str]()
     broken = 0
     for argument in arguments:
         try:
-            paths.update(dict.fromkeys(find_images([argument])))
+            if argument == "-":
+                sources["-"] = _standard_input()
+            elif is_address(argument):
+                sources[argument] = cast("AnyImage", RemoteImage(argument))
+            else:
+                sources |= {str(path): path for path in find_images([argument], unread)}
         except ImageError as error:
             broken += 1
             output.error(error.message, error.hint)
-    return list(paths), broken
+    if left_out := unread_line(unread):
+        output.note(left_out)
+    return sources, broken
+
+
+def _standard_input() -> AnyImage:
+    if sys.stdin is None:
+        raise ImageError("- is standard input, which is closed", hint="vitdeploy predict BUNDLE - < IMAGE")
+    return sys.stdin.buffer
 
 
 def _classify(
-    predictor: Predictor, paths: Sequence[Path], top_k: int, write: Callable[[dict[str, Any]], None]
+    predictor: Predictor,
+    sources: Mapping[str, AnyImage],
+    top_k: int,
+    write: Callable[[dict[str, Any]], None],
 ) -> int:
     """Write each image's classes; returns how many images could not be read."""
-    broken = 0
+    from vitdeploy.images.decode import is_deep_grey
+
+    broken, scaled = 0, False
     if predictor.note:
         output.note(predictor.note)
-    for path, result in zip(paths, predictor.stream(paths, top_k), strict=True):
+    for name, result in zip(sources, predictor.stream(sources.values(), top_k), strict=True):
         if isinstance(result, ImageError):
             broken += 1
             output.error(result.message, result.hint)
-        else:
-            write(_as_dict(path, result))
+            continue
+        write(_as_dict(name, result))
+        if not scaled and name.lower().endswith(_DEEP) and is_deep_grey(name):
+            scaled = True
+            output.note(
+                f"{name} has 16-bit grey, which is scaled to 8 bits; transformers and timm clip it at 255 "
+                "instead, and so may score it otherwise"
+            )
     return broken
 
 
@@ -224,9 +274,9 @@ def _summary(request: JobRequest, summary: Summary) -> dict[str, Any]:
     }
 
 
-def _as_dict(path: Path, predictions: Sequence[Prediction]) -> dict[str, Any]:
+def _as_dict(path: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {
-        "path": str(path),
+        "path": path,
         "predictions": [{"label": p.label, "index": p.index, "score": p.score} for p in predictions],
     }
 

@@ -12,9 +12,11 @@ from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, BundleWriter
 from vitdeploy.bundle.golden import GOLDEN_NAMES, raw_images
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.config import Size, model_fields
+from vitdeploy.errors import BundleError
 from vitdeploy.exporter.onnx import FILES, INPUT
 from vitdeploy.exporter.request import ExportRequest, Order, engines_of, orders_of
 from vitdeploy.exporter.subject import Subject, open_subject
+from vitdeploy.tensorrt.flavours import FLAVOURS
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -46,14 +48,14 @@ class ExportPlan:
 def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bool = False) -> ExportPlan:
     """Open the model and say what exporting it would write; nothing stays on the disk.
 
+    Where the export could not write is a note, because the plan is the same for another folder.
+
     Raises:
         UsageError, CheckpointError, MissingDependency, DeviceUnavailable: as the export itself.
-        BundleError: the export could not write there.
     """
     target = folder or request.default_folder
     orders, impossible = orders_of(request.engines)
-    with BundleWriter(target, force=force):  # the same objections as the export's, and nothing committed
-        opened, subject = open_subject(request)
+    opened, subject = open_subject(request)
     size, channels = _image_size(subject), subject.preprocess.channels
     channels_last = subject.input == "uint8"
     shape = ("N", *size, channels) if channels_last else ("N", channels, *size)
@@ -67,8 +69,31 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
         rewrites=subject.rewrites,
         folder=target,
         files=_files(request, subject) | _engine_files(request, orders, subject),
-        notes=(*opened.notes, *impossible),
+        notes=(
+            *opened.notes,
+            *subject.notes,
+            *engines_note(orders, impossible),
+            *_objections(target, force),
+        ),
     )
+
+
+def _objections(target: Path, force: bool) -> tuple[str, ...]:
+    """Why the export could not write there; nothing stays on the disk."""
+    try:
+        with BundleWriter(target, force=force):
+            return ()
+    except BundleError as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        return (f"the export itself would be refused: {error.message}{hint}",)
+
+
+def engines_note(orders: Sequence[Order], impossible: Sequence[str]) -> tuple[str, ...]:
+    """One line on the engines that ``auto`` leaves out here; who wants them can ask why."""
+    if not impossible:
+        return ()
+    left_out = sorted(FLAVOURS.keys() - {order.flavour.name for order in orders})
+    return (f"no engines for {' and '.join(left_out)}: `vitdeploy engine BUNDLE` says what they need",)
 
 
 def _engine_files(request: ExportRequest, orders: Sequence[Order], subject: Subject) -> dict[str, int]:

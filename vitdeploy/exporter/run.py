@@ -27,11 +27,13 @@ from vitdeploy.exporter import triton_aot
 from vitdeploy.exporter.artifact_parity import engines_parity, first_failure, onnx_parity, worst
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
 from vitdeploy.exporter.onnx import INPUT, write_onnx
+from vitdeploy.exporter.plan import engines_note
 from vitdeploy.exporter.request import ExportRequest, Order, orders_of
 from vitdeploy.exporter.subject import Subject, open_subject
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.memory import release
+from vitdeploy.machine.temporary import temporary_folder
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
 from vitdeploy.scores import usual_scores
@@ -56,11 +58,13 @@ def run_export(
     Raises:
         UsageError, CheckpointError, BundleError: bad input (exit code 2).
         MissingDependency: a library this export needs is not installed.
+        DeviceUnavailable: no temporary file can be written.
         ExportError: an artifact could not be built.
         ParityError: an artifact does not compute what the reference computes, and no fallback helps.
     """
     progress = progress or Progress()
     target = folder or request.default_folder
+    temporary_folder()  # PyTorch's tracer needs one, and says something else where there is none
     orders, impossible = orders_of(request.engines)
     with BundleWriter(target, force=force) as writer:
         with progress.stage("load") as stage:
@@ -79,7 +83,8 @@ def run_export(
             stage.size = _write_tensors(writer, subject, arrays)
         subject.reload(writer.directory / WEIGHTS)
         release()
-        job = _Job(request, provenance, subject, arrays, writer, progress, orders, impossible)
+        left_out = engines_note(orders, impossible)
+        job = _Job(request, provenance, subject, arrays, writer, progress, orders, left_out)
         job.build()
         return writer.commit()
 

@@ -13,17 +13,21 @@ from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
-from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, Scores
+from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, Scores
 from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.user_module import island_norms, rehearse, wrap
+from vitdeploy.machine.memory import total_memory
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan, island_names
 from vitdeploy.model.reference import forward_float64, state_of
 from vitdeploy.model.registry import architecture_of, build_reference
 from vitdeploy.model.rewrites import normalisation
 from vitdeploy.model.user_module import module_float64
+
+_MANY = 1024
+"""Images of a batch; running more is worth a word before it begins."""
 
 
 class Subject(ABC):
@@ -192,7 +196,31 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
     for flag, said in (("--scores", request.stated.scores), ("--labels", request.stated.labels)):
         if said is not None and subject.output != "logits":
             raise UsageError(f"{flag} is what becomes of logits; {opened.source} gives {subject.output}")
+    subject.notes = (*subject.notes, *_batch_notes(subject, request.batch))
     return opened, subject
+
+
+def _batch_notes(subject: Subject, batch: BatchRange) -> tuple[str, ...]:
+    """What a very large batch means for the proof, which runs it.
+
+    Raises:
+        UsageError: its pixels alone are more than this machine's memory.
+    """
+    height, width = subject.preprocess.size if subject.config is None else subject.config.image_size
+    pixels = batch.max * subject.preprocess.channels * height * width * (1 if subject.input == "uint8" else 4)
+    there = total_memory()
+    if there is not None and pixels > there:
+        raise UsageError(
+            f"a batch of {batch.max} images is {pixels / 1e9:.3g} GB of pixels, and it has to be proven on "
+            f"this machine, which has {there / 1e9:.3g} GB",
+            hint=f"--batch {batch.min},{min(batch.opt, _MANY)},{_MANY}",
+        )
+    if batch.max <= _MANY:
+        return ()
+    sizes = " and ".join(str(size) for size in batch.sizes if size > _MANY)
+    return (
+        f"every artifact is proven with {sizes} images at once, which are {pixels / 1e9:.2g} GB of pixels",
+    )
 
 
 def subject_of(opened: Checkpoint | UserModule, output: str | None, input_kind: str) -> Subject:

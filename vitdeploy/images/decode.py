@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,35 +15,43 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitdeploy.errors import ImageError
+from vitdeploy.images.kinds import (
+    HEAD_BYTES,
+    HEIC,
+    formats,
+    formats_hint,
+    kind_of,
+    suffixes,
+    unread_line,
+)
 
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded or resized to: 256 MiB as RGB. Pillow itself only warns from here on."""
 
-# What photographs come in. Decoders for everything else stay out of reach of untrusted files.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
-)
 
-
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_images(paths: Iterable[str | os.PathLike[str]], unread: Counter[str] | None = None) -> list[Path]:
     """Return the image files that ``paths`` name, each once, in a stable order.
 
     A file is taken as it is, whatever its suffix; a directory is walked, its images sorted by path.
     Hidden files and directories inside it are left out.
 
+    Args:
+        unread: counts the files of directories that are left out, by suffix; see ``kinds.unread_line``.
+
     Raises:
         ImageError: a path does not exist, or a directory holds no image.
     """
     found: dict[Path, None] = {}
+    unread = Counter() if unread is None else unread
     for path in map(Path, paths):
         if path.is_dir():
-            images = _walk(path)
+            images, others = _walk(path)
+            unread.update(others)
             if not images:
-                raise ImageError(f"no image in directory {_printable(path)}", hint=_formats_hint())
+                what = f"; {unread_line(others)}" if others else ""
+                raise ImageError(f"no image in directory {_printable(path)}{what}", hint=formats_hint())
             found.update(dict.fromkeys(images))
         elif path.exists():
             found[path] = None
@@ -51,31 +60,36 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return list(found)
 
 
-def _walk(directory: Path) -> list[Path]:
+def _walk(directory: Path) -> tuple[list[Path], Counter[str]]:
+    """The images in a directory, and how many other files it has, by suffix."""
+
     def unreadable(error: OSError) -> NoReturn:
         raise ImageError(
             f"directory {_printable(error.filename)} cannot be read: {error.strerror}",
             hint="check its permissions",
         )
 
-    images = []
+    images, others, wanted = list[Path](), Counter[str](), suffixes()
     for parent, directories, files in os.walk(directory, onerror=unreadable):
         directories[:] = [name for name in directories if not name.startswith(".")]
-        images += [
-            Path(parent, name)
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
-        ]
-    return sorted(images)
+        for path in (Path(parent, name) for name in files if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if suffix in wanted:
+                images.append(path)
+            else:
+                others[suffix] += 1
+    return sorted(images), others
 
 
-def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, *, heif: bool = False) -> Image.Image:
     """Decode an image completely and return it as 8-bit RGB.
 
     Args:
         source: a path, the bytes of a file, a binary file object, or a Pillow image. JPEG, PNG, WebP, GIF,
-            BMP, TIFF and PPM are read; of an animation, the first frame.
+            BMP, TIFF, PPM and, where Pillow has it, AVIF are read; of an animation, the first frame.
         max_pixels: no larger image is decoded.
+        heif: whether HEIC files are read too, where the extra ``heic`` is installed. Its decoder is not
+            Pillow's own, so servers leave it out of their clients' reach.
 
     Transparency is dropped, not blended, as ``convert("RGB")`` and so transformers' and timm's loaders do.
     16-bit grey is scaled to 8 bits. EXIF data stays with the image: ``apply`` turns it where its
@@ -87,13 +101,11 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     """
     name = _describe(source)
     try:
-        with _quiet(), _opened(source, name) as image:
+        with _quiet(), _opened(source, name, heif) as image:
             _check_size(image, name, max_pixels)
             return _to_rgb(image, name)
     except ImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image that can be read", hint=_formats_hint()) from error
     except Image.DecompressionBombError as error:
         size = str(error).partition(",")[0]  # "Image size (N pixels) exceeds limit of M pixels"
         raise ImageError(f"{name} is too large to decode: {size}", hint="scale it down first") from error
@@ -127,7 +139,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
+def _opened(source: ImageSource, name: str, heif: bool) -> Iterator[Image.Image]:
     with ExitStack() as stack:
         stream: BinaryIO
         if isinstance(source, Image.Image):
@@ -145,9 +157,22 @@ def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
                 hint="pass a path, bytes, a binary file or a Pillow image (PIL.Image.fromarray(array))",
             )
         stream.seek(0)
-        if not stream.read(1):
+        head = stream.read(HEAD_BYTES)
+        stream.seek(0)
+        if not head:
             raise ImageError(f"{name} is empty", hint="copy or download it again")
-        yield stack.enter_context(Image.open(stream, formats=_FORMATS))
+        kind = kind_of(head)
+        if heif and kind == HEIC:
+            from vitdeploy.images.heif import open_heif
+
+            yield stack.enter_context(open_heif(stream, name))
+            return
+        try:
+            image = Image.open(stream, formats=formats())
+        except UnidentifiedImageError as error:
+            what = f": it is {kind}" if kind else ""
+            raise ImageError(f"{name} is not an image that can be read{what}", hint=formats_hint()) from error
+        yield stack.enter_context(image)
 
 
 def _check_size(image: Image.Image, name: str, limit: int) -> None:
@@ -161,8 +186,21 @@ def _check_size(image: Image.Image, name: str, limit: int) -> None:
         raise ImageError(f"{name} has no pixels: {width}x{height}", hint="save it again")
 
 
+def is_deep_grey(path: str | os.PathLike[str]) -> bool:
+    """Whether an image file has 16-bit grey, by a look at its header; False where it cannot be read."""
+    try:
+        with _quiet(), _opened(path, "", heif=False) as image:
+            return _has_deep_grey(image)
+    except Exception:  # as in load_image
+        return False
+
+
+def _has_deep_grey(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if _has_deep_grey(image):
         # Pillow's own conversion clips at 255, which leaves black and white.
         levels = (np.asarray(image).astype(np.uint32) + 128) // 257
         grey = Image.fromarray(levels.astype(np.uint8))
@@ -188,7 +226,3 @@ def _describe(source: ImageSource) -> str:
 def _printable(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     return text if text.isprintable() else repr(text)
-
-
-def _formats_hint() -> str:
-    return f"images are read from {', '.join(_FORMATS)} files"

@@ -267,7 +267,10 @@ def from_huggingface(config: Mapping[str, Any], model_type: str = "vit", channel
             varies. Names the key.
     """
     if config.get("image_processor_type") == "TimmWrapperImageProcessor":
-        return replace(from_timm(config.get("pretrained_cfg") or {}), exif=True)
+        settings = config.get("pretrained_cfg")
+        if not isinstance(settings, Mapping):
+            raise _refusal("pretrained_cfg", settings, "is no object")
+        return replace(from_timm(settings), exif=True)
     processor = _processor(config, model_type)
     given = {key: value for key, value in config.items() if value is not None}
     settings = {**_COMMON_DEFAULTS, **_PROCESSOR_DEFAULTS[processor], **given}

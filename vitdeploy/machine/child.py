@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from vitdeploy.errors import VitdeployError
+from vitdeploy.machine.temporary import temporary_folder
 
 _TAIL = 300
 """Characters of a dead process's last words."""
@@ -45,6 +46,9 @@ class Worker:
         environment: variables on top of this process's own; see :func:`child_environment`.
         limit: seconds for a message where a call does not say its own; None waits while the child lives.
         name: what the process is called when it fails.
+
+    Raises:
+        DeviceUnavailable: no temporary file can be written.
     """
 
     def __init__(
@@ -58,7 +62,8 @@ class Worker:
     ) -> None:
         self._limit, self._name = limit, name
         self._buffer = b""
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        folder = temporary_folder()
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace", dir=folder)  # noqa: SIM115
         self.began = time.perf_counter()
         self._process = subprocess.Popen(
             list(command),

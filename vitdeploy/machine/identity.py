@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from vitdeploy.machine.cgroups import memory_limit
 from vitdeploy.machine.gpus import query_gpus
+from vitdeploy.machine.memory import total_memory
 from vitdeploy.machine.processors import processors
 
 LIBRARIES: Mapping[str, str] = {
@@ -27,6 +26,7 @@ LIBRARIES: Mapping[str, str] = {
     "starlette": "serve",
     "tritonclient": "client",
     "ray": "ray",
+    "pillow-heif": "heic",
 }
 """Distributions that matter besides the backends' own, and the extra that installs each; none is the core."""
 
@@ -55,7 +55,7 @@ def find_cpu(root: Path = Path("/")) -> Cpu:
         name=info.get("model name") or platform.processor() or platform.machine(),
         flags=tuple(flag for flag in (*_FLAGS, *_ARM_FLAGS) if flag in flags),
         threads=processors(root),
-        memory=_memory(root),
+        memory=total_memory(root),
     )
 
 
@@ -68,15 +68,6 @@ def this_machine() -> tuple[str, ...]:
     """The name of the machine that this runs on."""
     cpu = find_cpu()
     return machine_name(cpu.name, cpu.threads, query_gpus()[0])
-
-
-def _memory(root: Path) -> int | None:
-    limits = []
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if (limit := memory_limit(root)) is not None:
-        limits.append(limit)
-    return min(limits, default=None)
 
 
 def installed_version(distribution: str) -> str | None:

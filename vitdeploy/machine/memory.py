@@ -1,13 +1,30 @@
-"""Giving memory back between the stages of a large export, and how much there was."""
+"""How much memory there is and was, and giving it back between the stages of a large export."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import os
 import re
 import sys
 from pathlib import Path
+
+from vitdeploy.machine.cgroups import memory_limit
+
+
+def total_memory(root: Path = Path("/")) -> int | None:
+    """The bytes of the machine, or of the container where it may take fewer; None where nothing says it.
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    limits = []
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if (limit := memory_limit(root)) is not None:
+        limits.append(limit)
+    return min(limits, default=None)
 
 
 def release() -> None:

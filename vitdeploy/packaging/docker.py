@@ -50,7 +50,8 @@ def write(job: Job) -> Outcome:
     write_text(folder / ".dockerignore", "".join(f"{line}\n" for line in ignored))
     tag = f"{label(job.name)}:{job.version}"
     gpu = COMPOSE_GPU if backend.traits.needs_gpu else ""
-    write_text(folder / "compose.yaml", fill_template("docker.compose.yaml", tag=tag, gpu=gpu))
+    compose = fill_template("docker.compose.yaml", tag=tag, cpus=_cpus(job), gpu=gpu)
+    write_text(folder / "compose.yaml", compose)
     readme = fill_template(
         "docker.md",
         name=job.name,
@@ -119,6 +120,15 @@ def _notes(backend: Traits, wheel: str | None) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _cpus(job: Job) -> str:
+    """A limit for the container where threads are asked for: those of all sessions, and one that decodes.
+
+    Without a number of threads the server takes what the container gives it, and the compose file gives all.
+    """
+    threads = job.settings.threads
+    return f"    cpus: {threads * (job.settings.instances or 1) + 1}\n" if threads else ""
+
+
 def _command(job: Job, backend: str) -> list[str]:
     settings = job.settings
     command = ["vitdeploy", "serve", f"{job.name}@{job.version}={BUNDLE}"]
@@ -141,6 +151,7 @@ def _dockerfile(job: Job, wheel: str | None, command: list[str]) -> str:
         image=job.settings.image or IMAGE,
         files=" ".join(filter(None, ("requirements.txt", "constraints.txt", wheel))),
         bundle=BUNDLE,
+        threads=f"    OMP_NUM_THREADS={threads} \\\n" if (threads := job.settings.threads) else "",
         command=json.dumps(command),
     )
 

@@ -6,11 +6,18 @@ import importlib
 import math
 import re
 import shlex
+from dataclasses import replace
 from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.packaging.target import MAX_LABEL, Job, Outcome, fill_template, label, write_text
-from vitdeploy.packaging.triton_repository import IMAGE, MODELS, TritonRepository, why_tensors_only
+from vitdeploy.packaging.triton_repository import (
+    IMAGE,
+    MODELS,
+    TritonRepository,
+    device_of,
+    why_tensors_only,
+)
 from vitdeploy.packaging.triton_server import write_dockerfile
 
 SETTINGS = (
@@ -47,6 +54,7 @@ def write(job: Job) -> Outcome:
     """
     uri = _checked_uri(job.settings.storage_uri)
     _check_namespace(job.settings.namespace)
+    job = _with_threads(job)
     refused = why_tensors_only(job)
     images = refused is None and job.settings.image is not None and not job.settings.tensors_only
     repository = TritonRepository(job, images=images)
@@ -65,6 +73,13 @@ def write(job: Job) -> Outcome:
         next=(f"copy what is in {job.output / MODELS} to {uri}", f"kubectl apply -f {yaml}"),
         notes=tuple(notes),
     )
+
+
+def _with_threads(job: Job) -> Job:
+    """The job with a number of threads on the CPU: what the service asks for is what the server starts."""
+    if job.settings.threads is not None or device_of(job) == "gpu":
+        return job
+    return replace(job, settings=replace(job.settings, threads=_CPUS))
 
 
 def inference_service(job: Job, repository: TritonRepository, uri: str) -> dict[str, Any]:
@@ -109,6 +124,7 @@ def _model(job: Job, repository: TritonRepository, uri: str) -> dict[str, Any]:
         "protocolVersion": "v2",
         "storageUri": uri,
         "resources": _resources(job, repository),
+        "env": [{"name": name, "value": value} for name, value in _environment(job).items()],
     }
     if job.settings.image:
         model["image"] = job.settings.image
@@ -117,6 +133,12 @@ def _model(job: Job, repository: TritonRepository, uri: str) -> dict[str, Any]:
     if repository.images:
         model["volumeMounts"] = [{"name": "shm", "mountPath": "/dev/shm"}]
     return model
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Of the server: ONNX Runtime tells nobody that it runs; no library starts more threads than it has."""
+    threads = job.settings.threads
+    return {"ORT_DISABLE_TELEMETRY": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 
 def _resources(job: Job, repository: TritonRepository) -> dict[str, Any]:

@@ -27,9 +27,15 @@ IMAGE = "nvcr.io/nvidia/tritonserver:26.04-py3"
 MAX_DELAY_MS = 2.0
 TOP_K = 5
 
-VENDORED = ("config.py", "errors.py", "images/decode.py", "images/preprocess.py")
-"""Files of vitdeploy that turn image files into pixels; they need numpy and Pillow only."""
-_VENDOR = "vitdeploy_images"
+VENDORED = {
+    "vitdeploy_images": (
+        *("config.py", "errors.py"),
+        *("images/decode.py", "images/kinds.py", "images/preprocess.py"),
+    ),
+    "vitdeploy_scores": ("config.py", "errors.py", "scores.py"),
+}
+"""Files of vitdeploy that turn image files into pixels and logits into scores, by the package they become.
+They need numpy, and the first ones Pillow."""
 _PLATFORMS = {"onnx": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
 _IMAGE_WORKERS = 2
 """Processes that decode; decoding takes about as long as a small model's run."""
@@ -62,6 +68,11 @@ class TritonRepository:
     def labels(self) -> bool:
         """Whether labels come out at the end, not a tensor."""
         return self.images and self.job.bundle.manifest.output == "logits"
+
+    @property
+    def backend(self) -> str:
+        """The server's backend that runs the network."""
+        return _PLATFORMS[self.artifact.format][0].partition("_")[0]
 
     @property
     def top_k(self) -> int:
@@ -173,11 +184,9 @@ class TritonRepository:
             "preprocess": dataclasses.asdict(manifest.preprocess),
         }
         write_text(folder / "preprocess.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        vendor(folder / _VENDOR)
+        self._vendor(folder, "vitdeploy_images")
         self._say(folder / "model.py", "image files to tensors; needs numpy and Pillow")
         self._say(folder / "preprocess.json", "the bundle's preprocessing")
-        for file in VENDORED:
-            self._say(folder / _VENDOR / Path(file).name, "vitdeploy's own")
 
     def _write_labels(self) -> None:
         name = f"{self.job.name}_labels"
@@ -188,8 +197,14 @@ class TritonRepository:
         manifest = self.job.bundle.manifest
         settings = {"labels": manifest.labels, "scores": manifest.scores, "top_k": self.top_k}
         write_text(folder / "labels.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        self._vendor(folder, "vitdeploy_scores")
         self._say(folder / "model.py", "logits to labels; needs numpy")
         self._say(folder / "labels.json", f"labels, and how many are given: {self.top_k}")
+
+    def _vendor(self, folder: Path, package: str) -> None:
+        vendor(folder / package)
+        for file in VENDORED[package]:
+            self._say(folder / package / Path(file).name, "vitdeploy's own")
 
     def _write_ensemble(self) -> None:
         job, name = self.job, self.job.name
@@ -311,11 +326,11 @@ def engine_record(job: Job) -> EngineRecord | None:
 
 
 def vendor(folder: Path) -> None:
-    """Write vitdeploy's image modules as a package of their own, which needs nothing else of vitdeploy."""
+    """Write the package of this name: modules of vitdeploy that need nothing else of it."""
     source = resources.files("vitdeploy")
     name = folder.name
-    write_text(folder / "__init__.py", '"""Parts of vitdeploy (Apache-2.0): image files to pixels."""\n')
-    for file in VENDORED:
+    write_text(folder / "__init__.py", '"""Parts of vitdeploy (Apache-2.0), as they are there."""\n')
+    for file in VENDORED[name]:
         text = (source / file).read_text(encoding="utf-8")
         flat = text.replace("from vitdeploy.images.", f"from {name}.").replace(
             "from vitdeploy.", f"from {name}."

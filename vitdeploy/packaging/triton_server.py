@@ -43,7 +43,7 @@ def write(job: Job) -> Outcome:
     if images:
         write_dockerfile(job, base)
     write_text(job.folder / "compose.yaml", _compose(job, repository, base, images))
-    write_text(job.folder / "README.md", _readme(job, repository, images))
+    write_text(job.folder / "README.md", _readme(job, repository, base, images))
     what = {
         **repository.what,
         "compose.yaml": "starts the server",
@@ -81,7 +81,7 @@ def _compose(job: Job, repository: TritonRepository, base: str, images: bool) ->
     return fill_template("triton_server.compose.yaml", image=built, models=MODELS, gpu=gpu)
 
 
-def _readme(job: Job, repository: TritonRepository, images: bool) -> str:
+def _readme(job: Job, repository: TritonRepository, base: str, images: bool) -> str:
     spec, output = job.artifact.inputs[0], job.artifact.outputs[0]
     shape = [1 if isinstance(size, str) else size for size in spec.shape]
     values = {
@@ -89,6 +89,9 @@ def _readme(job: Job, repository: TritonRepository, images: bool) -> str:
         "bundle": job.bundle.root.resolve().name,
         "artifact": f"{job.artifact.name} ({job.artifact.precision})",
         "models": MODELS,
+        "image": base,
+        "backend": repository.backend,
+        "needs": _python() if images else "Nothing here needs Python.",
         "input": spec.name,
         "output": output.name,
         "datatype": DATATYPES[spec.dtype],
@@ -113,3 +116,8 @@ def _readme(job: Job, repository: TritonRepository, images: bool) -> str:
             curl=fill_template("triton_server_curl.md", image_model=model, shape=form) if one else "",
         )
     return text
+
+
+def _python() -> str:
+    """What the models in Python need of a server."""
+    return fill_template("triton_server_python.md", pillow=version("pillow")).rstrip()

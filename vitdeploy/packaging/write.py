@@ -117,7 +117,8 @@ def write_package(
             staged.commit(replace=force)
     except OSError as error:
         reason = error.strerror or str(error)
-        hint = "choose a folder you may write to, on a disk with space"
+        there = isinstance(error, FileExistsError)
+        hint = "--force replaces it" if there else "choose a folder you may write to, on a disk with space"
         raise ExportError(f"{folder}: cannot be written: {reason}", hint=hint) from error
     notes = tuple(filter(None, (note, *outcome.notes)))
     return Package(Path(output), target, called, version, chosen.name, files, outcome.next, notes)
@@ -141,7 +142,9 @@ def artifact_to_package(bundle: Bundle, name: str | None, backend: str | None) -
     names = ", ".join(artifact.name for artifact in ranked)
     raise UsageError(
         f"{bundle.root}: has no artifact for {runtime.name}",
-        hint=f"name one: --artifact {names}" if names else f"vitdeploy export -o {bundle.root} --force",
+        hint=f"name one: --artifact {names}"
+        if names
+        else "it has no artifacts at all: export the model again",
     )
 
 

@@ -202,6 +202,8 @@ def run_job(request: JobRequest, progress: Progress | None = None) -> Summary:
         inputs = find_inputs(request.inputs, request.column)
         plan = replace(plan, column=inputs.column)
         stage.detail = f"{sum(item.rows for item in inputs.items)} images"
+    if inputs.unread:
+        progress.note(inputs.unread)
     summary = Summary(missing=len(inputs.problems), errors=[error.message for error in inputs.problems])
     if not inputs.items:
         return summary

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vitdeploy.backends.base import Array, Options
 from vitdeploy.bundle.manifest import first_problem
 from vitdeploy.errors import ImageError, MissingDependency, ParityError, UsageError, VitdeployError
+from vitdeploy.images.decode import load_image
 from vitdeploy.predictor import Predictor
 from vitdeploy.verification.parity import check_session
 
@@ -165,10 +166,13 @@ class Replica:
 
     async def _classify(self, image: bytes, top_k: int) -> list[dict[str, Any]]:
         loop = asyncio.get_running_loop()
-        tensor = await loop.run_in_executor(self._decoder, self._predictor.preprocess, image)
+        tensor = await loop.run_in_executor(self._decoder, self._decode, image)
         logits = await self._together(tensor)
         best = self._predictor.best(logits, top_k)
         return [{"label": p.label, "index": p.index, "score": p.score} for p in best]
+
+    def _decode(self, image: bytes) -> Array:
+        return self._predictor.preprocess(load_image(image))  # with the decoders that are for clients' images
 
     async def _run(self, tensors: list[Array]) -> list[Array]:
         """Logits (classes,) of each of some images."""

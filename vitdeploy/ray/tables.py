@@ -6,6 +6,7 @@ The only file that imports pyarrow.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from vitdeploy.errors import ImageError, MissingDependency, UsageError, did_you_mean
 from vitdeploy.images.decode import find_images
+from vitdeploy.images.kinds import unread_line
 from vitdeploy.machine.atomic import atomic_write
 from vitdeploy.ray.work import COLUMNS, Item, Result, Stamp
 
@@ -276,6 +278,8 @@ class Inputs:
     """Where the Parquet files have their images; None for image files."""
     problems: tuple[ImageError, ...] = field(default=())
     """Of paths that name nothing."""
+    unread: str = ""
+    """What of folders is no image that is read, in one line."""
 
     @property
     def stamps(self) -> dict[str, Stamp]:
@@ -301,9 +305,10 @@ def find_inputs(paths: Sequence[str], column: str | None) -> Inputs:
 def _images(paths: Iterable[str]) -> Inputs:
     items: dict[str, Item] = {}
     problems: list[ImageError] = []
+    unread = Counter[str]()
     for path in paths:
         try:
-            images = find_images([path])
+            images = find_images([path], unread)
         except ImageError as error:
             problems.append(_with_parquet_in_mind(error, path))
             continue
@@ -314,7 +319,7 @@ def _images(paths: Iterable[str]) -> Inputs:
                 problems.append(error)
             else:
                 items[source] = Item(source, _stamp(source))
-    return Inputs(tuple(items.values()), None, tuple(problems))
+    return Inputs(tuple(items.values()), None, tuple(problems), unread_line(unread))
 
 
 def _parquet(paths: Iterable[str], named: str | None) -> Inputs:

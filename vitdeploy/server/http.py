@@ -50,7 +50,7 @@ def starlette_application(service: Service) -> Starlette:
         *http_images.ROUTES,
         ("GET", "/v2/health/live", _live),
         ("GET", "/v2/health/ready", _ready),
-        ("GET", "/v2", _server),
+        *(("GET", path, _server) for path in ("/v2", "/v2/")),  # the protocol's documents have both
         ("GET", "/v2/models/stats", _all_statistics),
         *(
             (method, base + path, handler)

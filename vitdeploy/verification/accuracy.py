@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vitdeploy.bundle.manifest import Manifest
 from vitdeploy.data import digits_folder, digits_heldout
 from vitdeploy.errors import ImageError, UsageError, did_you_mean
 from vitdeploy.images.decode import find_images
+from vitdeploy.images.kinds import unread_line
 from vitdeploy.predictor import AnyImage, Predictor
 
 Labels = NDArray[np.int64]
@@ -72,6 +74,8 @@ class LabelledImages:
     images: tuple[AnyImage, ...]
     labels: Labels
     """(K,) class indices."""
+    unread: str = ""
+    """What of the folder is no image that is read, in one line."""
 
 
 def find_labelled(folder: Path, manifest: Manifest) -> LabelledImages:
@@ -90,9 +94,10 @@ def find_labelled(folder: Path, manifest: Manifest) -> LabelledImages:
     if not folder.is_dir():
         raise ImageError(f"{folder}: is not a folder of labelled images", hint="--data DIR")
     classes = _classes(manifest)
-    paths = find_images([folder])
+    unread = Counter[str]()
+    paths = find_images([folder], unread)
     labels = np.array([_class_of(path, folder, classes) for path in paths], np.int64)
-    return LabelledImages(tuple(paths), labels)
+    return LabelledImages(tuple(paths), labels, unread_line(unread))
 
 
 def _classes(manifest: Manifest) -> dict[str, int]:

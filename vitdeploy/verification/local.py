@@ -111,6 +111,8 @@ def verify_bundle(
     pairs = runnable(opened, backends)
     images = find_labelled(Path(data), opened.manifest) if data is not None else None
     job = _Verification(opened, options or Options(), batches, progress or Progress())
+    if images is not None and images.unread:
+        job.progress.note(images.unread)
     with job.progress.stage("hashes") as stage:
         opened.verify()
         stage.detail = f"{len(opened.manifest.files)} files"

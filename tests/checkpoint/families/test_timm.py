@@ -303,6 +303,18 @@ def test_released_spellings_of_dinov2_and_deit3(tmp_path: Path) -> None:
         torch.testing.assert_close(run(load(folder), pixels), run(modern, pixels), rtol=0, atol=1e-5)
 
 
+def test_a_bare_file_that_may_be_rotary_says_so(tmp_path: Path) -> None:
+    """vit_*_rope_ape_* of timm has gamma_1, as DeiT III's own files; a bare file cannot tell them apart."""
+    state = load_file(RECORDED / "deit3" / "model.safetensors")
+    elder = {
+        name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): t
+        for name, t in state.items()
+    }
+    save_file(elder, tmp_path / "deit3.safetensors")
+    opened = open_model(checkpoint=tmp_path / "deit3.safetensors")
+    assert any("vit_*_rope_ape_* have the same names" in note for note in opened.notes)
+
+
 def test_pre_logits_of_elder_timm_are_a_tanh_layer(tmp_path: Path) -> None:
     folder = copy("vit", tmp_path)
     state = load_file(folder / "model.safetensors")

@@ -77,14 +77,14 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
             f"{foreign.source}: timm's architecture {cut(architecture)}{what} is not supported", hint=_HINT
         )
     if model_type is not None:
-        supported = [reference.MODEL_TYPE, *_OWN]
+        supported = [reference.MODEL_TYPE, *_OWN, "timm_wrapper"]
         other = str(model_type).casefold() in _OTHERS
         guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(
             f"{foreign.source}: model_type {shown(model_type)} in config.json is not supported{guess}",
             hint=f"supported: {', '.join(sorted(supported))}; {_HINT}",
         )
-    first = some(sorted(foreign.state), 3)
+    first = some([cut(name, 40) for name in sorted(foreign.state)], 3)
     raise CheckpointError(
         f"{foreign.source}: no known family names its tensors like this: {first}{looks_like(foreign.state)}",
         hint=f"known: {', '.join(family.name for family in FAMILIES)}; {_HINT}",

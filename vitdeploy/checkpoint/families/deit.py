@@ -15,7 +15,6 @@ from vitdeploy.checkpoint.families.base import (
     Source,
     flat,
     linear,
-    rename_tensors,
 )
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import ViTConfig
@@ -38,9 +37,7 @@ def _claims(foreign: Foreign) -> bool:
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state, originals = rename_tensors(
-        foreign.state, lambda name: huggingface.file_name(name, "deit", vit_mlp=True)
-    )
+    state, originals = huggingface.file_names(foreign, "deit", vit_mlp=True)
     teacher = any(name.startswith(("cls_classifier.", "distillation_classifier.")) for name in state)
     layout = _TEACHER if teacher else _PLAIN
     config = huggingface.config_of(

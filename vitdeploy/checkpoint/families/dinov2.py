@@ -23,7 +23,6 @@ from vitdeploy.checkpoint.families.base import (
     config_number,
     flat,
     linear,
-    rename_tensors,
 )
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import ViTConfig
@@ -68,9 +67,7 @@ def _join_gates(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(foreign: Foreign, template: ViTConfig | None, model_type: str) -> Reading:
-    renamed, originals = rename_tensors(
-        foreign.state, lambda name: huggingface.file_name(name, model_type, vit_mlp=False)
-    )
+    renamed, originals = huggingface.file_names(foreign, model_type, vit_mlp=False)
     state = _join_gates(renamed)
     given = foreign.config
     fields: dict[str, object] = {"layer_scale": True, "norm_eps": 1e-6}

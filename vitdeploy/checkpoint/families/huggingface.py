@@ -18,6 +18,8 @@ from vitdeploy.checkpoint.families.base import (
     flat,
     height_and_width,
     linear,
+    rename_tensors,
+    sole_head,
 )
 from vitdeploy.checkpoint.families.infer import infer_config, what_is_open
 from vitdeploy.checkpoint.refusals import CORRECT, shown
@@ -100,6 +102,17 @@ def file_name(name: str, prefix: str, *, vit_mlp: bool) -> str:
     for pattern, replacement in (*_IN_MEMORY, *(_VIT_MLP if vit_mlp else ())):
         name = pattern.sub(replacement, name)
     return name
+
+
+def file_names(foreign: Foreign, prefix: str, *, vit_mlp: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors under the names that files have, and those names' originals."""
+    head = sole_head(foreign.state, "classifier")
+
+    def rename(name: str) -> str:
+        layer, _, leaf = name.rpartition(".")
+        return f"classifier.{leaf}" if layer == head else file_name(name, prefix, vit_mlp=vit_mlp)
+
+    return rename_tensors(foreign.state, rename)
 
 
 def config_of(
@@ -244,6 +257,9 @@ def reading(
     prefix = model_type if any(name.startswith(f"{model_type}.") for name in foreign.state) else ""
     notes = []
     assumed: dict[str, str | None] = {} if foreign.config is not None else {"heads": None, "activation": None}
+    head = originals.get("classifier.weight", "classifier.weight").removesuffix(".weight")
+    if head != "classifier":
+        notes.append(f"the head is the linear layer {head!r}")
     if foreign.processor is None:
         note = f"no preprocessor_config.json: preprocessing is that of published {model_type} models"
         assumed["preprocess"] = note

@@ -118,9 +118,12 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     assumed: dict[str, str | None] = {}
     if "num_heads" not in arguments and width_of(architecture) not in (None, result.width):
         assumed["heads"] = heads_note(result)
+    notes += shape_note(result, template, foreign.wanted, own_sizes)
     if not architecture:
-        notes += shape_note(result, template, foreign.wanted, own_sizes)
         assumed |= {"heads": None if template else heads_note(result), "activation": None}
+        if "blocks.0.gamma_1" in foreign.state:
+            also = "gamma_1 is taken for DeiT III's layer scale; timm's vit_*_rope_ape_* have the same names"
+            notes = (*notes, also)
     if not pretrained:
         assumed["preprocess"] = "no config.json of timm: preprocessing is timm's default for ViT"
     return Reading(

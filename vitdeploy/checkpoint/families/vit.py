@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitdeploy.checkpoint.families import huggingface
-from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, linear, rename_tensors
+from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading, linear
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import ViTConfig
 
@@ -16,9 +16,7 @@ def _claims(foreign: Foreign) -> bool:
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state, originals = rename_tensors(
-        foreign.state, lambda name: huggingface.file_name(name, "vit", vit_mlp=True)
-    )
+    state, originals = huggingface.file_names(foreign, "vit", vit_mlp=True)
     config = huggingface.config_of(foreign, template, _LAYOUT, state, norm_eps=1e-12)
     return huggingface.reading(
         foreign,

@@ -3,7 +3,7 @@ FROM ${image}
 ENV PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     ORT_DISABLE_TELEMETRY=1 \
-    PIP_NO_CACHE_DIR=1 \
+${threads}    PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin vitdeploy

@@ -1,6 +1,7 @@
 """Logits in, the likeliest classes out: the last step of the ensemble. Written by `vitdeploy package`.
 
-Runs inside of Triton's Python backend with numpy alone.
+Runs inside of Triton's Python backend with numpy alone. `vitdeploy_scores` beside this file is vitdeploy's
+own, so that the scores are those of `vitdeploy predict`.
 """
 
 import json
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as server  # type: ignore[import-not-found]
+from vitdeploy_scores.scores import scores_of  # type: ignore[import-not-found]
 
 
 class TritonPythonModel:
@@ -25,11 +27,11 @@ class TritonPythonModel:
 
     def answer(self, request: Any) -> Any:
         """One request: (n, classes) logits to (n, k) labels, indices and scores, best first."""
-        logits = server.get_input_tensor_by_name(request, "logits").as_numpy().astype(np.float64)
+        logits = server.get_input_tensor_by_name(request, "logits").as_numpy()
         if not np.isfinite(logits).all():
             error = server.TritonError("the model gives NaN or infinite logits")
             return server.InferenceResponse(output_tensors=[], error=error)
-        scores = self.scores_of(logits)
+        scores = scores_of(logits, self.scores)
         order = np.argsort(-scores, axis=-1, kind="stable")[:, : self.top_k]
         names = [[self.label(index).encode() for index in row] for row in order]
         best = np.take_along_axis(scores, order, axis=-1)
@@ -40,16 +42,6 @@ class TritonPythonModel:
                 server.Tensor("scores", best.astype(np.float32)),
             ]
         )
-
-    def scores_of(self, logits: Any) -> Any:
-        """What the bundle says that logits mean: "softmax", "sigmoid", or "none"."""
-        if self.scores == "softmax":
-            exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
-            return exponents / exponents.sum(axis=-1, keepdims=True)
-        if self.scores == "sigmoid":
-            small = np.exp(-np.abs(logits))
-            return np.where(logits < 0, small, 1.0) / (1.0 + small)
-        return logits
 
     def label(self, index: int) -> str:
         return str(self.labels[index] if self.labels else index)
