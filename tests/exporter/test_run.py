@@ -19,7 +19,8 @@ from torch import nn
 from tests.helpers.models import CONFIGS, SMALL, random_state
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.checkpoint.opening import Checkpoint, UserModule, save_folder
+from vitdeploy.checkpoint.opening import Checkpoint, save_folder, user_module
+from vitdeploy.checkpoint.stated import Stated
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.exporter.request import ExportRequest
@@ -285,10 +286,11 @@ def test_the_channels_of_any_module() -> None:
     grey, bands = Conv(), Conv()
     grey.conv, bands.conv = nn.Conv2d(1, 8, 4, stride=4), nn.Conv2d(7, 8, 4, stride=4)
     for module, channels in ((Conv(), 3), (grey, 1), (bands, 7), (Necked(), 3), (nn.Linear(7, 3), 3)):
-        subject = ModuleSubject(UserModule(module, "mine", (32, 32)), None, "float")
+        user = user_module(module, "mine", (32, 32), Stated())
+        subject = ModuleSubject(user, None, "float")
         assert subject.preprocess.channels == channels
         if channels == 1:
-            assert any("images become grey" in note for note in subject.notes)
+            assert any("images become grey" in note for note in user.notes)
         if not isinstance(module, nn.Linear):
             arrays = golden_arrays(subject)
             assert arrays["pixel_values"].shape == (8, channels, 32, 32)

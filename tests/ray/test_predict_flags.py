@@ -78,4 +78,4 @@ def test_no_cluster_there(tmp_path: Path) -> None:
 def test_a_bundle_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = write_small(tmp_path / "tiny")
     assert main(["predict", str(made.root), "a.png", "--engine", "ray", "-o", str(tmp_path / "x")]) == 2
-    assert "which are no classes to predict" in capsys.readouterr().err
+    assert "says nothing of preprocessing, so it cannot take images" in capsys.readouterr().err
