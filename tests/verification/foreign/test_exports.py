@@ -300,7 +300,10 @@ def test_our_own_file_alone(tmp_path: Path, strangers: Strangers) -> None:
     report = vitdeploy.verify(lone, model=strangers.checkpoint)
     report.check()
     found = states(report)
-    assert found["labels"] == found["preprocessing"] == found["precision"] == found["scores"] == "held"
+    assert found["labels"] == found["preprocessing"] == found["precision"] == "held"
+    assert "scores: the file's metadata says softmax, the checkpoint nothing" in [
+        f"{f.check}: {f.detail}" for f in report.findings
+    ]
     assert "its metadata" in detail(report, "precision")
     said = OnnxFile(lone, "lone").said
     assert said.whole_preprocess == bundle.manifest.preprocess

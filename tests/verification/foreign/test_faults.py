@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,31 @@ def test_other_preprocessing(strangers: Strangers, tmp_path: Path, change: dict,
     folder = strangers.optimum(tmp_path / "optimum")
     edit_json(folder / "preprocessor_config.json", **change)
     assert said in failed(vitdeploy.verify(folder, model=strangers.checkpoint))["preprocessing"]
+
+
+def test_what_is_only_assumed_of_the_checkpoint_fails_nobody(strangers: Strangers, tmp_path: Path) -> None:
+    """Its folder has no preprocessor_config.json: nothing says that another mean is wrong."""
+    shutil.copytree(strangers.checkpoint, tmp_path / "bare")
+    (tmp_path / "bare/preprocessor_config.json").unlink()
+    folder = strangers.optimum(tmp_path / "optimum")
+    edit_json(folder / "preprocessor_config.json", image_mean=[0.485, 0.456, 0.406])
+    report = vitdeploy.verify(folder, model=tmp_path / "bare")
+    report.check()
+    assert [f.detail for f in report.findings if f.check == "preprocessing"] == [
+        "preprocessor_config.json: the checkpoint says nothing of it"
+    ]
+
+
+def test_other_scores(strangers: Strangers, tmp_path: Path) -> None:
+    shutil.copytree(strangers.checkpoint, tmp_path / "several")
+    edit_json(tmp_path / "several/config.json", problem_type="multi_label_classification")
+
+    def say(model: onnx.ModelProto) -> None:
+        onnx.helper.set_model_props(model, {"vitdeploy.scores": "softmax"})
+
+    path = edited(strangers.torchscript(17), tmp_path / "model.onnx", say)
+    said = failed(vitdeploy.verify(path, model=tmp_path / "several"))
+    assert said == {"scores": "the file's metadata says softmax, the checkpoint sigmoid"}
 
 
 def test_preprocessing_that_cannot_be_read_is_said(strangers: Strangers, tmp_path: Path) -> None:

@@ -138,13 +138,16 @@ def check_labels(file: Described, truth: Truth) -> Iterator[Finding]:
 
 def check_scores(file: Described, truth: Truth) -> Iterator[Finding]:
     """Hold what the file's metadata says of its logits against the checkpoint; most files say nothing."""
-    if file.said.scores is not None and truth.checkpoint is not None:
-        ours, theirs = file.said.scores, truth.checkpoint.scores
-        detail = f"the file's metadata says {ours}"
-        if ours == theirs:
-            yield Finding(file.name, "scores", "held", detail)
-        else:
-            yield Finding(file.name, "scores", "failed", f"{detail}, the checkpoint {theirs}")
+    if file.said.scores is None:
+        return
+    ours, theirs = file.said.scores, truth.stated_scores
+    detail = f"the file's metadata says {ours}"
+    if theirs is None:
+        yield Finding(file.name, "scores", "not checked", f"{detail}, the checkpoint nothing")
+    elif ours == theirs:
+        yield Finding(file.name, "scores", "held", detail)
+    else:
+        yield Finding(file.name, "scores", "failed", f"{detail}, the checkpoint {theirs}")
 
 
 def check_preprocessing(file: Described, truth: Truth) -> Iterator[Finding]:
@@ -166,7 +169,8 @@ def check_preprocessing(file: Described, truth: Truth) -> Iterator[Finding]:
             yield finding("not checked", f"{_PROCESSOR}: {error.message}")
     truths = truth.stated_preprocess
     if truths is None:
-        yield finding("not checked", "a module of your own says nothing of it")
+        sources = f"{', '.join(source for source, *_ in stated)}: " if stated else ""
+        yield finding("not checked", f"{sources}the checkpoint says nothing of it")
         return
     if not stated and settings is None:
         yield finding("not checked", f"the file states none, and there is no {_PROCESSOR} beside it")

@@ -106,8 +106,14 @@ class Truth:
 
     @property
     def stated_preprocess(self) -> Preprocess | None:
-        """What the checkpoint says of it; a module of the user's says nothing."""
-        return self.checkpoint.preprocess if self.checkpoint else None
+        """What the checkpoint says of it; not what is assumed where it says nothing."""
+        assumed = self.opened.facts.get("preprocess", "default") == "default"
+        return None if assumed else self.opened.preprocess
+
+    @property
+    def stated_scores(self) -> Scores | None:
+        """The same of its scores."""
+        return None if self.opened.facts.get("scores", "default") == "default" else self.opened.scores
 
     @property
     def preprocess(self) -> Preprocess:
