@@ -151,6 +151,8 @@ class Stated:
         said = [field.name for field in fields(self) if getattr(self, field.name) is not None]
         if isinstance(self.crop, float):
             said.append("resize")
+        if isinstance(self.preprocess, str) and self.preprocess in PRESETS and "preprocess" in facts:
+            facts["turn"] = facts["preprocess"]  # which a preset leaves as it was
         return facts | dict.fromkeys(said, "user")
 
     def _colours(self, channels: int) -> dict[str, Any]:
