@@ -139,7 +139,7 @@ def open_file(path: Path, threads: int | None) -> Any:
     if threads is not None:
         settings.intra_op_num_threads = threads
     try:
-        return library.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]])
+        return library.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]], enable_fallback=0)
     except Exception as error:  # its errors have no base class of their own
         raise BundleError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from error
 

@@ -7,7 +7,7 @@ precision decides the answer, and holds it against the islands that the plan dec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -63,23 +63,51 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise UsageError(f"{path}: not a readable ONNX file ({error})") from error
     if not model.graph.node:
         raise UsageError(f"{path}: not an ONNX file, or one with an empty graph")
+    properties = (text for entry in model.metadata_props for text in (entry.key, entry.value))
+    if not all(isinstance(text, str) for text in properties) or not all(map(_is_text, graphs_of(model))):
+        raise UsageError(f"{path}: names in it are no text: it is damaged", hint="copy or export it again")
     return model
 
 
-def _dtype_name(element_type: int) -> OpDType:
+def graphs_of(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The graph, the file's own functions, and what lies inside of their ``If`` and ``Loop``."""
+    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while waiting:
+        graph = waiting.pop(0)
+        yield graph
+        attributes = [attribute for node in graph.node for attribute in node.attribute]
+        waiting += [a.g for a in attributes if a.HasField("g")]
+        waiting += [inner for a in attributes for inner in a.graphs]
+
+
+def _is_text(graph: onnx.GraphProto | onnx.FunctionProto) -> bool:
+    """Whether its names are: protobuf hands out damaged ones as bytes."""
     import onnx
 
-    return cast(OpDType, from_onnx(onnx.TensorProto.DataType.Name(element_type)))
+    nodes = ((n.op_type, n.domain, n.name, *n.input, *n.output) for n in graph.node)
+    names = [name for node in nodes for name in node]
+    if isinstance(graph, onnx.GraphProto):
+        values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+        names += [value.name for value in values]
+    return all(isinstance(name, str) for name in names)
+
+
+def dtype_name(element_type: int) -> OpDType:
+    """numpy's name of what ONNX has a number for."""
+    import onnx
+
+    try:
+        return cast(OpDType, from_onnx(onnx.TensorProto.DataType.Name(element_type)))
+    except ValueError:  # a number that stands for none
+        return "undefined"
 
 
 def _types(model: onnx.ModelProto) -> dict[str, OpDType]:
     """The dtype of every value whose dtype the file states."""
     graph = model.graph
     values = [*graph.input, *graph.output, *graph.value_info]
-    types = {
-        v.name: _dtype_name(v.type.tensor_type.elem_type) for v in values if v.type.tensor_type.elem_type
-    }
-    return types | {tensor.name: _dtype_name(tensor.data_type) for tensor in graph.initializer}
+    types = {v.name: dtype_name(v.type.tensor_type.elem_type) for v in values if v.type.tensor_type.elem_type}
+    return types | {tensor.name: dtype_name(tensor.data_type) for tensor in graph.initializer}
 
 
 def prove_precision(model: onnx.ModelProto, precision: Precision, islands: Collection[str]) -> PrecisionProof:
@@ -126,7 +154,7 @@ def summarise(model: onnx.ModelProto) -> GraphSummary:
     def specs(values: object) -> dict[str, tuple[str, tuple[int | str, ...]]]:
         return {
             v.name: (
-                _dtype_name(v.type.tensor_type.elem_type),
+                dtype_name(v.type.tensor_type.elem_type),
                 tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim),
             )
             for v in values  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from vitdeploy.errors import (
     UsageError,
     VitdeployError,
 )
+from vitdeploy.verification.foreign.onnx_file import OnnxFile
 
 FLOAT, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8
 DIGITS = ["N", 3, 32, 32]
@@ -147,7 +148,6 @@ def test_weights_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     blob = tmp_path / "models--a--b/blobs/weights"
     shutil.move(snapshot / "model.onnx.data", blob)
     (snapshot / "model.onnx.data").symlink_to(blob)
-    from vitdeploy.verification.foreign.onnx_file import OnnxFile
 
     assert OnnxFile(path, "model.onnx").interface.size == (32, 32)
 
@@ -248,3 +248,45 @@ def test_an_engine_that_does_not_run_here(tmp_path: Path) -> None:
 def test_no_engine(tmp_path: Path) -> None:
     assert "too few for an engine" in refusal(engine(tmp_path, b"short"), BundleError)
     assert "not an engine" in refusal(engine(tmp_path, b"junk" * 20), BundleError)
+
+
+@pytest.mark.parametrize("place", ["name", "op_type", "input", "metadata"])
+def test_names_that_are_no_text(tmp_path: Path, place: str) -> None:
+    """Protobuf hands such names out as bytes, which nothing expects."""
+    model = classifier([("x", FLOAT, DIGITS)])
+    mark = "mark-of-the-test"
+    match place:
+        case "name" | "op_type":
+            setattr(model.graph.node[0], place, mark)
+        case "input":
+            model.graph.node[0].input[0] = mark
+        case "metadata":
+            helper.set_model_props(model, {mark: "value"})
+    data = model.SerializeToString()
+    path = tmp_path / "model.onnx"
+    path.write_bytes(data.replace(mark.encode(), b"\xff" * len(mark)))
+    assert "names in it are no text: it is damaged" in refusal(path)
+
+
+def test_any_byte_may_be_another(tmp_path: Path) -> None:
+    """What is damaged is refused or held against the checkpoint, and never a traceback."""
+    model = classifier([("x", FLOAT, DIGITS)])
+    sound = model.SerializeToString()
+    weight = numpy_helper.to_array(model.graph.initializer[0]).tobytes()
+    begin = sound.index(weight)
+    places = [*range(begin), *range(begin + len(weight), len(sound))]
+    path = tmp_path / "model.onnx"
+    for place in places:
+        for value in (0, sound[place] ^ 1, 0xFF):
+            path.write_bytes(sound[:place] + bytes([value]) + sound[place + 1 :])
+            said = complaint(path)
+            assert "\n" not in said
+            assert len(said) < 400 + len(str(path))
+
+
+def complaint(path: Path) -> str:
+    """What is wrong with a file before it runs; empty if nothing is."""
+    try:
+        return str(OnnxFile(path, "model.onnx").interface)[:0]
+    except VitdeployError as error:
+        return error.message

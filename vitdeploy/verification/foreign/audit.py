@@ -9,13 +9,13 @@ from typing import Any
 
 from vitdeploy.bundle.dtypes import PRECISION_DTYPES
 from vitdeploy.bundle.manifest import OpPrecision
-from vitdeploy.bundle.onnx_graph import GEMMS, prove_precision
+from vitdeploy.bundle.onnx_graph import GEMMS, graphs_of, prove_precision
 from vitdeploy.checkpoint.documents import read_json
 from vitdeploy.checkpoint.families.huggingface import labels_of
 from vitdeploy.config import Preprocess
 from vitdeploy.errors import CheckpointError
 from vitdeploy.images.preprocess import from_huggingface
-from vitdeploy.verification.foreign.onnx_file import Described, OnnxFile, graphs_of
+from vitdeploy.verification.foreign.onnx_file import Described, OnnxFile, shown
 from vitdeploy.verification.foreign.report import Finding, State
 from vitdeploy.verification.foreign.truth import Truth
 
@@ -64,7 +64,7 @@ def audit_precision(file: OnnxFile) -> Finding:
     if len(dtypes) == 1 and wrong and source.endswith("weights") and _wider(wrong[0].dtype, wanted):
         return finding("held", f"weights in {claim}, every GEMM ({len(known)}) in {wrong[0].dtype}")
     if wrong:
-        named = ", ".join(f"{op.name or op.op} ({op.dtype})" for op in wrong[:_LISTED])
+        named = ", ".join(f"{shown(op.name or op.op)} ({op.dtype})" for op in wrong[:_LISTED])
         more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         compute = "computes" if len(wrong) == 1 else "compute"
         return finding(

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, from_onnx
+from vitdeploy.bundle.dtypes import ArtifactPrecision, DType
 from vitdeploy.bundle.manifest import safe_path
-from vitdeploy.bundle.onnx_graph import read_graph, summarise
+from vitdeploy.bundle.onnx_graph import dtype_name, graphs_of, read_graph, summarise
 from vitdeploy.bundle.onnx_metadata import SelfDescription, read_properties
 from vitdeploy.config import InputKind, Scores, Size
 from vitdeploy.errors import BundleError, UsageError
@@ -35,7 +35,7 @@ _WORDS: dict[Claim, re.Pattern[str]] = {
     "bf16": re.compile(r"bf16|bfloat16"),
 }
 _FLOATING: dict[str, Claim] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp32"}
-_LISTED, _SHOWN = 4, 60
+_LISTED, _SHOWN = 4, 80
 """How many names an error lists, and how much of each."""
 
 
@@ -50,7 +50,7 @@ class Value:
 
     def __str__(self) -> str:
         shape = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
-        return f"{self.name[:_SHOWN]} {self.dtype} ({shape})"
+        return f"{shown(self.name)} {self.dtype} ({shape})"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Interface:
     size: Size | None
     """None varies."""
     outputs: tuple[Value, ...]
+
+
+def shown(name: str) -> str:
+    """A stranger's name for something, as part of a line."""
+    return repr(name if len(name) <= _SHOWN else f"{name[: _SHOWN - 3]}...")[1:-1]
 
 
 class Described(Protocol):
@@ -154,20 +159,9 @@ class OnnxFile:
             elements = 1
             for dimension in tensor.dims:
                 elements *= dimension
-            sizes[_dtype(tensor.data_type)] += elements
+            sizes[dtype_name(tensor.data_type)] += elements
         floating = Counter({name: n for name, n in sizes.items() if name in _FLOATING})
         return _FLOATING[floating.most_common(1)[0][0]] if floating else "fp32"
-
-
-def graphs_of(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """The graph, the file's own functions, and what lies inside of their ``If`` and ``Loop``."""
-    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
-    while waiting:
-        graph = waiting.pop(0)
-        yield graph
-        attributes = [attribute for node in graph.node for attribute in node.attribute]
-        waiting += [a.g for a in attributes if a.HasField("g")]
-        waiting += [inner for a in attributes for inner in a.graphs]
 
 
 def _tensors(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
@@ -201,7 +195,7 @@ def interface_of(path: Path, inputs: Sequence[Value], outputs: Sequence[Value]) 
     Raises:
         UsageError: it is no model of images.
     """
-    names = ", ".join(value.name[:_SHOWN] for value in inputs[:_LISTED])
+    names = ", ".join(shown(value.name) for value in inputs[:_LISTED])
     if len(inputs) != 1:
         raise UsageError(
             f"{path}: has {len(inputs)} inputs ({names}), and a model of images has one"
@@ -254,13 +248,7 @@ def _value(info: onnx.ValueInfoProto) -> Value:
         if tensor.HasField("shape")
         else None
     )
-    return Value(info.name, _dtype(tensor.elem_type), shape)
-
-
-def _dtype(element_type: int) -> str:
-    import onnx
-
-    return from_onnx(onnx.TensorProto.DataType.Name(element_type))
+    return Value(info.name, dtype_name(tensor.elem_type), shape)
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:

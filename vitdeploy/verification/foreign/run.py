@@ -32,7 +32,7 @@ from vitdeploy.verification.foreign.audit import (
 )
 from vitdeploy.verification.foreign.engine_file import SUFFIXES as ENGINES
 from vitdeploy.verification.foreign.engine_file import EngineFile
-from vitdeploy.verification.foreign.onnx_file import Described, Interface, OnnxFile, find_files
+from vitdeploy.verification.foreign.onnx_file import Described, Interface, OnnxFile, find_files, shown
 from vitdeploy.verification.foreign.report import Finding, ForeignReport, State
 from vitdeploy.verification.foreign.session import Renamed, open_session
 from vitdeploy.verification.foreign.truth import Chosen, Model, Truth, TruthSession
@@ -199,7 +199,7 @@ class _Job:
         claim, source = file.claim
         batches = ", ".join(str(record.batch) for record in records)
         after = "" if ending == "none" else f" after its own {ending}"
-        what = f"{chosen.value.name}{after} at batch {batches}"
+        what = f"{shown(chosen.value.name)}{after} at batch {batches}"
         failed = [record for record in records if not record.passed]
         if failed:
             others = [str(record.batch) for record in failed[1:]]
@@ -217,10 +217,13 @@ class _Job:
             bound = f"{what}: within {records[0].tolerance.relative:g} of float64, as {claim} may be"
             self.add(file, "parity", "held", f"{bound}, by {source}")
         self._company(file, records)
-        others = [value.name for value in file.interface.outputs if value != chosen.value]
+        others = [shown(value.name) for value in file.interface.outputs if value != chosen.value]
         if others:
             self.add(
-                file, "outputs", "not checked", f"{_some(others)}: only {chosen.value.name} was compared"
+                file,
+                "outputs",
+                "not checked",
+                f"{_some(others)}: only {shown(chosen.value.name)} was compared",
             )
 
     def _company(self, file: Described, records: list[ParityRecord]) -> None:
@@ -254,7 +257,9 @@ class _Job:
         self, file: Described, truth: Truth, chosen: Chosen, session: Renamed, ending: Scores
     ) -> None:
         if chosen.output != "logits":
-            raise UsageError(f"{file.path}: --data needs logits, and {chosen.value.name} are {chosen.output}")
+            raise UsageError(
+                f"{file.path}: --data needs logits, and {shown(chosen.value.name)} are {chosen.output}"
+            )
         assert self.data is not None
         bundle = truth.bundle(file.path, None if ending == "none" else "none")
         images = find_labelled(self.data, bundle.manifest)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitdeploy.backends.base import one_line
 from vitdeploy.errors import BundleError
-from vitdeploy.verification.foreign.onnx_file import OnnxFile
+from vitdeploy.verification.foreign.onnx_file import OnnxFile, shown
 
 Array = np.ndarray[Any, Any]
 _Digest = tuple[str, int, bytes]
@@ -37,7 +37,7 @@ class Difference:
     """False where the checkpoint's tensor is in the file as well: others of its are the same, bit for bit."""
 
     def __str__(self) -> str:
-        other = "" if self.initializer == self.name else f" ({self.initializer})"
+        other = "" if self.initializer == self.name else f" ({shown(self.initializer)})"
         return f"{self.name}{other}, {self.differing} of {self.elements} elements"
 
 
