@@ -276,6 +276,12 @@ def test_means_of_other_channels() -> None:
         two.prepare(Preprocess())
 
 
+def test_a_preset_leaves_the_turning_as_it_was(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "m")
+    assert stated(path, preprocess="imagenet").facts["turn"] == "checkpoint"
+    assert "turn" not in stated(path, preprocess={"mean": [0.1, 0.2, 0.3]}).facts
+
+
 def test_a_module_of_the_users() -> None:
     module = torch.nn.Flatten()
     from vitdeploy.checkpoint.opening import user_module

@@ -143,7 +143,10 @@ def open_model(
     said, template = stated or Stated(), None
     on_hub = checkpoint is None and name is not None and _is_elsewhere(name)
     if revision is not None and not on_hub:
-        raise UsageError(f"a revision goes with a hub id, not with {name or checkpoint or DEFAULT_MODEL}")
+        what = name or checkpoint or DEFAULT_MODEL
+        raise UsageError(
+            f"a revision goes with a hub id, not with {what}", hint="-m owner/name --revision REV"
+        )
     if checkpoint is not None:
         of_timm = name is not None and name.startswith(_TIMM)
         template = _template(name) if name is not None and not of_timm else None

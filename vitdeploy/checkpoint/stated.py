@@ -63,7 +63,7 @@ class Stated:
         _known("activation", self.activation, get_args(Activation))
         _known("filter", self.resample, get_args(Resample))
         if self.heads is not None and self.heads < 1:
-            raise UsageError(f"heads must be at least 1, not {self.heads}")
+            raise UsageError(f"heads must be at least 1, not {self.heads}", hint="12 for ViT-B, 16 for ViT-L")
         if isinstance(self.crop, float) and not 0 < self.crop <= 1:
             raise UsageError(f"crop {self.crop:g} is no share of an image", hint="0.875, or a size in pixels")
         if isinstance(self.crop, float) and self.resize is not None:
@@ -110,14 +110,21 @@ class Stated:
         """
         said = {name: value for name in SHAPELESS if (value := getattr(self, name)) is not None}
         if missing := said.keys() - asdict(config).keys():  # type: ignore[call-overload]
-            raise UsageError(f"a model of the kind {config.kind!r} has no {min(missing)} to choose")
-        return replace(config, **said)  # type: ignore[type-var]
+            kind, name = config.kind, min(missing)
+            raise UsageError(
+                f"a model of the kind {kind!r} has no {name} to choose", hint=f"leave out --{name}"
+            )
+        try:
+            return replace(config, **said)  # type: ignore[type-var]
+        except ConfigError as error:
+            raise UsageError(error.message, hint=error.hint or "heads divide the width evenly") from error
 
     def refuse_shapeless(self, source: str) -> None:
         """Raise a UsageError for what cannot be said of a module that is exported as it is."""
         for name in SHAPELESS:
             if getattr(self, name) is not None:
-                raise UsageError(f"{source} is exported as it is: its {name} cannot be chosen")
+                message = f"{source} is exported as it is: its {name} cannot be chosen"
+                raise UsageError(message, hint="choose it where the module is made")
 
     def prepare(self, read: Preprocess, channels: int = 3) -> tuple[Preprocess, tuple[str, ...]]:
         """The preprocessing for ``read.size``, and notes: the user's, or what was read, with single settings.
@@ -135,9 +142,13 @@ class Stated:
         try:
             spec = replace(spec, **self._colours(channels), **self._geometry(spec))
         except ConfigError as error:
-            raise UsageError(error.message, hint=error.hint) from error
+            hint = error.hint or "--mean and --std take as many numbers as there are channels, or one"
+            raise UsageError(error.message, hint=hint) from error
         if spec.channels != channels:
-            raise UsageError(f"mean and std are of {spec.channels} channels, and the model has {channels}")
+            raise UsageError(
+                f"mean and std are of {spec.channels} channels, and the model has {channels}",
+                hint="one number stands for all channels",
+            )
         said = self.preprocess is not None or self.mean is not None
         return spec, channel_notes(spec if said else read, channels)
 
@@ -151,6 +162,8 @@ class Stated:
         said = [field.name for field in fields(self) if getattr(self, field.name) is not None]
         if isinstance(self.crop, float):
             said.append("resize")
+        if isinstance(self.preprocess, str) and self.preprocess in PRESETS and "preprocess" in facts:
+            facts["turn"] = facts["preprocess"]  # which a preset leaves as it was
         return facts | dict.fromkeys(said, "user")
 
     def _colours(self, channels: int) -> dict[str, Any]:
@@ -208,9 +221,11 @@ def check_labels(labels: Sequence[str], classes: int | None) -> None:
         classes: columns of the logits; None where it is not known yet.
     """
     if classes == 0:
-        raise UsageError("labels name classes, and this model has no head")
+        raise UsageError("labels name classes, and this model has no head", hint="leave the labels out")
     if classes is not None and len(labels) != classes:
-        raise UsageError(f"{len(labels)} labels, but the model has {classes} classes")
+        raise UsageError(
+            f"{len(labels)} labels, but the model has {classes} classes", hint="one label for each, in order"
+        )
 
 
 def parsed_fields(kind: type[Any], values: Mapping[str, object], where: str, key: str) -> Any:
@@ -262,7 +277,8 @@ def _read_labels(path: Path) -> tuple[str, ...]:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except (CheckpointError, UnicodeDecodeError) as error:
-        raise UsageError(f"--labels {path}: {getattr(error, 'message', 'it is not UTF-8 text')}") from error
+        message = f"--labels {path}: {getattr(error, 'message', 'it is not UTF-8 text')}"
+        raise UsageError(message, hint="a text file with one label per line, or JSON") from error
     if path.suffix.lower() == ".json":
         try:
             labels = _labels_of(json.loads(text))

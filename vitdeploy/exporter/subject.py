@@ -195,7 +195,8 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
     subject = subject_of(opened, request.output, request.input)
     for flag, said in (("--scores", request.stated.scores), ("--labels", request.stated.labels)):
         if said is not None and subject.output != "logits":
-            raise UsageError(f"{flag} is what becomes of logits; {opened.source} gives {subject.output}")
+            message = f"{flag} is what becomes of logits; {opened.source} gives {subject.output}"
+            raise UsageError(message, hint=f"leave {flag} out, or take a model with a head")
     subject.notes = (*subject.notes, *_batch_notes(subject, request.batch))
     return opened, subject
 

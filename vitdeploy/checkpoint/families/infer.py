@@ -128,7 +128,8 @@ def shape_note(
 
 
 def heads_note(config: ViTConfig) -> str:
-    return f"the file does not tell the number of heads: {config.heads}, as usual for width {config.width}"
+    guess = f"{config.heads}, as usual for width {config.width}, is taken, and --heads settles it"
+    return f"the file does not tell the number of heads: {guess}"
 
 
 class _Shapes:
