@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["digits_folder", "digits_heldout", "digits_images"]
+__all__ = ["DIGITS", "digits_folder", "digits_heldout", "digits_images"]
+
+DIGITS = "digits"
+"""What the checkpoint is called."""
 
 
 def digits_folder() -> Path:
