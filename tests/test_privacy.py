@@ -57,6 +57,7 @@ def test_nobody_is_looked_up(home: Path, digits: Exported, tmp_path: Path) -> No
     assert re.findall(r".*(?:sin6?_port|nscd).*", log.read_text()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said, kept", [(None, "1"), ("0", "0")])
 def test_the_user_may_allow_telemetry(home: Path, said: str | None, kept: str) -> None:
     code = (

@@ -58,6 +58,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return asked
 
 
+@pytest.mark.slow
 def test_the_table_goes_into_the_bundle_and_is_used(
     tmp_path: Path, a_gpu: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

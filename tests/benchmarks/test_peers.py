@@ -102,6 +102,7 @@ def test_an_export_is_made_once_and_whole_or_not_at_all(tmp_path: Path) -> None:
     assert exported(job, "tool", ("numpy",), broken) == folder
 
 
+@pytest.mark.slow
 def test_timm_gets_every_weight_under_its_own_names() -> None:
     import torch
     from transformers import ViTConfig, ViTForImageClassification

@@ -171,6 +171,7 @@ def test_integers_where_floats_belong_are_written_as_floats() -> None:
     assert parse(canonical(sealed), "here") == sealed
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found() -> None:
     data = canonical(seal(draft(artifacts=(artifact(),), labels=("Käse",)), {"model.onnx": RECORD}))
     for position in range(len(data)):

@@ -149,6 +149,7 @@ def test_a_file_that_says_nothing() -> None:
     assert read_properties({}) == read_properties({"names": "x"}) == SelfDescription()
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(
         st.sampled_from(

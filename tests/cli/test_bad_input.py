@@ -164,6 +164,7 @@ def content(folder: Path) -> list[tuple[str, int]]:
     return sorted((str(path), path.stat().st_mtime_ns if path.is_file() else 0) for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", CASES)
 def test_one_line_and_a_hint(run: Run, folder: Path, command: str) -> None:
     before = content(folder)
@@ -179,6 +180,7 @@ def test_one_line_and_a_hint(run: Run, folder: Path, command: str) -> None:
     assert content(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, hint, followed",
     [

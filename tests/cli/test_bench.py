@@ -190,6 +190,7 @@ def test_a_foreign_file_to_compare_with(
     assert message in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, message",
     [

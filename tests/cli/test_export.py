@@ -111,6 +111,7 @@ def test_place_and_force(run: Run, asked: list[Any]) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -44,6 +44,7 @@ def test_json(run: Run, bundle: Bundle, tmp_path: Path) -> None:
     assert json.loads((out / "vitdeploy-package.json").read_text())["target"] == "docker"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, code, message",
     [

@@ -57,6 +57,7 @@ def test_nan_is_counted(run: Run, tmp_path: Path) -> None:
     assert "8 NaN or infinite values" in result.err
 
 
+@pytest.mark.slow
 def test_tables_are_never_cut(bundle: Bundle) -> None:
     narrow = in_a_process("verify", bundle.root, *ORT, COLUMNS="40")
     assert "…" not in narrow.out

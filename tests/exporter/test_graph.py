@@ -135,6 +135,7 @@ def test_a_fixed_batch_is_a_constant(tmp_path: Path) -> None:
     assert relative_error(tmp_path / "m.onnx", vit, config) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_dynamic_batch_of_one_and_many(tmp_path: Path) -> None:
     config = CONFIGS["vit"]
     vit, proto = emit(config, tmp_path / "m.onnx")

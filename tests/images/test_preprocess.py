@@ -100,6 +100,7 @@ def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUGGINGFACE)
 def test_pixels_are_those_of_transformers(name: str, photographs: list[Image.Image]) -> None:
     processor, config = theirs(name)

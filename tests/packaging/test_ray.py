@@ -59,6 +59,7 @@ def test_the_folder(bundle: Bundle) -> None:
     assert "${" not in readme
 
 
+@pytest.mark.slow
 def test_every_setting(bundle: Bundle) -> None:
     _, document = packaged(
         bundle, threads=3, max_batch=16, max_delay_ms=0, top_k=2, min_replicas=0, max_replicas=7

@@ -39,6 +39,7 @@ def specs(draw: st.DrawFn) -> TensorSpec:
     return TensorSpec(name=draw(TEXT), dtype=draw(DTYPES), shape=("N", *sizes))
 
 
+@pytest.mark.slow
 @given(TEXT, batches(), st.lists(specs(), min_size=1, max_size=3), st.floats(0, 60_000), TEXT)
 def test_what_is_written_reads_back(
     name: str, batch: BatchRange, tensors: list[TensorSpec], delay: float, value: str

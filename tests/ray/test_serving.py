@@ -35,6 +35,7 @@ SCALE = np.float32(2**-5)
 """Makes the classifier less sure of itself, so that every image has scores of its own."""
 
 
+@pytest.mark.slow
 def test_settings_are_checked_before_anything_starts() -> None:
     with pytest.raises(UsageError, match="args: max_bach: Extra inputs"):
         application("b", {"name": "m", "max_bach": 3})

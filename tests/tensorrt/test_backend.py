@@ -47,6 +47,7 @@ def test_verify_load_and_predict(version: str, machine: MakeMachine, target: Pat
         assert best.label == LABELS[int(expected[0].argmax())]
 
 
+@pytest.mark.slow
 @each
 def test_tensors_on_the_gpu(version: str, machine: MakeMachine, target: Path) -> None:
     machine(version)
@@ -199,6 +200,7 @@ def test_a_runtime_that_refuses(machine: MakeMachine, target: Path, monkeypatch:
         vitdeploy.load(target, backend="tensorrt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["10.16.1.11", NEW])
 def test_a_stripped_engine_takes_the_weights_of_its_onnx(
     version: str, machine: MakeMachine, target: Path

@@ -82,6 +82,7 @@ def test_profiles(version: str, profiles: tuple[BatchRange, ...], machine: MakeM
     assert {call["max"][1:] for call in here.calls("set_shape")} == {(3, 4)}
 
 
+@pytest.mark.slow
 @every_version
 @pytest.mark.parametrize(
     "settings, expected",

@@ -68,6 +68,7 @@ def pixels(batch: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).normal(size=(batch, 3, SIZE, SIZE)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_batch_of_every_profile_is_computed(version: str) -> None:
     loaded = Loaded(version)

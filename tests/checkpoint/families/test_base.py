@@ -70,6 +70,7 @@ def test_blocks_are_counted_in_every_stage(depths: list[int], noise: list[str], 
     assert count_stages(STAGES, names) == tuple(depths)
 
 
+@pytest.mark.slow
 @given(depth=st.integers(0, 200), noise=st.lists(LEAVES, max_size=5), seed=st.integers(0, 2**16))
 def test_blocks_are_counted_without_stages(depth: int, noise: list[str], seed: int) -> None:
     layout: Layout = {"blocks.{i}.norm.weight": Source("encoder.layer.{i}.norm"), "head.weight": Source("h")}
