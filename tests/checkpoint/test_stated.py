@@ -107,6 +107,13 @@ def test_single_settings(said: dict[str, Any], kind: str, settings: dict[str, An
     close(Stated(**said).prepare(Preprocess())[0], kind, settings)
 
 
+@pytest.mark.parametrize("whole", [1, 1.0])
+def test_a_crop_of_all_of_it(whole: float) -> None:
+    """timm's crop_pct of 1.0: the shorter side becomes the model's size."""
+    spec, _ = Stated(crop=whole).prepare(Preprocess())
+    assert (spec.resize, spec.resize_edge) == ("shortest_edge", 224)
+
+
 def test_files_of_transformers_timm_and_a_manifest(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     processor = transformers.BitImageProcessorPil(**PROCESSORS["dinov2"][1])
@@ -241,6 +248,16 @@ def test_activation_as_transformers_computes_it(tmp_path: Path) -> None:
         expected = model(pixels).logits
     output = forward_float64(build_reference(said.config, said.state), pixels)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+
+
+def test_an_activation_of_timms_that_is_unknown(tmp_path: Path) -> None:
+    case = shutil.copytree(ORACLES / "timm" / "vit", tmp_path / "vit")
+    content = json.loads((case / "config.json").read_text())
+    content["model_args"]["act_layer"] = "unheard_of"
+    (case / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="unheard_of"):
+        open_model(str(case))
+    assert stated(case, activation="silu").config.activation == "silu"
 
 
 # --- where a model is from ----------------------------------------------------------------------------------

@@ -64,6 +64,8 @@ class Stated:
         _known("filter", self.resample, get_args(Resample))
         if self.heads is not None and self.heads < 1:
             raise UsageError(f"heads must be at least 1, not {self.heads}", hint="12 for ViT-B, 16 for ViT-L")
+        if self.crop == 1:  # all of it, and not one pixel
+            object.__setattr__(self, "crop", 1.0)
         if isinstance(self.crop, float) and not 0 < self.crop <= 1:
             raise UsageError(f"crop {self.crop:g} is no share of an image", hint="0.875, or a size in pixels")
         if isinstance(self.crop, float) and self.resize is not None:
@@ -82,7 +84,7 @@ class Stated:
     def without(self, config: Mapping[str, object] | None) -> Mapping[str, object] | None:
         """A config.json without what the user says instead, which need not be readable then."""
         said = {key for name, keys in _IN_CONFIG.items() if getattr(self, name) is not None for key in keys}
-        return None if config is None else {key: value for key, value in config.items() if key not in said}
+        return _less(config, said, deeper=True) if config and said else config
 
     def name_classes(self, classes: int | None, read: tuple[str, ...] | None) -> tuple[str, ...] | None:
         """The labels: the user's, or those that were read.
@@ -206,9 +208,9 @@ SHAPELESS = ("heads", "activation")
 _IN_CONFIG = {
     "labels": ("id2label", "label_names", "labels"),
     "scores": ("problem_type", "scores"),
-    "activation": ("hidden_act",),
+    "activation": ("hidden_act", "act_layer"),
 }
-"""What the families call these facts in their config.json."""
+"""What the families call these facts in their config.json, or in an object of it."""
 _HOW = ("resize", "resize_edge", "resize_to")
 _PIXEL = 2.0
 """No mean and no deviation of pixels from 0 to 1 is as large."""
@@ -249,6 +251,15 @@ def parsed_fields(kind: type[Any], values: Mapping[str, object], where: str, key
         raise CheckpointError(f"{where}: {first_problem(error, key)}", hint=correct) from error
     except ConfigError as error:
         raise CheckpointError(f"{where}: {key}: {error.message}", hint=error.hint or correct) from error
+
+
+def _less(values: Mapping[str, Any], names: Collection[str], *, deeper: bool) -> dict[str, Any]:
+    """An object without these names; ``deeper``, and without them in the objects that it holds."""
+    return {
+        name: _less(value, names, deeper=False) if deeper and isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if name not in names
+    }
 
 
 def _known(what: str, name: Named | None, choices: Sequence[str]) -> Named | None:
