@@ -61,10 +61,35 @@ def test_other_tensors_beside_the_model_are_left_out(tmp_path: Path) -> None:
     assert "weights taken from names that begin with 'model.'; 2 others left out" in found.notes
 
 
+@pytest.mark.parametrize(
+    "key", ["ema", "model_ema", "state_dict_ema", "ema_model", "EMA_state_dict", "swa_model", "averaged"]
+)
+def test_an_average_under_any_of_its_names(tmp_path: Path, key: str) -> None:
+    state = load_file(ORACLES / "timm" / "vit" / "model.safetensors")
+    raw = {name: tensor + 1 for name, tensor in state.items()}
+    found = opened({"state_dict": raw, key: {"decay": 0.999, "module": state}}, tmp_path)
+    require_same(found, opened(state, tmp_path))
+    assert f"weights taken from {key!r} of weights.ckpt, not from 'state_dict' beside it" in found.notes
+
+
+def test_settings_of_an_average_are_no_weights(tmp_path: Path) -> None:
+    state = load_file(ORACLES / "timm" / "vit" / "model.safetensors")
+    found = opened({"ema": {"decay": 0.999}, "model_ema": {}, "schema": {"x": 1}, "model": state}, tmp_path)
+    require_same(found, opened(state, tmp_path))
+
+
+def test_a_file_that_leads_back_to_itself(tmp_path: Path) -> None:
+    content: dict[str, object] = {"epoch": 1}
+    content |= {"model": content, "ema": content, "net": {"module": content}}
+    torch.save(content, tmp_path / "circle.pt")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        open_model(checkpoint=tmp_path / "circle.pt")
+
+
 def test_of_two_models_the_averaged_one_is_taken(tmp_path: Path) -> None:
     state = load_file(ORACLES / "timm" / "vit" / "model.safetensors")
     raw = {name: tensor + 1 for name, tensor in state.items()}
-    for averaged, other in (("teacher", "student"), ("ema", "model")):
+    for averaged, other in (("teacher", "student"), ("ema", "model"), ("ema_model", "model")):
         both = put(f"{other}.backbone.", raw) | put(f"{averaged}.backbone.", state)
         found = opened(both, tmp_path)
         require_same(found, opened(state, tmp_path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -31,13 +32,9 @@ SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pk
 
 # Weights hardly compress: what unpacks to far more than the file holds is no checkpoint.
 _MAX_RATIO, _SLACK = 20, 64 * 2**20
-_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-"""Averages of the weights over the training, which are what is deployed; as timm's loader takes them."""
-_WRAPPERS = (
-    *_AVERAGED,
-    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "teacher", "student"),
-)
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "teacher", "student")
 """Keys under which training scripts keep a state dict, the one to take first."""
+_AVERAGE = re.compile(r"(^|_)(ema|swa|averaged?|shadow)(_|$)", re.IGNORECASE)
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _FOREIGN: Mapping[bytes, tuple[str, str]] = {
     b"version https://git-lfs": (
@@ -233,26 +230,48 @@ def _read_pickle(path: Path, start: bytes) -> tuple[dict[str, Tensor], tuple[str
         raise CheckpointError(
             f"{path} is damaged or not a PyTorch file: {_line(error)}", hint=AGAIN
         ) from error
-    notes = []
-    while isinstance(content, Mapping) and not _is_state(content):
-        wrappers = _wrappers(content)
-        if not wrappers:
-            break
-        beside = f", not from {', '.join(map(repr, wrappers[1:]))} beside it" if wrappers[1:] else ""
-        notes.append(f"weights taken from {wrappers[0]!r} of {path.name}{beside}")
-        content = content[wrappers[0]]
-    if not _is_state(content):
+    if (way := _way(content, set())) is None:
         keys = f"keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "no dict"
         raise CheckpointError(
             f"{path} holds no state dict ({keys})", hint=f"known wrappers: {', '.join(_WRAPPERS)}"
         )
+    notes = []
+    for taken in way:
+        others = [key for key in _wrappers(content) if key != taken and _way(content[key], set()) is not None]
+        beside = f", not from {', '.join(map(repr, others))} beside it" if others else ""
+        notes.append(f"weights taken from {taken!r} of {path.name}{beside}")
+        content = content[taken]
     state = {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, Tensor)}
     return state, tuple(notes)
 
 
+def is_average(name: str) -> bool:
+    """Whether a key means an average of the weights over the training, which is what is deployed.
+
+    As timm's loader, which takes ``state_dict_ema`` and ``model_ema`` first.
+    """
+    return _AVERAGE.search(name) is not None
+
+
+def _way(content: object, seen: set[int]) -> tuple[str, ...] | None:
+    """The keys that lead to the state dict to take; None where none do.
+
+    Args:
+        seen: the mappings on the way, which a damaged file may lead back to.
+    """
+    if _is_state(content):
+        return ()
+    if not isinstance(content, Mapping) or id(content) in seen:
+        return None
+    seen.add(id(content))
+    ways = ((key, _way(content[key], seen)) for key in _wrappers(content))
+    return next(((key, *way) for key, way in ways if way is not None), None)
+
+
 def _wrappers(content: Mapping[Any, Any]) -> list[str]:
     """The keys that may lead to a state dict, the one to follow first: known ones, else the only one."""
-    known = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping) and content[key]]
+    averages = [key for key in content if isinstance(key, str) and is_average(key)]
+    known = [key for key in (*averages, *_WRAPPERS) if isinstance(content.get(key), Mapping)]
     if known:
         return known
     states = [key for key, value in content.items() if isinstance(key, str) and _is_state(value)]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from vitdeploy.checkpoint.families import deit, dinov2, google, reference, timm, torchvision, vit
 from vitdeploy.checkpoint.families.base import Family, Foreign
 from vitdeploy.checkpoint.families.timm_names import kind_of
+from vitdeploy.checkpoint.files import is_average
 from vitdeploy.checkpoint.refusals import cut, looks_like, shown, some
 from vitdeploy.errors import CheckpointError, did_you_mean
 
@@ -39,8 +40,6 @@ _OTHERS = frozenset(
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""
-_PREFERRED = ("ema", "teacher")
-"""Of several models in one file, those that are deployed."""
 
 
 def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
@@ -58,7 +57,7 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
         notes = (f"the prefix {prefix!r} of every name was dropped",) if prefix else ()
         return family, inside, notes
     counts = Counter(name.partition(".")[0] for name in inside.state if "." in name)
-    for first in sorted(counts, key=lambda first: (first not in _PREFERRED, -counts[first])):
+    for first in sorted(counts, key=lambda first: (not _is_deployed(first), -counts[first])):
         deeper, part = _below(_under(inside, f"{first}."))
         if family := _claimant(part):
             left = len(foreign.state) - len(part.state)
@@ -89,6 +88,11 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
         f"{foreign.source}: no known family names its tensors like this: {first}{looks_like(foreign.state)}",
         hint=f"known: {', '.join(family.name for family in FAMILIES)}; {_HINT}",
     )
+
+
+def _is_deployed(first: str) -> bool:
+    """Whether names that begin so are of the model that is deployed, where there are several."""
+    return first == "teacher" or is_average(first)
 
 
 def _claimant(foreign: Foreign) -> Family | None:

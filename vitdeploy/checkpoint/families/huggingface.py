@@ -210,7 +210,7 @@ def labels_of(config: Mapping[str, object] | None, classes: int) -> tuple[str, .
         raise CheckpointError(
             f"config.json: id2label has {len(labels)} labels, numbered {min(labels)} to {max(labels)}, "
             f"but the head has {classes} classes",
-            hint="correct id2label in config.json; it needs one label for each row of the head",
+            hint="correct id2label in config.json, one label for each row, or say them: --labels FILE",
         )
     return tuple(labels[index] for index in range(classes))
 
