@@ -120,6 +120,8 @@ def test_files_of_transformers_timm_and_a_manifest(tmp_path: Path) -> None:
     path.write_text(processor.to_json_string())
     spec = Stated(preprocess=path).prepare(Preprocess())[0]
     close(spec, *PROCESSORS["dinov2"])
+    path.write_text(json.dumps({"processor_class": "P", "image_processor": processor.to_dict()}))
+    assert Stated(preprocess=path).prepare(Preprocess())[0] == spec
     timm = {"crop_pct": 0.875, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
     for content in ({"pretrained_cfg": timm}, timm):
         path.write_text(json.dumps(content))
@@ -130,6 +132,20 @@ def test_files_of_transformers_timm_and_a_manifest(tmp_path: Path) -> None:
     exact = Stated(preprocess={"preprocess": {"resize": "exact"}}).prepare(spec)[0]
     assert (exact.resize, exact.resize_edge, exact.mean) == ("exact", None, spec.mean)
     assert Stated(preprocess=spec).prepare(Preprocess(size=(448, 448)))[0].resize_edge == 512
+
+
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ({"mean": float("nan")}, "mean must be finite numbers"),
+        ({"std": (0.2, float("inf"), 0.2)}, "std must be positive numbers"),
+        ({"std": 0}, "std must be positive numbers"),
+        ({"mean": (123.7, 116.3, 103.5)}, "of pixels from 0 to 255"),
+    ],
+)
+def test_means_that_are_none(said: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Stated(**said)
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,15 @@ class Stated:
                 "a crop's share says how to resize, and resize says it too", hint="leave one out"
             )
         for name in ("mean", "std"):
-            value = getattr(self, name)
-            if (
-                value is not None
-                and max(value if isinstance(value, Sequence) else (value,), default=0) > _PIXEL
-            ):
-                message = f"{name} {value} is of pixels from 0 to 255; it is of pixels from 0 to 1 here"
+            said = getattr(self, name)
+            values = said if isinstance(said, Sequence) else () if said is None else (said,)
+            if not all(map(math.isfinite, values)) or (name == "std" and min(values, default=1) <= 0):
+                what = "finite numbers" if name == "mean" else "positive numbers"
+                raise UsageError(
+                    f"{name} must be {what}, not {said}", hint="ImageNet's: --preprocess imagenet"
+                )
+            if max(values, default=0) > _PIXEL:
+                message = f"{name} {said} is of pixels from 0 to 255; it is of pixels from 0 to 1 here"
                 raise UsageError(message, hint="divide it by 255")
 
     def without(self, config: Mapping[str, object] | None) -> Mapping[str, object] | None:
@@ -339,6 +342,8 @@ def _chosen(said: Preprocess | Mapping[str, Any] | str | os.PathLike[str], read:
 
 def _read_settings(content: Mapping[str, Any], where: str, read: Preprocess) -> Preprocess:
     """Settings as transformers, timm or a manifest writes them; of a manifest's, some may be left out."""
+    inner = content.get("image_processor")  # of a processor_config.json
+    content = inner if isinstance(inner, Mapping) else content
     own, timm = content.get("preprocess", content), content.get("pretrained_cfg", content)
     names = {field.name for field in fields(Preprocess)}
     if isinstance(own, Mapping) and own and own.keys() <= names:
