@@ -142,7 +142,7 @@ def running_triton(
 
 
 def _started(
-    command: Sequence[str], triton: Triton, retries: int = 2
+    command: Sequence[str], triton: Triton, retries: int = 8
 ) -> tuple[Triton, subprocess.Popen[bytes]]:
     """A server that is ready.
 
