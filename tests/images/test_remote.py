@@ -58,7 +58,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 def test_an_image_is_fetched(address: str) -> None:
     for url in (f"{address}/3.png", f"{address}/to/{address}/3.png"):
-        image = load_image(RemoteImage(url))  # type: ignore[arg-type]
+        image = load_image(RemoteImage(url))
         np.testing.assert_array_equal(np.asarray(image), np.asarray(random_image(3)))
 
 
@@ -73,7 +73,7 @@ def test_an_image_is_fetched(address: str) -> None:
 )
 def test_what_is_no_image_there(address: str, path: str, message: str) -> None:
     with pytest.raises(ImageError) as caught:
-        load_image(RemoteImage(address + path))  # type: ignore[arg-type]
+        load_image(RemoteImage(address + path))
     assert message in caught.value.message
     assert f"{address}{path}" in caught.value.message  # the address as it was typed
     assert len(caught.value.message) < 300

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 from safetensors.torch import save_file
@@ -161,7 +160,6 @@ def user_module(module: nn.Module, source: str, image_size: Size | None, stated:
         UsageError: what is said does not fit a module that is exported as it is.
     """
     stated.refuse_shapeless(source)
-    scores: dict[str, Scores] = {name: name for name in get_args(Scores)}
     size = image_size or (224, 224)
     facts = stated.facts(("preprocess", "scores"), ("preprocess", "scores"))
     channels = len(stated.mean) if isinstance(stated.mean, Sequence) else input_channels(module, size)
@@ -177,7 +175,7 @@ def user_module(module: nn.Module, source: str, image_size: Size | None, stated:
         source,
         preprocess,
         stated.name_classes(None, None),
-        scores[stated.scores] if stated.scores is not None else None,
+        stated.scores,
         facts,
         notes,
     )
@@ -262,7 +260,7 @@ def _convert(
         labels=labels,
         family=family.name,
         source=foreign.source,
-        scores=_scores(stated, reading.scores, config),
+        scores=stated.scores or reading.scores or usual_scores(config.classes),
         facts=facts,
         notes=(*files.notes, *dropped, *reading.notes, *guesses, *notes, *seen),
         provenance=files.files,
@@ -283,11 +281,6 @@ def _read(family: Family, foreign: Foreign, template: ViTConfig | None, stated: 
 
 def _shapeless(config: ModelConfig) -> list[str]:
     return [name for name in SHAPELESS if hasattr(config, name)]
-
-
-def _scores(stated: Stated, read: Scores | None, config: ModelConfig) -> Scores:
-    said: dict[str | None, Scores] = {name: name for name in get_args(Scores)}
-    return said.get(stated.scores) or read or usual_scores(config.classes)
 
 
 def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> None:
@@ -326,7 +319,7 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int, 
         labels=labels,
         family="vitdeploy",
         source=name,
-        scores=_scores(stated, None, config),
+        scores=stated.scores or usual_scores(config.classes),
         facts=stated.facts(("preprocess", "scores"), ("preprocess", "scores")),
         notes=(f"no checkpoint: the weights of {name} are random (seed {seed})",),
         seed=seed,

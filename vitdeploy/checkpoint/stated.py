@@ -54,7 +54,7 @@ class Stated:
     crop: float | int | Size | None = None
     """The share of the shorter side that the crop keeps, up to 1.0; or its size in pixels, the model's."""
     resample: str | None = None
-    scores: str | None = None
+    scores: Scores | None = None
     heads: int | None = None
     activation: str | None = None
 

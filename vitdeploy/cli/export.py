@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -12,6 +12,7 @@ from vitdeploy.cli import output, parse, summary
 from vitdeploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from vitdeploy.config import Scores
     from vitdeploy.exporter.plan import ExportPlan
     from vitdeploy.exporter.request import ExportRequest
 
@@ -225,7 +226,7 @@ def command(
             resize=parse.resize(resize),
             crop=parse.crop(crop),
             resample=resample,
-            scores=scores,
+            scores=cast("Scores | None", scores),  # which Stated checks
             heads=heads,
             activation=activation,
         ),

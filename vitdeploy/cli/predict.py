@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -191,7 +191,7 @@ def _sources(arguments: Sequence[str]) -> tuple[dict[str, AnyImage], int]:
             if argument == "-":
                 sources["-"] = _standard_input()
             elif is_address(argument):
-                sources[argument] = cast("AnyImage", RemoteImage(argument))
+                sources[argument] = RemoteImage(argument)
             else:
                 sources |= {str(path): path for path in find_images([argument], unread)}
         except ImageError as error:

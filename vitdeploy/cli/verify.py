@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,17 +160,13 @@ def command(
         "--metrics-port": metrics_port,
     }
     if url is None:
-        for flag in (flag for flag, value in live.items() if value is not None):
-            raise UsageError(
-                f"{flag} is about a live server, and no --url names one", hint="--url http://127.0.0.1:8000"
-            )
+        _refuse(live, "is about a live server, and no --url names one", "--url http://127.0.0.1:8000")
         sizes = parse.integers(batch, "--batch") if batch is not None else None
         if model is not None or checkpoint is not None:
-            for flag in (flag for flag in ("--backend", "--provider") if local[flag] is not None):
-                raise UsageError(
-                    f"{flag} is about a bundle; a file is run by ONNX Runtime on the CPU",
-                    hint=f"leave {flag} out",
-                )
+            of_bundles = {"--backend": backend, "--provider": provider}
+            _refuse(
+                of_bundles, "is about a bundle; a file is run by ONNX Runtime on the CPU", "leave {flag} out"
+            )
             return verify_file(
                 bundle,
                 model,
@@ -187,12 +183,15 @@ def command(
                 hint=f"vitdeploy verify {shlex.quote(str(bundle))} -m CHECKPOINT",
             )
         return _verify_local(bundle, backend, sizes, data, max_drop, threads, provider, as_json)
-    for flag in (flag for flag, value in local.items() if value is not None):
-        raise UsageError(
-            f"{flag} is about how this machine runs the bundle, but --url asks a server",
-            hint="verify the bundle here first, without --url",
-        )
+    why = "is about how this machine runs the bundle, but --url asks a server"
+    _refuse(local, why, "verify the bundle here first, without --url")
     return _verify_live(bundle, url, batch, {**live, "--model": model}, as_json)
+
+
+def _refuse(flags: Mapping[str, object], why: str, hint: str) -> None:
+    """Raise a UsageError for the first of the flags that is given; ``{flag}`` in the hint is its name."""
+    if given := next((flag for flag, value in flags.items() if value is not None), None):
+        raise UsageError(f"{given} {why}", hint=hint.format(flag=given))
 
 
 def _holds_files(folder: Path) -> bool:

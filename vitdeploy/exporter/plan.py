@@ -11,7 +11,7 @@ from typing import Any
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, BundleWriter
 from vitdeploy.bundle.golden import GOLDEN_NAMES, raw_images
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import Size, model_fields
+from vitdeploy.config import model_fields
 from vitdeploy.errors import BundleError
 from vitdeploy.exporter.onnx import FILES, INPUT
 from vitdeploy.exporter.request import ExportRequest, Order, engines_of, orders_of
@@ -56,7 +56,7 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
     target = folder or request.default_folder
     orders, impossible = orders_of(request.engines)
     opened, subject = open_subject(request)
-    size, channels = _image_size(subject), subject.preprocess.channels
+    size, channels = subject.image_size, subject.preprocess.channels
     channels_last = subject.input == "uint8"
     shape = ("N", *size, channels) if channels_last else ("N", channels, *size)
     return ExportPlan(
@@ -105,12 +105,8 @@ def _engine_files(request: ExportRequest, orders: Sequence[Order], subject: Subj
     return files
 
 
-def _image_size(subject: Subject) -> Size:
-    return subject.preprocess.size if subject.config is None else subject.config.image_size
-
-
 def _files(request: ExportRequest, subject: Subject) -> dict[str, int]:
-    height, width = _image_size(subject)
+    height, width = subject.image_size
     raw = [image.nbytes for image in raw_images()] if subject.preprocess.takes_images else []
     pixels = (len(GOLDEN_NAMES) + len(raw)) * subject.preprocess.channels * height * width
     files = {

@@ -92,8 +92,7 @@ def run_export(
 def golden_arrays(subject: Subject) -> Golden:
     """Golden inputs with float64 outputs, and raw images with their preprocessed form where images go in."""
     spec = subject.preprocess
-    size = spec.size if subject.config is None else subject.config.image_size
-    inputs = golden.golden_inputs(spec, size, subject.input)
+    inputs = golden.golden_inputs(spec, subject.image_size, subject.input)
     reference = subject.reference(torch.from_numpy(inputs)).numpy()
     arrays: Golden = {INPUT: inputs, "reference": reference}
     for i, raw in enumerate(golden.raw_images() if spec.takes_images else ()):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
-from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, Scores
+from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, Scores, Size
 from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
 from vitdeploy.exporter.request import ExportRequest
@@ -71,6 +71,11 @@ class Subject(ABC):
     @abstractmethod
     def reload(self, path: Path) -> None:
         """Go on with the weights in this file, the same ones, mapped instead of held in memory."""
+
+    @property
+    def image_size(self) -> Size:
+        """Height and width that the model is built for."""
+        return self.preprocess.size if self.config is None else self.config.image_size
 
     @property
     def parameters(self) -> int:
@@ -207,7 +212,7 @@ def _batch_notes(subject: Subject, batch: BatchRange) -> tuple[str, ...]:
     Raises:
         UsageError: its pixels alone are more than this machine's memory.
     """
-    height, width = subject.preprocess.size if subject.config is None else subject.config.image_size
+    height, width = subject.image_size
     pixels = batch.max * subject.preprocess.channels * height * width * (1 if subject.input == "uint8" else 4)
     there = total_memory()
     if there is not None and pixels > there:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,7 +25,7 @@ from vitdeploy.images.kinds import (
     unread_line,
 )
 
-ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | io.BufferedIOBase | Image.Image
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded or resized to: 256 MiB as RGB. Pillow itself only warns from here on."""
@@ -150,7 +150,7 @@ def _opened(source: ImageSource, name: str, heif: bool) -> Iterator[Image.Image]
         elif isinstance(source, (bytes, bytearray, memoryview)):
             stream = io.BytesIO(source)
         elif hasattr(source, "read"):
-            stream = source if source.seekable() else io.BytesIO(source.read())
+            stream = cast(BinaryIO, source) if source.seekable() else io.BytesIO(source.read())
         else:
             raise ImageError(
                 f"cannot read an image from {type(source).__name__}",
