@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 from vitdeploy.errors import ConfigError, UsageError, did_you_mean
@@ -19,9 +19,14 @@ Size = tuple[int, int]
 """Height, width."""
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
-Pool = Literal["cls", "mean", "both_heads", "cls_mean"]
-Position = Literal["learned", "sincos2d", "none"]
-Output = Literal["logits", "features", "tokens"]
+Pool = Literal["cls", "mean", "both_heads", "cls_mean", "probe"]
+Position = Literal["learned", "sincos2d", "sincos1d", "none"]
+FinalNorm = Literal["tokens", "pooled", "both", "read", "none"]
+Output = str
+"""What a model returns: one of ``OUTPUTS``, or ``layer_3``, the tokens behind block 3."""
+OUTPUTS: tuple[Output, ...] = ("logits", "codes", "features", "embedding", "tokens")
+"""Logits of classes; logits of every patch's code; the pooled vector; that vector projected, where the model
+projects, and of length 1; every token."""
 InputKind = Literal["float", "uint8"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Scores = Literal["softmax", "sigmoid", "none"]
@@ -35,13 +40,15 @@ class ModelConfig(ABC):
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
     kind: ClassVar[str]
     """The architecture, as a manifest names it; :func:`model_type` finds the class by it."""
-    fused_kernels: ClassVar[bool] = False
-    """Whether ``vitdeploy_kernels`` computes this architecture."""
 
     image_size: Size
     channels: int
     classes: int
     """Columns of the logits; 0 is a model without a head."""
+
+    def beyond_kernels(self, output: Output) -> tuple[str, ...]:
+        """What ``vitdeploy_kernels`` does not compute of this model on the way to an output."""
+        return (f"the structure of {self.kind!r}",)
 
     @property
     @abstractmethod
@@ -55,8 +62,12 @@ class ModelConfig(ABC):
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        """The names of what the model can return; the first is the default."""
+        """The names of what the model can return, but for its layers; the first is the default."""
         return tuple(self.output_shapes)
+
+    def output_shape(self, output: Output) -> tuple[int, ...] | None:
+        """The shape of one of ``outputs`` or of a layer, for one image; None where the model has no such."""
+        return self.output_shapes.get(output)
 
     @property
     @abstractmethod
@@ -80,8 +91,46 @@ class ModelConfig(ABC):
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """Rotation of queries and keys by the place of their patch (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+
+    Prefix tokens are not rotated. Column ``c`` of a head is paired with column ``c + head_width / 2``; of the
+    pairs, the first half turns by the row, the second by the column.
+
+    Raises:
+        ConfigError: the numbers make no rotation.
+    """
+
+    coordinates: Literal["centred", "indexed"]
+    """Patch centres from -1 to 1, in full turns (DINOv3); or their number in the grid, in radians (EVA02)."""
+    base: float
+    grid: Size | None = None
+    """Of indexed coordinates: the rows and columns that any other grid is stretched to."""
+
+    def __post_init__(self) -> None:
+        if self.base <= 1 or (self.grid is not None and min(self.grid) < 1):
+            raise ConfigError(f"a rotation by base {self.base} over a grid {self.grid} is none")
+        if self.grid is not None and self.coordinates != "indexed":
+            raise ConfigError("a rotation's grid goes with indexed coordinates")
+
+
+_LAYER = re.compile(r"layer_(0|[1-9]\d*)")
+
+
+def is_output(name: str) -> bool:
+    """Whether some model returns something of this name."""
+    return name in OUTPUTS or _LAYER.fullmatch(name) is not None
+
+
+def layer_of(output: Output) -> int | None:
+    """The block whose tokens an output is; None where it is none of the layers."""
+    match = _LAYER.fullmatch(output)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
 class ViTConfig(ModelConfig):
-    """A plain Vision Transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929).
+    """A Vision Transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929) or one of its kin.
 
     Tokens stand in the order CLS, distillation, registers, patches. The position table has
     ``position_prefix`` rows for the first prefix tokens, then one row per patch, row-major; prefix
@@ -92,7 +141,6 @@ class ViTConfig(ModelConfig):
     """
 
     kind = "vit"
-    fused_kernels = True
 
     image_size: Size = (224, 224)
     patch_size: int = 16
@@ -105,19 +153,37 @@ class ViTConfig(ModelConfig):
     activation: Activation = "gelu"
     gated_mlp: bool = False
     """SwiGLU (Shazeer 2020): ``fc1`` has 2 x ``mlp_width`` rows, the gate's half first."""
+    mlp_norm: bool = False
+    """LayerNorm between the gate and ``fc2``."""
     classes: int = 1000
     """Columns of the logits; 0 is a model without a head."""
+    head_on: Literal["features", "embedding"] = "features"
+    """What the head reads; the embedding where the head is one of texts' embeddings (zero-shot)."""
+    projection: int = 0
+    """Columns that the embedding is projected to, without a bias; 0 is no projection."""
+    codes: int = 0
+    """Columns of a head over every patch (masked image modelling); 0 is none."""
+    patch_bias: bool = True
+    pre_norm: bool = False
+    """LayerNorm on the tokens before the first block."""
     cls_token: bool = True
     distillation_token: bool = False
     registers: int = 0
     position: Position = "learned"
     position_prefix: int = 1
+    rotary: Rotary | None = None
     qkv_bias: bool = True
+    key_bias: bool = True
+    """Whether keys have a bias where queries and values have one."""
+    score_bias: bool = False
+    """A learned bias on the scores of every block, by head and relative position (BEiT)."""
     layer_scale: bool = False
     norm_eps: float = 1e-6
     pool: Pool = "cls"
-    norm_after_pool: bool = False
-    """The final LayerNorm works on the pooled vector instead of on every token."""
+    """``probe`` is attention of a learned query to all tokens, and an MLP behind it (SigLIP)."""
+    final_norm: FinalNorm = "tokens"
+    """What the final LayerNorm works on: every token; the pooled vector, while tokens stay as they are; every
+    token and the pooled vector again; whichever of them is returned; or nothing, and there is none."""
     representation_width: int = 0
     """Columns of a tanh layer between pooling and head (the paper's pre-training head); 0 is none."""
 
@@ -135,6 +201,12 @@ class ViTConfig(ModelConfig):
             raise ConfigError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.position == "sincos2d" and self.width % 4:
             raise ConfigError(f"2D sinusoidal positions need a width divisible by 4, not {self.width}")
+        if self.position == "sincos1d" and self.width % 2:
+            raise ConfigError(f"1D sinusoidal positions need an even width, not {self.width}")
+        if self.rotary is not None and self.head_width % 4:
+            raise ConfigError(f"rotary positions need heads of 4n columns, not of {self.head_width}")
+        if self.score_bias and self.prefix_tokens > 1:
+            raise ConfigError(f"relative positions go with one prefix token, not {self.prefix_tokens}")
         if self.position != "learned" and self.position_prefix:
             raise ConfigError("only a learned position table has rows for prefix tokens (position_prefix)")
         if self.position_prefix > self.prefix_tokens:
@@ -147,6 +219,12 @@ class ViTConfig(ModelConfig):
             raise ConfigError("pooling by 'both_heads' needs a CLS and a distillation token")
         if self.pool == "both_heads" and self.representation_width:
             raise ConfigError("a representation layer does not go with pooling by 'both_heads'")
+        if self.pool == "both_heads" and (self.final_norm != "tokens" or self.head_on != "features"):
+            raise ConfigError(
+                "pooling by 'both_heads' goes with a final norm on tokens and heads on features"
+            )
+        if self.head_on == "embedding" and self.representation_width:
+            raise ConfigError("a representation layer does not go with a head on the embedding")
 
     def _nearest(self, pixels: int) -> int:
         return max(1, round(pixels / self.patch_size)) * self.patch_size
@@ -179,10 +257,40 @@ class ViTConfig(ModelConfig):
         """Columns of the pooled vector."""
         return self.width * (2 if self.pool == "cls_mean" else 1)
 
+    def beyond_kernels(self, output: Output) -> tuple[str, ...]:
+        as_it_is = layer_of(output) is not None or self.final_norm == "none"
+        late = self.final_norm == "pooled" and (output == "tokens" or self.pool == "probe")
+        parts = {
+            "tokens without the final norm": as_it_is or late,
+            "rotary positions": self.rotary is not None,
+            "relative positions": self.score_bias,
+            "a norm before the blocks": self.pre_norm,
+            "a norm inside the MLP": self.mlp_norm,
+        }
+        return tuple(name for name, there in parts.items() if there)
+
+    @property
+    def embedding(self) -> int:
+        """Columns of the embedding."""
+        return self.projection or self.features
+
     @property
     def output_shapes(self) -> Mapping[Output, tuple[int, ...]]:
-        logits: dict[Output, tuple[int, ...]] = {"logits": (self.classes,)} if self.classes else {}
-        return {**logits, "features": (self.features,), "tokens": (self.tokens, self.width)}
+        shapes: dict[Output, tuple[int, ...]] = {"logits": (self.classes,)} if self.classes else {}
+        if self.codes:
+            shapes["codes"] = (self.patches, self.codes)
+        pooled = {"embedding": (self.embedding,), "features": (self.features,)}
+        # A model that projects was trained for its embedding.
+        order: tuple[Output, ...] = (
+            ("embedding", "features") if self.projection else ("features", "embedding")
+        )
+        return {**shapes, **{name: pooled[name] for name in order}, "tokens": (self.tokens, self.width)}
+
+    def output_shape(self, output: Output) -> tuple[int, ...] | None:
+        layer = layer_of(output)
+        if layer is not None:
+            return (self.tokens, self.width) if layer < self.depth else None
+        return self.output_shapes.get(output)
 
     @property
     def reference_bytes(self) -> int:
@@ -211,14 +319,41 @@ def model_type(fields: Mapping[str, object]) -> tuple[type[ModelConfig], dict[st
     kind = fields.get("kind", ViTConfig.kind)
     if not isinstance(kind, str) or kind not in CONFIGS:
         raise ConfigError(f"unknown kind of model {kind!r}{did_you_mean(str(kind), CONFIGS)}")
-    return CONFIGS[kind], {name: value for name, value in fields.items() if name != "kind"}
+    rest = {name: value for name, value in fields.items() if name != "kind"}
+    late = rest.pop(_NORM_AFTER_POOL, None) if CONFIGS[kind] is ViTConfig else None
+    if late is True:
+        rest.setdefault("final_norm", "read")
+    elif late not in (None, False):
+        raise ConfigError(f"{_NORM_AFTER_POOL} must be true or false, not {late!r}")
+    return CONFIGS[kind], rest
 
 
 def model_fields(config: ModelConfig) -> dict[str, Any]:
-    """A configuration as it is written as JSON; :func:`model_type` is the way back."""
+    """A configuration as it is written as JSON; :func:`model_type` is the way back.
+
+    Fields that bundles of 0.1.0 do not have are written where they are not what those bundles mean.
+    """
     this: Any = config
-    kind = {} if config.kind == ViTConfig.kind else {"kind": config.kind}
-    return kind | asdict(this)
+    values = asdict(this)
+    if not isinstance(config, ViTConfig):
+        return {"kind": config.kind} | values
+    usual = {field.name: field.default for field in fields(ViTConfig)}
+    values = {n: v for n, v in values.items() if n not in _NEWER or v != usual[n]}
+    late = config.final_norm in ("pooled", "read")
+    if config.final_norm == "read":
+        del values["final_norm"]
+    return values | {_NORM_AFTER_POOL: late}
+
+
+_NORM_AFTER_POOL = "norm_after_pool"
+"""How bundles of 0.1.0 write a final norm on whatever is read, instead of on tokens."""
+_NEWER = frozenset(
+    (
+        *("mlp_norm", "head_on", "projection", "codes", "patch_bias", "pre_norm", "rotary", "key_bias"),
+        *("score_bias", "final_norm"),
+    )
+)
+"""Fields that bundles of 0.1.0 do not have."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitdeploy.config import ViTConfig
+from vitdeploy.config import Rotary, ViTConfig
 from vitdeploy.model.registry import build_reference, expected_shapes
 from vitdeploy.model.vit import ViT
 
@@ -32,10 +32,51 @@ CONFIGS: dict[str, ViTConfig] = {
         **SMALL, registers=4, pool="cls_mean", layer_scale=True, gated_mlp=True, activation="silu"
     ),
     "mean": ViTConfig(
-        **SMALL, cls_token=False, position="sincos2d", position_prefix=0, pool="mean", norm_after_pool=True
+        **SMALL, cls_token=False, position="sincos2d", position_prefix=0, pool="mean", final_norm="read"
     ),
     "no_position": ViTConfig(**SMALL, position="none", position_prefix=0, representation_width=20),
     "no_head": ViTConfig(**{**SMALL, "classes": 0}, registers=2),
+    "clip": ViTConfig(
+        **SMALL, patch_bias=False, pre_norm=True, final_norm="pooled", projection=20, activation="quick_gelu"
+    ),
+    "zero_shot": ViTConfig(**SMALL, projection=20, head_on="embedding"),
+    "siglip": ViTConfig(
+        **SMALL, cls_token=False, position_prefix=0, pool="probe", activation="gelu_tanh", head_on="embedding"
+    ),
+    "dinov3": ViTConfig(
+        **SMALL,
+        registers=4,
+        position="none",
+        position_prefix=0,
+        rotary=Rotary("centred", 100.0),
+        key_bias=False,
+        layer_scale=True,
+    ),
+    "rotary_key_bias": ViTConfig(**SMALL, rotary=Rotary("indexed", 10_000.0), pool="cls"),
+    "eva02": ViTConfig(
+        **SMALL,
+        rotary=Rotary("indexed", 10_000.0, (16, 16)),
+        key_bias=False,
+        gated_mlp=True,
+        activation="silu",
+        mlp_norm=True,
+        pool="mean",
+        final_norm="pooled",
+    ),
+    "beit": ViTConfig(
+        **SMALL,
+        position="none",
+        position_prefix=0,
+        score_bias=True,
+        key_bias=False,
+        layer_scale=True,
+        pool="mean",
+        final_norm="pooled",
+    ),
+    "beit_codes": ViTConfig(**{**SMALL, "classes": 0}, codes=30, score_bias=True, key_bias=False),
+    "blip": ViTConfig(**{**SMALL, "classes": 0}, final_norm="both"),
+    "mean_of_unnormalised": ViTConfig(**SMALL, pool="mean", final_norm="none", pre_norm=True),
+    "sincos1d": ViTConfig(**SMALL, position="sincos1d", position_prefix=0),
 }
 
 

@@ -144,14 +144,16 @@ class Mean(Site):
 
 
 class DeployedReadout(nn.Module):
-    def __init__(self, part: Readout, output: Output) -> None:
+    def __init__(self, part: Readout, outputs: tuple[Output, ...]) -> None:
         super().__init__()
-        self.mean = Mean()
-        self.head = Linear(part.head.weight.t(), part.head.bias) if output == "logits" else None
+        self.outputs, self.mean = outputs, Mean()
+        self.head = Linear(part.head.weight.t(), part.head.bias) if "logits" in outputs else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.mean(x)
-        return features if self.head is None else self.head(features)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        results = {"features": self.mean(x)}
+        if self.head is not None:
+            results["logits"] = self.head(results["features"])
+        return tuple(results[output] for output in self.outputs)
 
 
 class ToyArchitecture(Architecture[ToyConfig, Toy]):
@@ -162,7 +164,9 @@ class ToyArchitecture(Architecture[ToyConfig, Toy]):
         patches = 2 * config.patches * config.channels * config.patch_size**2 * config.width
         return patches + config.depth * 2 * config.patches**2 * config.width
 
-    def applied_rewrites(self, config: ToyConfig, output: Output, input_kind: str) -> tuple[Rewrite, ...]:
+    def applied_rewrites(
+        self, config: ToyConfig, outputs: tuple[Output, ...], input_kind: str
+    ) -> tuple[Rewrite, ...]:
         return (Rewrite(name="patches_to_gemm", detail="the patch convolution is one GEMM"),)
 
     @torch.no_grad()
@@ -171,7 +175,7 @@ class ToyArchitecture(Architecture[ToyConfig, Toy]):
         reference: Toy,
         plan: PrecisionPlan,
         *,
-        output: Output,
+        outputs: tuple[Output, ...],
         input_kind: str,
         preprocess: Preprocess,
     ) -> DeployedModel:
@@ -180,7 +184,8 @@ class ToyArchitecture(Architecture[ToyConfig, Toy]):
         model = DeployedModel(
             assign_dtypes(DeployedPatches(embedding, reference.config), "embedding", plan),
             [assign_dtypes(mixer, f"blocks.{i}", plan) for i, mixer in enumerate(mixers)],
-            assign_dtypes(DeployedReadout(doubled(reference.readout), output), "readout", plan),
+            assign_dtypes(DeployedReadout(doubled(reference.readout), outputs), "readout", plan),
+            outputs,
         )
         model.output_dtype = plan.output_dtype
         return model.eval()

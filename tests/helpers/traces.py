@@ -22,9 +22,10 @@ SPREAD = 0.2
 
 @functools.cache
 def traced(config: ViTConfig, plan: PrecisionPlan, opset: int = 20, batch: BatchRange = RANGE) -> bytes:
-    """The deployed model's ONNX file; the reference model is ``random_vit(config, spread=SPREAD)``."""
-    deployed = deploy(random_vit(config, spread=SPREAD), plan)
-    graph = trace(deployed, pixels(config, 1), batch=batch, opset=opset, names=NAMES)
+    """The ONNX file of a model's first output; its reference is ``random_vit(config, spread=SPREAD)``."""
+    output = config.outputs[0]
+    deployed = deploy(random_vit(config, spread=SPREAD), plan, outputs=(output,))
+    graph = trace(deployed, pixels(config, 1), batch=batch, opset=opset, names=(NAMES[0], output))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         ir.save(graph, path)

@@ -25,8 +25,11 @@ def worst(a: Tensor, b: Tensor) -> float:
     return float(((a - b).abs().max() / b.abs().max()).item())
 
 
+KERNELS = {name: c for name, c in CONFIGS.items() if not c.beyond_kernels(c.outputs[0])}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", KERNELS.values(), ids=KERNELS)
 @torch.no_grad()
 def test_rewritten_blocks_over_a_centred_stream_give_the_same_output(config: ViTConfig) -> None:
     vit = random_vit(config)
@@ -39,6 +42,8 @@ def test_rewritten_blocks_over_a_centred_stream_give_the_same_output(config: ViT
         x = fused.rewrite(rewrites.doubled(part))(x)
         assert x.mean(dim=-1).abs().max() < EXACT * 100
     for output in config.outputs:
+        if config.beyond_kernels(output):
+            continue
         actual = copy.deepcopy(vit.readout).double()(x, output)
         assert worst(actual, forward_float64(vit, images, output)) < EXACT
     assert all(torch.equal(p, before[name]) for name, p in vit.named_parameters()), "the original changed"

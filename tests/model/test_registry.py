@@ -73,7 +73,7 @@ def test_backends_that_build_the_model_ask_for_its_architecture(bundle: Bundle) 
     with reference_session(opened) as exact, Torch().load(opened, None, Options()) as eager:
         np.testing.assert_allclose(exact.run({"pixel_values": PIXELS})["logits"], expected, atol=1e-5)
         np.testing.assert_allclose(eager.run({"pixel_values": PIXELS})["logits"], expected, atol=1e-4)
-    assert Triton().supports(opened.manifest, None) == "it has no kernels for a model of the kind 'toy'"
+    assert Triton().supports(opened.manifest, None) == "it has no kernels for the structure of 'toy'"
     with pytest.raises(UsageError, match="no fused kernels for a model of the kind 'toy'"):
         architecture_of(toy.CONFIG).kernel_shape(toy.CONFIG, "logits", "float")
 
@@ -84,11 +84,11 @@ def test_its_rewrites_are_exact_and_its_sites_are_islands() -> None:
     reference, x = build_reference(toy.CONFIG, state), torch.from_numpy(PIXELS)
     for output in toy.CONFIG.outputs:
         deployed = architecture.deploy(
-            reference, PrecisionPlan.exact(), output=output, input_kind="float", preprocess=toy.SPEC
+            reference, PrecisionPlan.exact(), outputs=(output,), input_kind="float", preprocess=toy.SPEC
         )
         torch.testing.assert_close(deployed(x), forward_float64(reference, x, output), rtol=0, atol=1e-12)
     plan = PrecisionPlan.of("fp16")
-    half = architecture.deploy(reference, plan, output="logits", input_kind="float", preprocess=toy.SPEC)
+    half = architecture.deploy(reference, plan, outputs=("logits",), input_kind="float", preprocess=toy.SPEC)
     assert island_names(half, plan) == ("blocks.0.norm", "blocks.1.norm", "blocks.2.norm", "mean")
 
 

@@ -17,7 +17,7 @@ from vitdeploy.config import Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
 from vitdeploy.model import rewrites
 from vitdeploy.model.precision import PrecisionPlan, island_names, sites
-from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.reference import forward_float64, outputs_float64
 from vitdeploy.model.rewrites import deploy
 from vitdeploy.model.vit import Block
 
@@ -59,10 +59,13 @@ def test_each_block_rewrite_alone_is_exact(rewrite: object, config: ViTConfig) -
     assert all(torch.equal(p, before[name]) for name, p in block.named_parameters()), "the original changed"
 
 
-@pytest.mark.parametrize("queries", [1, 2])
-@pytest.mark.parametrize("config", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize(
+    "name, queries",
+    [(name, n) for name, c in BLOCKS.items() for n in (1, 2) if not c.rotary or n <= c.prefix_tokens],
+)
 @torch.no_grad()
-def test_absorbed_block_gives_the_tokens_that_are_read(config: ViTConfig, queries: int) -> None:
+def test_absorbed_block_gives_the_tokens_that_are_read(name: str, queries: int) -> None:
+    config = BLOCKS[name]
     block, x = double_block(config), tokens(config)
     absorbed = rewrites.absorb_last_block(rewrites.fold_layer_scale(block), queries)
     assert worst(absorbed(x), block(x)[:, :queries].flatten(0, 1)) < EXACT
@@ -96,10 +99,12 @@ def test_the_whole_deployed_model_is_exact_for_every_output(config: ViTConfig, k
     raw = torch.randint(0, 256, (3, *config.image_size, 3), dtype=torch.uint8)
     mean, std = torch.tensor(spec.mean, dtype=torch.float64), torch.tensor(spec.std, dtype=torch.float64)
     normalised = ((raw.double() / 255 - mean) / std).permute(0, 3, 1, 2)
-    for output in config.outputs:
+    for output in (*config.outputs, "layer_0", f"layer_{config.depth - 1}"):
         expected = forward_float64(vit, normalised, output)
         input_kind = "uint8" if kind == "uint8" else "float"
-        deployed = deploy(vit, PrecisionPlan.exact(), output=output, input_kind=input_kind, preprocess=spec)
+        deployed = deploy(
+            vit, PrecisionPlan.exact(), outputs=(output,), input_kind=input_kind, preprocess=spec
+        )
         got = deployed(raw if kind == "uint8" else normalised)
         assert got.dtype == torch.float64
         assert worst(got, expected) < EXACT
@@ -152,26 +157,47 @@ def test_weights_beyond_fp16_are_named() -> None:
     deploy(vit, PrecisionPlan.of("bf16"))
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@torch.no_grad()
+def test_several_outputs_of_one_graph_are_each_alone(config: ViTConfig) -> None:
+    vit, x = random_vit(config), pixels(config).double()
+    for outputs in ((*reversed(config.outputs), "layer_1"), ("layer_0", "features", "embedding")):
+        deployed = deploy(vit, PrecisionPlan.exact(), outputs=outputs)
+        expected = outputs_float64(vit, x, outputs)
+        for output, got in zip(outputs, deployed(x), strict=True):
+            assert worst(got, expected[output]) < EXACT, output
+    assert deployed.outputs == outputs
+
+
+@torch.no_grad()
+def test_a_layer_is_all_that_is_read() -> None:
+    config = CONFIGS["vit"]
+    vit, x = random_vit(config), pixels(config).double()
+    assert (
+        worst(deploy(vit, PrecisionPlan.exact(), outputs=("layer_1",))(x), forward_float64(vit, x, "layer_1"))
+        < EXACT
+    )
+
+
 @pytest.mark.parametrize("output", ["logits", "features", "tokens"])
-@pytest.mark.parametrize("name", ["vit", "distilled", "dinov2", "mean"])
+@pytest.mark.parametrize("name", ["vit", "distilled", "dinov2", "mean", "clip", "siglip", "dinov3", "beit"])
 def test_reported_flops_are_those_pytorch_counts(name: str, output: Output) -> None:
     config = CONFIGS[name]
     vit, x = random_vit(config), pixels(config, 1)
 
-    def counted(module: nn.Module) -> int:
+    def counted(module: nn.Module, *args: object) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(x)
+            module(x, *args)
         return int(counter.get_total_flops())
 
     if output == "logits":
         assert counted(vit) == rewrites.forward_flops(config)
-    absorbed = rewrites.queries_read(config, output)
-    saved = {r.name: r.flops_saved for r in rewrites.applied_rewrites(config, output, "float")}
+    absorbed = rewrites.queries_read(config, (output,))
+    saved = {r.name: r.flops_saved for r in rewrites.applied_rewrites(config, (output,), "float")}
     assert ("absorb_last_block" in saved) == (absorbed is not None)
-    head = 2 * (2 if name == "distilled" else 1) * config.features * config.classes
-    gemms = rewrites.forward_flops(config) - (0 if output == "logits" else head)
-    deployed = deploy(vit, PrecisionPlan.of("fp32"), output=output)
-    assert counted(deployed) == gemms - saved.get("absorb_last_block", 0)
+    deployed = deploy(vit, PrecisionPlan.of("fp32"), outputs=(output,))
+    absorbing = saved.get("absorb_last_block", 0) + saved.get("absorb_probe", 0)
+    assert counted(deployed) == counted(vit, output) - absorbing
 
 
 def test_absorbing_saves_eight_percent_of_vit_b() -> None:

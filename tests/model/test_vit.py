@@ -10,9 +10,10 @@ import torch
 
 from tests.helpers.models import CONFIGS, SMALL, pixels, random_state, random_vit
 from vitdeploy.config import ViTConfig, decode_variant
+from vitdeploy.model.positions import sincos2d
 from vitdeploy.model.reference import forward_float64, state_of
 from vitdeploy.model.registry import build_reference, parameter_count
-from vitdeploy.model.vit import Attention, FusedAttention, sincos2d
+from vitdeploy.model.vit import Attention, FusedAttention
 
 
 @pytest.mark.parametrize(

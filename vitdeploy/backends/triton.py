@@ -78,8 +78,8 @@ class Triton(Backend):
             return "it builds a ViT from its configuration, and this bundle holds a module of the user's own"
         if WEIGHTS not in manifest.files:
             return f"the bundle has no {WEIGHTS}"
-        if not manifest.model.fused_kernels:
-            return f"it has no kernels for a model of the kind {manifest.model.kind!r}"
+        if beyond := manifest.model.beyond_kernels(manifest.output):
+            return f"it has no kernels for {', '.join(beyond)}"
         if artifact is not None and artifact.format == AOT and _interpreted():
             return "its kernels are a GPU's, and the interpreter runs none of them"
         if artifact is not None and artifact.precision == "mixed":

@@ -33,6 +33,7 @@ from vitdeploy.config import (
     Output,
     Preprocess,
     Scores,
+    is_output,
     model_fields,
     model_type,
 )
@@ -69,6 +70,12 @@ def safe_path(path: str) -> str:
 SafePath = Annotated[str, Field(max_length=512), AfterValidator(safe_path)]
 
 
+def _known_output(name: str) -> str:
+    if not is_output(name):
+        raise ValueError(f"no model returns {name!r}")
+    return name
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -98,7 +105,10 @@ def input_spec(config: ModelConfig, kind: InputKind) -> TensorSpec:
 
 def output_spec(config: ModelConfig, output: Output) -> TensorSpec:
     """What it gives, float32."""
-    return TensorSpec(name=output, dtype="float32", shape=("N", *config.output_shapes[output]))
+    shape = config.output_shape(output)
+    if shape is None:
+        raise ValueError(f"the model has no output {output!r}")
+    return TensorSpec(name=output, dtype="float32", shape=("N", *shape))
 
 
 def _parse_model(value: object) -> ModelConfig:
@@ -292,7 +302,7 @@ class Manifest(_Record):
     """``vitdeploy`` and its version."""
     model: ModelRecord | None = None
     """Null for a model of the user's own, which exists as artifacts only."""
-    output: Output = "logits"
+    output: Annotated[Output, AfterValidator(_known_output)] = "logits"
     input: InputKind = "float"
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] | None = None

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.manifest import first_problem
-from vitdeploy.config import InputKind, Output, Preprocess, Scores
+from vitdeploy.config import OUTPUTS, InputKind, Output, Preprocess, Scores, is_output
 from vitdeploy.errors import ConfigError
 
 PREFIX = "vitdeploy."
@@ -30,7 +30,7 @@ _MAX_LABELS, _MAX_LABEL, _MAX_CHANNELS = 100_000, 2000, 1000
 _WORDS: Mapping[str, tuple[str, ...]] = {
     "precision": get_args(ArtifactPrecision),
     "input": get_args(InputKind),
-    "output": get_args(Output),
+    "output": OUTPUTS,
     "scores": get_args(Scores),
 }
 _FIELDS = {field.name: field.default for field in dataclasses.fields(Preprocess)}
@@ -106,7 +106,7 @@ def _ours(entries: Mapping[str, str]) -> SelfDescription:
     notes = []
     for key, words in _WORDS.items():
         value = entries.get(PREFIX + key)
-        if value in words:
+        if value in words or (key == "output" and value is not None and is_output(value)):
             found[key] = value
         elif value is not None:
             notes.append(_unreadable(PREFIX + key, f"is none of {', '.join(words)}"))

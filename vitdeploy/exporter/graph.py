@@ -27,7 +27,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def trace(
-    module: nn.Module, example: torch.Tensor, *, batch: BatchRange, opset: int, names: tuple[str, str]
+    module: nn.Module, example: torch.Tensor, *, batch: BatchRange, opset: int, names: tuple[str, ...]
 ) -> ir.Model:
     """Trace ``module(example)`` and return its graph.
 
@@ -36,7 +36,7 @@ def trace(
             with a symbolic batch, which any other module gets.
         example: one input with the batch as its first axis; only its shape and dtype matter.
         batch: a fixed batch is traced as a constant, otherwise the first axis is ``N``.
-        names: of the input and of the output.
+        names: of the input and of every output.
 
     Raises:
         ExportError: PyTorch cannot trace the module, or ONNX has no form of it at this opset.
@@ -63,7 +63,7 @@ def _exported(
     image: torch.Tensor,
     symbolic: tuple[dict[int, torch.export.Dim]] | None,
     opset: int,
-    names: tuple[str, str],
+    names: tuple[str, ...],
 ) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():
@@ -73,7 +73,7 @@ def _exported(
                 dynamo=True,
                 opset_version=opset,
                 input_names=[names[0]],
-                output_names=[names[1]],
+                output_names=list(names[1:]),
                 dynamic_shapes=symbolic,
                 verbose=False,
                 external_data=False,

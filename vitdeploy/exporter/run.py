@@ -183,8 +183,8 @@ class _Job:
         config, name = self.subject.config, f"{AOT}-{precision}"
         if config is None:
             raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
-        if not config.fused_kernels:
-            raise UsageError(f"there are no fused kernels for a model of the kind {config.kind!r}")
+        if beyond := config.beyond_kernels(self.subject.output):
+            raise UsageError(f"there are no fused kernels for {', '.join(beyond)}")
         onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]
         rehearsed, trouble = (
             (onnx, first_failure(onnx)) if onnx else self._try_out(PrecisionPlan.of(precision))

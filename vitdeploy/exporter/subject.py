@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
-from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, Scores, Size
+from vitdeploy.config import (
+    OUTPUTS,
+    BatchRange,
+    InputKind,
+    ModelConfig,
+    Output,
+    Preprocess,
+    Scores,
+    Size,
+    is_output,
+)
 from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
 from vitdeploy.exporter.request import ExportRequest
@@ -95,10 +105,10 @@ class CheckpointSubject(Subject):
                 f"but the model has {config.channels}",
                 hint="state one mean and one deviation for each channel of the model",
             )
-        if output is not None and output not in config.outputs:
-            raise UsageError(
-                f"{checkpoint.source} has no {output}", hint=f"it has: {', '.join(config.outputs)}"
-            )
+        if output is not None and config.output_shape(output) is None:
+            layers = f"layer_0 to layer_{config.depth - 1}"
+            hint = f"it has: {', '.join(config.outputs)}, {layers}"
+            raise UsageError(f"{checkpoint.source} has no {output}", hint=hint)
         self.config: ModelConfig = config
         self.preprocess = checkpoint.preprocess
         self.output = output or config.outputs[0]
@@ -107,7 +117,7 @@ class CheckpointSubject(Subject):
             self.scores = checkpoint.scores
         self.input = input_kind
         self._architecture = architecture_of(config)
-        self.rewrites = self._architecture.applied_rewrites(config, self.output, input_kind)
+        self.rewrites = self._architecture.applied_rewrites(config, (self.output,), input_kind)
         self.flops = self._architecture.forward_flops(config)
         self._reference = build_reference(config, checkpoint.state)
 
@@ -128,7 +138,7 @@ class CheckpointSubject(Subject):
         return self._architecture.deploy(
             self._reference,
             plan,
-            output=self.output,
+            outputs=(self.output,),
             input_kind=self.input,
             preprocess=self.preprocess,
         )
@@ -231,15 +241,15 @@ def _batch_notes(subject: Subject, batch: BatchRange) -> tuple[str, ...]:
 
 def subject_of(opened: Checkpoint | UserModule, output: str | None, input_kind: str) -> Subject:
     """The subject for what was opened, after a look at the names of output and input."""
-    outputs: dict[str, Output] = {name: name for name in get_args(Output)}
     inputs: dict[str, InputKind] = {name: name for name in get_args(InputKind)}
-    if output is not None and output not in outputs:
+    if output is not None and not is_output(output):
         raise UsageError(
-            f"unknown output {output!r}{did_you_mean(output, outputs)}", hint=f"known: {', '.join(outputs)}"
+            f"unknown output {output!r}{did_you_mean(output, OUTPUTS)}",
+            hint=f"known: {', '.join(OUTPUTS)}, and layer_0, layer_1, ...",
         )
     if input_kind not in inputs:
         raise UsageError(
             f"unknown input {input_kind!r}{did_you_mean(input_kind, inputs)}", hint="float or uint8"
         )
     kind = ModuleSubject if isinstance(opened, UserModule) else CheckpointSubject
-    return kind(opened, outputs[output] if output else None, inputs[input_kind])  # type: ignore[arg-type]
+    return kind(opened, output, inputs[input_kind])  # type: ignore[arg-type]

@@ -41,7 +41,9 @@ class Architecture(ABC, Generic[ConfigT, ReferenceT]):
         """FLOPs of the reference model's GEMMs and attention, per image."""
 
     @abstractmethod
-    def applied_rewrites(self, config: ConfigT, output: Output, input_kind: InputKind) -> tuple[Rewrite, ...]:
+    def applied_rewrites(
+        self, config: ConfigT, outputs: tuple[Output, ...], input_kind: InputKind
+    ) -> tuple[Rewrite, ...]:
         """The rewrites that :meth:`deploy` applies, with the FLOPs each saves per image."""
 
     @abstractmethod
@@ -50,7 +52,7 @@ class Architecture(ABC, Generic[ConfigT, ReferenceT]):
         reference: ReferenceT,
         plan: PrecisionPlan,
         *,
-        output: Output,
+        outputs: tuple[Output, ...],
         input_kind: InputKind,
         preprocess: Preprocess,
     ) -> DeployedModel:
@@ -67,7 +69,7 @@ class Architecture(ABC, Generic[ConfigT, ReferenceT]):
         """What the fused kernels have to compute.
 
         Raises:
-            UsageError: they do not compute this architecture; ``config.fused_kernels`` says so before.
+            UsageError: they do not compute this architecture; ``config.beyond_kernels`` says so before.
         """
         raise UsageError(f"there are no fused kernels for a model of the kind {config.kind!r}")
 

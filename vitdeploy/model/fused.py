@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
-from vitdeploy.errors import PrecisionError
+from vitdeploy.errors import PrecisionError, UsageError
 from vitdeploy.model import deployed
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
 from vitdeploy.model.rewrites import (
@@ -121,7 +121,9 @@ def fuse(
         else:
             last = _moved(_absorbed(block, dtype), device)
     readout = doubled(vit.readout)
-    head = _folded(readout.norm, readout.head, dtype) if shape.classes and readout.head is not None else None
+    head = None
+    if shape.classes and readout.head is not None and readout.norm is not None:
+        head = _folded(readout.norm, readout.head, dtype)
     weights = kernels.VitWeights(
         _moved(projection, device), tuple(blocks), last, head and _moved(head, device)
     )
@@ -131,7 +133,10 @@ def fuse(
 
 def kernel_shape(config: ViTConfig, output: Output, input_kind: InputKind) -> kernels.VitShape:
     """The kernels' view of a configuration; a head is fused over a CLS token without a layer in between."""
+    if beyond := config.beyond_kernels(output):
+        raise UsageError(f"there are no fused kernels for {', '.join(beyond)}")
     plain = output == "logits" and config.pool == "cls" and not config.representation_width
+    plain = plain and config.head_on == "features" and config.final_norm in ("tokens", "pooled", "read")
     return kernels.VitShape(
         image_size=config.image_size,
         patch=config.patch_size,
@@ -144,7 +149,7 @@ def kernel_shape(config: ViTConfig, output: Output, input_kind: InputKind) -> ke
         activation=config.activation,
         gated=config.gated_mlp,
         eps=config.norm_eps,
-        queries=queries_read(config, output),
+        queries=queries_read(config, (output,)),
         classes=config.classes if plain else 0,
         uint8=input_kind == "uint8",
     )
@@ -212,10 +217,12 @@ def _projection(embedding: deployed.DeployedEmbedding, dtype: torch.dtype) -> ke
 def _readout(
     readout: Readout, output: Output, dtype: torch.dtype, device: torch.device | str
 ) -> planner.Readout:
-    part = assign_dtypes(read_out(readout, output), "readout", PrecisionPlan(dtype)).to(device)
+    absorbed = queries_read(readout.config, (output,)) is not None
+    deployed_part = read_out(readout, (output,), absorbed=absorbed)
+    part = assign_dtypes(deployed_part, "readout", PrecisionPlan(dtype)).to(device)
 
     def compute(x: Tensor) -> Tensor:
-        result: Tensor = part(x)
+        result: Tensor = part(x)[0]
         return result.float()
 
     return compute

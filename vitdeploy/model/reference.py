@@ -6,13 +6,13 @@ A reference is plain and exact. Everything a deployed artifact computes is measu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdeploy.config import Activation, ModelConfig, Output
+from vitdeploy.config import Activation, ModelConfig, Output, layer_of
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -34,17 +34,14 @@ class Reference(nn.Module, ABC):
         """The parts a forward pass goes through before the readout, in order, by their names here."""
 
     def forward(self, pixel_values: Tensor, output: Output | None = None) -> Tensor:
-        """Return an output (N, ...); ``config.output_shapes`` has the shapes.
+        """Return an output (N, ...); ``config.output_shape`` has its shape.
 
         Args:
             pixel_values: (N, C, H, W), normalised, in the parameters' dtype.
-            output: one of ``config.outputs``; the first of them when omitted.
+            output: one of ``config.outputs``, the first of them when omitted; or a layer.
         """
-        x = pixel_values
-        for _, stage in self.stages():
-            x = stage(x)
-        result: Tensor = self.readout(x, output or self.config.outputs[0])
-        return result
+        wanted = output or self.config.outputs[0]
+        return _run(self, pixel_values, (wanted,), _as_it_is)[wanted]
 
 
 _GROUPS = ("embedding.", "readout.")
@@ -63,22 +60,44 @@ def state_of(model: Reference) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def forward_float64(model: Reference, pixel_values: Tensor, output: Output | None = None) -> Tensor:
+def outputs_float64(
+    model: Reference, pixel_values: Tensor, outputs: Sequence[Output]
+) -> dict[Output, Tensor]:
     """Run the reference in float64, one part at a time, so that only one part is ever held in float64.
 
     Args:
         pixel_values: (N, C, H, W), any floating dtype.
 
     Returns:
-        The output in float64.
+        Each output in float64.
     """
+    return _run(model, pixel_values.double(), outputs, _exact)
 
-    def exact(module: nn.Module, *args: object) -> Tensor:
-        parameters = {name: p.double() for name, p in module.named_parameters()}
-        result: Tensor = torch.func.functional_call(module, parameters, args)
-        return result
 
-    x = pixel_values.double()
-    for _, stage in model.stages():
-        x = exact(stage, x)
-    return exact(model.readout, x, output or model.config.outputs[0])
+def forward_float64(model: Reference, pixel_values: Tensor, output: Output | None = None) -> Tensor:
+    """One output of :func:`outputs_float64`, the model's first when none is named."""
+    wanted = output or model.config.outputs[0]
+    return outputs_float64(model, pixel_values, (wanted,))[wanted]
+
+
+def _run(
+    model: Reference, x: Tensor, outputs: Sequence[Output], call: Callable[..., Tensor]
+) -> dict[Output, Tensor]:
+    results = {}
+    for name, stage in model.stages():
+        x = call(stage, x)
+        for output in outputs:
+            if (layer := layer_of(output)) is not None and name == f"blocks.{layer}":
+                results[output] = x
+    return results | {output: call(model.readout, x, output) for output in outputs if output not in results}
+
+
+def _as_it_is(module: nn.Module, *args: object) -> Tensor:
+    result: Tensor = module(*args)
+    return result
+
+
+def _exact(module: nn.Module, *args: object) -> Tensor:
+    parameters = {name: p.double() for name, p in module.named_parameters()}
+    result: Tensor = torch.func.functional_call(module, parameters, args)
+    return result

@@ -32,20 +32,20 @@ class ViTArchitecture(Architecture[ViTConfig, ViT]):
         return rewrites.forward_flops(config)
 
     def applied_rewrites(
-        self, config: ViTConfig, output: Output, input_kind: InputKind
+        self, config: ViTConfig, outputs: tuple[Output, ...], input_kind: InputKind
     ) -> tuple[Rewrite, ...]:
-        return rewrites.applied_rewrites(config, output, input_kind)
+        return rewrites.applied_rewrites(config, outputs, input_kind)
 
     def deploy(
         self,
         reference: ViT,
         plan: PrecisionPlan,
         *,
-        output: Output,
+        outputs: tuple[Output, ...],
         input_kind: InputKind,
         preprocess: Preprocess,
     ) -> DeployedModel:
-        return rewrites.deploy(reference, plan, output=output, input_kind=input_kind, preprocess=preprocess)
+        return rewrites.deploy(reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess)
 
     def kernel_shape(self, config: ViTConfig, output: Output, input_kind: InputKind) -> VitShape:
         from vitdeploy.model import fused

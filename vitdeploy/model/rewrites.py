@@ -8,14 +8,14 @@ once, when :func:`deploy` puts them into the dtypes of a precision plan.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig
+from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig, layer_of
 from vitdeploy.model.deployed import (
     AbsorbedAttention,
     AbsorbedBlock,
@@ -24,22 +24,39 @@ from vitdeploy.model.deployed import (
     DeployedEmbedding,
     DeployedMlp,
     DeployedModel,
+    DeployedProbePool,
     DeployedReadout,
     HeadLinear,
     Linear,
     Norm,
+    Rotate,
+    RotatedKey,
+    ScoreBias,
 )
+from vitdeploy.model.positions import rotation
 from vitdeploy.model.precision import Part, PrecisionPlan, assign_dtypes
-from vitdeploy.model.vit import Block, Embedding, Mlp, Readout, ViT
+from vitdeploy.model.vit import Attention, Block, Embedding, Mlp, ProbePool, Readout, ViT
 
 
 def forward_flops(config: ViTConfig) -> int:
-    """FLOPs of the reference model's GEMMs and attention, per image."""
+    """FLOPs of the reference model's GEMMs and attention on the way to its first output, per image."""
     d, t, m = config.width, config.tokens, config.mlp_width
     block = 2 * t * d * (4 * d + m * (3 if config.gated_mlp else 2)) + 4 * t * t * d
     patches = 2 * config.patches * config.channels * config.patch_size**2 * d
-    heads = 2 if config.pool == "both_heads" else 1
-    return config.depth * block + patches + 2 * heads * config.features * config.classes
+    first, heads = config.outputs[0], 2 if config.pool == "both_heads" else 1
+    if first == "codes":
+        return config.depth * block + patches + 2 * config.patches * d * config.codes
+    embeds = first == "embedding" or config.head_on == "embedding"
+    reads = config.embedding if config.head_on == "embedding" else config.features
+    projection = config.features * config.projection if embeds else 0
+    probe = _probe_flops(config) if config.pool == "probe" else 0
+    return config.depth * block + patches + probe + 2 * (projection + heads * reads * config.classes)
+
+
+def _probe_flops(config: ViTConfig) -> int:
+    """Pooling by a probe as it is written: keys and values of every token."""
+    d, t = config.width, config.tokens
+    return 4 * t * d * d + 4 * d * d + 4 * t * d + 4 * d * config.mlp_width
 
 
 # Rewrites of a block's weights: the block stays a reference block.
@@ -68,7 +85,12 @@ def fold_attention_scale(block: Block) -> Block:
 
 
 def drop_key_bias(block: Block) -> Block:
-    """q (k + b)' adds the same q b' to a whole row of scores, and softmax does not see it."""
+    """q (k + b)' adds the same q b' to a whole row of scores, and softmax does not see it.
+
+    Where keys are rotated, the bias is turned with each of them and adds something else to every score.
+    """
+    if block.attn.config.rotary is not None:
+        return block
     block = edited(block)
     block.attn.k.register_parameter("bias", None)
     return block
@@ -111,7 +133,23 @@ def _norm(norm: nn.LayerNorm) -> Norm:
 
 
 def _mlp(mlp: Mlp) -> DeployedMlp:
-    return DeployedMlp(_linear(mlp.fc1), _linear(mlp.fc2), mlp.activation, mlp.gated)
+    norm = None if mlp.norm is None else _norm(mlp.norm)
+    return DeployedMlp(_linear(mlp.fc1), _linear(mlp.fc2), mlp.activation, mlp.gated, norm)
+
+
+def _rotate(attn: Attention) -> Rotate | None:
+    """The turns of every token, a constant: the sizes of grid and heads are known."""
+    if attn.config.rotary is None:
+        return None
+    return Rotate(*(table.to(attn.q.weight) for table in rotation(attn.config)))
+
+
+def _score_bias(attn: Attention, queries: int | None = None) -> ScoreBias | None:
+    """The table of relative positions read out once: (h, T, T), or (Q h, T) of the first Q queries."""
+    bias = attn.bias()
+    if bias is None:
+        return None
+    return ScoreBias(bias if queries is None else bias[:, :queries].transpose(0, 1).flatten(0, 1))
 
 
 def merge_qkv(block: Block) -> DeployedBlock:
@@ -122,7 +160,14 @@ def merge_qkv(block: Block) -> DeployedBlock:
     biases = [bias_of(p) for p in parts]
     rows = [torch.zeros_like(p.weight[:, 0]) if b is None else b for p, b in zip(parts, biases, strict=True)]
     bias = None if all(b is None for b in biases) else torch.cat(rows)
-    merged = DeployedAttention(Linear(weight, bias), _linear(attn.proj), attn.heads, attn.scale)
+    merged = DeployedAttention(
+        Linear(weight, bias),
+        _linear(attn.proj),
+        attn.heads,
+        attn.scale,
+        _rotate(attn),
+        _score_bias(attn),
+    )
     return DeployedBlock(_norm(block.norm1), merged, _norm(block.norm2), _mlp(block.mlp))
 
 
@@ -130,26 +175,42 @@ def absorb_last_block(block: Block, queries: int) -> AbsorbedBlock:
     """When only ``queries`` tokens are read at the end, the last block needs no keys and no values.
 
     q k' = (q Wk) x' per head, and p (x Wv) = (p x) Wv: the projections move from T rows to ``queries`` rows.
-    The key bias cancels in the softmax; a value bias is moved first (:func:`move_value_bias`).
+    The key bias cancels in the softmax; a value bias is moved first (:func:`move_value_bias`). Keys that are
+    rotated stay what they are, since each token turns them by its own angle; prefix tokens, whose queries
+    these are, stand still.
     """
     block = move_value_bias(block)
     attn = block.attn
     heads = (attn.heads, attn.head_width, -1)
-    key = HeadLinear(attn.k.weight.reshape(heads))  # (h, d, D)
+    rotate = _rotate(attn)
+    key: HeadLinear | RotatedKey = (
+        HeadLinear(attn.k.weight.reshape(heads))  # (h, d, D)
+        if rotate is None
+        else RotatedKey(_linear(attn.k), rotate, attn.heads)
+    )
     value = HeadLinear(attn.v.weight.reshape(heads).transpose(1, 2))  # (h, D, d)
-    absorbed = AbsorbedAttention(_linear(attn.q), key, value, _linear(attn.proj), attn.scale, queries)
+    absorbed = AbsorbedAttention(
+        _linear(attn.q),
+        key,
+        value,
+        _linear(attn.proj),
+        attn.scale,
+        queries,
+        _score_bias(attn, queries),
+    )
     return AbsorbedBlock(_norm(block.norm1), absorbed, _norm(block.norm2), _mlp(block.mlp))
 
 
 def patches_to_gemm(embedding: Embedding) -> DeployedEmbedding:
     """A convolution whose stride is its kernel is a GEMM over patches; all that is added is one constant."""
-    bias = embedding.patch_embed.bias
-    assert bias is not None
-    positions = embedding.positions()
-    patches = bias.expand(embedding.config.patches, -1) if positions is None else bias + positions
+    config, weight = embedding.config, embedding.patch_embed.weight
+    patches = weight.new_zeros(config.patches, config.width)
+    for added in (embedding.patch_embed.bias, embedding.positions()):
+        patches = patches if added is None else patches + added
     tokens = torch.cat([embedding.prefix(), patches])  # (T, D)
-    weight = embedding.patch_embed.weight.flatten(1).t()  # (D, C, P, P) -> (C P P, D)
-    return DeployedEmbedding(Linear(weight, None), tokens, embedding.config, channels_last=False)
+    projection = Linear(weight.flatten(1).t(), None)  # (D, C, P, P) -> (C P P, D)
+    norm = None if embedding.pre_norm is None else _norm(embedding.pre_norm)
+    return DeployedEmbedding(projection, tokens, config, channels_last=False, pre_norm=norm)
 
 
 def fold_normalisation(embedding: DeployedEmbedding, preprocess: Preprocess) -> DeployedEmbedding:
@@ -161,7 +222,8 @@ def fold_normalisation(embedding: DeployedEmbedding, preprocess: Preprocess) -> 
     weight = (weight * scale[:, None, None]).transpose(0, 1).flatten(0, 1)  # (P P C, D)
     tokens = embedding.tokens.value.clone()
     tokens[config.prefix_tokens :] += offset
-    return DeployedEmbedding(Linear(weight, None), tokens, config, channels_last=True)
+    norm = embedding.pre_norm
+    return DeployedEmbedding(Linear(weight, None), tokens, config, channels_last=True, pre_norm=norm)
 
 
 def normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
@@ -170,31 +232,76 @@ def normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
     return preprocess.rescale / std, -mean / std
 
 
-def read_out(readout: Readout, output: Output) -> DeployedReadout:
-    """Two averaged heads are one GEMM over both tokens; a head that is not asked for is left away."""
-    head = None
-    if output == "logits" and readout.head is not None:
+def absorb_probe(pool: ProbePool) -> DeployedProbePool:
+    """The probe's query is a constant, and so is what it looks for: u = q Wk' for every head.
+
+    q k' = x u' up to what the softmax does not see (the key bias), and values are pooled before they are
+    projected, as in :func:`absorb_last_block`.
+    """
+    heads = (pool.heads, pool.probe.shape[0] // pool.heads, -1)
+    query = pool.q(pool.probe).reshape(pool.heads, 1, -1) * pool.scale  # (h, 1, d)
+    key = (query @ pool.k.weight.reshape(heads)).flatten(1)  # (h, D)
+    value = pool.v.weight.reshape(heads).transpose(1, 2)  # (h, D, d)
+    proj = Linear(pool.proj.weight.t(), pool.proj.bias + pool.proj.weight @ pool.v.bias)
+    return DeployedProbePool(Linear(key.t(), None), HeadLinear(value), proj, _norm(pool.norm), _mlp(pool.mlp))
+
+
+def read_out(readout: Readout, outputs: tuple[Output, ...], *, absorbed: bool) -> DeployedReadout:
+    """Two averaged heads are one GEMM over both tokens; a head that is not asked for is left away.
+
+    Args:
+        absorbed: rows come in, the pooled tokens alone, instead of all tokens.
+    """
+    config, head = readout.config, None
+    wanted = set(outputs)
+    if "logits" in wanted and readout.head is not None:
         head = _linear(readout.head)
         if readout.head_dist is not None:
             weight = (
                 torch.cat([readout.head.weight, readout.head_dist.weight], dim=1).t() / 2
             )  # (2 D, classes)
             head = Linear(weight, (readout.head.bias + readout.head_dist.bias) / 2)
-    representation = None if readout.representation is None else _linear(readout.representation)
-    return DeployedReadout(readout.config, output, _norm(readout.norm), representation, head)
+    pools = not {"logits", "features", "embedding"}.isdisjoint(wanted)
+    embeds = "embedding" in wanted or (head is not None and config.head_on == "embedding")
+
+    def linear(layer: nn.Linear | None, needed: bool) -> Linear | None:
+        return _linear(layer) if needed and layer is not None else None
+
+    return DeployedReadout(
+        config,
+        outputs,
+        absorbed=absorbed,
+        norm=_norm(readout.norm) if readout.norm is not None and _reads_norm(config, pools) else None,
+        probe_pool=absorb_probe(readout.probe_pool) if pools and readout.probe_pool is not None else None,
+        projection=linear(readout.projection, embeds),
+        representation=linear(readout.representation, head is not None),
+        head=head,
+        code_head=linear(readout.code_head, "codes" in wanted),
+    )
 
 
-def queries_read(config: ViTConfig, output: Output) -> int | None:
-    """How many leading tokens the output depends on; None when it reads every token."""
-    if output == "tokens" or config.pool in ("mean", "cls_mean"):
+def _reads_norm(config: ViTConfig, pools: bool) -> bool:
+    """Whether the final LayerNorm is computed: tokens alone have none where it is the pooled vector's."""
+    return pools or config.final_norm != "pooled"
+
+
+def queries_read(config: ViTConfig, outputs: Iterable[Output]) -> int | None:
+    """How many leading tokens of the last block the outputs depend on; None where they read every token."""
+    every = {"tokens", "codes", f"layer_{config.depth - 1}"}
+    if not every.isdisjoint(outputs) or config.pool in ("mean", "cls_mean", "probe"):
         return None
     return 2 if config.pool == "both_heads" else 1
 
 
-def applied_rewrites(config: ViTConfig, output: Output, input_kind: InputKind) -> tuple[Rewrite, ...]:
+def applied_rewrites(
+    config: ViTConfig, outputs: tuple[Output, ...], input_kind: InputKind
+) -> tuple[Rewrite, ...]:
     """The rewrites :func:`deploy` applies to this configuration, with the FLOPs each saves per image."""
     d, t, depth = config.width, config.tokens, config.depth
-    queries = queries_read(config, output)
+    queries = queries_read(config, outputs)
+    pools = not {"logits", "features", "embedding"}.isdisjoint(outputs)
+    key_bias = config.qkv_bias and config.key_bias and config.rotary is None
+    rows_read = depth * config.heads * t * t
     merged = depth - bool(queries)
     rows = [
         (
@@ -204,10 +311,12 @@ def applied_rewrites(config: ViTConfig, output: Output, input_kind: InputKind) -
             True,
         ),
         ("merge_qkv", f"{3 * merged} projections in {merged} GEMMs", 0, merged > 0),
-        ("fold_attention_scale", "attention scale in the query weights", depth * config.heads * t * t, True),
-        ("drop_key_bias", "cancels in the softmax", depth * t * d, config.qkv_bias),
+        ("fold_attention_scale", "attention scale in the query weights", rows_read, True),
+        ("drop_key_bias", "cancels in the softmax", depth * t * d, key_bias),
         ("move_value_bias", "in the projection's bias", depth * t * d, config.qkv_bias),
         ("fold_layer_scale", "in the projections before it", 2 * depth * t * d, config.layer_scale),
+        ("fix_rotation", "sines and cosines of every token are constants", 0, config.rotary is not None),
+        ("fix_relative_positions", f"read out of {depth} tables once", 0, config.score_bias),
         (
             "absorb_last_block",
             f"{queries} of {t} tokens are read",
@@ -215,10 +324,16 @@ def applied_rewrites(config: ViTConfig, output: Output, input_kind: InputKind) -
             bool(queries),
         ),
         (
+            "absorb_probe",
+            "the probe's query in the key weights, values pooled before they are projected",
+            _probe_flops(config) - 4 * t * config.heads * d - 4 * d * (d + config.mlp_width),
+            config.pool == "probe" and pools,
+        ),
+        (
             "merge_heads",
             "two heads and their mean in one GEMM",
             2 * config.classes,
-            _two_heads(config, output),
+            _two_heads(config, outputs),
         ),
         (
             "fold_normalisation",
@@ -232,8 +347,8 @@ def applied_rewrites(config: ViTConfig, output: Output, input_kind: InputKind) -
     )
 
 
-def _two_heads(config: ViTConfig, output: Output) -> bool:
-    return config.pool == "both_heads" and output == "logits" and config.classes > 0
+def _two_heads(config: ViTConfig, outputs: Iterable[Output]) -> bool:
+    return config.pool == "both_heads" and "logits" in outputs and config.classes > 0
 
 
 def _absorbed_flops(config: ViTConfig, queries: int) -> int:
@@ -241,6 +356,8 @@ def _absorbed_flops(config: ViTConfig, queries: int) -> int:
     mlp = m * (3 if config.gated_mlp else 2)
     full = 2 * t * d * (4 * d + mlp) + 4 * t * t * d
     absorbed = 2 * queries * d * (4 * d + mlp) + 4 * queries * config.heads * t * d
+    if config.rotary is not None:  # keys are projected, and the scores are of their columns
+        absorbed += 2 * t * d * d - 2 * queries * d * d - 2 * queries * (config.heads - 1) * t * d
     return full - absorbed
 
 
@@ -263,7 +380,7 @@ def deploy(
     vit: ViT,
     plan: PrecisionPlan,
     *,
-    output: Output = "logits",
+    outputs: tuple[Output, ...] = ("logits",),
     input_kind: InputKind = "float",
     preprocess: Preprocess | None = None,
 ) -> DeployedModel:
@@ -276,7 +393,7 @@ def deploy(
         PrecisionError: a weight does not fit into its dtype (each is named).
     """
     config = vit.config
-    queries = queries_read(config, output)
+    queries = queries_read(config, outputs)
     embedding = patches_to_gemm(doubled(vit.embedding))
     if input_kind == "uint8":
         if preprocess is None:
@@ -291,7 +408,8 @@ def deploy(
         last = i == config.depth - 1
         deployed = absorb_last_block(block, queries) if last and queries else merge_qkv(block)
         blocks.append(assign_dtypes(deployed, f"blocks.{i}", plan))
-    readout = assign_dtypes(read_out(doubled(vit.readout), output), "readout", plan)
-    result = DeployedModel(embedding, blocks, readout)
+    read = tuple(output for output in outputs if layer_of(output) is None)
+    part = read_out(doubled(vit.readout), read, absorbed=queries is not None)
+    result = DeployedModel(embedding, blocks, assign_dtypes(part, "readout", plan), outputs)
     result.output_dtype = plan.output_dtype
     return result.eval()

@@ -2,35 +2,31 @@
 
 Everything a deployed artifact computes is measured against this module in float64. It follows
 Dosovitskiy et al. 2021 (https://arxiv.org/abs/2010.11929), with the switches that DeiT (distillation
-token), DINOv2 (registers, layer scale, SwiGLU) and the field's fine-tuned variants need.
+token), DINOv2 and DINOv3 (registers, layer scale, SwiGLU, rotary positions), CLIP (a norm before the blocks,
+a projection), SigLIP (pooling by a probe), BEiT (relative positions, codes), EVA02 and BLIP need.
 
 Shapes in comments: N images, C channels, H x W pixels, P patch, T tokens, D width, h heads, d columns
-of a head, M columns inside the MLP.
+of a head, M columns inside the MLP, E columns of the embedding.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdeploy.config import Output, ViTConfig
+from vitdeploy.config import FinalNorm, Output, ViTConfig
+from vitdeploy.model.positions import (
+    relative_positions,
+    rotate,
+    rotation,
+    score_bias_rows,
+    sincos1d,
+    sincos2d,
+)
 from vitdeploy.model.reference import ACTIVATIONS, Reference
-
-
-def sincos2d(config: ViTConfig) -> Tensor:
-    """Return the fixed 2D sinusoidal position table, (patches, width), float64.
-
-    Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k" (https://arxiv.org/abs/2205.01580).
-    """
-    rows, columns = config.grid
-    y, x = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
-    )
-    quarter = config.width // 4
-    omega = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / max(quarter - 1, 1))  # (D/4)
-    y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega  # (patches, D/4) each
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (patches, D)
 
 
 class Embedding(nn.Module):
@@ -40,13 +36,16 @@ class Embedding(nn.Module):
         super().__init__()
         self.config = config
         width, patch = config.width, config.patch_size
-        self.patch_embed = nn.Conv2d(config.channels, width, kernel_size=patch, stride=patch)
+        self.patch_embed = nn.Conv2d(
+            config.channels, width, kernel_size=patch, stride=patch, bias=config.patch_bias
+        )
         self.cls_token = nn.Parameter(torch.zeros(width)) if config.cls_token else None
         self.dist_token = nn.Parameter(torch.zeros(width)) if config.distillation_token else None
         self.registers = nn.Parameter(torch.zeros(config.registers, width)) if config.registers else None
         learned = config.position == "learned"
         rows = config.position_prefix + config.patches
         self.pos_embed = nn.Parameter(torch.zeros(rows, width)) if learned else None
+        self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else None
 
     def prefix(self) -> Tensor:
         """The prefix tokens with their positions, (prefix tokens, D)."""
@@ -70,6 +69,8 @@ class Embedding(nn.Module):
         """The patches' positions, (patches, D)."""
         if self.config.position == "sincos2d":
             return sincos2d(self.config).to(self.patch_embed.weight)
+        if self.config.position == "sincos1d":
+            return sincos1d(self.config).to(self.patch_embed.weight)
         return None if self.pos_embed is None else self.pos_embed[self.config.position_prefix :]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -79,27 +80,46 @@ class Embedding(nn.Module):
         if positions is not None:
             x = x + positions
         prefix = self.prefix().expand(x.shape[0], -1, -1)  # (N, prefix, D)
-        return torch.cat([prefix, x], dim=1)  # (N, T, D)
+        x = torch.cat([prefix, x], dim=1)  # (N, T, D)
+        return x if self.pre_norm is None else self.pre_norm(x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention; queries and keys are rotated, scores have a bias, where the model is so."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
+        self.config = config
         self.heads, self.head_width = config.heads, config.head_width
         self.scale = config.head_width**-0.5
         self.q = nn.Linear(config.width, config.width, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, config.width, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, config.width, bias=config.qkv_bias and config.key_bias)
         self.v = nn.Linear(config.width, config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
+        table = torch.zeros(score_bias_rows(config), config.heads)
+        self.score_bias = nn.Parameter(table) if config.score_bias else None
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, self.head_width)).transpose(1, 2)  # (N, T, D) -> (N, h, T, d)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, T, D) to three of (N, h, T, d)."""
         q, k, v = (self.split_heads(linear(x)) for linear in (self.q, self.k, self.v))
+        if self.config.rotary is not None:
+            cos, sin = (table.to(x) for table in rotation(self.config))  # (T, d) each
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v
+
+    def bias(self) -> Tensor | None:
+        """What is added to the scores, (h, T, T)."""
+        return None if self.score_bias is None else relative_positions(self.score_bias, self.config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.queries_keys_values(x)
         scores = q @ k.transpose(2, 3) * self.scale  # (N, h, T, T)
+        bias = self.bias()
+        if bias is not None:
+            scores = scores + bias
         x = scores.softmax(dim=-1) @ v  # (N, h, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
@@ -108,8 +128,8 @@ class FusedAttention(Attention):
     """The same function by PyTorch's fused kernels, which never hold the scores of all pairs of tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (self.split_heads(linear(x)) for linear in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (N, h, T, d)
+        q, k, v = self.queries_keys_values(x)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(), scale=self.scale)  # (N, h, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
@@ -121,14 +141,17 @@ class Mlp(nn.Module):
         self.gated = config.gated_mlp
         self.activation = config.activation
         self.fc1 = nn.Linear(config.width, config.mlp_width * (2 if self.gated else 1))
+        self.norm = nn.LayerNorm(config.mlp_width, eps=config.norm_eps) if config.mlp_norm else None
         self.fc2 = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)  # (N, T, D) -> (N, T, M), or 2M when gated
         if self.gated:
             gate, x = x.chunk(2, dim=-1)  # (N, T, M) each
-            return self.fc2(ACTIVATIONS[self.activation](gate) * x)  # (N, T, D)
-        return self.fc2(ACTIVATIONS[self.activation](x))  # (N, T, D)
+            x = ACTIVATIONS[self.activation](gate) * x
+        else:
+            x = ACTIVATIONS[self.activation](x)
+        return self.fc2(x if self.norm is None else self.norm(x))  # (N, T, D)
 
 
 class Block(nn.Module):
@@ -150,21 +173,49 @@ class Block(nn.Module):
         return x + (branch if self.scale2 is None else branch * self.scale2)
 
 
+class ProbePool(nn.Module):
+    """Pooling by a learned query (Lee et al. 2019, https://arxiv.org/abs/1810.00825): (N, T, D) to (N, D)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads, self.scale = config.heads, config.head_width**-0.5
+        self.probe = nn.Parameter(torch.zeros(width))
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = Mlp(replace(config, gated_mlp=False, mlp_norm=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(self.probe).unflatten(0, (self.heads, 1, -1))  # (h, 1, d)
+        k, v = (linear(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for linear in (self.k, self.v))
+        scores = q @ k.transpose(2, 3) * self.scale  # (N, h, 1, T)
+        x = self.proj((scores.softmax(dim=-1) @ v).flatten(1))  # (N, D)
+        return x + self.mlp(self.norm(x))
+
+
 class Readout(nn.Module):
-    """Final LayerNorm, pooling, and the head or heads."""
+    """Final LayerNorm, pooling, projection, and the heads."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        features, classes = config.features, config.classes
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.final_norm != "none" else None
+        self.probe_pool = ProbePool(config) if config.pool == "probe" else None
+        self.projection = nn.Linear(features, config.projection, bias=False) if config.projection else None
         inner = config.representation_width
-        self.representation = nn.Linear(config.features, inner) if inner else None
-        self.head = nn.Linear(inner or config.features, config.classes) if config.classes else None
-        both = config.classes and config.pool == "both_heads"
-        self.head_dist = nn.Linear(inner or config.features, config.classes) if both else None
+        self.representation = nn.Linear(features, inner) if inner else None
+        reads = inner or (config.embedding if config.head_on == "embedding" else features)
+        self.head = nn.Linear(reads, classes) if classes else None
+        both = classes and config.pool == "both_heads"
+        self.head_dist = nn.Linear(reads, classes) if both else None
+        self.code_head = nn.Linear(config.width, config.codes) if config.codes else None
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens (N, T, D) to one vector (N, features); the distillation token is the caller's."""
+        if self.probe_pool is not None:
+            pooled: Tensor = self.probe_pool(x)
+            return pooled
         patches = x[:, self.config.prefix_tokens :]  # (N, patches, D)
         if self.config.pool == "mean":
             return patches.mean(dim=1)
@@ -172,19 +223,37 @@ class Readout(nn.Module):
             return torch.cat([x[:, 0], patches.mean(dim=1)], dim=1)  # (N, 2D)
         return x[:, 0]
 
+    def normed(self, x: Tensor, *where: FinalNorm) -> Tensor:
+        """Through the final LayerNorm, if it works there."""
+        return self.norm(x) if self.norm is not None and self.config.final_norm in where else x
+
     def represent(self, x: Tensor) -> Tensor:
         return x if self.representation is None else torch.tanh(self.representation(x))  # (N, features or R)
 
+    def embed(self, features: Tensor) -> Tensor:
+        """(N, features) to (N, E), of length 1."""
+        x = features if self.projection is None else self.projection(features)
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
     def forward(self, x: Tensor, output: Output) -> Tensor:
-        late = self.config.norm_after_pool
-        tokens = x if late and output != "tokens" else self.norm(x)
         if output == "tokens":
-            return tokens
-        pooled = self.norm(self.pool(x)) if late else self.pool(tokens)
+            return self.normed(x, "tokens", "both", "read")
+        tokens = self.normed(x, "tokens", "both")
+        if output == "codes":
+            if self.code_head is None:
+                raise ValueError("this model has no codes: ask for features or tokens")
+            return self.code_head(tokens[:, self.config.prefix_tokens :])  # (N, patches, codes)
+        pooled = self.normed(self.pool(tokens), "pooled", "both", "read")
+        if self.config.pool == "both_heads" and output != "logits":
+            pooled = (pooled + tokens[:, 1]) / 2
         if output == "features":
-            return (pooled + tokens[:, 1]) / 2 if self.config.pool == "both_heads" else pooled
+            return pooled
+        if output == "embedding":
+            return self.embed(pooled)
         if self.head is None:
             raise ValueError("this model has no head: ask for features or tokens")
+        if self.config.head_on == "embedding":
+            return self.head(self.embed(pooled))
         logits = self.head(self.represent(pooled))  # (N, classes)
         if self.head_dist is not None:
             logits = (logits + self.head_dist(self.represent(tokens[:, 1]))) / 2
@@ -192,7 +261,7 @@ class Readout(nn.Module):
 
 
 class ViT(Reference):
-    """The reference model: logits (N, classes), features (N, features) or tokens (N, T, D)."""
+    """The reference model; ``config.output_shape`` says what it can return, in which shape."""
 
     config: ViTConfig
     readout: Readout

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from vitdeploy.backends.base import Array, Session, run_in_batches
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Tolerance
-from vitdeploy.config import Output
+from vitdeploy.config import Output, is_output
 from vitdeploy.errors import ParityError
 from vitdeploy.images.preprocess import pixel_values
 
@@ -50,14 +50,17 @@ TOLERANCES: Mapping[ArtifactPrecision, Tolerance] = {
     "bf16": Tolerance(relative=5e-2, kl=1e-2, batch_invariance=5e-2),
 }
 
-# Outputs without classes; whatever else a user's own model calls its output is ranked as logits.
-_KINDS: Mapping[str, Output] = {name: name for name in get_args(Output) if name != "logits"}
 
 _FEW = 5
 """A row of so many elements is far from zero, whatever the weights."""
 
 PREPROCESS_TOLERANCE = 1e-5
 """Rounding of float32; one level of 256 off is 4e-3 or more."""
+
+
+def _kind(name: str) -> Output:
+    """What an output is; whatever a user's own model calls its output is ranked as logits."""
+    return name if is_output(name) else "logits"
 
 
 def measure_parity(reference: Array, outputs: Array, tolerance: Tolerance, output: Output) -> ParityMetrics:
@@ -274,7 +277,7 @@ def _check_batch(
         return ParityMetrics(rows=0, elements=0), (problem,)
     order = np.arange(len(outputs)) % len(reference)
     expected = reference[order]
-    metrics = measure_parity(expected, outputs, tolerance, _KINDS.get(name, "logits"))
+    metrics = measure_parity(expected, outputs, tolerance, _kind(name))
     update: dict[str, Any] = {"worst": None if metrics.worst is None else int(order[metrics.worst])}
     if outputs is not alone and not metrics.nonfinite and np.isfinite(alone).all():
         rows = len(outputs), -1

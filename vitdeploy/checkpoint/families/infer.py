@@ -53,9 +53,16 @@ def infer_config(
         "cls_token": shapes.have("cls_token"),
         "distillation_token": shapes.have("dist_token"),
         "registers": shapes.rows("registers"),
+        "patch_bias": shapes.have("patch_embed.bias"),
+        "pre_norm": shapes.have("pre_norm.weight"),
         "qkv_bias": shapes.have("blocks.{i}.attn.q.bias"),
+        "key_bias": shapes.have("blocks.{i}.attn.k.bias") or not shapes.have("blocks.{i}.attn.q.bias"),
+        "score_bias": shapes.have("blocks.{i}.attn.score_bias"),
+        "mlp_norm": shapes.have("blocks.{i}.mlp.norm.weight"),
         "layer_scale": shapes.have("blocks.{i}.scale1"),
         "pool": _pool(shapes, width),
+        "projection": shapes.rows("projection.weight"),
+        "codes": shapes.rows("code_head.weight"),
         "representation_width": shapes.rows("representation.weight"),
     }
     if gated:
@@ -164,4 +171,6 @@ def _pool(shapes: _Shapes, width: int) -> Pool:
         return "both_heads"
     if shapes.have("head.weight") and shapes.of("head.weight", 2)[1] == 2 * width:
         return "cls_mean"
+    if shapes.have("probe_pool.probe"):
+        return "probe"
     return "cls" if shapes.have("cls_token") else "mean"

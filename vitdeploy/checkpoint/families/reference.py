@@ -33,12 +33,17 @@ from vitdeploy.images.preprocess import at_size
 
 MODEL_TYPE = "vitdeploy"
 
-_TOKENS = ("cls_token", "dist_token", "registers", "pos_embed", "blocks.{i}.scale1", "blocks.{i}.scale2")
+_TOKENS = (
+    *("cls_token", "dist_token", "registers", "pos_embed", "blocks.{i}.scale1", "blocks.{i}.scale2"),
+    *("blocks.{i}.attn.score_bias", "probe_pool.probe", "projection.weight"),
+)
 _LAYERS = (
     "patch_embed",
     *(f"blocks.{{i}}.{layer}" for layer in ("norm1", "attn.q", "attn.k", "attn.v", "attn.proj")),
     *(f"blocks.{{i}}.{layer}" for layer in ("norm2", "mlp.fc1", "mlp.fc2")),
-    *("norm", "representation", "head", "head_dist"),
+    *("pre_norm", "blocks.{i}.mlp.norm"),
+    *(f"probe_pool.{layer}" for layer in ("q", "k", "v", "proj", "norm", "mlp.fc1", "mlp.fc2")),
+    *("norm", "representation", "head", "head_dist", "code_head"),
 )
 _LAYOUT: Layout = {name: Source(name) for name in _TOKENS} | {
     name: source for layer in _LAYERS for name, source in linear(layer, layer).items()

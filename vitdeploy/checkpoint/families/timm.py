@@ -145,7 +145,10 @@ def _stated_fields(
 ) -> dict[str, Any]:
     """What the configuration says, and what the presence of a tensor means in timm."""
     arguments, late = config_object(config, "model_args"), "fc_norm.weight" in state
-    fields: dict[str, Any] = {"norm_after_pool": late, "norm_eps": config_number(arguments, "norm_eps", 1e-6)}
+    fields: dict[str, Any] = {
+        "final_norm": "pooled" if late else "tokens",
+        "norm_eps": config_number(arguments, "norm_eps", 1e-6),
+    }
     if (activation := _activation(architecture, arguments)) is not None:
         fields["activation"] = activation
     pool = arguments.get("global_pool") or config.get("global_pool") or ("avg" if late else None)
