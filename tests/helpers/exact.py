@@ -13,7 +13,7 @@ class Exact(TorchFunctionMode):
     """Within it, whoever asks for float32 is given float64.
 
     Attention in transformers has its softmax in float32 whatever the dtype of the model, which is 1e-7 beside
-    what the model means. Only around a float64 oracle: a rounding to float32 that belongs to the model is lost.
+    what the model means. Only around a float64 oracle: a rounding to float32 that is the model's own is lost.
     """
 
     def __torch_function__(
