@@ -103,6 +103,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         sizes=[*own_sizes, *sizes],
         norm_eps=config_number(config_object(vision, "norm_kwargs"), "eps", 1e-5),
         activation=_activation(foreign, model, vision, assumed),
+        pre_norm=any(name.startswith("visual.ln_pre.") for name in state),
         pool=_POOLS[vision.get("pool_type", "tok")],
         final_norm="pooled" if vision.get("final_ln_after_pool") else "tokens",
     )
