@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from vitdeploy.checkpoint.families import deit, dinov2, google, reference, timm, torchvision, vit
+from vitdeploy.checkpoint.families import (
+    beit,
+    blip,
+    deit,
+    dinov2,
+    google,
+    reference,
+    timm,
+    timm_beit,
+    torchvision,
+    vit,
+)
 from vitdeploy.checkpoint.families.base import Family, Foreign
 from vitdeploy.checkpoint.families.timm_names import kind_of
 from vitdeploy.checkpoint.files import is_average
@@ -20,7 +31,12 @@ FAMILIES: tuple[Family, ...] = (
     dinov2.WITH_REGISTERS,
     dinov2.PLAIN,
     deit.FAMILY,
+    beit.FAMILY,
     vit.FAMILY,
+    vit.MSN,
+    vit.MAE,
+    blip.FAMILY,
+    timm_beit.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
     google.FAMILY,
@@ -30,13 +46,17 @@ FAMILIES: tuple[Family, ...] = (
 _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 
-_OWN = tuple(f.name for f in (vit.FAMILY, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS))
+_OWN = (
+    *(f.name for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS)),
+    *(f.name for f in (beit.FAMILY, blip.FAMILY)),
+    "blip_vision_model",
+)
 """Families of transformers, whose names begin so where a base model is below a head."""
 _OTHERS = frozenset(
     (
-        *("beit", "clip", "clip_vision_model", "convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera"),
+        *("clip", "clip_vision_model", "convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera"),
         *("ijepa", "levit", "mobilevit", "pvt", "siglip", "siglip_vision_model", "siglip2", "swin", "swinv2"),
-        *("vit_hybrid", "vit_mae", "vit_msn", "yolos"),
+        *("vit_hybrid", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""

@@ -1,4 +1,4 @@
-"""What transformers' ViT, DeiT and DINOv2 have in common: config.json, labels, names."""
+"""What transformers' ViT, its kin, BEiT and DINOv2 have in common: config.json, labels, names."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vitdeploy.checkpoint.families.base import (
     Source,
     config_integer,
     config_number,
+    find_tensor,
     flat,
     height_and_width,
     linear,
@@ -65,10 +66,11 @@ VIT_BLOCK: Layout = {
     **linear("blocks.{i}.mlp.fc1", "encoder.layer.{i}.intermediate.dense"),
     **linear("blocks.{i}.mlp.fc2", "encoder.layer.{i}.output.dense"),
 }
-"""A block of ViT and of DeiT."""
+"""A block of ViT, of its kin and of DeiT."""
 
 IGNORED = {
     r"embeddings\.mask_token": None,
+    r".*\.relative_position_index": None,
     r"pooler\.dense\.(weight|bias)": "the pooler of the checkpoint is left out; features are the CLS token",
     r"decoder\..*": "the image decoder of the checkpoint (masked image modelling) is left out",
 }
@@ -81,6 +83,11 @@ _IN_MEMORY = (
     (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
     (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
     (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
+    (
+        re.compile(r"^(encoder\.layer\.\d+)\.relative_position_bias\."),
+        r"\1.attention.attention.relative_position_bias.",
+    ),
+    (re.compile(r"^shared_position_bias\."), "encoder.relative_position_bias."),
 )
 _VIT_MLP = (
     (re.compile(r"\.mlp\.fc1\."), ".intermediate.dense."),
@@ -156,7 +163,7 @@ def config_of(
         **{
             "mlp_width": config_integer(config, "intermediate_size", 3072),
             "activation": _activation(config),
-            "classes": _classes(config, state.get(layout["head.weight"].name)),
+            "classes": _classes(config, find_tensor(layout, state, "head.weight")),
             **fields,
             "norm_eps": config_number(config, "layer_norm_eps", fields["norm_eps"]),
         },
@@ -243,18 +250,23 @@ def reading(
     originals: Mapping[str, str],
     headless: Sequence[str],
     follows_processor: bool = False,
+    prefix: str | None = None,
+    ignored: Mapping[str, str | None] = IGNORED,
 ) -> Reading:
     """Put a reading together.
 
     Args:
         headless: prefixes of names that a model with a head does not put under its base model.
+        prefix: of the names under the base model; ``model_type`` where None.
+        ignored: as a ``Reading`` has it.
         follows_processor: the family interpolates by itself; the resolution is what its processor feeds.
     """
     if foreign.processor is None:
         base = published(model_type)
     else:
         base = from_huggingface(foreign.processor, model_type, config.channels)
-    prefix = model_type if any(name.startswith(f"{model_type}.") for name in foreign.state) else ""
+    prefix = prefix or model_type
+    prefix = prefix if any(name.startswith(f"{prefix}.") for name in foreign.state) else ""
     notes = []
     assumed: dict[str, str | None] = {} if foreign.config is not None else {"heads": None, "activation": None}
     head = originals.get("classifier.weight", "classifier.weight").removesuffix(".weight")
@@ -278,7 +290,7 @@ def reading(
         layout=layout,
         state=state,
         preprocess=preprocess,
-        ignored=IGNORED,
+        ignored=ignored,
         labels=labels_of(foreign.config, config.classes),
         scores=scores_of(foreign.config),
         notes=tuple(notes),
