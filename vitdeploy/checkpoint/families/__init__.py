@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from vitdeploy.checkpoint.families import deit, dinov2, google, reference, timm, torchvision, vit
+from vitdeploy.checkpoint.families import deit, dinov2, dinov3, google, reference, timm, torchvision, vit
 from vitdeploy.checkpoint.families.base import Family, Foreign
 from vitdeploy.checkpoint.families.timm_names import kind_of
 from vitdeploy.checkpoint.files import is_average
@@ -17,6 +17,7 @@ from vitdeploy.errors import CheckpointError, did_you_mean
 
 FAMILIES: tuple[Family, ...] = (
     reference.FAMILY,
+    dinov3.FAMILY,
     dinov2.WITH_REGISTERS,
     dinov2.PLAIN,
     deit.FAMILY,
@@ -34,7 +35,7 @@ _OWN = tuple(f.name for f in (vit.FAMILY, deit.FAMILY, dinov2.PLAIN, dinov2.WITH
 """Families of transformers, whose names begin so where a base model is below a head."""
 _OTHERS = frozenset(
     (
-        *("beit", "clip", "clip_vision_model", "convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera"),
+        *("beit", "clip", "clip_vision_model", "convnext", "cvt", "data2vec-vision", "hiera"),
         *("ijepa", "levit", "mobilevit", "pvt", "siglip", "siglip_vision_model", "siglip2", "swin", "swinv2"),
         *("vit_hybrid", "vit_mae", "vit_msn", "yolos"),
     )
@@ -76,7 +77,7 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
             f"{foreign.source}: timm's architecture {cut(architecture)}{what} is not supported", hint=_HINT
         )
     if model_type is not None:
-        supported = [reference.MODEL_TYPE, *_OWN, "timm_wrapper"]
+        supported = [reference.MODEL_TYPE, *_OWN, dinov3.MODEL_TYPE, "timm_wrapper"]
         other = str(model_type).casefold() in _OTHERS
         guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(
