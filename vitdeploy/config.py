@@ -34,7 +34,7 @@ Scores = Literal["softmax", "sigmoid", "none"]
 Resample = Literal[
     "nearest", "lanczos", "bilinear", "bicubic", "box", "hamming", "bilinear_float", "bicubic_float"
 ]
-"""Pillow's filters; ``_float`` where pixels are not rounded to whole numbers again before they are rescaled."""
+"""Pillow's filters; ``_float`` where resized pixels are not rounded to whole numbers."""
 
 
 class ModelConfig(ABC):

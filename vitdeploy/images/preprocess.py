@@ -95,7 +95,7 @@ def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
         ImageError: as ``apply``.
     """
     image, (height, width) = _prepared(image, spec)
-    image = image.resize((width, height), (_FILTERS | _FLOAT_FILTERS)[spec.resample])
+    image = image.resize((width, height), {**_FILTERS, **_FLOAT_FILTERS}[spec.resample])
     return np.array(_crop(image, spec)).reshape(*spec.size, spec.channels)
 
 

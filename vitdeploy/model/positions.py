@@ -67,8 +67,9 @@ def _angles(rotary: Rotary, config: ViTConfig) -> Tensor:
     periods = rotary.base ** (torch.arange(count, dtype=torch.float32) / count)
     sides = [torch.arange(n, dtype=torch.float32) for n in config.grid]
     if rotary.coordinates == "indexed":
-        target = rotary.grid or config.grid
-        places = _places(*(side / len(side) * n for side, n in zip(sides, target, strict=True)))
+        if rotary.grid is not None:
+            sides = [side / len(side) * n for side, n in zip(sides, rotary.grid, strict=True)]
+        places = _places(*sides)
         return (places * (1 / periods)).flatten(1)
     places = _places(*(2 * ((side + 0.5) / len(side)) - 1 for side in sides))
     if rotary.coordinates == "centred_timm":

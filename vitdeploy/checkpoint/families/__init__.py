@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from vitdeploy.checkpoint.families import deit, dinov2, dinov3, google, reference, timm, torchvision, vit
+from vitdeploy.checkpoint.families import (
+    deit,
+    dinov2,
+    dinov3,
+    google,
+    reference,
+    timm,
+    timm_eva,
+    torchvision,
+    vit,
+)
 from vitdeploy.checkpoint.families.base import Family, Foreign
 from vitdeploy.checkpoint.families.timm_names import kind_of
 from vitdeploy.checkpoint.files import is_average
@@ -22,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     dinov2.PLAIN,
     deit.FAMILY,
     vit.FAMILY,
+    timm_eva.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
     google.FAMILY,

@@ -141,7 +141,7 @@ def rename_tensors(
 
 
 def join_halves(state: Mapping[str, Tensor], halves: tuple[str, str], joined: str) -> dict[str, Tensor]:
-    """Put layers together that lie apart: SwiGLU's gate and what it gates are one ``fc1`` here, the gate first.
+    """Put two layers together: SwiGLU's gate and what it gates are one ``fc1`` here, the gate first.
 
     Args:
         halves: parts of names, the gate's first.

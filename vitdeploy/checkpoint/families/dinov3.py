@@ -1,8 +1,8 @@
 """transformers' ``dinov3_vit``.
 
-Siméoni et al. 2025 (https://arxiv.org/abs/2508.10104): rotary positions on the patches, registers, layer scale,
-SwiGLU in some sizes, keys without a bias. There is no table of positions: rotations are computed for any size.
-The pooled vector is the CLS token behind the final norm.
+Siméoni et al. 2025 (https://arxiv.org/abs/2508.10104): rotary positions on the patches, registers, layer
+scale, SwiGLU in some sizes, keys without a bias. There is no table of positions: rotations are computed for
+any size. The pooled vector is the CLS token behind the final norm.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
 
 from vitdeploy.checkpoint.families import huggingface
 from vitdeploy.checkpoint.families.base import (
@@ -27,7 +26,7 @@ from vitdeploy.checkpoint.families.base import (
     linear,
     rename_tensors,
 )
-from vitdeploy.checkpoint.families.infer import heads_note, infer_config
+from vitdeploy.checkpoint.families.infer import heads_note, heads_of_64, infer_config
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.checkpoint.refusals import OTHER_MODEL
 from vitdeploy.config import Rotary, ViTConfig
@@ -99,7 +98,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     notes: dict[str, str | None] = {}
     if foreign.config is None and template is None:
         sizes = [] if foreign.wanted is None else [foreign.wanted]
-        config = infer_config(layout, state, foreign.source, heads=_usual_heads, sizes=sizes, **fields)
+        config = infer_config(layout, state, foreign.source, heads=heads_of_64, sizes=sizes, **fields)
         notes = {"heads": heads_note(config)}
     else:
         described = foreign if foreign.config is None else replace(foreign, config=given)
@@ -131,11 +130,6 @@ def _biases(config: Mapping[str, object], source: str) -> dict[str, bool]:
             f"{source}: {stated} of config.json are not supported together", hint=OTHER_MODEL
         )
     return {"qkv_bias": queries, "key_bias": keys or not queries}
-
-
-def _usual_heads(width: int) -> int:
-    """Heads of 64 columns; of 128 in the model of 7 billion parameters."""
-    return max(1, width // (128 if width >= 4096 else 64))
 
 
 FAMILY = Family(MODEL_TYPE, _claims, _read, PositionRule())
