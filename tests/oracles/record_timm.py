@@ -4,8 +4,8 @@
 
 Each folder under tests/oracles/timm is what timm itself saves for the hub, with ``answer.safetensors`` in it:
 inputs at the model's own resolution and at another one, and timm's outputs for both in float64.
-tests/oracles/torchvision holds bare state dicts, as torchvision publishes them. ``architectures.json``,
-``eva.json`` and ``look_alikes.json`` list what timm builds under its own names.
+tests/oracles/torchvision holds bare state dicts, as torchvision publishes them. ``architectures.json``
+(of its rotary models in timm_eva) and ``look_alikes.json`` list what timm builds under its own names.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def record_architectures() -> None:
             "patch_size": model.patch_embed.patch_size[0],
         }
     (HERE / "timm" / "architectures.json").write_text(json.dumps(plain, indent=1) + "\n")
-    (HERE / "timm" / "eva.json").write_text(json.dumps(rotary, indent=1) + "\n")
+    (HERE / "timm_eva" / "architectures.json").write_text(json.dumps(rotary, indent=1) + "\n")
     (HERE / "timm" / "look_alikes.json").write_text(json.dumps(others, indent=1) + "\n")
 
 

@@ -1,10 +1,11 @@
-"""Record tiny models of timm's class Eva with what they compute, for tests/checkpoint/families/test_timm_eva.py.
+"""Record tiny models of timm's class Eva with what they compute, for tests/checkpoint/families.
 
     pip install timm torchvision scikit-learn && python tests/oracles/record_timm_eva.py
 
-Each folder under tests/oracles/timm_eva is what timm itself saves for the hub, with ``answer.safetensors`` in it:
-at the model's own resolution and at another one (``other.``) inputs, timm's outputs and tokens in float64, and its
-table of sines and cosines; and what timm makes of a photograph with its own transform, in float32.
+Each folder under tests/oracles/timm_eva is what timm itself saves for the hub, with ``answer.safetensors`` in
+it: at the model's own resolution and at another one (``other.``) inputs, timm's outputs and tokens in
+float64, and its table of sines and cosines; and what timm makes of a photograph with its own transform, in
+float32.
 """
 
 from __future__ import annotations
@@ -56,15 +57,15 @@ def record(case: str, seed: int) -> None:
     folder = HERE / "timm_eva" / case
     save_for_hf(model, folder, safe_serialization=True)
     made = {"photograph": photograph(model), **described(model, images(*model.patch_embed.img_size))}
-    # The table of positions is interpolated in the checkpoint's float32, as when timm loads it for another size.
+    # The table is interpolated in the checkpoint's float32, as when timm loads it for another size.
     model.float().set_input_size(OTHER_SIZE)
     other = described(model, images(*OTHER_SIZE))
     save_file(made | {f"other.{key}": value for key, value in other.items()}, folder / "answer.safetensors")
 
 
 def main() -> None:
-    shutil.rmtree(HERE / "timm_eva", ignore_errors=True)
     for seed, case in enumerate(CASES):
+        shutil.rmtree(HERE / "timm_eva" / case, ignore_errors=True)
         record(case, seed)
 
 

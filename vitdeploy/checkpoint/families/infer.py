@@ -102,7 +102,9 @@ def _instead(name: str, state: Mapping[str, Tensor]) -> str:
     """What a checkpoint may be that lacks this tensor."""
     if guess := looks_like(state):
         return guess
-    positions = "; without it, positions are rotary or relative (DINOv3, EVA02, BEiT)"
+    positions = (
+        "; without it, positions are rotary or relative, and a config.json beside it has to tell which"
+    )
     return positions if "pos" in name else ""
 
 

@@ -1,8 +1,8 @@
 """timm's class Eva with rotary positions: ``vit_*_dinov3*``, ``eva02_*_patch14_*`` and what is built alike.
 
 EVA02 (Fang et al. 2023, https://arxiv.org/abs/2303.11331) has a table of positions and rotations beside it,
-SwiGLU, and in its larger sizes a LayerNorm inside of that. Its pairs are neighbouring columns of a head; once the
-columns are put into another order, they are halves of it. Queries and values have a bias, keys have none.
+SwiGLU, and in its larger sizes a LayerNorm inside of that. Its pairs are neighbouring columns of a head; once
+the columns are put into another order, they are halves of it. Queries and values have a bias, keys have none.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ _PLAIN = re.compile(
     )
 )
 _KINDS: Mapping[str, str] = {
-    r"_rope|dinov3|lingbot|_pe_|^eva": "rotary or EVA attention",
+    r"_rope|_pe_|^eva": "other rotary positions or EVA attention",
+    r"sapiens2": "keys shared by several heads",
     r"clip|_xp_": "CLIP's LayerNorm before the blocks",
     r"siglip|_map_|test_vit3": "attention pooling",
     r"relpos|^beit": "relative positions or BEiT's attention",
