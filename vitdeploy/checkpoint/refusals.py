@@ -20,7 +20,7 @@ _SIGNS: Mapping[str, str] = {
     r"attn_pool\.|head\.probe": "a SigLIP image tower, with attention pooling",
     r"layers\.\d+\.blocks\.\d+\..*relative_position_bias_table|\.swin\.|^swin": "Swin",
     r"relative_position|rel_pos\.|attn\.q_bias|lambda_1": "BEiT, EVA or a ViT with relative positions",
-    r"rope|rotary|freqs": "a model with rotary positions (DINOv3, EVA02: transformers' and timm's files open)",
+    r"rope|rotary|freqs": "a model with rotary positions (those of DINOv3 and EVA02 open as timm has them)",
     r"attn\.[qk]_norm\.": "a ViT with norms of its queries and keys",
     r"attn\.lambda_q1": "a ViT with differential attention",
     r"attn\.rel_pos_[hw]": "SAM's image encoder",
