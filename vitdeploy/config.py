@@ -31,7 +31,10 @@ InputKind = Literal["float", "uint8"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Scores = Literal["softmax", "sigmoid", "none"]
 """What becomes of logits where classes are named: ``vitdeploy.scores``."""
-Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+Resample = Literal[
+    "nearest", "lanczos", "bilinear", "bicubic", "box", "hamming", "bilinear_float", "bicubic_float"
+]
+"""Pillow's filters; ``_float`` where resized pixels are not rounded to whole numbers."""
 
 
 class ModelConfig(ABC):
@@ -101,8 +104,9 @@ class Rotary:
         ConfigError: the numbers make no rotation.
     """
 
-    coordinates: Literal["centred", "indexed"]
-    """Patch centres from -1 to 1, in full turns (DINOv3); or their number in the grid, in radians (EVA02)."""
+    coordinates: Literal["centred", "centred_timm", "indexed"]
+    """Patch centres from -1 to 1, in full turns (DINOv3), as transformers or as timm rounds them; or their
+    number in the grid, in radians (EVA02)."""
     base: float
     grid: Size | None = None
     """Of indexed coordinates: the rows and columns that any other grid is stretched to."""

@@ -228,7 +228,8 @@ def _convert(
     classes: int | None,
     stated: Stated,
 ) -> Checkpoint:
-    family, foreign, dropped = families.recognise(replace(foreign, wanted=image_size))
+    foreign = replace(foreign, wanted=image_size, heads=stated.heads)
+    family, foreign, dropped = families.recognise(foreign)
     reading = _read(family, replace(foreign, config=stated.without(foreign.config)), template, stated)
     native = stated.configure(reading.config)
     if template is not None:
