@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -199,8 +200,10 @@ def _activation(
     assumed: dict[str, str | None],
 ) -> Activation:
     """The activation, which no tensor tells: of the configuration, the name, or as open_clip's default."""
-    named = "quickgelu" in foreign.source.casefold().replace("_", "")
-    if model.get("quick_gelu", named or "input_resolution" in foreign.state):
+    if model.get("quick_gelu", not model and "input_resolution" in foreign.state):
+        return "quick_gelu"
+    if not model and "quickgelu" in Path(foreign.source).name.casefold():
+        assumed["activation"] = "the file does not tell the activation: its name says quick_gelu"
         return "quick_gelu"
     form = config_object(vision, "act_kwargs").get("approximate", "none")
     if form not in ("none", "tanh"):

@@ -147,17 +147,13 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
             notes = (*notes, also)
     if not pretrained:
         assumed["preprocess"] = "no config.json of timm: preprocessing is timm's default for ViT"
-    labels, ignored = _labels(config, pretrained, result.classes), {"mask_token": None}
+    labels = _labels(config, pretrained, result.classes)
+    ignored: dict[str, str | None] = {"mask_token": None}
     if labels is None and _projects(state):
         result = replace(result, projection=result.classes, classes=0)
-        layout, ignored = (
-            {**layout, "projection.weight": layout["head.weight"]},
-            {**ignored, "head.bias": None},
-        )
-        notes = (
-            *notes,
-            "the head, whose bias is zero, is CLIP's projection: it makes the embedding, no logits",
-        )
+        layout = {**layout, "projection.weight": layout["head.weight"]}
+        ignored["head.bias"] = None
+        notes = (*notes, "the head is CLIP's projection, as its bias of zeros tells: there are no logits")
     return Reading(
         config=result,
         layout=layout,
