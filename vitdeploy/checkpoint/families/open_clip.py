@@ -37,6 +37,9 @@ from vitdeploy.config import Activation, ModelConfig, Pool, Preprocess, Size, Vi
 from vitdeploy.errors import CheckpointError
 from vitdeploy.images.preprocess import from_timm, published
 
+PREFIX = "visual"
+"""Of the image tower's names."""
+
 _BLOCK = "visual.transformer.resblocks.{i}"
 _LAYOUT: Layout = {
     "patch_embed.weight": Source("visual.conv1.weight"),
