@@ -64,6 +64,8 @@ _OWN = (
     "blip_vision_model",
 )
 """Families of transformers, whose names begin so where a base model is below a head."""
+_PREFIXES = (*_OWN, image_text.PREFIX, open_clip.PREFIX)
+"""What belongs to a family's names, even where all of them begin so."""
 _TYPES = (*_OWN, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
 """Model types of transformers that are read."""
 _OTHERS = frozenset(
@@ -137,9 +139,8 @@ def _below(foreign: Foreign) -> tuple[str, Foreign]:
     prefix = ""
     while foreign.state:
         first = next(iter(foreign.state)).partition(".")[0] + "."
-        if first[:-1] in (*_OWN, image_text.PREFIX) or not all(
-            name.startswith(first) and name != first for name in foreign.state
-        ):
+        below = all(name.startswith(first) and name != first for name in foreign.state)
+        if first[:-1] in _PREFIXES or not below:
             break
         prefix, foreign = prefix + first, _under(foreign, first)
     return prefix, foreign
