@@ -30,23 +30,14 @@ from vitdeploy.checkpoint.footprint import require_memory
 from vitdeploy.checkpoint.places import from_hub, from_path
 from vitdeploy.checkpoint.refusals import CORRECT
 from vitdeploy.checkpoint.stated import SHAPELESS, Stated
-from vitdeploy.config import (
-    DEFAULT_MODEL,
-    ModelConfig,
-    Preprocess,
-    Scores,
-    Size,
-    ViTConfig,
-    decode_variant,
-    is_variant,
-    model_fields,
-    variant_names,
-)
+from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_fields
 from vitdeploy.data import DIGITS, digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, UsageError, did_you_mean
+from vitdeploy.images.preprocess import at_size, preset
 from vitdeploy.model.registry import expected_shapes
 from vitdeploy.model.user_module import input_channels
 from vitdeploy.scores import usual_scores
+from vitdeploy.variants import DEFAULT_MODEL, decode_variant, find_variant, is_variant, variant_names
 
 _TIMM = "timm:"
 
@@ -284,7 +275,9 @@ def _shapeless(config: ModelConfig) -> list[str]:
 
 
 def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> None:
-    fields = ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token")
+    plain = ViTConfig()
+    marks = (name for name in _MARKS if getattr(template, name) != getattr(plain, name))
+    fields = ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token", *marks)
     differing = [
         f"{field} {getattr(config, field, None)}, not {getattr(template, field)}"
         for field in fields
@@ -297,6 +290,10 @@ def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> No
         )
 
 
+_MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias")
+"""What a family's variant has and a plain ViT has not; a plain name may stand beside any family's file."""
+
+
 def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
     (height, width), (old_height, old_width) = size, reading.config.image_size
     return f"positions interpolated from {old_height}x{old_width} to {height}x{width} pixels as {family} does"
@@ -305,12 +302,13 @@ def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
 def _random(name: str, image_size: Size | None, classes: int | None, seed: int, stated: Stated) -> Checkpoint:
     if classes is not None and classes < 0:
         raise UsageError(f"classes must be at least 0, not {classes}")
-    config = decode_variant(name)
-    config = config.at_size(image_size or config.image_size)
+    variant = find_variant(name)
+    config = variant.config.at_size(image_size or variant.config.image_size)
     config = config if classes is None else replace(config, classes=classes)
     require_memory(config)
     deployed = stated.configure(config)
-    preprocess, _ = stated.prepare(Preprocess(size=config.image_size), config.channels)
+    usual = replace(at_size(preset(variant.preset), config.image_size), exif=False)
+    preprocess, _ = stated.prepare(usual, config.channels)
     labels = stated.name_classes(config.classes, None)
     return Checkpoint(
         config=deployed,

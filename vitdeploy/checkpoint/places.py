@@ -13,9 +13,9 @@ from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_shards, read_weights
 from vitdeploy.checkpoint.refusals import no_weights, not_there, refuse_quantised, refuse_shard
-from vitdeploy.config import variant_names
 from vitdeploy.data import DIGITS
 from vitdeploy.errors import CheckpointError, MissingDependency, UsageError, did_you_mean
+from vitdeploy.variants import variant_names
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("config.json", "preprocessor_config.json", lora.CONFIG, *lora.WEIGHTS)
