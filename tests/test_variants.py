@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.documents import rows_after
 from vitdeploy.config import Rotary
 from vitdeploy.errors import ConfigError, UsageError
 from vitdeploy.images.preprocess import PRESETS
 from vitdeploy.model.registry import expected_shapes, parameter_count
+from vitdeploy.model.rewrites import applied_rewrites, forward_flops
 from vitdeploy.variants import decode_variant, find_variant, is_variant, variant_names
 
 LARGE = {
@@ -158,6 +160,29 @@ def test_a_variant_has_the_sizes_and_settings_of_transformers(name: str) -> None
     assert ours.activation == ACTIVATIONS.get(theirs.hidden_act, theirs.hidden_act)
     if ours.rotary is not None:
         assert ours.rotary == Rotary("centred", theirs.rope_theta)
+
+
+USUAL = ("patches_to_gemm", "merge_qkv", "fold_attention_scale", "move_value_bias")
+"""Rewrites of every family, which the documents' table leaves out."""
+SHOWN = (
+    *("B/16", "deit_base_distilled_patch16_224", "CLIP-B/32", "SigLIP-B/16", "DINOv3-S/16", "EVA02-S/14"),
+    *("BEiT-B/16", "BLIP-B/16", "MAE-B/16", "MSN-S/16"),
+)
+
+
+def rewrites_row(name: str) -> str:
+    """What the documents say of a variant's rewrites."""
+    config = decode_variant(name)
+    applied = applied_rewrites(config, (config.outputs[0],), "float")
+    assert {rewrite.name for rewrite in applied} >= set(USUAL)
+    own = ", ".join(f"`{rewrite.name}`" for rewrite in applied if rewrite.name not in USUAL)
+    saved = sum(rewrite.flops_saved for rewrite in applied) / forward_flops(config)
+    return f"| `{name}` | `{config.outputs[0]}` | {own} | {saved:.1%} |".replace("%", " %")
+
+
+def test_the_page_on_families_says_which_rewrites_hold() -> None:
+    rows = rows_after("docs/families.md", "| variant | output | rewrites | saves, with all of them |")
+    assert rows == [rewrites_row(name) for name in SHOWN]
 
 
 def test_every_family_is_at_hand() -> None:
