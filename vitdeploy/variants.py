@@ -152,10 +152,10 @@ _FAMILIES: Mapping[str, _Family] = {
         {"B/16": {}},
     ),
     # He et al. 2022 (https://arxiv.org/abs/2111.06377); config.json and preprocessor_config.json of
-    # facebook/vit-mae-base: images as for DINOv3.
-    "MAE": _Family("dinov3", {"classes": 0, "norm_eps": 1e-12}, {"B/16": {}}),
+    # facebook/vit-mae-base.
+    "MAE": _Family("mae", {"classes": 0, "norm_eps": 1e-12}, {"B/16": {}}),
     # Assran et al. 2022 (https://arxiv.org/abs/2204.07141); the same of facebook/vit-msn-small.
-    "MSN": _Family("dinov3", {"classes": 0}, {"S/16": {}}),
+    "MSN": _Family("mae", {"classes": 0}, {"S/16": {}}),
 }
 _OF_FAMILY = re.compile(rf"(?P<family>{'|'.join(_FAMILIES)})-(?P<member>(?P<size>\w+)\+?/(?P<patch>\d+))")
 _NEAR = re.compile(_OF_FAMILY.pattern, re.IGNORECASE)
@@ -199,7 +199,10 @@ def find_variant(name: str) -> Variant:
             return Variant(ViTConfig(**(size | dict(family.fields) | dict(own))), family.preset)
     elif found := _plain(name):
         return found
-    raise UsageError(f"unknown model {name!r}{did_you_mean(name, variant_names())}")
+    raise UsageError(
+        f"unknown model {name!r}{did_you_mean(name, variant_names())}",
+        hint="`vitdeploy list` shows the named variants",
+    )
 
 
 def _plain(name: str) -> Variant | None:

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.commands import Run
 from vitdeploy.checkpoint.catalogue import CATALOGUE
 from vitdeploy.variants import variant_names
 
 
+@pytest.mark.slow
 def test_text(run: Run) -> None:
     result = run("list")
     assert (result.code, result.err) == (0, "")
@@ -23,6 +26,7 @@ def test_text(run: Run) -> None:
     assert "`" not in result.out
 
 
+@pytest.mark.slow
 def test_json(run: Run) -> None:
     document = run("list", "--json").document
     assert document["ok"] is True

@@ -242,6 +242,7 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dinov2": ("dinov2", _DINOV2),
     "dinov3": ("vit", _IMAGENET),
     "blip": ("vit", {**_OPENAI, "resample": 3}),
+    "mae": ("vit", _IMAGENET),
 }
 """Preprocessing that models share, by the names that people know: a model type and its settings.
 
