@@ -12,8 +12,9 @@ from vitdeploy.config import OUTPUTS
 
 def test_every_family_has_its_entry_and_no_other() -> None:
     names = {family.name for family in FAMILIES}
-    assert names - CATALOGUE.keys() == set(), "families without an entry"
-    assert CATALOGUE.keys() - names == set(), "entries of no family"
+    missing, superfluous = sorted(names - CATALOGUE.keys()), sorted(CATALOGUE.keys() - names)
+    assert not missing, f"families without an entry: {', '.join(missing)}"
+    assert not superfluous, f"entries of no family: {', '.join(superfluous)}"
 
 
 @pytest.mark.parametrize("entry", CATALOGUE.values(), ids=CATALOGUE)

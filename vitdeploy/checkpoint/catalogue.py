@@ -50,7 +50,9 @@ LIBRARIES: Mapping[str, Library] = {
         "*measured* against timm's recorded answers",
     ),
     "open_clip": Library(
-        "open_clip", "`-m FOLDER` or `-m FILE`", "*measured* against open_clip's recorded answers"
+        "open_clip",
+        "`-m FOLDER`, `-m owner/name` from the hub, or a bare `-m FILE`",
+        "*measured* against open_clip's recorded answers",
     ),
     "torchvision": Library(
         "torchvision", "`-m FILE.pth`", "*measured* against torchvision's recorded answers"
