@@ -157,22 +157,22 @@ CATALOGUE: Mapping[str, Entry] = {
     "timm_beit": Entry(
         ("BEiT", "BEiT v2"),
         "timm",
-        ("blocks.0.attn.relative_position_bias_table",),
-        "`beit_*`, `beitv2_*`, and the authors' own files",
+        ("blocks.0.attn.relative_position_bias_table", "rel_pos_bias.relative_position_bias_table"),
+        "`beit_*`, `beitv2_*`, and the authors' own files, of which those of the pre-training give `codes`",
         _CODES,
     ),
     "open_clip": Entry(
         ("CLIP",),
         "open_clip",
         ("visual.conv1.weight", "visual.class_embedding"),
-        "the image tower, as open_clip and OpenAI name it",
+        "the image tower, as open_clip and OpenAI name it, beside its text tower or alone; training files",
         _POOLED,
     ),
     "open_clip_timm": Entry(
         ("SigLIP", "SigLIP 2"),
         "open_clip",
         ("visual.trunk.patch_embed.proj.weight",),
-        "the image tower, where timm builds it",
+        "the image tower, where timm builds it from blocks that are read",
         _POOLED,
     ),
     "torchvision": Entry(
