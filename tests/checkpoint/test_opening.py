@@ -168,13 +168,17 @@ def test_variant_of_a_family_beside_its_checkpoint(tmp_path: Path) -> None:
     written = Checkpoint(config, random_state(config, 0), Preprocess((28, 42)), None, "vitdeploy", "eva")
     save_folder(written, tmp_path)
     assert opened("EVA02-Ti/14", checkpoint=tmp_path, image_size=(28, 42)).config == config
+    assert config.rotary is not None
+    otherwise = replace(config, rotary=replace(config.rotary, base=100.0))
+    save_folder(replace(written, config=otherwise), tmp_path)
+    assert opened("EVA02-Ti/14", checkpoint=tmp_path, image_size=(28, 42)).config == otherwise
 
 
 def test_variant_of_a_family_is_not_for_a_plain_checkpoint(tmp_path: Path) -> None:
     save_folder(opened("vit_tiny_patch14_28", classes=3), tmp_path)
     with pytest.raises(CheckpointError, match="another architecture than the variant named") as error:
         open_model("EVA02-Ti/14", checkpoint=tmp_path)
-    assert "mlp_width 768, not 512; gated_mlp False, not True; rotary None, not" in error.value.message
+    assert "mlp_width 768, not 512; gated_mlp False, not True; rotary False, not True" in error.value.message
 
 
 def test_checkpoint_goes_with_variants_only(folder: Path) -> None:

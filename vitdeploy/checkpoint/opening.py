@@ -275,14 +275,14 @@ def _shapeless(config: ModelConfig) -> list[str]:
 
 
 def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> None:
+    sizes = ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token")
     plain = ViTConfig()
-    marks = (name for name in _MARKS if getattr(template, name) != getattr(plain, name))
-    fields = ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token", *marks)
-    differing = [
-        f"{field} {getattr(config, field, None)}, not {getattr(template, field)}"
-        for field in fields
-        if getattr(config, field, None) != getattr(template, field)
+    marks = [name for name in _MARKS if bool(getattr(template, name)) != bool(getattr(plain, name))]
+    compared = [
+        *((name, getattr(config, name, None), getattr(template, name)) for name in sizes),
+        *((name, bool(getattr(config, name, None)), bool(getattr(template, name))) for name in marks),
     ]
+    differing = [f"{name} {theirs}, not {ours}" for name, theirs, ours in compared if theirs != ours]
     if differing:
         raise CheckpointError(
             f"{source} is of another architecture than the variant named: {'; '.join(differing)}",
@@ -291,7 +291,7 @@ def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> No
 
 
 _MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias")
-"""What a family's variant has and a plain ViT has not; a plain name may stand beside any family's file."""
+"""Where families' variants differ from a plain ViT, whose name may stand beside any family's file."""
 
 
 def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
