@@ -281,6 +281,9 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "siglip": ("siglip", {}),
     "deit": ("deit", _PUBLISHED["deit"]),
     "dinov2": ("dinov2", _DINOV2),
+    "dinov3": ("vit", _IMAGENET),
+    "blip": ("vit", {**_OPENAI, "resample": 3}),
+    "mae": ("vit", _IMAGENET),
 }
 """Preprocessing that models share, by the names that people know: a model type and its settings.
 
