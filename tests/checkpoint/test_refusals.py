@@ -117,7 +117,7 @@ SIGNS = [
     ("norm_pre.weight", "a CLIP image tower"),
     ("attn_pool.latent", "a SigLIP image tower"),
     ("blocks.0.attn.q_norm.weight", "norms of its queries and keys"),
-    ("blocks.0.attn.relative_position_bias_table", "BEiT"),
+    ("shared_rel_pos.relative_position_bias_table", "relative positions"),
     ("blocks.0.attn.q_bias", "BEiT"),
     ("blocks.0.attn.rel_pos.mlp.fc1.weight", "relative positions"),
     ("blocks.0.attn.rope.freqs", "rotary positions"),

@@ -124,7 +124,7 @@ def _own_size(source: str, rows: int, state: Mapping[str, Tensor], sizes: Sequen
         if (2 * (height // patch) - 1) * (2 * (width // patch) - 1) == rows - 3:
             return height, width
     raise CheckpointError(
-        f"{source}: the table of relative positions has {rows} rows: no square grid, nor that of a known size",
+        f"{source}: the table of relative positions has {rows} rows, which is no square grid",
         hint="state its image size: --image-size HxW",
     )
 
