@@ -11,10 +11,14 @@ from dataclasses import replace
 from vitdeploy.checkpoint.families import (
     beit,
     blip,
+    clip,
     deit,
     dinov2,
     google,
+    image_text,
+    open_clip,
     reference,
+    siglip,
     timm,
     timm_beit,
     torchvision,
@@ -36,6 +40,10 @@ FAMILIES: tuple[Family, ...] = (
     vit.MSN,
     vit.MAE,
     blip.FAMILY,
+    clip.FAMILY,
+    siglip.FAMILY,
+    open_clip.TOWER,
+    open_clip.TRUNK,
     timm_beit.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
@@ -46,17 +54,17 @@ FAMILIES: tuple[Family, ...] = (
 _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 
-_OWN = (
-    *(f.name for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS)),
-    *(f.name for f in (beit.FAMILY, blip.FAMILY)),
-    "blip_vision_model",
+_OWN = tuple(
+    f.name
+    for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS, beit.FAMILY)
 )
 """Families of transformers, whose names begin so where a base model is below a head."""
+_TYPES = (*_OWN, *blip.MODEL_TYPES, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
+"""Model types of transformers that are read."""
 _OTHERS = frozenset(
     (
-        *("clip", "clip_vision_model", "convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera"),
-        *("ijepa", "levit", "mobilevit", "pvt", "siglip", "siglip_vision_model", "siglip2", "swin", "swinv2"),
-        *("vit_hybrid", "yolos"),
+        *("convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera", "ijepa", "levit"),
+        *("mobilevit", "pvt", "swin", "swinv2", "vit_hybrid", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""
@@ -96,7 +104,7 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
             f"{foreign.source}: timm's architecture {cut(architecture)}{what} is not supported", hint=_HINT
         )
     if model_type is not None:
-        supported = [reference.MODEL_TYPE, *_OWN, "timm_wrapper"]
+        supported = [reference.MODEL_TYPE, *_TYPES, "timm_wrapper"]
         other = str(model_type).casefold() in _OTHERS
         guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(
@@ -106,7 +114,7 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
     first = some([cut(name, 40) for name in sorted(foreign.state)], 3)
     raise CheckpointError(
         f"{foreign.source}: no known family names its tensors like this: {first}{looks_like(foreign.state)}",
-        hint=f"known: {', '.join(family.name for family in FAMILIES)}; {_HINT}",
+        hint=f"known: names as transformers, timm, open_clip, torchvision and vit_jax give them; {_HINT}",
     )
 
 
@@ -124,7 +132,9 @@ def _below(foreign: Foreign) -> tuple[str, Foreign]:
     prefix = ""
     while foreign.state:
         first = next(iter(foreign.state)).partition(".")[0] + "."
-        if first[:-1] in _OWN or not all(name.startswith(first) and name != first for name in foreign.state):
+        if first[:-1] in (*_OWN, image_text.PREFIX) or not all(
+            name.startswith(first) and name != first for name in foreign.state
+        ):
             break
         prefix, foreign = prefix + first, _under(foreign, first)
     return prefix, foreign

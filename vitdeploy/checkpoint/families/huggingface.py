@@ -1,4 +1,4 @@
-"""What transformers' ViT, its kin, BEiT and DINOv2 have in common: config.json, labels, names."""
+"""What the families of transformers have in common: config.json, labels, names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vitdeploy.config import Activation, Preprocess, Scores, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, did_you_mean
 from vitdeploy.images.preprocess import at_size, from_huggingface, published
 
-_ACTIVATIONS: Mapping[str, Activation] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_fast": "gelu_tanh",
@@ -40,6 +40,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
+"""By ``hidden_act``."""
 
 _SCORES: Mapping[str, Scores | None] = {
     "single_label_classification": None,  # as usual
@@ -192,13 +193,13 @@ def _classes(config: Mapping[str, object], head: Tensor | None) -> int:
 
 def _activation(config: Mapping[str, object]) -> Activation:
     name = config.get("hidden_act", "gelu")
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        guess = did_you_mean(str(name), _ACTIVATIONS)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        guess = did_you_mean(str(name), ACTIVATIONS)
         raise CheckpointError(
             f"config.json: hidden_act {shown(name)} is not supported{guess}",
-            hint=f"supported: {', '.join(_ACTIVATIONS)}",
+            hint=f"supported: {', '.join(ACTIVATIONS)}",
         )
-    return _ACTIVATIONS[name]
+    return ACTIVATIONS[name]
 
 
 def labels_of(config: Mapping[str, object] | None, classes: int) -> tuple[str, ...] | None:
