@@ -299,6 +299,8 @@ def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> No
 
 def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
     (height, width), (old_height, old_width) = size, reading.config.image_size
+    if size == reading.config.image_size:
+        return f"positions interpolated at their own {height}x{width} pixels, as {family} does"
     return f"positions interpolated from {old_height}x{old_width} to {height}x{width} pixels as {family} does"
 
 
