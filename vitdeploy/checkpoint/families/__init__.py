@@ -63,8 +63,8 @@ _TYPES = (*_OWN, *blip.MODEL_TYPES, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
 """Model types of transformers that are read."""
 _OTHERS = frozenset(
     (
-        *("convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera", "ijepa", "levit"),
-        *("mobilevit", "pvt", "swin", "swinv2", "vit_hybrid", "yolos"),
+        *("convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera", "ijepa", "levit", "mobilevit"),
+        *("pvt", "swin", "swinv2", "vit_hybrid", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""
@@ -109,12 +109,12 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
         guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(
             f"{foreign.source}: model_type {shown(model_type)} in config.json is not supported{guess}",
-            hint=f"supported: {', '.join(sorted(supported))}; {_HINT}",
+            hint=f"vitdeploy list shows what is read; {_HINT}",
         )
     first = some([cut(name, 40) for name in sorted(foreign.state)], 3)
     raise CheckpointError(
         f"{foreign.source}: no known family names its tensors like this: {first}{looks_like(foreign.state)}",
-        hint=f"known: names as transformers, timm, open_clip, torchvision and vit_jax give them; {_HINT}",
+        hint=f"vitdeploy list shows what is read; {_HINT}",
     )
 
 

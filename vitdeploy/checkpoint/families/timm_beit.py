@@ -124,7 +124,7 @@ def _own_size(source: str, rows: int, patch: int, sizes: Sequence[Size]) -> Size
         if (2 * (height // patch) - 1) * (2 * (width // patch) - 1) == rows - 3:
             return height, width
     raise CheckpointError(
-        f"{source}: the table of relative positions has {rows} rows, which is no square grid",
+        f"{source}: the table of relative positions has {rows} rows: of no square grid or known size",
         hint="state its image size: --image-size HxW",
     )
 
