@@ -297,6 +297,8 @@ _MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias")
 
 def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
     (height, width), (old_height, old_width) = size, reading.config.image_size
+    if size == reading.config.image_size:
+        return f"positions interpolated at their own {height}x{width} pixels, as {family} does"
     return f"positions interpolated from {old_height}x{old_width} to {height}x{width} pixels as {family} does"
 
 
