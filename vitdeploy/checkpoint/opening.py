@@ -15,21 +15,24 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import FactSource
-from vitdeploy.checkpoint import families
+from vitdeploy.checkpoint import families, tokenizer
 from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Family, Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import Weights
 from vitdeploy.checkpoint.footprint import require_memory
 from vitdeploy.checkpoint.places import from_hub, from_path
+from vitdeploy.checkpoint.prompts import ZeroShot
 from vitdeploy.checkpoint.refusals import CORRECT
 from vitdeploy.checkpoint.stated import SHAPELESS, Stated
+from vitdeploy.checkpoint.zero_shot import zero_shot_head
 from vitdeploy.config import (
     DEFAULT_MODEL,
     ModelConfig,
@@ -98,6 +101,7 @@ def open_model(
     classes: int | None = None,
     seed: int = 0,
     stated: Stated | None = None,
+    zero_shot: ZeroShot | None = None,
     revision: str | None = None,
     cache_dir: Path | str | None = None,
 ) -> Checkpoint | UserModule:
@@ -113,6 +117,7 @@ def open_model(
             gets.
         seed: of random weights, where a named variant comes without a checkpoint.
         stated: what the user says; it beats what the files say.
+        zero_shot: the classes of a head that is made for them.
         revision: a branch, tag or commit of the hub; goes with a hub id.
         cache_dir: where downloads are kept, the library's own folder when omitted.
 
@@ -139,7 +144,9 @@ def open_model(
             config = from_library(name.removeprefix(_TIMM), pretrained=False).config
             foreign = replace(foreign, config=config)
     elif name is None or is_variant(name):
-        return _random(name or DEFAULT_MODEL, image_size, classes, seed, said)
+        variant = name or DEFAULT_MODEL
+        drawn = _random(variant, image_size, classes, seed, said)
+        return _with_head(drawn, Foreign(variant, {}), zero_shot, said)
     elif name == DIGITS:
         foreign, files = from_path(digits_folder(), DIGITS)
     elif name.startswith(_TIMM):
@@ -147,10 +154,10 @@ def open_model(
     elif _ENTRY.fullmatch(name) and not Path(name).exists():
         return user_module(_called(name), name, image_size, said)
     elif on_hub:
-        foreign, files = from_hub(name, revision, cache_dir)
+        foreign, files = from_hub(name, revision, cache_dir, () if zero_shot is None else tokenizer.FILES)
     else:
         foreign, files = from_path(Path(name), name)
-    return _convert(foreign, files, template, image_size, classes, said)
+    return _convert(foreign, files, template, image_size, classes, said, zero_shot)
 
 
 def user_module(module: nn.Module, source: str, image_size: Size | None, stated: Stated) -> UserModule:
@@ -227,6 +234,7 @@ def _convert(
     image_size: Size | None,
     classes: int | None,
     stated: Stated,
+    zero_shot: ZeroShot | None,
 ) -> Checkpoint:
     family, foreign, dropped = families.recognise(replace(foreign, wanted=image_size))
     reading = _read(family, replace(foreign, config=stated.without(foreign.config)), template, stated)
@@ -253,7 +261,7 @@ def _convert(
         facts["heads"] = "user"
     guesses = [note for name, note in assumed.items() if note and facts[name] == "default"]
     preprocess, seen = stated.prepare(reading.preprocess(size), config.channels)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         config=config,
         state=state,
         preprocess=preprocess,
@@ -264,6 +272,27 @@ def _convert(
         facts=facts,
         notes=(*files.notes, *dropped, *reading.notes, *guesses, *notes, *seen),
         provenance=files.files,
+    )
+    return _with_head(checkpoint, foreign, zero_shot, stated)
+
+
+def _with_head(
+    checkpoint: Checkpoint, foreign: Foreign, zero_shot: ZeroShot | None, stated: Stated
+) -> Checkpoint:
+    """The checkpoint with the zero-shot head that is asked for."""
+    if zero_shot is None:
+        return checkpoint
+    head = zero_shot_head(zero_shot, checkpoint.config, foreign)
+    config: Any = checkpoint.config
+    return replace(
+        checkpoint,
+        config=replace(config, classes=len(head.labels), head_on="embedding"),
+        state={**checkpoint.state, "head.weight": head.weight, "head.bias": head.bias},
+        labels=head.labels,
+        scores=stated.scores or head.scores,
+        facts={"scores": "checkpoint", **checkpoint.facts, "labels": "user"},
+        notes=(*checkpoint.notes, *head.notes),
+        provenance={**checkpoint.provenance, **head.files},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     if described:
         files[processor.name] = sha256(processor)
     refuse_quantised(source, weights.state, config)
-    foreign = Foreign(source, weights.state, config, read_json(processor) if described else None)
+    settings = read_json(processor) if described else None
+    foreign = Foreign(source, weights.state, config, settings, folder=folder)
     return foreign, replace(weights, files={**weights.files, **files})
 
 
@@ -112,8 +114,14 @@ def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None
     return None, {}
 
 
-def from_hub(name: str, revision: str | None, cache_dir: Path | str | None) -> tuple[Foreign, Weights]:
-    """Download a model of the Hugging Face hub, or take it from the local cache."""
+def from_hub(
+    name: str, revision: str | None, cache_dir: Path | str | None, also: Sequence[str] = ()
+) -> tuple[Foreign, Weights]:
+    """Download a model of the Hugging Face hub, or take it from the local cache.
+
+    Args:
+        also: files to have beside those that every model needs.
+    """
     if name.startswith(("/", ".", "~")) or Path(name).suffix.lower() in SUFFIXES:
         raise not_there(name)
     if not _HUB_ID.fullmatch(name):
@@ -129,7 +137,7 @@ def from_hub(name: str, revision: str | None, cache_dir: Path | str | None) -> t
         raise MissingDependency("huggingface-hub", extra="hub", purpose=purpose) from error
     try:
         for weights in _HUB_WEIGHTS:
-            wanted = [*_HUB_FILES, *weights]
+            wanted = [*_HUB_FILES, *also, *weights]
             folder = Path(
                 snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
             )
