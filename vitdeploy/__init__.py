@@ -121,8 +121,8 @@ def export(
     from vitdeploy.exporter import exporting
 
     with exporting():
-        from vitdeploy.checkpoint.prompts import zero_shot_of
         from vitdeploy.checkpoint.stated import Stated
+        from vitdeploy.checkpoint.texts.prompts import zero_shot_of
         from vitdeploy.exporter.request import ExportRequest
         from vitdeploy.exporter.run import run_export
 

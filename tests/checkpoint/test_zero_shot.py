@@ -29,9 +29,9 @@ from tests.helpers.text_checkpoints import (
 )
 from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.places import from_path
-from vitdeploy.checkpoint.prompts import ZeroShot
-from vitdeploy.checkpoint.tokenizer import canonical, read_tokenizer
-from vitdeploy.checkpoint.zero_shot import Head, zero_shot_head
+from vitdeploy.checkpoint.texts.head import Head, zero_shot_head
+from vitdeploy.checkpoint.texts.prompts import ZeroShot
+from vitdeploy.checkpoint.texts.tokenizer import canonical, read_tokenizer
 from vitdeploy.config import ViTConfig
 from vitdeploy.errors import CheckpointError, UsageError, VitdeployError
 from vitdeploy.model import text as text_model

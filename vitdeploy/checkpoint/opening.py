@@ -22,17 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import FactSource
-from vitdeploy.checkpoint import families, tokenizer
+from vitdeploy.checkpoint import families
 from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Family, Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import Weights
 from vitdeploy.checkpoint.footprint import require_memory
 from vitdeploy.checkpoint.places import from_hub, from_path
-from vitdeploy.checkpoint.prompts import ZeroShot
 from vitdeploy.checkpoint.refusals import CORRECT
 from vitdeploy.checkpoint.stated import SHAPELESS, Stated
-from vitdeploy.checkpoint.zero_shot import zero_shot_head
+from vitdeploy.checkpoint.texts import tokenizer
+from vitdeploy.checkpoint.texts.head import zero_shot_head
+from vitdeploy.checkpoint.texts.prompts import ZeroShot
 from vitdeploy.config import (
     DEFAULT_MODEL,
     ModelConfig,

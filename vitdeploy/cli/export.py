@@ -224,8 +224,8 @@ def command(
         hint = f"`vitdeploy engine {shlex.quote(model)}` adds engines to it"
         raise UsageError(f"{model} is a bundle, and no model to export", hint=hint)
     flags = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
-    from vitdeploy.checkpoint.prompts import zero_shot_of
     from vitdeploy.checkpoint.stated import Stated
+    from vitdeploy.checkpoint.texts.prompts import zero_shot_of
     from vitdeploy.exporter.request import ExportRequest
 
     request = ExportRequest(

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vitdeploy.bundle.manifest import AOT
-from vitdeploy.checkpoint.prompts import ZeroShot
 from vitdeploy.checkpoint.stated import Stated
+from vitdeploy.checkpoint.texts.prompts import ZeroShot
 from vitdeploy.config import DEFAULT_MODEL, BatchRange, Precision, Size
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus

@@ -20,6 +20,7 @@ from vitdeploy.config import Activation, ViTConfig
 from vitdeploy.model.reference import run_exact
 from vitdeploy.model.vit import Attention, Block
 
+Reads = Literal["end", "highest", "last"]
 _AT_ONCE = 64
 """Texts of one pass."""
 
@@ -46,7 +47,7 @@ class TextConfig:
     projection_bias: bool
     causal: bool
     """Whether a token sees only those before it."""
-    reads: Literal["end", "highest", "last"]
+    reads: Reads
     """The token whose vector is the text's: the first ``end``; the first of the highest number; the last."""
     end: int = 0
 

@@ -18,19 +18,16 @@ from torch import Tensor
 from vitdeploy.bundle.files import sha256
 from vitdeploy.checkpoint.families.base import Foreign, shape_text
 from vitdeploy.checkpoint.files import read_weights
-from vitdeploy.checkpoint.prompts import ZeroShot, check_names
 from vitdeploy.checkpoint.refusals import shown
-from vitdeploy.checkpoint.text_tower import (
-    has_text_tower,
-    is_siglip,
-    logit_scale_and_bias,
-    read_text_tower,
-)
-from vitdeploy.checkpoint.tokenizer import INSTEAD, Tokenizer, read_tokenizer
+from vitdeploy.checkpoint.texts import huggingface, open_clip
+from vitdeploy.checkpoint.texts.prompts import ZeroShot, check_names
+from vitdeploy.checkpoint.texts.tokenizer import INSTEAD, Tokenizer, read_tokenizer
+from vitdeploy.checkpoint.texts.tower import TextNaming, logit_scale_and_bias, read_text_tower
 from vitdeploy.config import ModelConfig, Scores, ViTConfig
 from vitdeploy.errors import CheckpointError, UsageError
 from vitdeploy.model.text import TextConfig, embed_texts
 
+_NAMINGS: tuple[TextNaming, ...] = (huggingface.NAMING, open_clip.NAMING)
 _VECTORS = "label -> vector, as safetensors.torch.save_file writes a dict of them"
 _STATE_IT = 'save_file(vectors, FILE, metadata={"logit_scale": "4.6052"})'
 """Hints."""
@@ -117,15 +114,15 @@ def zero_shot_head(said: ZeroShot, config: ModelConfig, foreign: Foreign) -> Hea
 
 def _from_words(said: ZeroShot, foreign: Foreign) -> _Texts:
     """The text tower's embeddings: of each template normalised, averaged, normalised again."""
-    if not has_text_tower(foreign) or foreign.folder is None:
+    naming = next((naming for naming in _NAMINGS if naming.claims(foreign)), None)
+    if naming is None or foreign.folder is None:
         raise UsageError(
             f"{foreign.source} has no text tower to embed labels with",
             hint=f"give vectors instead: {INSTEAD}",
         )
     labels = said.labels()
-    tower = read_text_tower(foreign)
-    usual = "SiglipTokenizer" if is_siglip(foreign) else "CLIPTokenizer"
-    tokenizer = read_tokenizer(foreign.folder, foreign.source, usual)
+    reading, tower = read_text_tower(naming, foreign)
+    tokenizer = read_tokenizer(foreign.folder, foreign.source, reading.tokenizer, reading.clean)
     prompts = [prompt for label in labels for prompt in said.prompts(label)]
     tokens = [_tokens(prompt, tokenizer, tower.config, foreign.source) for prompt in prompts]
     each = _normalised(embed_texts(tower, tokens), prompts)  # (labels * templates, E)

@@ -37,13 +37,20 @@ def canonical(text: str) -> str:
     return " ".join(bare.split())
 
 
-_CLEANED: Mapping[str, Callable[[str], str]] = {
+Clean = Callable[[str], str]
+_CLEANED: Mapping[str, Clean] = {
     "SiglipTokenizer": canonical,
     "Siglip2Tokenizer": str.lower,
     "GemmaTokenizer": str.lower,
 }
 """What becomes of a text before it reaches its tokenizer, by ``tokenizer_class``. SigLIP 2 has Gemma's
 tokenizer, and was trained on lower case."""
+CLEANING: Mapping[str, Clean] = {
+    "canonicalize": lambda text: canonical(text.replace("_", " ")),
+    "lower": lambda text: " ".join(text.split()).lower(),
+    "whitespace": lambda text: " ".join(text.split()),
+}
+"""The same by open_clip's names."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Tokenizer:
     """Texts to numbers of tokens."""
 
     library: Library
-    clean: Callable[[str], str]
+    clean: Clean
     padding: int | None
     """The token that fills a text up; None where no file names one."""
     left: bool
@@ -80,12 +87,13 @@ class Tokenizer:
         return rest + tokens if self.left else tokens + rest
 
 
-def read_tokenizer(folder: Path, source: str, usual: str) -> Tokenizer:
+def read_tokenizer(folder: Path, source: str, usual: str, clean: Clean | None = None) -> Tokenizer:
     """The tokenizer in a checkpoint's folder.
 
     Args:
         source: what the user calls the checkpoint, for errors.
         usual: the ``tokenizer_class`` that is meant where no file states one.
+        clean: what becomes of a text before it reaches the tokenizer; as its class has it when None.
 
     Raises:
         MissingDependency: the library is not installed.
@@ -110,7 +118,8 @@ def read_tokenizer(folder: Path, source: str, usual: str) -> Tokenizer:
     library.no_padding()
     library.no_truncation()
     kind = str(settings.get("tokenizer_class") or usual).removesuffix("Fast")
-    clean = _CLEANED.get(kind, str) if settings.get("do_lower_case", True) else str
+    if clean is None:
+        clean = _CLEANED.get(kind, str) if settings.get("do_lower_case", True) else str
     left = settings.get("padding_side") == "left"
     return Tokenizer(library, clean, padding, left, {name: sha256(folder / name) for name in names})
 
