@@ -118,7 +118,7 @@ def _from_words(said: ZeroShot, foreign: Foreign) -> _Texts:
     if naming is None or foreign.folder is None:
         raise UsageError(
             f"{foreign.source} has no text tower to embed labels with",
-            hint=f"give vectors instead: {INSTEAD}",
+            hint=INSTEAD,
         )
     labels = said.labels()
     reading, tower = read_text_tower(naming, foreign)

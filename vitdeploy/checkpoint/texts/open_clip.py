@@ -14,8 +14,8 @@ from vitdeploy.checkpoint.families.base import (
     linear,
     merged_qkv,
 )
-from vitdeploy.checkpoint.refusals import CORRECT, shown
-from vitdeploy.checkpoint.texts.tokenizer import CLEANING
+from vitdeploy.checkpoint.refusals import shown
+from vitdeploy.checkpoint.texts.tokenizer import CLEANING, INSTEAD
 from vitdeploy.checkpoint.texts.tower import TextNaming, TextReading
 from vitdeploy.config import Activation
 from vitdeploy.errors import CheckpointError
@@ -60,13 +60,13 @@ def _read(foreign: Foreign) -> TextReading:
         if text.get(name):
             raise CheckpointError(
                 f"{source}: a text tower with {name} {shown(text[name])} is not supported",
-                hint="ready-made vectors need no text tower: --zero-shot FILE.safetensors",
+                hint=INSTEAD,
             )
-    pool = text.get("pool_type", "argmax")
-    if not isinstance(pool, str) or pool not in _POOLS:
+    pool, causal = text.get("pool_type", "argmax"), not text.get("no_causal_mask")
+    if not isinstance(pool, str) or pool not in _POOLS or (pool != "last" and not causal):
+        mask = "" if causal else " without a causal mask"
         raise CheckpointError(
-            f"{source}: a text tower that pools by {shown(pool)} is not supported",
-            hint=f"supported: {', '.join(map(str, _POOLS))}",
+            f"{source}: a text tower that pools by {shown(pool)}{mask} is not supported", hint=INSTEAD
         )
     prefix, bias = _prefix(foreign), bool(text.get("proj_bias"))
     layout: Layout = _layout(prefix) | (
@@ -87,7 +87,7 @@ def _read(foreign: Foreign) -> TextReading:
         norm_eps=config_number(config_object(text, "norm_kwargs"), "eps", 1e-5),
         embedding=config_integer(model, "embed_dim", 0),
         projection_bias=bias,
-        causal=not text.get("no_causal_mask"),
+        causal=causal,
         reads=_POOLS[pool],
         end=config_integer(text, "eos_id", 2),
     )
@@ -111,9 +111,12 @@ def _activation(model: Mapping[str, object], text: Mapping[str, object]) -> Acti
 def _cleaning(text: Mapping[str, object], source: str) -> str:
     """What becomes of texts: CLIP's own tokenizer lowers their case, others leave it."""
     usual = "whitespace" if text.get("hf_tokenizer_name") else "lower"
-    name = config_object(text, "tokenizer_kwargs").get("clean", usual)
-    if not isinstance(name, str) or name not in CLEANING:
-        raise CheckpointError(f"{source}: no way {shown(name)} to clean texts is known", hint=CORRECT)
+    settings = config_object(text, "tokenizer_kwargs")
+    name = settings.get("clean", usual)
+    if settings.keys() - {"clean"} or not isinstance(name, str) or name not in CLEANING:
+        raise CheckpointError(
+            f"{source}: a tokenizer with {shown(dict(settings))} is not supported", hint=INSTEAD
+        )
     return name
 
 

@@ -27,7 +27,7 @@ _CLIP_WORDS = (
     *(r"\p{L}+", r"\p{N}", r"[^\s\p{L}\p{N}]+"),
 )
 """What CLIP's tokenizer cuts a text into: special tokens, contractions, letters, single digits, the rest."""
-INSTEAD = "ready-made vectors need no tokenizer: --zero-shot FILE.safetensors"
+INSTEAD = "ready-made vectors need neither text tower nor tokenizer: --zero-shot FILE.safetensors"
 """A hint."""
 
 
