@@ -86,6 +86,8 @@ def test_photographs_have_the_scores_of_processor_and_model(run: Run, tmp_path: 
     shown = run("inspect", target).out
     assert "zero-shot, 5 labels" in shown
     assert "labels are embedded as they stand" in shown
+    assert "left out" not in shown
+    assert "softmax  [from the checkpoint]" in shown or "sigmoid  [from the checkpoint]" in shown
 
 
 @pytest.mark.slow
@@ -138,6 +140,7 @@ def test_vectors_make_a_head_for_any_model_without_one(run: Run, tmp_path: Path)
     assert done.code == 0, done.err
     assert run(*said, "--output", "embedding", "-o", tmp_path / "b.bundle").code == 0
     logits, embeddings = (load_file(tmp_path / f"{name}.bundle" / GOLDEN)["reference"] for name in "ab")
+    assert Bundle.open(tmp_path / "a.bundle").manifest.provenance.facts["scores"] == "user"
     unit = torch.stack([rows[label].double() / rows[label].double().norm() for label in sorted(LABELS)])
     assert float((logits - 20 * embeddings @ unit.T).abs().max()) < 1e-12
     (image,) = run("predict", tmp_path / "a.bundle", PHOTOGRAPHS[0], "--json").document["images"]

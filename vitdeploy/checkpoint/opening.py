@@ -25,6 +25,7 @@ from vitdeploy.bundle.manifest import FactSource
 from vitdeploy.checkpoint import families
 from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Family, Foreign, Reading, take_over
+from vitdeploy.checkpoint.families.image_text import TEXT_LEFT_OUT
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import Weights
 from vitdeploy.checkpoint.footprint import require_memory
@@ -285,15 +286,21 @@ def _with_head(
         return checkpoint
     head = zero_shot_head(zero_shot, checkpoint.config, foreign)
     config: Any = checkpoint.config
+    facts: dict[str, FactSource] = {"labels": "user"} | (
+        {} if stated.scores else {"scores": head.scores_from}
+    )
+    # It was read, after all.
+    read = zero_shot.vectors is None
+    notes = [note for note in checkpoint.notes if not (read and note == TEXT_LEFT_OUT)]
     return replace(
         checkpoint,
         config=replace(config, classes=len(head.labels), head_on="embedding"),
         state={**checkpoint.state, "head.weight": head.weight, "head.bias": head.bias},
         labels=head.labels,
         scores=stated.scores or head.scores,
-        facts={"scores": "checkpoint", **checkpoint.facts, "labels": "user"},
-        notes=(*checkpoint.notes, *head.notes),
-        provenance={**checkpoint.provenance, **head.files},
+        facts={**checkpoint.facts, **facts},
+        notes=(*notes, *head.notes),
+        provenance={**head.files, **checkpoint.provenance},
     )
 
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vitdeploy.bundle.files import sha256
+from vitdeploy.bundle.manifest import FactSource
 from vitdeploy.checkpoint.families.base import Foreign, shape_text
 from vitdeploy.checkpoint.files import read_weights
 from vitdeploy.checkpoint.refusals import shown
@@ -47,6 +48,7 @@ class Head:
     bias: Tensor
     """(labels,) float64."""
     scores: Scores
+    scores_from: FactSource
     notes: tuple[str, ...]
     files: Mapping[str, str]
     """File names to sha256."""
@@ -61,6 +63,7 @@ class _Texts:
     """(labels, E) float64, of length 1."""
     scale: float | None
     bias: float | None
+    scale_from: FactSource
     notes: tuple[str, ...]
     files: Mapping[str, str]
 
@@ -104,6 +107,7 @@ def zero_shot_head(said: ZeroShot, config: ModelConfig, foreign: Foreign) -> Hea
         weight=math.exp(texts.scale) * texts.vectors,
         bias=torch.full((len(texts.labels),), texts.bias or 0.0, dtype=torch.float64),
         scores="softmax" if texts.bias is None else "sigmoid",
+        scores_from=texts.scale_from,
         notes=texts.notes,
         files=texts.files,
     )
@@ -129,7 +133,15 @@ def _from_words(said: ZeroShot, foreign: Foreign) -> _Texts:
     mean = each.unflatten(0, (len(labels), -1)).mean(dim=1)
     scale, bias = logit_scale_and_bias(foreign.state, foreign.source)
     file = {said.file.name: sha256(said.file)} if said.file is not None else {}
-    return _Texts(labels, _normalised(mean, labels), scale, bias, (_note(said),), {**tokenizer.files, **file})
+    return _Texts(
+        labels,
+        _normalised(mean, labels),
+        scale,
+        bias,
+        "checkpoint",
+        (_note(said),),
+        {**tokenizer.files, **file},
+    )
 
 
 def _tokens(text: str, tokenizer: Tokenizer, config: TextConfig, source: str) -> list[int]:
@@ -200,14 +212,15 @@ def _from_file(path: Path, foreign: Foreign) -> _Texts:
             f"zero-shot: vectors of lengths {lengths.min():.3g} to {lengths.max():.3g} are normalised"
         )
     scale, bias = logit_scale_and_bias(foreign.state, foreign.source)
+    scale_from: FactSource = "checkpoint"
     stated = {name: _number(metadata, name, where) for name in ("logit_scale", "logit_bias")}
     if stated["logit_scale"] is not None:
         # Both are one model's: a bias of another does not go with this scale.
-        scale, bias = stated["logit_scale"], stated["logit_bias"]
+        scale, bias, scale_from = stated["logit_scale"], stated["logit_bias"], "user"
         notes.append(f"zero-shot: logit_scale is that of {path.name}")
     elif stated["logit_bias"] is not None:
         raise UsageError(f"{where}: its metadata has a logit_bias without a logit_scale", hint=_STATE_IT)
-    return _Texts(labels, unit, scale, bias, tuple(notes), {path.name: sha256(path)})
+    return _Texts(labels, unit, scale, bias, scale_from, tuple(notes), {path.name: sha256(path)})
 
 
 def _number(metadata: Mapping[str, str], name: str, where: str) -> float | None:
