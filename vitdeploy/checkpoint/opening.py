@@ -286,9 +286,9 @@ def _with_head(
         return checkpoint
     head = zero_shot_head(zero_shot, checkpoint.config, foreign)
     config: Any = checkpoint.config
-    facts: dict[str, FactSource] = {"labels": "user"} | (
-        {} if stated.scores else {"scores": head.scores_from}
-    )
+    facts: dict[str, FactSource] = {**checkpoint.facts, "labels": "user"}
+    if stated.scores is None:
+        facts["scores"] = head.scores_from
     # It was read, after all.
     read = zero_shot.vectors is None
     notes = [note for note in checkpoint.notes if not (read and note == TEXT_LEFT_OUT)]
@@ -298,7 +298,7 @@ def _with_head(
         state={**checkpoint.state, "head.weight": head.weight, "head.bias": head.bias},
         labels=head.labels,
         scores=stated.scores or head.scores,
-        facts={**checkpoint.facts, **facts},
+        facts=facts,
         notes=(*notes, *head.notes),
         provenance={**head.files, **checkpoint.provenance},
     )
