@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.helpers.checkpoints import edit_config, opened, refusal, save_tiny
+from tests.helpers.paths import ORACLES
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, random_state, save_folder
 from vitdeploy.config import Preprocess, decode_variant, variant_names
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError
@@ -218,6 +220,22 @@ def test_hub_id_is_taken_from_the_cache(cache: Path, folder: Path, pickled: bool
     checkpoint = opened("someone/tiny-vit")
     assert checkpoint.source == "someone/tiny-vit"
     assert checkpoint.notes == ("hub revision c0ffee",)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_open_clips_files_are_taken_from_the_hub(cache: Path, pickled: bool) -> None:
+    repository = cache / "models--someone--tiny-clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    snapshot = repository / "snapshots" / "c0ffee"
+    shutil.copytree(ORACLES / "open_clip" / "clip", snapshot)
+    if pickled:
+        state = load_file(snapshot / "open_clip_model.safetensors")
+        (snapshot / "open_clip_model.safetensors").unlink()
+        torch.save(state, snapshot / "open_clip_pytorch_model.bin")
+    checkpoint = opened("someone/tiny-clip")
+    assert checkpoint.family == "open_clip"
+    assert "hub revision c0ffee" in checkpoint.notes
 
 
 def test_hub_out_of_reach_is_one_clear_error(cache: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -103,6 +104,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         sizes=[*own_sizes, *sizes],
         norm_eps=config_number(config_object(vision, "norm_kwargs"), "eps", 1e-5),
         activation=_activation(foreign, model, vision, assumed),
+        pre_norm=any(name.startswith("visual.ln_pre.") for name in state),
         pool=_POOLS[vision.get("pool_type", "tok")],
         final_norm="pooled" if vision.get("final_ln_after_pool") else "tokens",
     )
@@ -198,8 +200,10 @@ def _activation(
     assumed: dict[str, str | None],
 ) -> Activation:
     """The activation, which no tensor tells: of the configuration, the name, or as open_clip's default."""
-    named = "quickgelu" in foreign.source.casefold().replace("_", "")
-    if model.get("quick_gelu", named or "input_resolution" in foreign.state):
+    if model.get("quick_gelu", not model and "input_resolution" in foreign.state):
+        return "quick_gelu"
+    if not model and "quickgelu" in Path(foreign.source).name.casefold():
+        assumed["activation"] = "the file does not tell the activation: its name says quick_gelu"
         return "quick_gelu"
     form = config_object(vision, "act_kwargs").get("approximate", "none")
     if form not in ("none", "tanh"):
