@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tests.helpers.checkpoints import edit_config, edit_weights
 from tests.helpers.models import CONFIGS
+from tests.helpers.paths import ROOT
 from tests.helpers.text_checkpoints import (
     LABELS,
     TEMPLATES,
@@ -145,6 +147,33 @@ def test_what_text_config_leaves_out_is_what_transformers_takes(tmp_path: Path) 
     # Of elder files text_config_dict is all of it.
     edit_config(tmp_path, text_config={"eos_token_id": 0}, text_config_dict=stated)
     assert float((head(tmp_path, "clip").weight - expected).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_what_open_clip_s_text_towers_need(tmp_path: Path, name: str) -> None:
+    """The logits themselves: tests/cli/test_zero_shot.py."""
+    folder = tmp_path / name
+    shutil.copytree(ROOT / "tests/oracles/open_clip_texts" / name, folder)
+    image = ViTConfig(**{**vars(IMAGE), "projection": 12})
+
+    def made() -> Head:
+        return zero_shot_head(ZeroShot(LABELS), image, from_path(folder, "the model")[0])
+
+    assert "no tokenizer beside its weights" in refusal(made, CheckpointError)
+    described = folder / "open_clip_config.json"
+    stated = json.loads(described.read_text())
+    for change, says in (
+        ({"hf_model_name": "roberta-base"}, "hf_model_name 'roberta-base' is not supported"),
+        ({"pool_type": "first", "no_causal_mask": False}, "pools by 'first' is not supported"),
+        ({"pool_type": "argmax", "no_causal_mask": True}, "'argmax' without a causal mask"),
+        ({"tokenizer_kwargs": {"strip_sep_token": True}}, "tokenizer with {'strip_sep_token': True}"),
+        ({"width": 20}, "48x16, must be 48x20" if name == "clip" else "40x16, must be 40x20"),
+    ):
+        text = stated["model_cfg"]["text_cfg"] | change
+        described.write_text(json.dumps({**stated, "model_cfg": stated["model_cfg"] | {"text_cfg": text}}))
+        assert says in refusal(made, CheckpointError)
+    described.unlink()
+    assert "needs the open_clip_config.json" in refusal(made, CheckpointError)
 
 
 def test_a_head_takes_half_precision_weights_as_they_are(tmp_path: Path) -> None:

@@ -110,4 +110,4 @@ def _config(stated: Mapping[str, object], siglip: bool, embedding: int) -> TextC
     )
 
 
-NAMING = TextNaming(_claims, "config.json", _read)
+NAMING = TextNaming(_claims, "config.json", "model_type", _read)

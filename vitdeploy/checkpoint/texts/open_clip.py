@@ -120,4 +120,4 @@ def _cleaning(text: Mapping[str, object], source: str) -> str:
     return name
 
 
-NAMING = TextNaming(_claims, "open_clip_config.json", _read)
+NAMING = TextNaming(_claims, "open_clip_config.json", "model_cfg", _read)

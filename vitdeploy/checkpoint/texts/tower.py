@@ -47,6 +47,8 @@ class TextNaming:
     claims: Callable[[Foreign], bool]
     described_by: str
     """The file that describes it."""
+    key: str
+    """What it is known by."""
     read: Callable[[Foreign], TextReading]
 
 
@@ -57,7 +59,7 @@ def read_text_tower(naming: TextNaming, foreign: Foreign) -> tuple[TextReading, 
         CheckpointError: it is not as its description says, or there is none.
     """
     source, described_by = foreign.source, naming.described_by
-    if foreign.config is None:
+    if naming.key not in (foreign.config or {}):
         raise CheckpointError(
             f"{source}: its text tower needs the {described_by} that belongs beside the weights",
             hint="keep it in its folder",
