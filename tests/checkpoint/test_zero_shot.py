@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tests.helpers.text_checkpoints import (
     text_embeddings,
 )
 from vitdeploy.checkpoint.families.base import Foreign
+from vitdeploy.checkpoint.opening import open_model
 from vitdeploy.checkpoint.places import from_path
 from vitdeploy.checkpoint.texts.head import Head, zero_shot_head
 from vitdeploy.checkpoint.texts.prompts import ZeroShot
@@ -253,6 +255,34 @@ def test_texts_are_padded_with_the_stated_token_on_the_stated_side(tmp_path: Pat
     assert "pad_token" in refusal(lambda: lacking.padded("cat", 6), CheckpointError)
 
 
+def test_a_tokenizer_that_fails_at_a_text(tmp_path: Path) -> None:
+    described = {"version": "1.0", "model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    ours = read_tokenizer(tmp_path, "the model", "CLIPTokenizer")
+    assert ours("aa") == [0, 0]
+    assert "the tokenizer fails at 'cat'" in refusal(lambda: ours("cat"), CheckpointError)
+
+
+def test_the_files_of_a_tokenizer_are_fetched_from_the_hub(
+    folders: dict[str, tuple[Path, Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], **options: Any) -> str:
+        asked.append(set(allow_patterns))
+        return str(folders["clip"][0])
+
+    hub = types.ModuleType("huggingface_hub")
+    hub.__dict__["snapshot_download"] = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    opened = open_model("owner/name", zero_shot=ZeroShot(LABELS))
+    assert opened.labels == LABELS
+    open_model("owner/name")
+    files = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
+    assert files <= asked[0]
+    assert asked[1] == asked[0] - files
+
+
 def edit_settings(folder: Path, **changes: Any) -> None:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -379,6 +409,7 @@ def test_vectors_stand_for_labels_in_alphabetic_order(tmp_path: Path) -> None:
     assert np.abs(made.weight.numpy() - 50 * unit).max() < 1e-4  # the logarithm is of float32
     assert made.bias.tolist() == [0.0] * 3
     assert made.scores == "softmax"
+    assert len(made.notes) == 2
     assert "lengths 1 to 4.9 are normalised" in made.notes[1]
     assert made.files.keys() == {"vectors.safetensors"}
 
@@ -402,6 +433,7 @@ def test_vectors_of_any_precision_are_taken(tmp_path: Path, dtype: torch.dtype) 
     path = vectors(tmp_path, {"a": (row / row.norm()).to(dtype)}, logit_scale="0")
     made = from_vectors(path)
     assert float(made.weight.norm()) == pytest.approx(1.0, abs=1e-12)
+    assert "the softmax of a single label is 1" in made.notes[-1]
 
 
 @pytest.mark.parametrize(

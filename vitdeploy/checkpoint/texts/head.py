@@ -102,13 +102,14 @@ def zero_shot_head(said: ZeroShot, config: ModelConfig, foreign: Foreign) -> Hea
             f"logit_scale {texts.scale:g} is the logarithm of a factor, and exp({texts.scale:g}) is none",
             hint="4.6052 for a factor of 100",
         )
+    alone = "zero-shot: the softmax of a single label is 1 for every image (--scores none gives its logit)"
     return Head(
         labels=texts.labels,
         weight=math.exp(texts.scale) * texts.vectors,
         bias=torch.full((len(texts.labels),), texts.bias or 0.0, dtype=torch.float64),
         scores="softmax" if texts.bias is None else "sigmoid",
         scores_from=texts.scale_from,
-        notes=texts.notes,
+        notes=texts.notes if texts.bias is not None or len(texts.labels) > 1 else (*texts.notes, alone),
         files=texts.files,
     )
 

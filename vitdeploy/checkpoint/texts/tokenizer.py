@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitdeploy.bundle.files import sha256
 from vitdeploy.checkpoint.documents import AGAIN, read_json
-from vitdeploy.checkpoint.refusals import cut
+from vitdeploy.checkpoint.refusals import cut, shown
 from vitdeploy.errors import CheckpointError, MissingDependency
 
 if TYPE_CHECKING:
@@ -67,8 +67,16 @@ class Tokenizer:
     """File names to sha256."""
 
     def __call__(self, text: str) -> list[int]:
-        """The text with its special tokens, neither padded nor cut."""
-        tokens: list[int] = self.library.encode(self.clean(text)).ids
+        """The text with its special tokens, neither padded nor cut.
+
+        Raises:
+            CheckpointError: the tokenizer has no token for a part of it, not even an unknown one.
+        """
+        try:
+            tokens: list[int] = self.library.encode(self.clean(text)).ids
+        except Exception as error:  # the library raises plain exceptions
+            message = f"the tokenizer fails at {shown(text)}: {_reason(error)}"
+            raise CheckpointError(message, hint=f"correct it; or {INSTEAD}") from error
         return tokens
 
     def padded(self, text: str, length: int) -> list[int]:
@@ -81,7 +89,8 @@ class Tokenizer:
         missing = length - len(tokens)
         if missing > 0 and self.padding is None:
             raise CheckpointError(
-                f"{_SETTINGS} names no pad_token, and texts must be padded to {length} tokens", hint=AGAIN
+                f"{_SETTINGS} names no known pad_token, and texts must be padded to {length} tokens",
+                hint=AGAIN,
             )
         rest = [self.padding or 0] * max(0, missing)
         return rest + tokens if self.left else tokens + rest
@@ -136,10 +145,12 @@ def _load(folder: Path, whole: bool) -> Library:
         return _clip(*(str(folder / name) for name in _CLIP))
     except Exception as error:  # the library raises plain exceptions
         name = _WHOLE if whole else " and ".join(_CLIP)
-        reason = cut(" ".join(str(error).split()), 120)
-        raise CheckpointError(
-            f"{folder}: no tokenizer can be made of {name}: {reason}", hint=AGAIN
-        ) from error
+        message = f"{folder}: no tokenizer can be made of {name}: {_reason(error)}"
+        raise CheckpointError(message, hint=AGAIN) from error
+
+
+def _reason(error: Exception) -> str:
+    return cut(" ".join(str(error).split()), 120)
 
 
 def _clip(vocabulary: str, merges: str) -> Library:
