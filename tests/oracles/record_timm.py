@@ -2,10 +2,10 @@
 
     pip install timm torchvision && python tests/oracles/record_timm.py
 
-Each folder under tests/oracles/timm is what timm itself saves for the hub, with ``answer.safetensors`` in it:
-inputs at the model's own resolution and at another one, and timm's outputs for both in float64.
-tests/oracles/torchvision holds bare state dicts, as torchvision publishes them. ``architectures.json``
-and ``look_alikes.json`` list what timm builds under its own names.
+Each folder under tests/oracles/timm and timm_beit is what timm itself saves for the hub, with
+``answer.safetensors`` in it: inputs at the model's own resolution and at another one, and timm's outputs for
+both in float64. tests/oracles/torchvision holds bare state dicts, as torchvision publishes them.
+``architectures.json`` and ``look_alikes.json`` list what timm builds under its own names.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torchvision
 from safetensors.torch import save_file
 from timm.layers import GluMlp, Mlp, PatchEmbed
 from timm.models import save_for_hf
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -56,6 +57,16 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": ("vit_so400m_patch16_siglip_256", {}),
     "siglip_features": ("vit_base_patch16_siglip_224", {"num_classes": 0}),
 }
+# The same of its BEiT.
+BEIT: dict[str, tuple[str, dict[str, Any]]] = {
+    "each": ("beit_base_patch16_224", {}),
+    "not_square": ("beit_large_patch16_224", {"img_size": (12, 20)}),
+    "shared": (
+        "beit_base_patch16_384",
+        {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "use_abs_pos_emb": True},
+    ),
+    "token": ("beitv2_base_patch16_224", {"global_pool": "token", "qkv_bias": False}),
+}
 LABELS = [f"n{index:02d}" for index in range(5)]
 
 
@@ -77,12 +88,11 @@ def answer(model: nn.Module, pixels: Tensor) -> Tensor:
     return output
 
 
-def record_timm(case: str, seed: int) -> None:
-    name, changes = TIMM[case]
+def record_timm(case: str, seed: int, library: str, name: str, changes: dict[str, Any]) -> None:
     ratio = {"mlp_ratio": 4.0 if case == "swiglu" else 2.0}
     model = timm.create_model(name, **(TINY | ratio | changes))
     randomise(model, seed)
-    folder = HERE / "timm" / case
+    folder = HERE / library / case
     labels = {"label_names": LABELS} if model.num_classes else {}
     save_for_hf(model, folder, model_config=labels, safe_serialization=True)
     own, other = images(*model.patch_embed.img_size), images(*OTHER_SIZE)
@@ -138,43 +148,53 @@ def is_plain(model: nn.Module) -> bool:
     )
 
 
+def facts(model: nn.Module) -> dict[str, Any]:
+    block = model.blocks[0]
+    return {
+        "width": model.embed_dim,
+        "heads": block.attn.num_heads,
+        "activation": type(block.mlp.act).__name__,
+        "norm_eps": block.norm1.eps,
+        "global_pool": model.global_pool,
+        "image_size": list(model.patch_embed.img_size),
+        "patch_size": model.patch_embed.patch_size[0],
+    }
+
+
 def record_architectures() -> None:
-    """What timm builds with a ViT's tensor names: what shapes do not tell of the plain ones; the others."""
+    """What timm builds with a ViT's tensor names: what no shape tells of plain ones, of BEiT; the others."""
     plain: dict[str, dict[str, Any]] = {}
+    beit: dict[str, dict[str, Any]] = {}
     others: list[str] = []
     for name in timm.list_models():
         with torch.device("meta"):
             model = timm.create_model(name)
         if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= model.state_dict().keys():
             continue
-        if not is_plain(model):
+        if type(model) is Beit:
+            beit[name] = facts(model)
+        elif is_plain(model):
+            plain[name] = facts(model)
+        else:
             others.append(name)
-            continue
-        block = model.blocks[0]
-        plain[name] = {
-            "width": model.embed_dim,
-            "heads": block.attn.num_heads,
-            "activation": type(block.mlp.act).__name__,
-            "norm_eps": block.norm1.eps,
-            "global_pool": model.global_pool,
-            "image_size": list(model.patch_embed.img_size),
-            "patch_size": model.patch_embed.patch_size[0],
-        }
-    (HERE / "timm" / "architectures.json").write_text(json.dumps(plain, indent=1) + "\n")
+    for library, found in (("timm", plain), ("timm_beit", beit)):
+        (HERE / library / "architectures.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "timm" / "look_alikes.json").write_text(json.dumps(others, indent=1) + "\n")
 
 
 def main() -> None:
-    for folder in (HERE / "timm", HERE / "torchvision"):
+    for folder in (HERE / "timm", HERE / "timm_beit", HERE / "torchvision"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    for seed, case in enumerate(TIMM):
-        record_timm(case, seed)
+    for library, cases in (("timm", TIMM), ("timm_beit", BEIT)):
+        for seed, (case, (name, changes)) in enumerate(cases.items()):
+            record_timm(case, seed, library, name, changes)
     record_torchvision("vit", seed=100)
     record_torchvision("representation", seed=101, representation_size=8)
     record_architectures()
     versions = {module.__name__: module.__version__ for module in (timm, torch, torchvision)}
-    (HERE / "timm" / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
+    for library in ("timm", "timm_beit"):
+        (HERE / library / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
 
 
 if __name__ == "__main__":

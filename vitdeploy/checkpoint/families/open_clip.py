@@ -37,6 +37,9 @@ from vitdeploy.config import Activation, ModelConfig, Pool, Preprocess, Size, Vi
 from vitdeploy.errors import CheckpointError
 from vitdeploy.images.preprocess import from_timm, published
 
+PREFIX = "visual"
+"""Of the image tower's names."""
+
 _BLOCK = "visual.transformer.resblocks.{i}"
 _LAYOUT: Layout = {
     "patch_embed.weight": Source("visual.conv1.weight"),
@@ -57,6 +60,8 @@ _LAYOUT: Layout = {
 _BARE = frozenset(("conv1.weight", "class_embedding", "ln_post.weight"))
 """Names of an image tower that was saved alone."""
 _TRUNK = "visual.trunk."
+_TRUNKS = (timm.FAMILY,)
+"""What a trunk may be of."""
 _PROJECTIONS = ("visual.head.proj", f"{_TRUNK}head")
 """Where the projection behind a trunk is: a layer of open_clip's, or timm's own head."""
 
@@ -145,12 +150,13 @@ def _read_trunk(foreign: Foreign, template: ViTConfig | None) -> Reading:
     trunk = {name.removeprefix(_TRUNK): t for name, t in rest.items() if name.startswith(_TRUNK)}
     beside = {name: tensor for name, tensor in rest.items() if not name.startswith(_TRUNK)}
     inner = replace(foreign, state=trunk, config=_trunk_config(vision))
-    if not timm.FAMILY.claims(inner):
+    family = next((family for family in _TRUNKS if family.claims(inner)), None)
+    if family is None:
         name = f" {shown(vision['timm_model_name'])}" if vision.get("timm_model_name") else ""
         raise CheckpointError(
             f"{foreign.source}: its image tower is of timm{name}, and no plain ViT", hint=OTHER_MODEL
         )
-    reading = timm.FAMILY.read(inner, template)
+    reading = family.read(inner, template)
     state, layout, config = {**reading.state, **beside}, dict(reading.layout), reading.config
     if weight is not None and isinstance(config, ViTConfig):
         place = f"{projection}.weight"

@@ -7,7 +7,7 @@ Names are those of timm's state dict. Two elder spellings are understood as well
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,23 +110,43 @@ def _claims(foreign: Foreign) -> bool:
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     config = foreign.config or {}
-    arguments, pretrained = config_object(config, "model_args"), _pretrained(config)
-    architecture = str(config.get("architecture") or pretrained.get("architecture") or "").split(".")[0]
+    architecture, arguments = architecture_of(config), config_object(config, "model_args")
     _refuse_unsupported(foreign.source, architecture, arguments)
     head = sole_head(foreign.state, "head")
     state, originals = rename_tensors(foreign.state, lambda name: _modern_name(name, head))
     layout = _layout("fc_norm" if "fc_norm.weight" in state else "norm")
-    stated = _stated_fields(foreign.source, architecture, config, state)
-    heads, sizes = what_is_open(template, foreign.wanted)
+    stated = stated_fields(foreign.source, architecture, config, state)
+    heads = known_heads(architecture, arguments) or what_is_open(template, foreign.wanted)[0]
+    reading = reading_of(foreign, template, layout, state, originals, heads=heads, **stated)
+    if not architecture and "blocks.0.gamma_1" in foreign.state:
+        also = "gamma_1 is taken for DeiT III's layer scale; timm's vit_*_rope_ape_* have the same names"
+        reading = replace(reading, notes=(*reading.notes, also))
+    return reading
+
+
+def reading_of(
+    foreign: Foreign,
+    template: ViTConfig | None,
+    layout: Layout,
+    state: Mapping[str, Tensor],
+    originals: Mapping[str, str],
+    *,
+    heads: Callable[[int], int],
+    **stated: Any,
+) -> Reading:
+    """What all of timm's transformers have in common: configuration, preprocessing, labels, notes.
+
+    Args:
+        state: with the head under ``head``, whatever the file calls it.
+        heads: attention heads for a width.
+        stated: fields of ``ViTConfig`` that shapes cannot tell.
+    """
+    config = foreign.config or {}
+    arguments, pretrained = config_object(config, "model_args"), _pretrained(config)
+    architecture, head = architecture_of(config), sole_head(foreign.state, "head")
+    _, sizes = what_is_open(template, foreign.wanted)
     own_sizes = _sizes(arguments, pretrained)
-    result = infer_config(
-        layout,
-        state,
-        foreign.source,
-        heads=_heads(architecture, arguments) or heads,
-        sizes=[*own_sizes, *sizes],
-        **stated,
-    )
+    result = infer_config(layout, state, foreign.source, heads=heads, sizes=[*own_sizes, *sizes], **stated)
     if own_sizes and foreign.wanted is None:
         refuse_indivisible("timm", foreign.source, own_sizes[0], result.patch_size)
     if result.pool == "probe" and result.prefix_tokens:
@@ -142,9 +162,6 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     notes += shape_note(result, template, foreign.wanted, own_sizes)
     if not architecture:
         assumed |= {"heads": None if template else heads_note(result), "activation": None}
-        if "blocks.0.gamma_1" in foreign.state:
-            also = "gamma_1 is taken for DeiT III's layer scale; timm's vit_*_rope_ape_* have the same names"
-            notes = (*notes, also)
     if not pretrained:
         assumed["preprocess"] = "no config.json of timm: preprocessing is timm's default for ViT"
     labels = _labels(config, pretrained, result.classes)
@@ -174,15 +191,23 @@ def _projects(state: Mapping[str, Tensor]) -> bool:
     return "norm_pre.weight" in state and bias is not None and bias.ndim == 1 and not bias.any()
 
 
-def _stated_fields(
-    source: str, architecture: str, config: Mapping[str, object], state: Mapping[str, Tensor]
+def stated_fields(
+    source: str,
+    architecture: str,
+    config: Mapping[str, object],
+    state: Mapping[str, Tensor],
+    norm_eps: float = 1e-6,
 ) -> dict[str, Any]:
-    """What the configuration says, and what the presence of a tensor means in timm."""
+    """What the configuration says, and what the presence of a tensor means in timm.
+
+    Args:
+        norm_eps: where the configuration does not say it.
+    """
     arguments, late = config_object(config, "model_args"), "fc_norm.weight" in state
     fields: dict[str, Any] = {
         "final_norm": "pooled" if late else "tokens",
         # CLIP's, which have a norm before the blocks, have another number there.
-        "norm_eps": config_number(arguments, "norm_eps", 1e-5 if "norm_pre.weight" in state else 1e-6),
+        "norm_eps": config_number(arguments, "norm_eps", 1e-5 if "norm_pre.weight" in state else norm_eps),
     }
     if (activation := _activation(architecture, arguments)) is not None:
         fields["activation"] = activation
@@ -208,6 +233,11 @@ def _is_wrapped(config: Mapping[str, object]) -> bool:
     return config.get("model_type") == "timm_wrapper"
 
 
+def architecture_of(config: Mapping[str, object]) -> str:
+    """timm's name of the model, without its tag; empty where there is none."""
+    return str(config.get("architecture") or _pretrained(config).get("architecture") or "").split(".")[0]
+
+
 def _pretrained(config: Mapping[str, object]) -> Mapping[str, object]:
     """``pretrained_cfg``; elder files have its settings beside ``architecture``, as timm's loader knows."""
     nested = config_object(config, "pretrained_cfg")
@@ -216,10 +246,7 @@ def _pretrained(config: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _refuse_unsupported(source: str, architecture: str, arguments: Mapping[str, object]) -> None:
-    unsupported = []
-    if architecture and not is_plain(architecture):
-        kind = kind_of(architecture)
-        unsupported.append(f"architecture {cut(architecture)}" + (f" ({kind})" if kind else ""))
+    unsupported = [] if not architecture or is_plain(architecture) else [called(architecture)]
     if arguments.get("pool_include_prefix"):
         unsupported.append("pool_include_prefix")
     if arguments.get("norm_layer") not in _NORMS:
@@ -227,6 +254,17 @@ def _refuse_unsupported(source: str, architecture: str, arguments: Mapping[str, 
     unsupported += [
         f"{key} {shown(arguments[key])}" for key in ("attn_layer", "block_fn") if arguments.get(key)
     ]
+    refuse(source, unsupported)
+
+
+def called(architecture: str) -> str:
+    """An architecture as an error names it."""
+    kind = kind_of(architecture)
+    return f"architecture {cut(architecture)}" + (f" ({kind})" if kind else "")
+
+
+def refuse(source: str, unsupported: Sequence[str]) -> None:
+    """Raise a CheckpointError where there is anything of timm's that is not computed here."""
     if unsupported:
         raise CheckpointError(
             f"{source}: timm's {', '.join(unsupported)} is not supported",
@@ -243,7 +281,7 @@ def _modern_name(name: str, head: str | None) -> str:
     return name
 
 
-def _heads(architecture: str, arguments: Mapping[str, object]) -> Callable[[int], int] | None:
+def known_heads(architecture: str, arguments: Mapping[str, object]) -> Callable[[int], int] | None:
     """The heads that the configuration or the name settles."""
     if "num_heads" in arguments:
         heads = config_integer(arguments, "num_heads", 0)
@@ -301,6 +339,13 @@ def _labels(
     return tuple(str(words.get(str(name), name)) for name in names)
 
 
+_CLASSES = (
+    ("VisionTransformer", "Block"),
+    ("VisionTransformerDistilled", "Block"),
+    ("Beit", "Block"),
+)
+"""Classes of timm's models and of their blocks; what else there is in them, architectures' names tell."""
+
 FAMILY = Family("timm", _claims, _read, PositionRule(antialias=True, dtype=torch.float32))
 
 
@@ -340,7 +385,7 @@ def from_library(name: str, *, pretrained: bool = True, cache_dir: Path | str | 
 def _config_of(model: Any, name: str) -> dict[str, object]:
     """What timm's hub config.json would say of a live model, with what only the module knows."""
     kinds = type(model).__name__, type(model.blocks[0]).__name__ if hasattr(model, "blocks") else ""
-    if kinds not in (("VisionTransformer", "Block"), ("VisionTransformerDistilled", "Block")):
+    if kinds not in _CLASSES:
         raise CheckpointError(
             f"timm builds {name} as {' of '.join(filter(None, kinds))}, which is not supported",
             hint="--model module:function exports any nn.Module, timm.create_model(...) too",
@@ -353,6 +398,6 @@ def _config_of(model: Any, name: str) -> dict[str, object]:
         "act_layer": _ACTIVATION_CLASSES.get(activation, activation),
         "global_pool": model.global_pool,
         "img_size": list(model.patch_embed.img_size),
-        "pool_include_prefix": model.pool_include_prefix,
+        "pool_include_prefix": getattr(model, "pool_include_prefix", False),
     }
     return {"architecture": name, "model_args": arguments, "pretrained_cfg": dict(model.pretrained_cfg)}
