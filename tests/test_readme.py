@@ -39,7 +39,7 @@ RUN = (
         f"docs/{n}.md"
         for n in ("quickstart", "python", "checkpoints", "families", "cli", "precision", "gpu", "tensorrt")
     ),
-    *(f"docs/{n}.md" for n in ("benchmark", "serving", "verify")),
+    *(f"docs/{n}.md" for n in ("benchmark", "serving", "verify", "zero-shot")),
 )
 IMAGES = "vitdeploy/data/digits/images"
 

@@ -44,6 +44,8 @@ def export(
     input: Literal["float", "uint8"] = "float",
     output: Literal["logits", "features", "tokens"] | None = None,
     labels: Sequence[str] | Path | None = None,
+    zero_shot: Sequence[str] | Path | None = None,
+    templates: str | Sequence[str] = (),
     scores: Literal["softmax", "sigmoid", "none"] | None = None,
     preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
     mean: Sequence[float] | float | None = None,
@@ -83,6 +85,10 @@ def export(
         output: ``"logits"`` (N, classes), ``"features"`` (N, D) or ``"tokens"`` (N, T, D), float32; the
             logits where the model has a head when omitted.
         labels: one for each class, or a file with them; the checkpoint's own when omitted.
+        zero_shot: labels, or a file with them, of which the text tower of CLIP or SigLIP makes a head; or a
+            ``.safetensors`` file, label to vector.
+        templates: what is embedded for a label, ``"a photo of a {}"``; several are averaged. The label itself
+            when omitted.
         scores: what becomes of logits where classes are named: shares of one answer, an answer for each
             class, or the values themselves; as the checkpoint says when omitted, else a softmax, or a sigmoid
             of a single output.
@@ -116,6 +122,7 @@ def export(
 
     with exporting():
         from vitdeploy.checkpoint.stated import Stated
+        from vitdeploy.checkpoint.texts.prompts import zero_shot_of
         from vitdeploy.exporter.request import ExportRequest
         from vitdeploy.exporter.run import run_export
 
@@ -142,6 +149,7 @@ def export(
             heads=heads,
             activation=activation,
         ),
+        zero_shot=zero_shot_of(zero_shot, templates),
         revision=revision,
         cache_dir=None if cache_dir is None else pathlib.Path(cache_dir),
         atol=atol,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vitdeploy.bundle.manifest import AOT
 from vitdeploy.checkpoint.stated import Stated
+from vitdeploy.checkpoint.texts.prompts import ZeroShot
 from vitdeploy.config import BatchRange, Precision, Size
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus
@@ -95,6 +96,8 @@ class ExportRequest:
     output: str | None = None
     stated: Stated = field(default_factory=Stated)
     """What the user says of the model."""
+    zero_shot: ZeroShot | None = None
+    """The classes of a head that is made for them."""
     revision: str | None = None
     """Of a model on the hub."""
     cache_dir: Path | None = None
@@ -121,6 +124,8 @@ class ExportRequest:
                         f"unknown {what} {name!r}{did_you_mean(name, choices)}",
                         hint=f"known: {', '.join(choices)}",
                     )
+        if self.zero_shot is not None and self.stated.labels is not None:
+            raise UsageError("--zero-shot names the classes, and --labels does, too", hint="leave one out")
         if self.atol is not None and not self.atol > 0:
             raise UsageError(f"atol must be positive, not {self.atol}")
         if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
