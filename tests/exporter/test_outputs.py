@@ -132,7 +132,7 @@ def test_golden_outputs_are_the_float64_references(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch", "torch-compile"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_backend_gives_every_output(bundle: Bundle, backend: str, precision: str) -> None:
     with get_backend(backend).load(bundle, bundle.artifact(precision), Options()) as session:
@@ -192,7 +192,7 @@ def test_islands_are_searched_for_all_outputs_together(tmp_path: Path) -> None:
     made = run_export(asked, tmp_path / "out.bundle", progress=recorder)
     (artifact,) = made.manifest.artifacts
     assert artifact.precision == "mixed"
-    assert "readout.projection" in artifact.islands
-    assert not {"readout.head", "blocks.0.attn.qkv", "blocks.1.mlp.fc1"} & set(artifact.islands)
+    assert "projection" in artifact.islands
+    assert not {"head", "blocks.0.attn.qkv", "blocks.1.mlp.fc1"} & set(artifact.islands)
     assert "onnx-fp16 on emulation, batch 8, embedding" in (artifact.fallback or "")
     assert all(record.passed for record in made.manifest.parity)

@@ -179,6 +179,10 @@ class Artifact(_Record):
     size: Count = 0
     """Bytes of all its files together; filled in when the manifest is sealed."""
 
+    def output(self, name: Output) -> TensorSpec:
+        """The output of this name, which it has."""
+        return next(spec for spec in self.outputs if spec.name == name)
+
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without ``targets`` where there are none: bundles from before it keep their digest."""
@@ -256,10 +260,14 @@ class ParityRecord(_Record):
     failures: tuple[str, ...] = ()
 
     @property
+    def place(self) -> str:
+        """At which batch size, and of several outputs which, for a sentence."""
+        return f"batch {self.batch}, {self.output}" if self.output else f"batch {self.batch}"
+
+    @property
     def title(self) -> str:
         """What was compared where, for a sentence."""
-        where = f"{self.artifact} on {self.backend}, batch {self.batch}"
-        return f"{where}, {self.output}" if self.output else where
+        return f"{self.artifact} on {self.backend}, {self.place}"
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
