@@ -236,10 +236,10 @@ class Predictor:
         self.close()
 
     def _require_logits(self) -> None:
-        given = [spec.name for spec in self.session.facts.outputs]
-        if "logits" not in given:
+        manifest, given = self.bundle.manifest, [spec.name for spec in self.session.facts.outputs]
+        if not manifest.classifies or "logits" not in given:
             raise UsageError(
-                f"{self.bundle.root}: gives {', '.join(given)}, which are no classes to predict",
+                f"{self.bundle.root}: gives {manifest.gives}, which are no classes to predict",
                 hint="export with --output logits, or run its session for the raw output",
             )
 

@@ -142,7 +142,7 @@ def write_bundle(
     batch = batch or BatchRange(1, 2, 8)
     arrays = golden_arrays(kind) if golden is None else golden
     if features is not None:
-        arrays["reference.features"] = answer(arrays["pixel_values"], kind, FEATURES)
+        arrays.setdefault("reference.features", answer(arrays["pixel_values"], kind, FEATURES))
         manifest = {"outputs": ("logits", "features"), **manifest}
     draft = Manifest(
         **{
