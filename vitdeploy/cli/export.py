@@ -91,8 +91,8 @@ Output = Annotated[
     typer.Option(
         "--output",
         metavar="O,...",
-        help="What the artifacts return, each proven: logits, features, embedding, tokens, codes; layers:3,7, "
-        "the tokens behind blocks 3 and 7.  [default: logits where there is a head]",
+        help="What the artifacts return: logits, features, embedding, tokens, codes; layers:3,7, the tokens "
+        "behind blocks 3 and 7.  [default: logits where there is a head]",
     ),
 ]
 ScoresKind = Annotated[
