@@ -2,10 +2,10 @@
 
     pip install timm torchvision && python tests/oracles/record_timm.py
 
-Each folder under tests/oracles/timm is what timm itself saves for the hub, with ``answer.safetensors`` in it:
-inputs at the model's own resolution and at another one, and timm's outputs for both in float64.
-tests/oracles/torchvision holds bare state dicts, as torchvision publishes them. ``architectures.json``
-and ``look_alikes.json`` list what timm builds under its own names.
+Each folder under tests/oracles/timm, timm_beit and timm_eva is what timm itself saves for the hub, with
+``answer.safetensors`` in it: inputs at the model's own resolution and at another one, and timm's outputs for
+both in float64. tests/oracles/torchvision holds bare state dicts, as torchvision publishes them.
+``architectures.json`` and ``look_alikes.json`` list what timm builds under its own names.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from timm.layers import GluMlp, Mlp, PatchEmbed
+from timm.layers import GluMlp, Mlp, PatchEmbed, RotaryEmbeddingCat, RotaryEmbeddingDinoV3, SwiGLU
 from timm.models import save_for_hf
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -52,6 +54,19 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("vit_small_patch14_dinov2", {"num_classes": 0}),
     "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {"num_classes": 0}),
     "swiglu": ("vit_giant_patch14_dinov2", {}),
+    "clip": ("vit_base_patch32_clip_quickgelu_224", {}),
+    "siglip": ("vit_so400m_patch16_siglip_256", {}),
+    "siglip_features": ("vit_base_patch16_siglip_224", {"num_classes": 0}),
+}
+# The same of its BEiT.
+BEIT: dict[str, tuple[str, dict[str, Any]]] = {
+    "each": ("beit_base_patch16_224", {}),
+    "not_square": ("beit_large_patch16_224", {"img_size": (12, 20)}),
+    "shared": (
+        "beit_base_patch16_384",
+        {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "use_abs_pos_emb": True},
+    ),
+    "token": ("beitv2_base_patch16_224", {"global_pool": "token", "qkv_bias": False}),
 }
 LABELS = [f"n{index:02d}" for index in range(5)]
 
@@ -74,12 +89,11 @@ def answer(model: nn.Module, pixels: Tensor) -> Tensor:
     return output
 
 
-def record_timm(case: str, seed: int) -> None:
-    name, changes = TIMM[case]
+def record_timm(case: str, seed: int, library: str, name: str, changes: dict[str, Any]) -> None:
     ratio = {"mlp_ratio": 4.0 if case == "swiglu" else 2.0}
     model = timm.create_model(name, **(TINY | ratio | changes))
     randomise(model, seed)
-    folder = HERE / "timm" / case
+    folder = HERE / library / case
     labels = {"label_names": LABELS} if model.num_classes else {}
     save_for_hf(model, folder, model_config=labels, safe_serialization=True)
     own, other = images(*model.patch_embed.img_size), images(*OTHER_SIZE)
@@ -115,6 +129,7 @@ def record_torchvision(case: str, seed: int, **changes: Any) -> None:
 # Names of a plain ViT's tensors, with i for the number of the block.
 TENSORS = re.compile(
     r"(cls_token|dist_token|reg_token|pos_embed|patch_embed\.proj\.\w+|(fc_)?norm\.\w+|head(_dist)?\.\w+"
+    r"|norm_pre\.\w+|attn_pool\.(latent|(q|kv|proj|norm|mlp\.fc[12])\.\w+)"
     r"|blocks\.\d+\.(norm[12]\.\w+|attn\.(qkv|proj)\.\w+|ls[12]\.gamma|mlp\.fc[12]\.\w+))"
 )
 
@@ -128,48 +143,97 @@ def is_plain(model: nn.Module) -> bool:
         and isinstance(block.norm1, nn.LayerNorm)
         and isinstance(block.mlp, Mlp | GluMlp)
         and not model.pool_include_prefix
+        and not (model.attn_pool is not None and model.num_prefix_tokens)
         and all(TENSORS.fullmatch(name) for name in names)
         and not {"norm.bias", "fc_norm.bias"}.isdisjoint(names)
     )
 
 
+def facts(model: nn.Module) -> dict[str, Any]:
+    block = model.blocks[0]
+    return {
+        "width": model.embed_dim,
+        "heads": block.attn.num_heads,
+        "activation": type(block.mlp.act).__name__,
+        "norm_eps": block.norm1.eps,
+        "global_pool": model.global_pool,
+        "image_size": list(model.patch_embed.img_size),
+        "patch_size": model.patch_embed.patch_size[0],
+    }
+
+
+def is_rotary(model: nn.Module) -> bool:
+    """Of timm's class Eva, those that turn queries and keys, and do nothing else that is new."""
+    if type(model) is not Eva or type(model.rope) not in (RotaryEmbeddingCat, RotaryEmbeddingDinoV3):
+        return False
+    return (
+        all((type(block), type(block.attn)) == (EvaBlock, EvaAttention) for block in model.blocks)
+        and all(type(block.mlp) in (Mlp, GluMlp, SwiGLU) for block in model.blocks)
+        and all(type(block.norm1) is type(model.blocks[0].norm1) for block in model.blocks)
+        and isinstance(model.blocks[0].norm1, nn.LayerNorm)
+        and isinstance(model.norm_pre, nn.Identity)
+        and model.attn_pool is None
+        and (model.rope.grid_offset, model.rope.grid_indexing) == (0, "ij")
+        and not any(".attn.q_norm." in name or ".attn.norm." in name for name in model.state_dict())
+        and not any(".attn.gate." in name for name in model.state_dict())
+    )
+
+
+def rotary_facts(model: nn.Module) -> dict[str, Any]:
+    rope, block = model.rope, model.blocks[0]
+    return {
+        "width": model.embed_dim,
+        "heads": block.attn.num_heads,
+        "norm_eps": block.norm1.eps,
+        "rope": type(rope).__name__,
+        "temperature": rope.temperature,
+        "grid": getattr(rope, "ref_feat_shape", None),
+        "halves": rope.rotate_half,
+        "gated": not isinstance(block.mlp, Mlp),
+        "table": model.pos_embed is not None,
+        "activation": type(block.mlp.act).__name__,
+    }
+
+
 def record_architectures() -> None:
-    """What timm builds with a ViT's tensor names: what shapes do not tell of the plain ones; the others."""
+    """What timm builds with a ViT's tensor names: what shapes do not tell of those read; the others."""
     plain: dict[str, dict[str, Any]] = {}
+    beit: dict[str, dict[str, Any]] = {}
+    rotary: dict[str, dict[str, Any]] = {}
     others: list[str] = []
     for name in timm.list_models():
         with torch.device("meta"):
             model = timm.create_model(name)
-        if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= model.state_dict().keys():
+        names = model.state_dict().keys()
+        queries = ("blocks.0.attn.qkv.weight", "blocks.0.attn.q_proj.weight")
+        if "patch_embed.proj.weight" not in names or names.isdisjoint(queries):
             continue
-        if not is_plain(model):
+        if is_rotary(model):
+            rotary[name] = rotary_facts(model)
+        elif type(model) is Beit:
+            beit[name] = facts(model)
+        elif is_plain(model):
+            plain[name] = facts(model)
+        else:
             others.append(name)
-            continue
-        block = model.blocks[0]
-        plain[name] = {
-            "width": model.embed_dim,
-            "heads": block.attn.num_heads,
-            "activation": type(block.mlp.act).__name__,
-            "norm_eps": block.norm1.eps,
-            "global_pool": model.global_pool,
-            "image_size": list(model.patch_embed.img_size),
-            "patch_size": model.patch_embed.patch_size[0],
-        }
-    (HERE / "timm" / "architectures.json").write_text(json.dumps(plain, indent=1) + "\n")
+    for library, found in (("timm", plain), ("timm_beit", beit), ("timm_eva", rotary)):
+        (HERE / library / "architectures.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "timm" / "look_alikes.json").write_text(json.dumps(others, indent=1) + "\n")
 
 
 def main() -> None:
-    for folder in (HERE / "timm", HERE / "torchvision"):
+    for folder in (HERE / "timm", HERE / "timm_beit", HERE / "torchvision"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    for seed, case in enumerate(TIMM):
-        record_timm(case, seed)
+    for library, cases in (("timm", TIMM), ("timm_beit", BEIT)):
+        for seed, (case, (name, changes)) in enumerate(cases.items()):
+            record_timm(case, seed, library, name, changes)
     record_torchvision("vit", seed=100)
     record_torchvision("representation", seed=101, representation_size=8)
     record_architectures()
     versions = {module.__name__: module.__version__ for module in (timm, torch, torchvision)}
-    (HERE / "timm" / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
+    for library in ("timm", "timm_beit"):
+        (HERE / library / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
 
 
 if __name__ == "__main__":

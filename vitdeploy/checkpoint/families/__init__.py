@@ -8,7 +8,24 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from vitdeploy.checkpoint.families import deit, dinov2, google, reference, timm, torchvision, vit
+from vitdeploy.checkpoint.families import (
+    beit,
+    blip,
+    clip,
+    deit,
+    dinov2,
+    dinov3,
+    google,
+    image_text,
+    open_clip,
+    reference,
+    siglip,
+    timm,
+    timm_beit,
+    timm_eva,
+    torchvision,
+    vit,
+)
 from vitdeploy.checkpoint.families.base import Family, Foreign
 from vitdeploy.checkpoint.families.timm_names import kind_of
 from vitdeploy.checkpoint.files import is_average
@@ -17,10 +34,21 @@ from vitdeploy.errors import CheckpointError, did_you_mean
 
 FAMILIES: tuple[Family, ...] = (
     reference.FAMILY,
+    dinov3.FAMILY,
     dinov2.WITH_REGISTERS,
     dinov2.PLAIN,
     deit.FAMILY,
+    beit.FAMILY,
     vit.FAMILY,
+    vit.MSN,
+    vit.MAE,
+    blip.FAMILY,
+    clip.FAMILY,
+    siglip.FAMILY,
+    open_clip.TOWER,
+    open_clip.TRUNK,
+    timm_beit.FAMILY,
+    timm_eva.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
     google.FAMILY,
@@ -30,13 +58,20 @@ FAMILIES: tuple[Family, ...] = (
 _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 
-_OWN = tuple(f.name for f in (vit.FAMILY, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS))
+_OWN = (
+    *(f.name for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS)),
+    *(f.name for f in (beit.FAMILY, blip.FAMILY)),
+    "blip_vision_model",
+)
 """Families of transformers, whose names begin so where a base model is below a head."""
+_PREFIXES = (*_OWN, image_text.PREFIX, open_clip.PREFIX)
+"""What belongs to a family's names, even where all of them begin so."""
+_TYPES = (*_OWN, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
+"""Model types of transformers that are read."""
 _OTHERS = frozenset(
     (
-        *("beit", "clip", "clip_vision_model", "convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera"),
-        *("ijepa", "levit", "mobilevit", "pvt", "siglip", "siglip_vision_model", "siglip2", "swin", "swinv2"),
-        *("vit_hybrid", "vit_mae", "vit_msn", "yolos"),
+        *("convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit", "mobilevit", "pvt", "swin"),
+        *("swinv2", "vit_hybrid", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""
@@ -76,17 +111,17 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
             f"{foreign.source}: timm's architecture {cut(architecture)}{what} is not supported", hint=_HINT
         )
     if model_type is not None:
-        supported = [reference.MODEL_TYPE, *_OWN, "timm_wrapper"]
+        supported = [reference.MODEL_TYPE, *_TYPES, dinov3.MODEL_TYPE, "timm_wrapper"]
         other = str(model_type).casefold() in _OTHERS
         guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(
             f"{foreign.source}: model_type {shown(model_type)} in config.json is not supported{guess}",
-            hint=f"supported: {', '.join(sorted(supported))}; {_HINT}",
+            hint=f"vitdeploy list shows what is read; {_HINT}",
         )
     first = some([cut(name, 40) for name in sorted(foreign.state)], 3)
     raise CheckpointError(
         f"{foreign.source}: no known family names its tensors like this: {first}{looks_like(foreign.state)}",
-        hint=f"known: {', '.join(family.name for family in FAMILIES)}; {_HINT}",
+        hint=f"vitdeploy list shows what is read; {_HINT}",
     )
 
 
@@ -104,7 +139,8 @@ def _below(foreign: Foreign) -> tuple[str, Foreign]:
     prefix = ""
     while foreign.state:
         first = next(iter(foreign.state)).partition(".")[0] + "."
-        if first[:-1] in _OWN or not all(name.startswith(first) and name != first for name in foreign.state):
+        below = all(name.startswith(first) and name != first for name in foreign.state)
+        if first[:-1] in _PREFIXES or not below:
             break
         prefix, foreign = prefix + first, _under(foreign, first)
     return prefix, foreign

@@ -34,6 +34,8 @@ class Foreign:
     """``preprocessor_config.json``, where there is one."""
     wanted: Size | None = None
     """The image size that the user asks for: it settles the shape of a position table that no file states."""
+    heads: int | None = None
+    """The heads that the user states."""
 
 
 _MOST = 400
@@ -113,16 +115,21 @@ def flat(dimensions: int) -> Pick:
     return pick
 
 
-def third(index: int) -> Pick:
-    """One of query, key, value out of a merged (3D, ...) tensor."""
+def part(index: int, of: int) -> Pick:
+    """One of several that a tensor has one above the other, as key and value in (2D, ...)."""
 
     def pick(tensor: Tensor) -> Tensor:
-        if not tensor.ndim or tensor.shape[0] % 3:
+        if not tensor.ndim or tensor.shape[0] % of:
             return tensor
-        rows = tensor.shape[0] // 3
+        rows = tensor.shape[0] // of
         return tensor[index * rows : (index + 1) * rows]
 
     return pick
+
+
+def third(index: int) -> Pick:
+    """One of query, key, value out of a merged (3D, ...) tensor."""
+    return part(index, of=3)
 
 
 def linear(ours: str, theirs: str) -> dict[str, Source]:
@@ -138,6 +145,24 @@ def rename_tensors(
     return {name: state[original] for name, original in originals.items()}, originals
 
 
+def join_halves(state: Mapping[str, Tensor], halves: tuple[str, str], joined: str) -> dict[str, Tensor]:
+    """Put two layers together: SwiGLU's gate and what it gates are one ``fc1`` here, the gate first.
+
+    Args:
+        halves: parts of names, the gate's first.
+        joined: what stands there instead.
+    """
+    first, second = halves
+    result = dict(state)
+    for name in (name for name in state if first in name):
+        other = name.replace(first, second)
+        gate, up = state[name], state.get(other)
+        if up is not None and gate.shape == up.shape != ():
+            del result[name], result[other]
+            result[name.replace(first, joined)] = torch.cat([gate, up])
+    return result
+
+
 def sole_head(state: Mapping[str, Tensor], root: str) -> str | None:
     """The one linear layer under ``root``, as people replace it: ``heads``, ``heads.0``, ``heads.head.1``."""
     layers = {name.rpartition(".")[0] for name in state if name.startswith(f"{root}.")}
@@ -145,9 +170,9 @@ def sole_head(state: Mapping[str, Tensor], root: str) -> str | None:
     return layers.pop() if weight is not None and weight.ndim == 2 else None
 
 
-def merged_qkv(weight: str, bias: str) -> dict[str, Source]:
+def merged_qkv(weight: str, bias: str, ours: str = "blocks.{i}.attn") -> dict[str, Source]:
     """Query, key and value of a block, stored as one (3D, D) layer."""
-    parts = {f"blocks.{{i}}.attn.{name}": third(index) for index, name in enumerate("qkv")}
+    parts = {f"{ours}.{name}": third(index) for index, name in enumerate("qkv")}
     weights = {f"{ours}.weight": Source(weight, pick) for ours, pick in parts.items()}
     return weights | {f"{ours}.bias": Source(bias, pick) for ours, pick in parts.items()}
 
@@ -184,6 +209,22 @@ def config_object(config: Mapping[str, object] | None, key: str) -> Mapping[str,
     if not isinstance(value, Mapping):
         raise CheckpointError(f"config.json: {key} must be an object, not {shown(value)}", hint=CORRECT)
     return value
+
+
+def refuse_indivisible(who: str, source: str, size: Size, patch: int) -> None:
+    """Refuse a model that sees the upper left part of its images only: ours see all that they are given.
+
+    Raises:
+        CheckpointError: the patch does not divide the size.
+    """
+    rows, columns = (side - side % patch for side in size)
+    if (rows, columns) != size:
+        height, width = size
+        raise CheckpointError(
+            f"{source}: {who} feeds {height}x{width} pixels, of which patches of {patch} use "
+            f"{rows}x{columns}",
+            hint=f"--image-size {rows}x{columns} resizes images to what is used; the scores change a little",
+        )
 
 
 # --- reading the tensors ---------------------------------------------------------------------------------
@@ -318,7 +359,7 @@ def _refuse_misfit(
     lines = [f"{some(_grouped(names), 2)} {problem}" for problem, names in details.items()]
     similar = (difflib.get_close_matches(name, extra, n=1, cutoff=0.8) for name in lack)
     close = next((f"; did you mean {match[0]!r}?" for match in similar if match), "")
-    guess = looks_like([*missing, *unexpected]) or close
+    guess = looks_like(unexpected) or close
     counts = (
         (len(missing), "missing", lack),
         (len(unexpected), "unexpected", extra),

@@ -1,4 +1,4 @@
-"""What transformers' ViT, DeiT and DINOv2 have in common: config.json, labels, names."""
+"""What the families of transformers have in common: config.json, labels, names."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vitdeploy.checkpoint.families.base import (
     Source,
     config_integer,
     config_number,
+    find_tensor,
     flat,
     height_and_width,
     linear,
@@ -27,7 +28,7 @@ from vitdeploy.config import Activation, Preprocess, Scores, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, did_you_mean
 from vitdeploy.images.preprocess import at_size, from_huggingface, published
 
-_ACTIVATIONS: Mapping[str, Activation] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_fast": "gelu_tanh",
@@ -39,6 +40,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
+"""By ``hidden_act``."""
 
 _SCORES: Mapping[str, Scores | None] = {
     "single_label_classification": None,  # as usual
@@ -65,10 +67,11 @@ VIT_BLOCK: Layout = {
     **linear("blocks.{i}.mlp.fc1", "encoder.layer.{i}.intermediate.dense"),
     **linear("blocks.{i}.mlp.fc2", "encoder.layer.{i}.output.dense"),
 }
-"""A block of ViT and of DeiT."""
+"""A block of ViT, of its kin and of DeiT."""
 
 IGNORED = {
     r"embeddings\.mask_token": None,
+    r".*\.relative_position_index": None,
     r"pooler\.dense\.(weight|bias)": "the pooler of the checkpoint is left out; features are the CLS token",
     r"decoder\..*": "the image decoder of the checkpoint (masked image modelling) is left out",
 }
@@ -81,6 +84,11 @@ _IN_MEMORY = (
     (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
     (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
     (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
+    (
+        re.compile(r"^(encoder\.layer\.\d+)\.relative_position_bias\."),
+        r"\1.attention.attention.relative_position_bias.",
+    ),
+    (re.compile(r"^shared_position_bias\."), "encoder.relative_position_bias."),
 )
 _VIT_MLP = (
     (re.compile(r"\.mlp\.fc1\."), ".intermediate.dense."),
@@ -152,11 +160,11 @@ def config_of(
         width=config_integer(config, "hidden_size", 768),
         depth=config_integer(config, "num_hidden_layers", 12),
         heads=_heads(config),
-        qkv_bias=bool(config.get("qkv_bias", True)),
         **{
+            "qkv_bias": bool(config.get("qkv_bias", True)),
             "mlp_width": config_integer(config, "intermediate_size", 3072),
             "activation": _activation(config),
-            "classes": _classes(config, state.get(layout["head.weight"].name)),
+            "classes": _classes(config, find_tensor(layout, state, "head.weight")),
             **fields,
             "norm_eps": config_number(config, "layer_norm_eps", fields["norm_eps"]),
         },
@@ -185,13 +193,13 @@ def _classes(config: Mapping[str, object], head: Tensor | None) -> int:
 
 def _activation(config: Mapping[str, object]) -> Activation:
     name = config.get("hidden_act", "gelu")
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        guess = did_you_mean(str(name), _ACTIVATIONS)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        guess = did_you_mean(str(name), ACTIVATIONS)
         raise CheckpointError(
             f"config.json: hidden_act {shown(name)} is not supported{guess}",
-            hint=f"supported: {', '.join(_ACTIVATIONS)}",
+            hint=f"supported: {', '.join(ACTIVATIONS)}",
         )
-    return _ACTIVATIONS[name]
+    return ACTIVATIONS[name]
 
 
 def labels_of(config: Mapping[str, object] | None, classes: int) -> tuple[str, ...] | None:
@@ -243,18 +251,23 @@ def reading(
     originals: Mapping[str, str],
     headless: Sequence[str],
     follows_processor: bool = False,
+    prefix: str | None = None,
+    ignored: Mapping[str, str | None] = IGNORED,
 ) -> Reading:
     """Put a reading together.
 
     Args:
         headless: prefixes of names that a model with a head does not put under its base model.
+        prefix: of the names under the base model; ``model_type`` where None.
+        ignored: as a ``Reading`` has it.
         follows_processor: the family interpolates by itself; the resolution is what its processor feeds.
     """
     if foreign.processor is None:
         base = published(model_type)
     else:
         base = from_huggingface(foreign.processor, model_type, config.channels)
-    prefix = model_type if any(name.startswith(f"{model_type}.") for name in foreign.state) else ""
+    prefix = prefix or model_type
+    prefix = prefix if any(name.startswith(f"{prefix}.") for name in foreign.state) else ""
     notes = []
     assumed: dict[str, str | None] = {} if foreign.config is not None else {"heads": None, "activation": None}
     head = originals.get("classifier.weight", "classifier.weight").removesuffix(".weight")
@@ -263,7 +276,7 @@ def reading(
     if foreign.processor is None:
         note = f"no preprocessor_config.json: preprocessing is that of published {model_type} models"
         assumed["preprocess"] = note
-    elif base.size != config.image_size:
+    elif foreign.wanted is None and base.size != config.image_size:
         feeds, states = ("x".join(map(str, size)) for size in (base.size, config.image_size))
         notes.append(f"preprocessor_config.json feeds {feeds} pixels, config.json says {states}")
 
@@ -278,7 +291,7 @@ def reading(
         layout=layout,
         state=state,
         preprocess=preprocess,
-        ignored=IGNORED,
+        ignored=ignored,
         labels=labels_of(foreign.config, config.classes),
         scores=scores_of(foreign.config),
         notes=tuple(notes),

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: ``vit_*``, ``deit_*`` (distilled too), ``deit3_*``, DINOv2 and its registers.
+"""timm's VisionTransformer: ``vit_*``, ``deit_*`` (distilled too), ``deit3_*``, DINOv2, CLIP's and SigLIP's.
 
 Names are those of timm's state dict. Two elder spellings are understood as well: the released files of DINOv2
 (``register_tokens``, ``w12``/``w3``) and of DeiT III (``gamma_1``).
@@ -7,7 +7,7 @@ Names are those of timm's state dict. Two elder spellings are understood as well
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from vitdeploy.checkpoint.families.base import (
     height_and_width,
     linear,
     merged_qkv,
+    part,
+    refuse_indivisible,
     rename_tensors,
     sole_head,
 )
@@ -36,7 +38,7 @@ from vitdeploy.checkpoint.families.infer import heads_note, infer_config, shape_
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.checkpoint.families.timm_names import activation_of, heads_of, is_plain, kind_of, width_of
 from vitdeploy.checkpoint.refusals import CORRECT, OTHER_MODEL, cut, shown
-from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
+from vitdeploy.config import Activation, Pool, Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
 from vitdeploy.images.preprocess import from_timm
 
@@ -45,6 +47,7 @@ def _layout(norm: str) -> Layout:
     """``norm`` is where the final LayerNorm lies: before pooling, or after it (``fc_norm``)."""
     return {
         **linear("patch_embed", "patch_embed.proj"),
+        **linear("pre_norm", "norm_pre"),
         "cls_token": Source("cls_token", flat(1)),
         "dist_token": Source("dist_token", flat(1)),
         "registers": Source("reg_token", flat(2)),
@@ -58,6 +61,17 @@ def _layout(norm: str) -> Layout:
         **linear("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
         "blocks.{i}.scale2": Source("blocks.{i}.ls2.gamma"),
         **linear("norm", norm),
+        "probe_pool.probe": Source("attn_pool.latent", flat(1)),
+        **linear("probe_pool.q", "attn_pool.q"),
+        **{
+            f"probe_pool.{name}.{leaf}": Source(f"attn_pool.kv.{leaf}", part(index, of=2))
+            for index, name in enumerate("kv")
+            for leaf in ("weight", "bias")
+        },
+        **linear("probe_pool.proj", "attn_pool.proj"),
+        **linear("probe_pool.norm", "attn_pool.norm"),
+        **linear("probe_pool.mlp.fc1", "attn_pool.mlp.fc1"),
+        **linear("probe_pool.mlp.fc2", "attn_pool.mlp.fc2"),
         **linear("representation", "pre_logits.fc"),
         **linear("head", "head"),
         **linear("head_dist", "head_dist"),
@@ -87,6 +101,7 @@ _ACTIVATION_CLASSES = {
     "SiLU": "silu",
 }
 _NORMS = (None, "layernorm")
+_POOLS: Mapping[str, Pool] = {"avg": "mean", "token": "cls", "map": "probe"}
 
 
 def _claims(foreign: Foreign) -> bool:
@@ -95,25 +110,51 @@ def _claims(foreign: Foreign) -> bool:
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     config = foreign.config or {}
-    arguments, pretrained = config_object(config, "model_args"), _pretrained(config)
-    architecture = str(config.get("architecture") or pretrained.get("architecture") or "").split(".")[0]
+    architecture, arguments = architecture_of(config), config_object(config, "model_args")
     _refuse_unsupported(foreign.source, architecture, arguments)
     head = sole_head(foreign.state, "head")
     state, originals = rename_tensors(foreign.state, lambda name: _modern_name(name, head))
     layout = _layout("fc_norm" if "fc_norm.weight" in state else "norm")
-    stated = _stated_fields(foreign.source, architecture, config, state)
-    heads, sizes = what_is_open(template, foreign.wanted)
+    stated = stated_fields(foreign.source, architecture, config, state)
+    heads = known_heads(architecture, arguments) or what_is_open(template, foreign.wanted)[0]
+    reading = reading_of(foreign, template, layout, state, originals, heads=heads, **stated)
+    if not architecture and "blocks.0.gamma_1" in foreign.state:
+        also = "gamma_1 is taken for DeiT III's layer scale; timm's vit_*_rope_ape_* have the same names"
+        reading = replace(reading, notes=(*reading.notes, also))
+    return reading
+
+
+def reading_of(
+    foreign: Foreign,
+    template: ViTConfig | None,
+    layout: Layout,
+    state: Mapping[str, Tensor],
+    originals: Mapping[str, str],
+    *,
+    heads: Callable[[int], int],
+    **stated: Any,
+) -> Reading:
+    """What all of timm's transformers have in common: configuration, preprocessing, labels, notes.
+
+    Args:
+        state: with the head under ``head``, whatever the file calls it.
+        heads: attention heads for a width.
+        stated: fields of ``ViTConfig`` that shapes cannot tell.
+    """
+    config = foreign.config or {}
+    arguments, pretrained = config_object(config, "model_args"), _pretrained(config)
+    architecture, head = architecture_of(config), sole_head(foreign.state, "head")
+    _, sizes = what_is_open(template, foreign.wanted)
     own_sizes = _sizes(arguments, pretrained)
-    result = infer_config(
-        layout,
-        state,
-        foreign.source,
-        heads=_heads(architecture, arguments) or heads,
-        sizes=[*own_sizes, *sizes],
-        **stated,
-    )
+    result = infer_config(layout, state, foreign.source, heads=heads, sizes=[*own_sizes, *sizes], **stated)
     if own_sizes and foreign.wanted is None:
-        _refuse_indivisible(foreign.source, own_sizes[0], result.patch_size)
+        refuse_indivisible("timm", foreign.source, own_sizes[0], result.patch_size)
+    if result.pool == "probe" and result.prefix_tokens:
+        raise CheckpointError(
+            f"{foreign.source}: timm's attention pooling of the patches alone, beside "
+            f"{result.prefix_tokens} other tokens, is not supported",
+            hint=OTHER_MODEL,
+        )
     notes: tuple[str, ...] = () if head in (None, "head") else (f"the head is the linear layer {head!r}",)
     assumed: dict[str, str | None] = {}
     if "num_heads" not in arguments and width_of(architecture) not in (None, result.width):
@@ -121,43 +162,62 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     notes += shape_note(result, template, foreign.wanted, own_sizes)
     if not architecture:
         assumed |= {"heads": None if template else heads_note(result), "activation": None}
-        if "blocks.0.gamma_1" in foreign.state:
-            also = "gamma_1 is taken for DeiT III's layer scale; timm's vit_*_rope_ape_* have the same names"
-            notes = (*notes, also)
     if not pretrained:
         assumed["preprocess"] = "no config.json of timm: preprocessing is timm's default for ViT"
+    labels = _labels(config, pretrained, result.classes)
+    ignored: dict[str, str | None] = {"mask_token": None}
+    if labels is None and _projects(state):
+        result = replace(result, projection=result.classes, classes=0)
+        layout = {**layout, "projection.weight": layout["head.weight"]}
+        ignored["head.bias"] = None
+        notes = (*notes, "the head is CLIP's projection, as its bias of zeros tells: there are no logits")
     return Reading(
         config=result,
         layout=layout,
         state=state,
         preprocess=lambda size: _preprocess(config, pretrained, result.channels, size or result.image_size),
-        ignored={"mask_token": None},
+        ignored=ignored,
         originals=originals,
-        labels=_labels(config, pretrained, result.classes),
+        labels=labels,
         scores=scores_of(config) if _is_wrapped(config) else None,
         notes=notes,
         assumed=assumed,
     )
 
 
-def _stated_fields(
-    source: str, architecture: str, config: Mapping[str, object], state: Mapping[str, Tensor]
+def _projects(state: Mapping[str, Tensor]) -> bool:
+    """Whether the head is the projection of a published CLIP, which timm gives a bias of zeros."""
+    bias = state.get("head.bias")
+    return "norm_pre.weight" in state and bias is not None and bias.ndim == 1 and not bias.any()
+
+
+def stated_fields(
+    source: str,
+    architecture: str,
+    config: Mapping[str, object],
+    state: Mapping[str, Tensor],
+    norm_eps: float = 1e-6,
 ) -> dict[str, Any]:
-    """What the configuration says, and what the presence of a tensor means in timm."""
+    """What the configuration says, and what the presence of a tensor means in timm.
+
+    Args:
+        norm_eps: where the configuration does not say it.
+    """
     arguments, late = config_object(config, "model_args"), "fc_norm.weight" in state
     fields: dict[str, Any] = {
         "final_norm": "pooled" if late else "tokens",
-        "norm_eps": config_number(arguments, "norm_eps", 1e-6),
+        # CLIP's, which have a norm before the blocks, have another number there.
+        "norm_eps": config_number(arguments, "norm_eps", 1e-5 if "norm_pre.weight" in state else norm_eps),
     }
     if (activation := _activation(architecture, arguments)) is not None:
         fields["activation"] = activation
     pool = arguments.get("global_pool") or config.get("global_pool") or ("avg" if late else None)
-    if pool not in (None, "avg", "token"):
+    if pool is not None and pool not in _POOLS:
         raise CheckpointError(f"{source}: pooling by {shown(pool)} is not supported", hint=OTHER_MODEL)
     if "dist_token" in state:
         fields["pool"] = "both_heads"
     elif pool is not None:
-        fields["pool"] = "mean" if pool == "avg" else "cls"
+        fields["pool"] = _POOLS[str(pool)]
     if arguments.get("pos_embed") in ("", "none"):
         fields["position"] = "none"
     # transformers keeps the number of classes of a model that it saves without its head.
@@ -173,6 +233,11 @@ def _is_wrapped(config: Mapping[str, object]) -> bool:
     return config.get("model_type") == "timm_wrapper"
 
 
+def architecture_of(config: Mapping[str, object]) -> str:
+    """timm's name of the model, without its tag; empty where there is none."""
+    return str(config.get("architecture") or _pretrained(config).get("architecture") or "").split(".")[0]
+
+
 def _pretrained(config: Mapping[str, object]) -> Mapping[str, object]:
     """``pretrained_cfg``; elder files have its settings beside ``architecture``, as timm's loader knows."""
     nested = config_object(config, "pretrained_cfg")
@@ -181,10 +246,7 @@ def _pretrained(config: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _refuse_unsupported(source: str, architecture: str, arguments: Mapping[str, object]) -> None:
-    unsupported = []
-    if architecture and not is_plain(architecture):
-        kind = kind_of(architecture)
-        unsupported.append(f"architecture {cut(architecture)}" + (f" ({kind})" if kind else ""))
+    unsupported = [] if not architecture or is_plain(architecture) else [called(architecture)]
     if arguments.get("pool_include_prefix"):
         unsupported.append("pool_include_prefix")
     if arguments.get("norm_layer") not in _NORMS:
@@ -192,21 +254,21 @@ def _refuse_unsupported(source: str, architecture: str, arguments: Mapping[str, 
     unsupported += [
         f"{key} {shown(arguments[key])}" for key in ("attn_layer", "block_fn") if arguments.get(key)
     ]
+    refuse(source, unsupported)
+
+
+def called(architecture: str) -> str:
+    """An architecture as an error names it."""
+    kind = kind_of(architecture)
+    return f"architecture {cut(architecture)}" + (f" ({kind})" if kind else "")
+
+
+def refuse(source: str, unsupported: Sequence[str]) -> None:
+    """Raise a CheckpointError where there is anything of timm's that is not computed here."""
     if unsupported:
         raise CheckpointError(
             f"{source}: timm's {', '.join(unsupported)} is not supported",
             hint="--model module:function exports any nn.Module, timm.create_model(...) too",
-        )
-
-
-def _refuse_indivisible(source: str, size: Size, patch: int) -> None:
-    """Refuse a model that sees the upper left part of its images only: ours see all that they are given."""
-    used = [side - side % patch for side in size]
-    if used != list(size):
-        (height, width), (rows, columns) = size, used
-        raise CheckpointError(
-            f"{source}: timm feeds {height}x{width} pixels, of which patches of {patch} use {rows}x{columns}",
-            hint=f"--image-size {rows}x{columns} resizes images to what is used; the scores change a little",
         )
 
 
@@ -219,7 +281,7 @@ def _modern_name(name: str, head: str | None) -> str:
     return name
 
 
-def _heads(architecture: str, arguments: Mapping[str, object]) -> Callable[[int], int] | None:
+def known_heads(architecture: str, arguments: Mapping[str, object]) -> Callable[[int], int] | None:
     """The heads that the configuration or the name settles."""
     if "num_heads" in arguments:
         heads = config_integer(arguments, "num_heads", 0)
@@ -277,6 +339,14 @@ def _labels(
     return tuple(str(words.get(str(name), name)) for name in names)
 
 
+_CLASSES = (
+    ("VisionTransformer", "Block"),
+    ("VisionTransformerDistilled", "Block"),
+    ("Beit", "Block"),
+    ("Eva", "EvaBlock"),
+)
+"""Classes of timm's models and of their blocks; what else there is in them, architectures' names tell."""
+
 FAMILY = Family("timm", _claims, _read, PositionRule(antialias=True, dtype=torch.float32))
 
 
@@ -316,7 +386,7 @@ def from_library(name: str, *, pretrained: bool = True, cache_dir: Path | str | 
 def _config_of(model: Any, name: str) -> dict[str, object]:
     """What timm's hub config.json would say of a live model, with what only the module knows."""
     kinds = type(model).__name__, type(model.blocks[0]).__name__ if hasattr(model, "blocks") else ""
-    if kinds not in (("VisionTransformer", "Block"), ("VisionTransformerDistilled", "Block")):
+    if kinds not in _CLASSES:
         raise CheckpointError(
             f"timm builds {name} as {' of '.join(filter(None, kinds))}, which is not supported",
             hint="--model module:function exports any nn.Module, timm.create_model(...) too",
@@ -329,6 +399,6 @@ def _config_of(model: Any, name: str) -> dict[str, object]:
         "act_layer": _ACTIVATION_CLASSES.get(activation, activation),
         "global_pool": model.global_pool,
         "img_size": list(model.patch_embed.img_size),
-        "pool_include_prefix": model.pool_include_prefix,
+        "pool_include_prefix": getattr(model, "pool_include_prefix", False),
     }
     return {"architecture": name, "model_args": arguments, "pretrained_cfg": dict(model.pretrained_cfg)}

@@ -1,4 +1,4 @@
-"""timm's architectures by name: those that the family ``timm`` computes, and what tensors do not tell.
+"""timm's architectures by name: those that its families here compute, and what tensors do not tell.
 
 After timm 1.0.31 (``vision_transformer.py``, ``deit.py`` and what lies beside them). Many others have the
 same tensor names and compute something else: only names that are known are taken.
@@ -23,7 +23,9 @@ _PLAIN = re.compile(
             r"vit_base_patch(16_plus_240|32_plus_256)",
             r"vit_(medium|betwixt|base|giant)_patch16_gap_\d+|vit_huge_patch1[46]_gap_\d+",
             r"vit_(wee|little|medium|mediumd|betwixt|base|so150m2?)_patch16_reg[14]_gap_\d+",
-            r"vit_(base|large|so400m|giantopt)_patch(14|16|32)_siglip_gap_\d+",
+            r"vit_(base|large|so400m|giantopt)_patch(14|16|32)_siglip(_gap)?_\d+",
+            r"vit_(xsmall|medium|betwixt|base|large|huge|giant|gigantic)_patch(14|16|32)(_plus)?_clip"
+            r"(_quickgelu)?_\d+",
             r"vit_(small|base|large|giant)_patch14(_reg4)?_dinov2",
             r"vit_(base|large|so400m|giant)_patch14_reg1_tipsv2",
             r"deit_(tiny|small|base)(_distilled)?_patch16_(224|384)",
@@ -32,11 +34,13 @@ _PLAIN = re.compile(
         )
     )
 )
+_BEIT = re.compile(r"beit(v2)?_(base|large)_patch16_(224|384|512)(_in22k)?")
 _KINDS: Mapping[str, str] = {
-    r"_rope|dinov3|lingbot|_pe_|^eva": "rotary or EVA attention",
-    r"clip|_xp_": "CLIP's LayerNorm before the blocks",
-    r"siglip|_map_|test_vit3": "attention pooling",
-    r"relpos|^beit": "relative positions or BEiT's attention",
+    r"_rope|lingbot|_pe_|^eva": "other rotary positions or EVA attention",
+    r"sapiens2": "keys shared by several heads",
+    r"_map_|test_vit3": "attention pooling of the patches alone",
+    r"relpos": "relative positions",
+    r"^beit3": "BEiT-3's norms inside its branches",
     r"_d(wee|little)_": "differential attention",
     r"pwee_|_\d+x2_": "parallel branches",
     r"_rpn_": "LayerNorm after the branches",
@@ -57,13 +61,19 @@ _HEADS: Mapping[str, int] = {
 _WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
 _SIZED = re.compile(r"(vit|deit3?)_(?P<size>tiny|small|base|large)(_distilled)?_patch\d+_(224|384)")
 _TANH_GELU = re.compile(
-    r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_\d+|large_patch16_siglip_gap_512)"
+    r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip(_gap)?_\d+"
+    r"|large_patch16_siglip(_gap)?_512)"
 )
 
 
 def is_plain(architecture: str) -> bool:
     """Whether timm builds this name from the blocks that the family computes."""
     return _PLAIN.fullmatch(_TAGS.sub("", architecture)) is not None
+
+
+def is_beit(architecture: str) -> bool:
+    """Whether timm builds this name from BEiT's blocks."""
+    return _BEIT.fullmatch(architecture) is not None
 
 
 def kind_of(architecture: str) -> str | None:
@@ -84,4 +94,6 @@ def width_of(architecture: str) -> int | None:
 
 def activation_of(architecture: str) -> Activation | None:
     """The activation of a plain architecture; None where it is as usual."""
+    if "_clip_quickgelu_" in architecture:
+        return "quick_gelu"
     return "gelu_tanh" if _TANH_GELU.fullmatch(architecture) else None
