@@ -116,7 +116,7 @@ class Rotary:
             raise ConfigError("a rotation's grid goes with indexed coordinates")
 
 
-_LAYER = re.compile(r"layer_(0|[1-9]\d*)")
+_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
 
 
 def is_output(name: str) -> bool:

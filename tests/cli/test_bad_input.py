@@ -40,6 +40,9 @@ export -m digits --precision fp8x
 export -m digits --format onxx
 export -m digits --input uint9
 export -m digits --output logit
+export -m digits --output logits,layers:9
+export -m digits --output logits,logits
+export -m digits --output layers:x
 export -m digits --scores soft
 export -m digits --atol -1
 export -m digits --atol x
