@@ -47,7 +47,13 @@ def random_image(seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def graph(precision: str, kind: str, weight: np.ndarray[Any, Any], batch: int | None = None) -> bytes:
+def graph(
+    precision: str,
+    kind: str,
+    weight: np.ndarray[Any, Any],
+    batch: int | None = None,
+    output: str = "logits",
+) -> bytes:
     """Normalise if the input is uint8, flatten, one MatMul in the given precision, float32 outside."""
     nodes, source = [], "pixel_values"
     constants = [numpy_helper.from_array(weight, "weight")]
@@ -69,7 +75,7 @@ def graph(precision: str, kind: str, weight: np.ndarray[Any, Any], batch: int | 
         helper.make_node("Cast", ["flat"], ["narrow"], name="narrow", to=inner),
         helper.make_node("Cast", ["weight"], ["narrow_weight"], name="narrow_weight", to=inner),
         helper.make_node("MatMul", ["narrow", "narrow_weight"], ["product"], name="head"),
-        helper.make_node("Cast", ["product"], ["logits"], name="widen", to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["product"], [output], name="widen", to=TensorProto.FLOAT),
     ]
     pixels = [SIZE, SIZE, 3] if kind == "uint8" else [3, SIZE, SIZE]
     dtype = TensorProto.UINT8 if kind == "uint8" else TensorProto.FLOAT
@@ -78,7 +84,7 @@ def graph(precision: str, kind: str, weight: np.ndarray[Any, Any], batch: int | 
         nodes,
         "classifier",
         [helper.make_tensor_value_info("pixel_values", dtype, [size, *pixels])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [size, len(LABELS)])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, [size, len(LABELS)])],
         constants,
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -113,7 +119,7 @@ def write_bundle(
     **manifest: Any,
 ) -> Bundle:
     """Write the classifier as a bundle; ``weight`` other than WEIGHT makes it wrong."""
-    batch = batch or BatchRange(1, 2, 8)
+    batch, output = batch or BatchRange(1, 2, 8), manifest.get("output", "logits")
     arrays = golden_arrays(kind) if golden is None else golden
     draft = Manifest(
         **{
@@ -125,13 +131,13 @@ def write_bundle(
             "labels": LABELS,
             "parameters": weight.size,
             "provenance": Provenance(source="linear", family="test"),
-            "artifacts": tuple(_artifact(precision, kind, batch) for precision in precisions),
+            "artifacts": tuple(_artifact(precision, kind, batch, output) for precision in precisions),
             **manifest,
         }
     )
     with BundleWriter(folder) as writer:
         for precision in precisions:
-            data = graph(precision, kind, weight, batch.min if batch.fixed else None)
+            data = graph(precision, kind, weight, batch.min if batch.fixed else None, output)
             writer.file(FILES[precision]).write_bytes(data)
         if arrays:
             save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, writer.file(GOLDEN))
@@ -139,7 +145,7 @@ def write_bundle(
         return writer.commit()
 
 
-def _artifact(precision: str, kind: str, batch: BatchRange) -> Artifact:
+def _artifact(precision: str, kind: str, batch: BatchRange, output: str) -> Artifact:
     size = batch.min if batch.fixed else "N"
     uint8 = kind == "uint8"
     pixels = (SIZE, SIZE, 3) if uint8 else (3, SIZE, SIZE)
@@ -157,7 +163,7 @@ def _artifact(precision: str, kind: str, batch: BatchRange) -> Artifact:
         inputs=(
             TensorSpec(name="pixel_values", dtype="uint8" if uint8 else "float32", shape=(size, *pixels)),
         ),
-        outputs=(TensorSpec(name="logits", dtype="float32", shape=(size, len(LABELS))),),
+        outputs=(TensorSpec(name=output, dtype="float32", shape=(size, len(LABELS))),),
         proof=proof,
         nodes=5,
     )
