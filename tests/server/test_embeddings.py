@@ -22,6 +22,7 @@ from tests.helpers.live_server import Live, Reply, serving
 from tests.server.test_images import encoded
 from vitdeploy import load
 from vitdeploy.data import digits_images
+from vitdeploy.server.messages import ErrorKind, RequestError
 from vitdeploy.server.service import RequestLimits
 
 PATH = "/v1/embeddings"
@@ -155,8 +156,9 @@ def test_openai_s_client_lists_models(client: openai.OpenAI) -> None:
     one = client.models.retrieve("features")
     assert (one.id, one.owned_by) == ("features", "vitdeploy")
     assert one.created == 1795230000  # 2026-11-21T03:00:00Z
-    with pytest.raises(openai.NotFoundError, match="'nothing' is not found"):
+    with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("nothing")
+    assert "'nothing' is not found" in caught.value.response.json()["error"]  # as on all paths but one
 
 
 @pytest.mark.slow
@@ -302,6 +304,26 @@ def test_a_server_that_cannot_now(features: Path) -> None:
         assert int(reply.headers["retry-after"]) >= 1
 
     asking(features, one, max_queue=1)
+
+
+@pytest.mark.parametrize("kind, status, type_of", [
+    ("timeout", 504, "server_error"),
+    ("internal", 500, "server_error"),
+    ("unavailable", 503, "server_error"),
+    ("too slow", 408, "invalid_request_error"),
+])  # fmt: skip
+def test_what_the_queue_refuses(
+    features: Path, kind: ErrorKind, status: int, type_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuses(*_: object) -> None:
+        raise RequestError(kind, "no session was free within 1 s")
+
+    async def one(served: Application) -> None:
+        monkeypatch.setattr("vitdeploy.server.batcher.Batcher.submit", refuses)
+        reply = await served.ask("POST", PATH, png(), {"Content-Type": "image/png"})
+        assert refusal(reply) == Refusal(status, "no session was free within 1 s", type_of, None, None)
+
+    asking(features, one)
 
 
 def test_limits(features: Path) -> None:
