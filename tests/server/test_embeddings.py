@@ -6,7 +6,9 @@ import asyncio
 import base64
 import gzip
 import json
+import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 
 from tests.helpers.asgi import Application, application
 from tests.helpers.bundles import LABELS, answer_images, random_image, write_bundle
+from tests.helpers.fuzz import damaged, image_files
 from tests.helpers.live_server import Live, Reply, serving
 from tests.server.test_images import encoded
 from vitdeploy import load
@@ -336,6 +339,43 @@ def test_limits(features: Path) -> None:
         assert invalid(reply, "input") == "3 images, but a request may have 2"
 
     asking(features, one, limits=RequestLimits(body_bytes=500, images=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_mutated_requests(features: Path, seed: int) -> None:
+    """What the library makes of the images that a damaged request still has, the server says; or refuses."""
+    rng, files = random.Random(seed), image_files()
+    found = Counter[str]()
+
+    def strict(content: bytes) -> list[bytes]:
+        """The files of a request that may be answered."""
+        document = json.loads(content)
+        given = document["input"]
+        urls = given if isinstance(given, list) else [given]
+        return [base64.b64decode(re.sub(r"(?i)^data:image/[^,]*;base64,", "", url, count=1)) for url in urls]
+
+    async def one(served: Application) -> None:
+        with load(features) as predictor:
+            for _ in range(300):
+                content = body(*rng.choices(files, k=rng.choice((1, 2))), model="features")
+                for _ in range(rng.choice((0, 1, 2))):
+                    content = (
+                        damaged(rng, content[:80]) + content[80:]
+                        if rng.random() < 0.5
+                        else damaged(rng, content)
+                    )
+                reply = await served.ask("POST", PATH, content, {"Content-Type": JSON})
+                if reply.status == 200:
+                    expected = predictor.embed(strict(content))
+                    np.testing.assert_allclose(vectors_of(reply), expected, rtol=1e-4, atol=1e-4)
+                else:
+                    assert refusal(reply).status in (400, 404), (content, reply)
+                found[str(reply.status)] += 1
+
+    asking(features, one)
+    assert found["200"] > 60, found
+    assert found["400"] > 60, found
 
 
 def test_models_that_cannot(linear: Path, tmp_path: Path) -> None:
