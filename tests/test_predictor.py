@@ -14,6 +14,7 @@ from PIL import Image
 
 import vitdeploy
 from tests.helpers.bundles import (
+    FEATURES,
     LABELS,
     SIZE,
     SPEC,
@@ -120,7 +121,21 @@ def test_inputs_of_any_number(tmp_path: Path, batch: BatchRange | None, count: i
     with vitdeploy.load(made) as predictor:
         np.testing.assert_allclose(predictor.run(inputs), answer(inputs), rtol=1e-4, atol=1e-4)
         few = inputs[: predictor.chunk]
-        np.testing.assert_allclose(predictor.run_batch(few), answer(few), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(predictor.run_batch(few)["logits"], answer(few), rtol=1e-4, atol=1e-4)
+
+
+def test_several_outputs_by_name(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", features=FEATURES)
+    inputs = np.random.default_rng(0).normal(size=(9, 3, SIZE, SIZE)).astype(np.float32)
+    images = [random_image(seed) for seed in range(3)]
+    with vitdeploy.load(made) as predictor:
+        for found in (predictor.run(inputs), predictor.outputs(inputs)):
+            assert isinstance(found, dict)
+            assert list(found) == ["logits", "features"]
+            for name, weight in (("logits", WEIGHT), ("features", FEATURES)):
+                expected = answer(inputs, weight=weight)
+                np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-4)
+        assert_right(predictor.predict(images), images)
 
 
 def test_nothing_gives_nothing(predictor: Predictor) -> None:

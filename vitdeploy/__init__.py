@@ -42,7 +42,7 @@ def export(
     batch: int | tuple[int, int, int] | BatchRange = (1, 8, 32),
     opset: int = 20,
     input: Literal["float", "uint8"] = "float",
-    output: Literal["logits", "features", "tokens"] | None = None,
+    output: str | Sequence[str] | None = None,
     labels: Sequence[str] | Path | None = None,
     zero_shot: Sequence[str] | Path | None = None,
     templates: str | Sequence[str] = (),
@@ -67,8 +67,8 @@ def export(
     """Export a model into a new bundle, with the parity of every artifact with its float64 reference.
 
     Args:
-        model: a named variant (``"vit_base_patch16_224"``, ``"B/16"``, ``"digits"``), a folder or hub id of
-            transformers, ``"timm:<name>"``, ``"module:function"``, or a module of your own that takes one
+        model: a named variant (``"vit_base_patch16_224"``, ``"CLIP-B/32"``, ``"digits"``), a folder or hub id
+            of transformers, ``"timm:<name>"``, ``"module:function"``, or a module of your own that takes one
             (N, C, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is given; a named variant
             without a checkpoint has seeded random weights.
         output_dir: the bundle's folder; named after the model, in the working directory, when omitted.
@@ -82,8 +82,10 @@ def export(
         opset: the ONNX operator set, 17 to 23.
         input: ``"float"`` reads (N, C, H, W) float32 pixel values; ``"uint8"`` reads (N, H, W, C) uint8
             images, with the normalisation folded into the first projection.
-        output: ``"logits"`` (N, classes), ``"features"`` (N, D) or ``"tokens"`` (N, T, D), float32; the
-            logits where the model has a head when omitted.
+        output: ``"logits"`` (N, classes), ``"features"`` (N, D), ``"embedding"`` (N, D), projected where the
+            model projects and of length 1, ``"tokens"`` (N, T, D), ``"codes"`` (N, patches, vocabulary), or
+            ``"layers:3,7"`` (N, T, D each); float32. Several, as a list or with commas, come from one graph.
+            The logits where the model has a head when omitted.
         labels: one for each class, or a file with them; the checkpoint's own when omitted.
         zero_shot: labels, or a file with them, of which the text tower of CLIP or SigLIP makes a head; or a
             ``.safetensors`` file, label to vector.

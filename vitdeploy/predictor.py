@@ -113,7 +113,7 @@ class Predictor:
 
         Raises:
             ImageError: an image cannot be decoded; nothing is returned for the others.
-            UsageError: ``top_k`` is not positive, or the bundle gives features or tokens, not logits.
+            UsageError: ``top_k`` is not positive, or the bundle gives no logits.
             BundleError: the runtime fails, or gives NaN or infinite logits.
         """
         results = []
@@ -135,24 +135,24 @@ class Predictor:
         for chunk in _chunks(images, self.chunk):
             prepared = [self._try(image) for image in chunk]
             good = [item for item in prepared if not isinstance(item, ImageError)]
-            rows = iter(self.run_batch(np.stack(good)) if good else ())
+            rows = iter(self.run_batch(np.stack(good))["logits"] if good else ())
             for item in prepared:
                 yield item if isinstance(item, ImageError) else self.best(next(rows), top_k)
 
     def logits(self, images: AnyImage | Iterable[AnyImage]) -> Array:
-        """Return what the model gives for one or many images: (N, classes) float32.
+        """Return the logits of one or many images: (N, classes) float32.
 
         Raises:
             ImageError: an image cannot be decoded.
-            UsageError: the bundle gives features or tokens, not logits; or no image is given.
+            UsageError: the bundle gives no logits; or no image is given.
             BundleError: the runtime fails.
         """
         self._require_logits()
         chunks = _chunks(as_many(images), self.chunk)
-        outputs = [self.run_batch(np.stack([self.preprocess(image) for image in chunk])) for chunk in chunks]
-        if not outputs:
+        parts = [self.run_batch(np.stack([self.preprocess(image) for image in chunk])) for chunk in chunks]
+        if not parts:
             raise UsageError("no image was given")
-        return np.concatenate(outputs)
+        return np.concatenate([part["logits"] for part in parts])
 
     def preprocess(self, image: AnyImage) -> Array:
         """Return the model's input for one image: (C, H, W) float32, or (H, W, C) uint8 for uint8 input.
@@ -172,8 +172,8 @@ class Predictor:
         picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image, heif=True)
         return pixel_values(picture, manifest.preprocess, manifest.input)
 
-    def run(self, inputs: Array) -> Array:
-        """Return the model's output (N, ...) for inputs (N, ...), ``chunk`` at a time.
+    def run(self, inputs: Array) -> Array | dict[str, Array]:
+        """Return the model's output (N, ...) for inputs (N, ...); of a model with several all, by name.
 
         Args:
             inputs: as :meth:`preprocess` makes them; at least one.
@@ -181,16 +181,22 @@ class Predictor:
         Raises:
             BundleError: the runtime fails.
         """
-        parts = range(0, len(inputs), self.chunk)
-        return np.concatenate([self.run_batch(inputs[begin : begin + self.chunk]) for begin in parts])
+        outputs = self.outputs(inputs)
+        return outputs if len(outputs) > 1 else next(iter(outputs.values()))
 
-    def run_batch(self, inputs: Array) -> Array:
-        """As :meth:`run`, in one batch; too few for the artifact are filled up, and the output is cut."""
+    def outputs(self, inputs: Array) -> dict[str, Array]:
+        """As :meth:`run`, by name however many there are; ``chunk`` inputs are computed together."""
+        begins = range(0, len(inputs), self.chunk)
+        parts = [self.run_batch(inputs[begin : begin + self.chunk]) for begin in begins]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def run_batch(self, inputs: Array) -> dict[str, Array]:
+        """As :meth:`outputs`, in one batch; too few for the artifact are filled up, and the rest is cut."""
         facts = self.session.facts
         least = facts.batch.min if facts.batch else 1
         filled = inputs if len(inputs) >= least else inputs[np.arange(least) % len(inputs)]
         outputs = self.session.run({facts.inputs[0].name: filled})
-        return outputs[facts.outputs[0].name][: len(inputs)]
+        return {name: array[: len(inputs)] for name, array in outputs.items()}
 
     def best(self, logits: Array, top_k: int) -> list[Prediction]:
         """The likeliest classes of one image's logits, (classes,), the likeliest first.
@@ -230,10 +236,10 @@ class Predictor:
         self.close()
 
     def _require_logits(self) -> None:
-        output = self.bundle.manifest.output
-        if output != "logits":
+        manifest, given = self.bundle.manifest, [spec.name for spec in self.session.facts.outputs]
+        if not manifest.classifies or "logits" not in given:
             raise UsageError(
-                f"{self.bundle.root}: gives {output}, which are no classes to predict",
+                f"{self.bundle.root}: gives {manifest.gives}, which are no classes to predict",
                 hint="export with --output logits, or run its session for the raw output",
             )
 

@@ -115,6 +115,7 @@ def test_a_file_beside_and_its_hint(folder: Path) -> None:
 
 SIGNS = [
     ("blocks.0.attn.q_norm.weight", "norms of its queries and keys"),
+    ("shared_rel_pos.relative_position_bias_table", "relative positions"),
     ("blocks.0.attn.q_bias", "BEiT"),
     ("blocks.0.attn.rel_pos.mlp.fc1.weight", "relative positions"),
     ("blocks.0.attn.rope.freqs", "rotary positions"),
@@ -142,7 +143,8 @@ def test_without_positions(tmp_path: Path) -> None:
     state = load_file(ORACLES / "timm" / "vit" / "model.safetensors")
     del state["pos_embed"]
     save_file(state, tmp_path / "weights.safetensors")
-    assert "rotary or relative (DINOv3, EVA02, BEiT)" in refused(tmp_path / "weights.safetensors").message
+    message = refused(tmp_path / "weights.safetensors").message
+    assert "positions are rotary or relative, and a config.json beside it has to tell which" in message
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_names_of_no_family_say_what_they_are(tmp_path: Path, names: list[str], 
     assert f"it looks like {what}" in refused(tmp_path / "weights.safetensors").message
 
 
-@pytest.mark.parametrize("kind", ["swin", "data2vec-vision", "dinov3_vit"])
+@pytest.mark.parametrize("kind", ["swin", "data2vec-vision", "yolos"])
 def test_model_types_of_others_are_no_misspelt_ones(folder: Path, kind: str) -> None:
     edit_config(folder, model_type=kind)
     error = refused(folder)

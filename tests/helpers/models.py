@@ -52,6 +52,9 @@ CONFIGS: dict[str, ViTConfig] = {
         key_bias=False,
         layer_scale=True,
     ),
+    "dinov3_timm": ViTConfig(
+        **SMALL, registers=2, position="none", position_prefix=0, rotary=Rotary("centred_timm", 100.0)
+    ),
     "rotary_key_bias": ViTConfig(**SMALL, rotary=Rotary("indexed", 10_000.0), pool="cls"),
     "eva02": ViTConfig(
         **SMALL,

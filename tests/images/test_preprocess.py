@@ -153,10 +153,43 @@ def test_older_and_newer_names_of_a_processor(key: str, suffix: str) -> None:
         ("blip", "BlipImageProcessor"),
         ("vit_msn", "ViTImageProcessor"),
         ("vit_mae", "ViTImageProcessor"),
+        ("dinov3_vit", "DINOv3ViTImageProcessor"),
     ],
 )
 def test_the_model_decides_where_no_processor_is_named(model_type: str, processor: str) -> None:
     assert from_huggingface({}, model_type) == from_huggingface({"image_processor_type": processor})
+
+
+def test_floats_are_resized_where_the_processor_rescales_first() -> None:
+    """Between pixels of one level apart there are others then; torchvision's own are in test_dinov3.py."""
+    spec = from_huggingface({"size": {"height": 4, "width": 4}}, model_type="dinov3_vit")
+    assert (spec.resample, spec.exif) == ("bilinear_float", True)
+    assert from_huggingface({"size": 4, "resample": 3}, model_type="dinov3_vit").resample == "bicubic_float"
+    with pytest.raises(CheckpointError, match="resample = 0 is none of 2, 3"):
+        from_huggingface({"size": 4, "resample": 0}, model_type="dinov3_vit")
+    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3) // 40
+    floats, rounded = apply(Image.fromarray(pixels), spec), apply_uint8(Image.fromarray(pixels), spec)
+    mean, std = (np.array(values)[:, None, None] for values in (spec.mean, spec.std))
+    levels = (floats * std + mean) * 255
+    assert np.abs(levels - rounded.transpose(2, 0, 1)).max() <= 1  # Pillow rounds behind rows and columns
+    assert np.abs(levels - np.rint(levels)).max() > 0.2
+    assert levels.min() >= -1e-4
+    assert levels.max() <= 4 + 1e-4
+
+
+def test_of_one_size_floats_are_what_pixels_are() -> None:
+    image = random_image(24, 16)
+    spec = Preprocess(size=(16, 24), resample="bilinear_float", mean=(0.4,) * 3, std=(0.2,) * 3)
+    np.testing.assert_allclose(
+        apply(image, spec), apply(image, replace(spec, resample="bilinear")), rtol=0, atol=1e-6
+    )
+    cropped = replace(spec, size=(10, 10), resize="none")
+    ours, plain = (apply(image, replace(cropped, resample=name)) for name in ("bicubic_float", "bicubic"))
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-6)
+    grey = replace(spec, mean=(0.4,), std=(0.2,))
+    np.testing.assert_allclose(
+        apply(image, grey), apply(image, replace(grey, resample="bilinear")), rtol=0, atol=1e-6
+    )
 
 
 def test_a_null_setting_is_one_left_out() -> None:

@@ -2,7 +2,7 @@
 
     pip install timm torchvision && python tests/oracles/record_timm.py
 
-Each folder under tests/oracles/timm and timm_beit is what timm itself saves for the hub, with
+Each folder under tests/oracles/timm, timm_beit and timm_eva is what timm itself saves for the hub, with
 ``answer.safetensors`` in it: inputs at the model's own resolution and at another one, and timm's outputs for
 both in float64. tests/oracles/torchvision holds bare state dicts, as torchvision publishes them.
 ``architectures.json`` and ``look_alikes.json`` list what timm builds under its own names.
@@ -20,10 +20,11 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from timm.layers import GluMlp, Mlp, PatchEmbed
+from timm.layers import GluMlp, Mlp, PatchEmbed, RotaryEmbeddingCat, RotaryEmbeddingDinoV3, SwiGLU
 from timm.models import save_for_hf
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -161,23 +162,61 @@ def facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def is_rotary(model: nn.Module) -> bool:
+    """Of timm's class Eva, those that turn queries and keys, and do nothing else that is new."""
+    if type(model) is not Eva or type(model.rope) not in (RotaryEmbeddingCat, RotaryEmbeddingDinoV3):
+        return False
+    return (
+        all((type(block), type(block.attn)) == (EvaBlock, EvaAttention) for block in model.blocks)
+        and all(type(block.mlp) in (Mlp, GluMlp, SwiGLU) for block in model.blocks)
+        and all(type(block.norm1) is type(model.blocks[0].norm1) for block in model.blocks)
+        and isinstance(model.blocks[0].norm1, nn.LayerNorm)
+        and isinstance(model.norm_pre, nn.Identity)
+        and model.attn_pool is None
+        and (model.rope.grid_offset, model.rope.grid_indexing) == (0, "ij")
+        and not any(".attn.q_norm." in name or ".attn.norm." in name for name in model.state_dict())
+        and not any(".attn.gate." in name for name in model.state_dict())
+    )
+
+
+def rotary_facts(model: nn.Module) -> dict[str, Any]:
+    rope, block = model.rope, model.blocks[0]
+    return {
+        "width": model.embed_dim,
+        "heads": block.attn.num_heads,
+        "norm_eps": block.norm1.eps,
+        "rope": type(rope).__name__,
+        "temperature": rope.temperature,
+        "grid": getattr(rope, "ref_feat_shape", None),
+        "halves": rope.rotate_half,
+        "gated": not isinstance(block.mlp, Mlp),
+        "table": model.pos_embed is not None,
+        "activation": type(block.mlp.act).__name__,
+    }
+
+
 def record_architectures() -> None:
-    """What timm builds with a ViT's tensor names: what no shape tells of plain ones, of BEiT; the others."""
+    """What timm builds with a ViT's tensor names: what shapes do not tell of those read; the others."""
     plain: dict[str, dict[str, Any]] = {}
     beit: dict[str, dict[str, Any]] = {}
+    rotary: dict[str, dict[str, Any]] = {}
     others: list[str] = []
     for name in timm.list_models():
         with torch.device("meta"):
             model = timm.create_model(name)
-        if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= model.state_dict().keys():
+        names = model.state_dict().keys()
+        queries = ("blocks.0.attn.qkv.weight", "blocks.0.attn.q_proj.weight")
+        if "patch_embed.proj.weight" not in names or names.isdisjoint(queries):
             continue
-        if type(model) is Beit:
+        if is_rotary(model):
+            rotary[name] = rotary_facts(model)
+        elif type(model) is Beit:
             beit[name] = facts(model)
         elif is_plain(model):
             plain[name] = facts(model)
         else:
             others.append(name)
-    for library, found in (("timm", plain), ("timm_beit", beit)):
+    for library, found in (("timm", plain), ("timm_beit", beit), ("timm_eva", rotary)):
         (HERE / library / "architectures.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "timm" / "look_alikes.json").write_text(json.dumps(others, indent=1) + "\n")
 

@@ -21,6 +21,7 @@ EXAMPLES = (
     "vitdeploy export -m ./my-finetuned-vit -o vit.bundle --fp32 --fp16",
     "vitdeploy export -m B/16 --checkpoint weights.safetensors --image-size 384",
     "vitdeploy export -m digits --batch 8 --input uint8",
+    "vitdeploy export -m B/16 --output logits,embedding,layers:3,7,11",
     "vitdeploy export -m B/16 --fp16 --format onnx,triton-aot --arch sm_89,sm_90",
     "vitdeploy export -m B/16 --fp16 --format tensorrt-rtx --arch sm_89,sm_120",
     "vitdeploy export -m my_models:build --image-size 224x320 --dry-run",
@@ -36,7 +37,7 @@ Model = Annotated[
         "-m",
         "--model",
         metavar="MODEL",
-        help="A named variant (vit_base_patch16_224, B/16, digits), a transformers folder or hub id, "
+        help="A named variant (vit_base_patch16_224, CLIP-B/32, digits), a transformers folder or hub id, "
         "timm:NAME, or module:function.  [default: vit_base_patch16_224]",
     ),
 ]
@@ -90,8 +91,9 @@ Output = Annotated[
     str | None,
     typer.Option(
         "--output",
-        metavar="logits|features|tokens",
-        help="What the artifacts return.  [default: logits where there is a head]",
+        metavar="O,...",
+        help="What the artifacts return: logits, features, embedding, tokens, codes; layers:3,7, the tokens "
+        "behind blocks 3 and 7.  [default: logits where there is a head]",
     ),
 ]
 ScoresKind = Annotated[

@@ -2,7 +2,8 @@
 
 Pillow resizes, numpy does the rest, so that the pixels are those of transformers' PIL image processors and of
 timm's evaluation transform. A ``Preprocess`` says what to do; ``from_huggingface`` and ``from_timm`` read it
-from a checkpoint's own configuration.
+from a checkpoint's own configuration. DINOv3's processor rescales before it resizes: there pixels are resized
+in float32 (``bilinear_float``), to those of torchvision within its float32 rounding.
 
 For a model of one channel, images become grey first, as Pillow's ``convert("L")`` makes them: the luma of
 ITU-R BT.601, (19595 R + 38470 G + 7471 B + 32768) / 65536 rounded down. So does timm, whose scripts open
@@ -34,6 +35,12 @@ _FILTERS: Mapping[Resample, Image.Resampling] = {
     "hamming": Image.Resampling.HAMMING,
 }
 _CODES: Mapping[int, Resample] = {int(code): name for name, code in _FILTERS.items()}
+_FLOAT_FILTERS: Mapping[Resample, Image.Resampling] = {
+    "bilinear_float": Image.Resampling.BILINEAR,
+    "bicubic_float": Image.Resampling.BICUBIC,
+}
+"""Those whose results are not rounded to whole numbers before they are rescaled."""
+_FLOAT_CODES: Mapping[int, Resample] = {int(code): name for name, code in _FLOAT_FILTERS.items()}
 
 
 def pixel_values(image: Image.Image, spec: Preprocess, kind: Literal["float", "uint8"]) -> NDArray[Any]:
@@ -54,6 +61,8 @@ def apply(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
         ImageError: as ``load_image``, or the image is so elongated that resizing it would exhaust memory,
             or the model's channels are not those of an image.
     """
+    if spec.resample in _FLOAT_FILTERS:
+        return _apply_float(image, spec)
     pixels = apply_uint8(image, spec)
     # Each channel has 256 possible values: compute those, in float64 then float32 as transformers does.
     levels = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
@@ -65,10 +74,33 @@ def apply(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
     return values
 
 
+def _apply_float(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
+    """As ``apply``, but pixels are resized in float32, each channel by itself."""
+    image, (height, width) = _prepared(image, spec)
+    values = np.empty((spec.channels, *spec.size), dtype=np.float32)
+    for channel, mean, std in zip(range(spec.channels), spec.mean, spec.std, strict=True):
+        band = image.getchannel(channel).convert("F")
+        pixels = np.array(_crop(band.resize((width, height), _FLOAT_FILTERS[spec.resample]), spec))
+        values[channel] = (pixels * np.float32(spec.rescale) - np.float32(mean)) / np.float32(std)
+    return values
+
+
 def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
     """Return the resized and cropped image before rescaling and normalising: (H, W, C) uint8.
 
-    ``(x * spec.rescale - spec.mean) / spec.std`` of it is ``apply``, up to float32 rounding.
+    ``(x * spec.rescale - spec.mean) / spec.std`` of it is ``apply``, up to float32 rounding; where the
+    filter resizes floats, up to half a level of each pixel, too.
+
+    Raises:
+        ImageError: as ``apply``.
+    """
+    image, (height, width) = _prepared(image, spec)
+    image = image.resize((width, height), {**_FILTERS, **_FLOAT_FILTERS}[spec.resample])
+    return np.array(_crop(image, spec)).reshape(*spec.size, spec.channels)
+
+
+def _prepared(image: Image.Image, spec: Preprocess) -> tuple[Image.Image, Size]:
+    """The image upright and in the model's colours, and the (height, width) to resize it to.
 
     Raises:
         ImageError: as ``apply``.
@@ -88,8 +120,7 @@ def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
             f"checkpoint's size gives {width}x{height}",
             hint="crop it first",
         )
-    image = image.resize((width, height), _FILTERS[spec.resample])
-    return np.array(_crop(image, spec)).reshape(*spec.size, spec.channels)
+    return image, (height, width)
 
 
 def resized(size: Size, spec: Preprocess) -> Size:
@@ -195,6 +226,7 @@ _PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "BeitImageProcessor": {**_INCEPTION, "resample": 3},
     "BlipImageProcessor": {**_OPENAI, "size": 384, "resample": 3},
+    "DINOv3ViTImageProcessor": {**_IMAGENET, "size": {"height": 224, "width": 224}},
 }
 _COMMON_DEFAULTS: Mapping[str, Any] = {
     "size": 224,
@@ -219,7 +251,10 @@ _PROCESSOR_OF_MODEL: Mapping[str, str] = {
     "blip": "BlipImageProcessor",
     "vit_msn": "ViTImageProcessor",
     "vit_mae": "ViTImageProcessor",
+    "dinov3_vit": "DINOv3ViTImageProcessor",
 }
+_RESCALES_FIRST = frozenset(("DINOv3ViTImageProcessor",))
+"""Classes that resize what they have rescaled, so that nothing is rounded in between."""
 
 
 _DINOV2 = {"size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3, **_IMAGENET}
@@ -246,6 +281,9 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "siglip": ("siglip", {}),
     "deit": ("deit", _PUBLISHED["deit"]),
     "dinov2": ("dinov2", _DINOV2),
+    "dinov3": ("vit", _IMAGENET),
+    "blip": ("vit", {**_OPENAI, "resample": 3}),
+    "mae": ("vit", _IMAGENET),
 }
 """Preprocessing that models share, by the names that people know: a model type and its settings.
 
@@ -263,7 +301,7 @@ def from_huggingface(config: Mapping[str, Any], model_type: str = "vit", channel
     """Return what a ``preprocessor_config.json`` of transformers says, defaults of its class included.
 
     Args:
-        config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP, BEiT and BLIP processors are known, under
+        config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP, BEiT, BLIP and DINOv3 are known, under
             their older and ``Fast`` names too, and the one that wraps timm's transforms.
         model_type: the model's, from ``config.json``; decides where the file names no processor.
         channels: the model's. Where they are not three, the file has to say mean and std for them.
@@ -291,7 +329,8 @@ def from_huggingface(config: Mapping[str, Any], model_type: str = "vit", channel
             geometry.update(resize="shortest_edge", resize_edge=size)
         else:
             geometry.update(resize="exact", resize_to=size if crop else None, size=crop or size)
-        geometry["resample"] = _choice(settings["resample"], "resample", _CODES)
+        codes = _FLOAT_CODES if processor in _RESCALES_FIRST else _CODES
+        geometry["resample"] = _choice(settings["resample"], "resample", codes)
     if geometry["size"] is None:
         key = "size" if settings["do_resize"] else "do_resize"
         raise _refusal(key, settings[key], "without do_center_crop gives images whose size varies")

@@ -233,9 +233,9 @@ class AbsorbedAttention(nn.Module):
         x = x.to(self.value.weight.dtype)
         q = self.q(first_tokens(x, self.queries))  # (N Q, D)
         if isinstance(self.key, RotatedKey):
-            q = q.reshape(-1, self.queries, heads, columns).transpose(1, 2)  # (N, h, Q, d)
-            k = self.key(x)  # (N, h, T, d)
-            scores = (q @ k.transpose(2, 3)).transpose(1, 2).reshape(-1, self.queries * heads, x.shape[1])
+            q = _exchanged(q.reshape(-1, self.queries, heads, columns))  # (N, h, Q, d)
+            scores = _exchanged(q @ self.key(x).transpose(2, 3))  # (N, Q, h, T)
+            scores = scores.reshape(-1, self.queries * heads, x.shape[1])
         else:
             u = self.key(q.reshape(-1, heads, 1, columns)).reshape(-1, self.queries * heads, width)
             scores = u @ x.transpose(1, 2)  # (N, Q h, T)
@@ -246,6 +246,12 @@ class AbsorbedAttention(nn.Module):
         pooled = self.softmax(scores).to(x.dtype) @ x  # (N, Q h, D)
         pooled = self.value(pooled.reshape(-1, heads, 1, width))  # (N Q, h, 1, d)
         return self.proj(pooled.reshape(-1, width))  # (N Q, D)
+
+
+def _exchanged(x: Tensor) -> Tensor:
+    """(N, A, B, C) to (N, B, A, C); where one of them is 1, the values lie as they did."""
+    _, a, b, columns = x.shape
+    return x.reshape(-1, b, a, columns) if 1 in (a, b) else x.transpose(1, 2)
 
 
 def first_tokens(x: Tensor, count: int) -> Tensor:

@@ -54,27 +54,33 @@ def rotation(config: ViTConfig) -> tuple[Tensor, Tensor]:
     turns = _angles(config.rotary, config)  # (patches, d / 2)
     angles = torch.cat([turns.new_zeros(config.prefix_tokens, turns.shape[1]), turns])
     angles = torch.cat([angles, angles], dim=1)  # (T, d)
-    return angles.cos(), angles.sin()
+    return angles.cos().double(), angles.sin().double()
 
 
 def _angles(rotary: Rotary, config: ViTConfig) -> Tensor:
-    """By how much each pair of columns turns, (patches, d / 2) float64: rows first, then columns."""
+    """By how much each pair of columns turns, (patches, d / 2): rows first, then columns.
+
+    In the dtype in which the model's own code takes sines and cosines: float32 where it keeps their table in
+    float32 (EVA02), else float64. What is float32 on the way is so there, too, when the model is float64.
+    """
     count = config.head_width // 4
-    # What is float32 here is so in the models' own code.
-    if rotary.coordinates == "centred":
-        frequencies = (1 / rotary.base ** torch.arange(0, 1, 1 / count, dtype=torch.float32)).double()
-        places = [2 * ((torch.arange(n, dtype=torch.float32) + 0.5) / n) - 1 for n in config.grid]
-        y, x = ((2 * math.pi * place).double() for place in places)
-    else:
-        frequencies = (1 / rotary.base ** (torch.arange(count, dtype=torch.float32) / count)).double()
-        target = rotary.grid or config.grid
-        y, x = (
-            torch.arange(n, dtype=torch.float64) / n * m for n, m in zip(config.grid, target, strict=True)
-        )
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    place = torch.stack([y, x], dim=-1).reshape(-1, 2, 1)  # (patches, 2, 1)
-    turns: Tensor = (place * frequencies).flatten(1)
-    return turns
+    periods = rotary.base ** (torch.arange(count, dtype=torch.float32) / count)
+    sides = [torch.arange(n, dtype=torch.float32) for n in config.grid]
+    if rotary.coordinates == "indexed":
+        if rotary.grid is not None:
+            sides = [side / len(side) * n for side, n in zip(sides, rotary.grid, strict=True)]
+        places = _places(*sides)
+        return (places * (1 / periods)).flatten(1)
+    places = _places(*(2 * ((side + 0.5) / len(side)) - 1 for side in sides))
+    if rotary.coordinates == "centred_timm":
+        return (2 * math.pi * places.double() / periods.double()).flatten(1)
+    frequencies = 1 / rotary.base ** torch.arange(0, 1, 1 / count, dtype=torch.float32)[:count]
+    return ((2 * math.pi * places).double() * frequencies.double()).flatten(1)
+
+
+def _places(rows: Tensor, columns: Tensor) -> Tensor:
+    """Row and column of every patch, (patches, 2, 1), from those of each row and of each column."""
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Reference(nn.Module, ABC):
             output: one of ``config.outputs``, the first of them when omitted; or a layer.
         """
         wanted = output or self.config.outputs[0]
-        return _run(self, pixel_values, (wanted,), _as_it_is)[wanted]
+        return outputs_of(self, pixel_values, (wanted,))[wanted]
 
 
 _GROUPS = ("embedding.", "readout.")
@@ -57,6 +57,11 @@ def public_name(name: str) -> str:
 def state_of(model: Reference) -> dict[str, Tensor]:
     """The model's parameters under their public names."""
     return {public_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def outputs_of(model: Reference, pixel_values: Tensor, outputs: Sequence[Output]) -> dict[Output, Tensor]:
+    """Several outputs of one forward pass, in the parameters' dtype; else as ``Reference.forward``."""
+    return _run(model, pixel_values, outputs, _as_it_is)
 
 
 @torch.inference_mode()

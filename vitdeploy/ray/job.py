@@ -96,8 +96,8 @@ def make_plan(request: JobRequest) -> tuple[ActorPlan, str]:
         BundleError: it is no bundle.
     """
     bundle = Bundle.open(request.bundle)
-    if bundle.manifest.output != "logits":
-        raise UsageError(f"{bundle.root}: gives {bundle.manifest.output}, which are no classes to predict")
+    if not bundle.manifest.classifies:
+        raise UsageError(f"{bundle.root}: gives {bundle.manifest.gives}, which are no classes to predict")
     if bundle.manifest.refuses_images:
         raise UsageError(f"{bundle.root}: {bundle.manifest.refuses_images}, so it cannot take images")
     if request.top_k < 1:

@@ -125,7 +125,7 @@ def _require_parity(session: Session, bundle: Bundle, sizes: Sequence[int]) -> N
         if not record.passed:
             raise ParityError(
                 f"{bundle.root}: {record.artifact} on {record.backend} is not served: its outputs are wrong "
-                f"at batch {record.batch}: {record.failures[0]}",
+                f"at {record.place}: {record.failures[0]}",
                 hint=f"vitdeploy verify {bundle.root}",
             )
 
@@ -241,7 +241,7 @@ class ServedModel:
         answer = await self._batcher.submit({self.facts.inputs[0].name: tensor[None]})
         self.statistics.answered(answer)
         self._require_finite(answer)
-        return self._predictors[0].best(answer.outputs[self.facts.outputs[0].name][0], top_k)
+        return self._predictors[0].best(answer.outputs["logits"][0], top_k)
 
     def _decode(self, data: bytes) -> Array | ImageError:
         try:
@@ -259,8 +259,8 @@ class ServedModel:
                 raise RequestError(
                     "invalid", f"unexpected inference output '{output.name}' for model '{self.name}'"
                 )
-            if output.classes:
-                self._require_classes()
+            if output.classes and output.name != "logits":
+                raise RequestError("invalid", f"'{output.name}' of model '{self.name}' are no classes")
         if len({output.name for output in outputs}) < len(outputs):
             raise RequestError("invalid", "an output is asked for twice")
         return outputs or [RequestedOutput(spec.name) for spec in self.facts.outputs]
@@ -281,9 +281,10 @@ class ServedModel:
             raise RequestError("internal", "the model gives NaN or infinite values for these inputs")
 
     def _require_classes(self) -> None:
-        output = self.bundle.manifest.output
-        if output != "logits":
-            raise RequestError("invalid", f"model '{self.name}' gives {output}, which are no classes")
+        manifest = self.bundle.manifest
+        if not manifest.classifies:
+            message = f"model '{self.name}' gives {manifest.gives}, which are no classes"
+            raise RequestError("invalid", message)
 
     def _classes(self, logits: Array, count: int) -> Array:
         """The classification extension: (n, count) of b"score:index:label"."""

@@ -18,6 +18,7 @@ from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.families.timm import FAMILY
 from vitdeploy.checkpoint.families.timm_names import width_of
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
+from vitdeploy.config import Rotary
 from vitdeploy.errors import CheckpointError, MissingDependency
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import build_reference
@@ -359,7 +360,7 @@ def test_library_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -
 
 
 class VisionTransformer(nn.Module):
-    """What vitdeploy asks of timm's class of this name."""
+    """What vitdeploy asks of timm's classes."""
 
     def __init__(self, tensors: dict[str, Tensor], block: str = "Block") -> None:
         super().__init__()
@@ -379,11 +380,9 @@ class VisionTransformer(nn.Module):
         return self.tensors
 
 
-def fake_timm(monkeypatch: pytest.MonkeyPatch, create: Any) -> None:
+def fake_timm(monkeypatch: pytest.MonkeyPatch, create: Any, name: str = "vit_tiny_patch16_224") -> None:
     library = types.ModuleType("timm")
-    library.__dict__.update(
-        list_models=lambda pretrained=False: ["vit_tiny_patch16_224"], create_model=create
-    )
+    library.__dict__.update(list_models=lambda pretrained=False: [name], create_model=create)
     monkeypatch.setitem(sys.modules, "timm", library)
 
 
@@ -394,6 +393,19 @@ def test_library_settles_what_its_model_knows(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(opened, Checkpoint)
     assert (opened.config.heads, opened.config.activation, opened.config.norm_eps) == (4, "gelu_tanh", 1e-5)
     assert (opened.preprocess.resize_edge, opened.source) == (32, "timm:vit_tiny_patch16_224")
+
+
+def test_library_builds_eva(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's class Eva has no pool_include_prefix."""
+    model = type("Eva", (VisionTransformer,), {})(
+        load_file(ORACLES / "timm_eva" / "dinov3" / "model.safetensors"), block="EvaBlock"
+    )
+    del model.pool_include_prefix
+    fake_timm(monkeypatch, lambda name, pretrained: model, "vit_small_patch16_dinov3")
+    opened = open_model("timm:vit_small_patch16_dinov3")
+    assert isinstance(opened, Checkpoint)
+    assert (opened.family, opened.config.heads, opened.config.norm_eps) == ("timm_eva", 4, 1e-5)
+    assert opened.config.rotary == Rotary("centred_timm", 100.0)
 
 
 def test_library_builds_of_other_blocks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

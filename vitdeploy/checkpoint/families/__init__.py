@@ -14,6 +14,7 @@ from vitdeploy.checkpoint.families import (
     clip,
     deit,
     dinov2,
+    dinov3,
     google,
     image_text,
     open_clip,
@@ -21,6 +22,7 @@ from vitdeploy.checkpoint.families import (
     siglip,
     timm,
     timm_beit,
+    timm_eva,
     torchvision,
     vit,
 )
@@ -32,6 +34,7 @@ from vitdeploy.errors import CheckpointError, did_you_mean
 
 FAMILIES: tuple[Family, ...] = (
     reference.FAMILY,
+    dinov3.FAMILY,
     dinov2.WITH_REGISTERS,
     dinov2.PLAIN,
     deit.FAMILY,
@@ -45,6 +48,7 @@ FAMILIES: tuple[Family, ...] = (
     open_clip.TOWER,
     open_clip.TRUNK,
     timm_beit.FAMILY,
+    timm_eva.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
     google.FAMILY,
@@ -54,20 +58,19 @@ FAMILIES: tuple[Family, ...] = (
 _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 
-_OWN = (
-    *(f.name for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS)),
-    *(f.name for f in (beit.FAMILY, blip.FAMILY)),
-    "blip_vision_model",
+_OWN = tuple(
+    f.name
+    for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS, beit.FAMILY)
 )
 """Families of transformers, whose names begin so where a base model is below a head."""
 _PREFIXES = (*_OWN, image_text.PREFIX, open_clip.PREFIX)
 """What belongs to a family's names, even where all of them begin so."""
-_TYPES = (*_OWN, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
+_TYPES = (*_OWN, *blip.MODEL_TYPES, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
 """Model types of transformers that are read."""
 _OTHERS = frozenset(
     (
-        *("convnext", "cvt", "data2vec-vision", "dinov3_vit", "hiera", "ijepa", "levit", "mobilevit"),
-        *("pvt", "swin", "swinv2", "vit_hybrid", "yolos"),
+        *("convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit", "mobilevit", "pvt", "swin"),
+        *("swinv2", "vit_hybrid", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""
@@ -107,7 +110,7 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
             f"{foreign.source}: timm's architecture {cut(architecture)}{what} is not supported", hint=_HINT
         )
     if model_type is not None:
-        supported = [reference.MODEL_TYPE, *_TYPES, "timm_wrapper"]
+        supported = [reference.MODEL_TYPE, *_TYPES, dinov3.MODEL_TYPE, "timm_wrapper"]
         other = str(model_type).casefold() in _OTHERS
         guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(

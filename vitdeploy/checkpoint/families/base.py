@@ -35,6 +35,8 @@ class Foreign:
     """``preprocessor_config.json``, where there is one."""
     wanted: Size | None = None
     """The image size that the user asks for: it settles the shape of a position table that no file states."""
+    heads: int | None = None
+    """The heads that the user states."""
     folder: Path | None = None
     """Where its files lie; None where there are none."""
 
@@ -144,6 +146,24 @@ def rename_tensors(
     """Return the tensors under other names, and those names' originals."""
     originals = {to(name): name for name in state}
     return {name: state[original] for name, original in originals.items()}, originals
+
+
+def join_halves(state: Mapping[str, Tensor], halves: tuple[str, str], joined: str) -> dict[str, Tensor]:
+    """Put two layers together: SwiGLU's gate and what it gates are one ``fc1`` here, the gate first.
+
+    Args:
+        halves: parts of names, the gate's first.
+        joined: what stands there instead.
+    """
+    first, second = halves
+    result = dict(state)
+    for name in (name for name in state if first in name):
+        other = name.replace(first, second)
+        gate, up = state[name], state.get(other)
+        if up is not None and gate.shape == up.shape != ():
+            del result[name], result[other]
+            result[name.replace(first, joined)] = torch.cat([gate, up])
+    return result
 
 
 def sole_head(state: Mapping[str, Tensor], root: str) -> str | None:

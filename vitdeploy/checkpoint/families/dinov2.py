@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from vitdeploy.checkpoint.families import huggingface
 from vitdeploy.checkpoint.families.base import (
@@ -22,6 +21,7 @@ from vitdeploy.checkpoint.families.base import (
     config_integer,
     config_number,
     flat,
+    join_halves,
     linear,
 )
 from vitdeploy.checkpoint.families.positions import PositionRule
@@ -54,21 +54,11 @@ def _mlp_width(config: Mapping[str, object], gated: bool) -> int:
     return (int(width * 2 / 3) + 7) // 8 * 8 if gated else width
 
 
-def _join_gates(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the two halves of SwiGLU together that a state dict in memory keeps apart, the gate first."""
-    joined = {}
-    for name, tensor in state.items():
-        up = state.get(name.replace(".gate_proj.", ".up_proj."))
-        if ".gate_proj." in name and up is not None:
-            joined[name.replace(".gate_proj.", ".weights_in.")] = torch.cat([tensor, up])
-        elif ".up_proj." not in name or name.replace(".up_proj.", ".gate_proj.") not in state:
-            joined[name.replace(".down_proj.", ".weights_out.")] = tensor
-    return joined
-
-
 def _read(foreign: Foreign, template: ViTConfig | None, model_type: str) -> Reading:
     renamed, originals = huggingface.file_names(foreign, model_type, vit_mlp=False)
-    state = _join_gates(renamed)
+    # A state dict in memory has SwiGLU in halves.
+    joined = join_halves(renamed, (".gate_proj.", ".up_proj."), ".weights_in.")
+    state = {name.replace(".down_proj.", ".weights_out."): tensor for name, tensor in joined.items()}
     given = foreign.config
     fields: dict[str, object] = {"layer_scale": True, "norm_eps": 1e-6}
     if given is None:

@@ -160,8 +160,8 @@ def config_of(
         width=config_integer(config, "hidden_size", 768),
         depth=config_integer(config, "num_hidden_layers", 12),
         heads=_heads(config),
-        qkv_bias=bool(config.get("qkv_bias", True)),
         **{
+            "qkv_bias": bool(config.get("qkv_bias", True)),
             "mlp_width": config_integer(config, "intermediate_size", 3072),
             "activation": activation_of(config, "gelu"),
             "classes": _classes(config, find_tensor(layout, state, "head.weight")),

@@ -102,7 +102,9 @@ def _instead(name: str, state: Mapping[str, Tensor]) -> str:
     """What a checkpoint may be that lacks this tensor."""
     if guess := looks_like(state):
         return guess
-    positions = "; without it, positions are rotary or relative (DINOv3, EVA02, BEiT)"
+    positions = (
+        "; without it, positions are rotary or relative, and a config.json beside it has to tell which"
+    )
     return positions if "pos" in name else ""
 
 
@@ -111,6 +113,11 @@ def usual_heads(width: int) -> int:
     if width in (1152, 1280, 1408, 1664, 1792):
         return 16
     return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
+
+
+def heads_of_64(width: int) -> int:
+    """Heads of 64 columns; of 128 in DINOv3 of 7 billion parameters."""
+    return max(1, width // (128 if width >= 4096 else 64))
 
 
 def what_is_open(template: ViTConfig | None, wanted: Size | None) -> tuple[Callable[[int], int], list[Size]]:

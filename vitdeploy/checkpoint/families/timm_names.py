@@ -36,7 +36,8 @@ _PLAIN = re.compile(
 )
 _BEIT = re.compile(r"beit(v2)?_(base|large)_patch16_(224|384|512)(_in22k)?")
 _KINDS: Mapping[str, str] = {
-    r"_rope|dinov3|lingbot|_pe_|^eva": "rotary or EVA attention",
+    r"_rope|lingbot|_pe_|^eva": "other rotary positions or EVA attention",
+    r"sapiens2": "keys shared by several heads",
     r"_map_|test_vit3": "attention pooling of the patches alone",
     r"relpos": "relative positions",
     r"^beit3": "BEiT-3's norms inside its branches",
