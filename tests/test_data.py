@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from tests.helpers.paths import ROOT
-from vitdeploy.config import Preprocess, ViTConfig
+from vitdeploy.config import Preprocess, ViTConfig, model_type
 from vitdeploy.data import digits_folder, digits_heldout, digits_images
 from vitdeploy.images import preprocess
 from vitdeploy.model.registry import build_reference, expected_shapes
@@ -38,7 +38,10 @@ def settings() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def config(settings: dict[str, Any]) -> ViTConfig:
     fields = dict(settings["model"])
-    return ViTConfig(**fields | {"image_size": tuple(fields["image_size"])})
+    kind, values = model_type(fields | {"image_size": tuple(fields["image_size"])})
+    config = kind(**values)
+    assert isinstance(config, ViTConfig)
+    return config
 
 
 @pytest.fixture(scope="module")

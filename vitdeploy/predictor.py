@@ -143,7 +143,7 @@ class Predictor:
         """
         for row in self._rows(images, self.vectors.name):
             if not isinstance(row, ImageError):
-                self._require_finite(row)
+                self._require_finite(row, self.vectors.name)
             yield row
 
     def logits(self, images: AnyImage | Iterable[AnyImage]) -> Array:
@@ -168,7 +168,7 @@ class Predictor:
             BundleError: the runtime fails, or gives NaN or infinite values.
         """
         vectors = self._output(images, self.vectors.name)
-        self._require_finite(vectors)
+        self._require_finite(vectors, self.vectors.name)
         return vectors
 
     @property
@@ -235,7 +235,7 @@ class Predictor:
         Raises:
             BundleError: they are NaN or infinite.
         """
-        self._require_finite(logits)
+        self._require_finite(logits, "logits")
         scores = scores_of(logits, self.bundle.manifest.scores)
         order = np.argsort(-scores, kind="stable")[:top_k]
         labels = self.bundle.manifest.labels
@@ -272,10 +272,10 @@ class Predictor:
                 else "in Python, vitdeploy.load(BUNDLE).embed(images) gives its vectors",
             )
 
-    def _require_finite(self, rows: Array) -> None:
+    def _require_finite(self, rows: Array, output: str) -> None:
         if not np.isfinite(rows).all():
             raise BundleError(
-                f"{self.session.facts.artifact} gives NaN or infinite {self.vectors.name}",
+                f"{self.session.facts.artifact} gives NaN or infinite {output}",
                 hint=f"vitdeploy verify {self.bundle.root}",
             )
 

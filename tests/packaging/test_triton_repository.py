@@ -147,7 +147,7 @@ def test_no_labels_of_features(package: Make, tmp_path: Path, output: str) -> No
     bundle = write_bundle(tmp_path / "b.bundle", output=output, labels=None)
     made = package(bundle)
     assert models(made) == ["linear", "linear_image", "linear_preprocess"]
-    assert [one.name for one in config(made, "linear_image").output] == ["logits"]
+    assert [one.name for one in config(made, "linear_image").output] == [output]
     with pytest.raises(UsageError, match="--top-k"):
         package(bundle, folder="b", top_k=3)
 
