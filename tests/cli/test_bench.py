@@ -257,7 +257,7 @@ def test_ctrl_c_keeps_what_was_measured(bundle: Bundle, tmp_path: Path) -> None:
             break
     workers = _children(process.pid)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, "error: interrupted by SIGINT" in err) == (130, True), "".join(said) + err
     assert "PARTIAL" in out
     found = read_results(results)

@@ -327,7 +327,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, stage: str, number
             break
     time.sleep(0.05)  # into the next stage
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 128 + number
     assert err.splitlines()[-1] == f"error: interrupted by {number.name}"
     assert "Traceback" not in err

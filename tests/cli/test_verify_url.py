@@ -127,7 +127,7 @@ def test_watch_until_interrupted(single: Bundle, number: signal.Signals) -> None
         process = watching(single, server.url)
         read_until(process.stdout, r"round 2 .* ok ")
         process.send_signal(number)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert re.search(r"\d rounds, all passed; relative error at most \d", out)
     assert "Traceback" not in err
@@ -142,7 +142,7 @@ def test_watch_interrupted_while_the_server_is_slow(single: Bundle) -> None:
         while not server.batches and time.monotonic() < end:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=300)  # the server answers only after that
+        _, err = process.communicate(timeout=600)  # the server answers only after that
     assert process.returncode == 5
     assert "before the first round was over" in err
     assert "Traceback" not in err
@@ -160,7 +160,7 @@ def test_watch_with_a_failure_exits_5_and_exports_metrics(single: Bundle) -> Non
         with urllib.request.urlopen(where) as answer:
             text = answer.read().decode()
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=300)
+        out, _ = process.communicate(timeout=600)
     assert re.search(r'^vitdeploy_live_failures_total\{reason="mismatch"\} [1-9]', text, re.MULTILINE)
     assert process.returncode == 5
     document = json.loads(out)

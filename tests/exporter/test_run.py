@@ -400,7 +400,7 @@ def test_killed_at_any_moment_there_is_no_bundle_or_a_whole_one(tmp_path: Path) 
             if line.split()[0] == moment:
                 break
         process.send_signal(how)
-        process.communicate(timeout=60)
+        process.communicate(timeout=600)
         if target.exists():
             Bundle.open(target).verify()
         if how == signal.SIGINT:

@@ -33,7 +33,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 WANTED = ("nvidia-pytriton==0.7.0", "numpy<2", "onnxruntime>=1.23", f"pillow=={version('pillow')}")
 """The server (2.51), and what the models in Python need."""
 
-_START_SECONDS = 180.0
+_START_SECONDS = 900.0
 _STOP_SECONDS = 30.0
 
 

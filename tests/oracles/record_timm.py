@@ -53,6 +53,9 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("vit_small_patch14_dinov2", {"num_classes": 0}),
     "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {"num_classes": 0}),
     "swiglu": ("vit_giant_patch14_dinov2", {}),
+    "clip": ("vit_base_patch32_clip_quickgelu_224", {}),
+    "siglip": ("vit_so400m_patch16_siglip_256", {}),
+    "siglip_features": ("vit_base_patch16_siglip_224", {"num_classes": 0}),
 }
 LABELS = [f"n{index:02d}" for index in range(5)]
 
@@ -116,6 +119,7 @@ def record_torchvision(case: str, seed: int, **changes: Any) -> None:
 # Names of a plain ViT's tensors, with i for the number of the block.
 TENSORS = re.compile(
     r"(cls_token|dist_token|reg_token|pos_embed|patch_embed\.proj\.\w+|(fc_)?norm\.\w+|head(_dist)?\.\w+"
+    r"|norm_pre\.\w+|attn_pool\.(latent|(q|kv|proj|norm|mlp\.fc[12])\.\w+)"
     r"|blocks\.\d+\.(norm[12]\.\w+|attn\.(qkv|proj)\.\w+|ls[12]\.gamma|mlp\.fc[12]\.\w+))"
 )
 
@@ -129,6 +133,7 @@ def is_plain(model: nn.Module) -> bool:
         and isinstance(block.norm1, nn.LayerNorm)
         and isinstance(block.mlp, Mlp | GluMlp)
         and not model.pool_include_prefix
+        and not (model.attn_pool is not None and model.num_prefix_tokens)
         and all(TENSORS.fullmatch(name) for name in names)
         and not {"norm.bias", "fc_norm.bias"}.isdisjoint(names)
     )

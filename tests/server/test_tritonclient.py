@@ -242,9 +242,9 @@ def test_async_http(http: Any) -> None:
     arrays = [pixels(seed, rows=1 + seed % 4) for seed in range(20)]
     waiting = [http.async_infer("linear", [tensor(HTTP, array)]) for array in arrays]
     for array, one in zip(arrays, waiting, strict=True):
-        require_right(answer(array), one.get_result(timeout=120).as_numpy("logits"))
+        require_right(answer(array), one.get_result(timeout=600).as_numpy("logits"))
     with pytest.raises(InferenceServerException, match=r"\[404\] Request for unknown model: 'nope'"):
-        http.async_infer("nope", [tensor(HTTP, arrays[0])]).get_result(timeout=120)
+        http.async_infer("nope", [tensor(HTTP, arrays[0])]).get_result(timeout=600)
 
 
 def test_async_grpc(grpc: Any) -> None:
@@ -259,7 +259,7 @@ def test_async_grpc(grpc: Any) -> None:
 
         grpc.async_infer("linear", [tensor(GRPC, array)], keep)
     for _ in arrays:
-        assert done.acquire(timeout=120)
+        assert done.acquire(timeout=600)
     for number, array in enumerate(arrays):
         require_right(answer(array), found[number].as_numpy("logits"))
 
@@ -273,7 +273,7 @@ def test_a_grpc_stream_answers_in_order_and_survives_refusals(grpc: Any, codec: 
         name = "nope" if number == 7 else "linear"
         grpc.async_stream_infer(name, [tensor(GRPC, array)], request_id=str(number))
     for number, array in enumerate(arrays):
-        result, error = arrived.get(timeout=120)
+        result, error = arrived.get(timeout=600)
         if number == 7:
             assert isinstance(error, InferenceServerException)
             assert "unknown model: 'nope'" in error.message()

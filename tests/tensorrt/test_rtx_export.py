@@ -323,7 +323,7 @@ def building(bundle: Path) -> subprocess.Popen[str]:
 def test_ctrl_c_leaves_no_file(bundle: Path, unchanged: Callable[[], bool]) -> None:
     process = building(bundle)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "error: interrupted by SIGINT"
     assert unchanged()
@@ -332,7 +332,7 @@ def test_ctrl_c_leaves_no_file(bundle: Path, unchanged: Callable[[], bool]) -> N
 def test_a_killed_build_leaves_the_bundle_and_the_next_one_cleans_up(bundle: Path, digits_onnx: Path) -> None:
     process = building(bundle)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     Bundle.open(bundle).verify()
     assert Bundle.open(bundle).manifest == Bundle.open(digits_onnx).manifest
     result = add(bundle, "--precision", "fp16", "--arch", "sm_89")
@@ -346,7 +346,7 @@ def test_two_builds_at_once_do_not_lose_an_engine(bundle: Path) -> None:
     slow.send_signal(signal.SIGSTOP)
     quick = add(bundle, "--precision", "fp16", "--arch", "sm_120")
     slow.send_signal(signal.SIGCONT)
-    _, err = slow.communicate(timeout=120)
+    _, err = slow.communicate(timeout=600)
     assert (quick.code, slow.returncode) == (0, 2), quick.err + err
     assert "somebody else changed it meanwhile" in err
     opened = Bundle.open(bundle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +19,22 @@ from vitdeploy.data import DIGITS
 from vitdeploy.errors import CheckpointError, MissingDependency, UsageError, did_you_mean
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("config.json", "preprocessor_config.json", lora.CONFIG, *lora.WEIGHTS)
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Where transformers describes preprocessing; the second is of models that read text, too."""
+_OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_HUB_FILES = ("config.json", *_PROCESSORS, _OPEN_CLIP_CONFIG, lora.CONFIG, *lora.WEIGHTS)
 _HUB_WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+    *((name,) for name in _OPEN_CLIP),
 )
-"""What is downloaded: the second where the first is not there."""
+"""What is downloaded: the second where the first is not there, and so on."""
 _INDEX = ".index.json"
 _IN_FOLDERS = (
     *("model.safetensors", f"model.safetensors{_INDEX}", "weights.safetensors"),
     *("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
+    *_OPEN_CLIP,
 )
 """Where a folder's weights are, in the order that they are looked for."""
 
@@ -47,14 +54,12 @@ def from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     else:
         refuse_shard(path, source)
         folder, weights = path.parent, read_weights(path)
-    config, files = _description(folder, whole=path.is_dir())
-    processor = folder / "preprocessor_config.json"
-    described = config is not None and processor.is_file()
-    if described:
-        files[processor.name] = sha256(processor)
+    of_open_clip = not weights.files.keys().isdisjoint(_OPEN_CLIP)
+    config, files = _description(folder, whole=path.is_dir(), of_open_clip=of_open_clip)
+    processor, read = (None, {}) if config is None or of_open_clip else _processor(folder)
     refuse_quantised(source, weights.state, config)
-    foreign = Foreign(source, weights.state, config, read_json(processor) if described else None)
-    return foreign, replace(weights, files={**weights.files, **files})
+    foreign = Foreign(source, weights.state, config, processor)
+    return foreign, replace(weights, files={**weights.files, **files, **read})
 
 
 def _adapted(folder: Path, source: str) -> tuple[Foreign, Weights]:
@@ -75,11 +80,22 @@ def _adapted(folder: Path, source: str) -> tuple[Foreign, Weights]:
     if config is not None and config.get("model_type") == (foreign.config or {}).get("model_type"):
         foreign = replace(foreign, config=config)
         weights = replace(weights, files={**weights.files, **own})
-    processor = folder / "preprocessor_config.json"
-    if processor.is_file():
-        foreign = replace(foreign, processor=read_json(processor))
-        weights = replace(weights, files={**weights.files, processor.name: sha256(processor)})
+    processor, read = _processor(folder)
+    if processor is not None:
+        foreign = replace(foreign, processor=processor)
+        weights = replace(weights, files={**weights.files, **read})
     return foreign, weights
+
+
+def _processor(folder: Path) -> tuple[Mapping[str, object] | None, dict[str, str]]:
+    """The preprocessing that a folder of transformers' describes, and the sha256 of the file that does."""
+    for name in _PROCESSORS:
+        if (path := folder / name).is_file():
+            content = read_json(path)
+            settings = content.get("image_processor", content if name == _PROCESSORS[0] else None)
+            if isinstance(settings, Mapping):
+                return settings, {name: sha256(path)}
+    return None, {}
 
 
 def _folder_weights(folder: Path, source: str) -> Weights:
@@ -91,8 +107,13 @@ def _folder_weights(folder: Path, source: str) -> Weights:
     return read_shards(first) if first.name.endswith(_INDEX) else read_weights(first)
 
 
-def _description(folder: Path, *, whole: bool) -> tuple[dict[str, object] | None, dict[str, str]]:
+def _description(
+    folder: Path, *, whole: bool, of_open_clip: bool = False
+) -> tuple[dict[str, object] | None, dict[str, str]]:
     """What describes the weights of a folder: config.json, or a bundle's manifest; and its sha256."""
+    if of_open_clip:  # a config.json beside it is about another file
+        own = folder / _OPEN_CLIP_CONFIG
+        return (read_json(own), {own.name: sha256(own)}) if own.is_file() else (None, {})
     manifest = folder / "manifest.json"
     config = folder / "config.json"
     if config.is_file():

@@ -15,9 +15,8 @@ CORRECT = "correct config.json, which describes the weights beside it"
 _SIGNS: Mapping[str, str] = {
     r"lora_[AB]\.": "a LoRA adapter, which needs its folder with adapter_config.json",
     r"decoder_blocks\.|decoder_embed\.": "MAE's pretraining with its decoder",
-    r"text_model\.|transformer\.resblocks\.|logit_scale": "CLIP or SigLIP with its text model",
-    r"norm_pre\.|pre_layrnorm\.|ln_pre\.": "a CLIP image tower",
-    r"attn_pool\.|head\.probe": "a SigLIP image tower, with attention pooling",
+    r"visual\.(layer\d|attnpool)": "CLIP with a ResNet",
+    r"text_model\.|transformer\.resblocks\.|logit_scale": "a text model of CLIP or SigLIP",
     r"layers\.\d+\.blocks\.\d+\..*relative_position_bias_table|\.swin\.|^swin": "Swin",
     r"relative_position|rel_pos\.|attn\.q_bias|lambda_1": "BEiT, EVA or a ViT with relative positions",
     r"rope|rotary|freqs": "a model with rotary positions (those of DINOv3 and EVA02 open as timm has them)",

@@ -45,7 +45,7 @@ def serving(*bundles: object, flags: tuple[str, ...] = ()) -> Iterator[Serving]:
             raise AssertionError("".join(said))
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=300)
+        process.communicate(timeout=600)
 
 
 def consistent(folder: Path, weight: np.ndarray, **facts: object) -> Bundle:

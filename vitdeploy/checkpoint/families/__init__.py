@@ -9,11 +9,15 @@ from collections import Counter
 from dataclasses import replace
 
 from vitdeploy.checkpoint.families import (
+    clip,
     deit,
     dinov2,
     dinov3,
     google,
+    image_text,
+    open_clip,
     reference,
+    siglip,
     timm,
     timm_eva,
     torchvision,
@@ -32,6 +36,10 @@ FAMILIES: tuple[Family, ...] = (
     dinov2.PLAIN,
     deit.FAMILY,
     vit.FAMILY,
+    clip.FAMILY,
+    siglip.FAMILY,
+    open_clip.TOWER,
+    open_clip.TRUNK,
     timm_eva.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
@@ -44,11 +52,12 @@ _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 _OWN = tuple(f.name for f in (vit.FAMILY, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS))
 """Families of transformers, whose names begin so where a base model is below a head."""
+_TYPES = (*_OWN, *clip.MODEL_TYPES, *siglip.MODEL_TYPES, dinov3.MODEL_TYPE)
+"""Model types of transformers that are read."""
 _OTHERS = frozenset(
     (
-        *("beit", "clip", "clip_vision_model", "convnext", "cvt", "data2vec-vision", "hiera"),
-        *("ijepa", "levit", "mobilevit", "pvt", "siglip", "siglip_vision_model", "siglip2", "swin", "swinv2"),
-        *("vit_hybrid", "vit_mae", "vit_msn", "yolos"),
+        *("beit", "convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit"),
+        *("mobilevit", "pvt", "swin", "swinv2", "vit_hybrid", "vit_mae", "vit_msn", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""
@@ -88,7 +97,7 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
             f"{foreign.source}: timm's architecture {cut(architecture)}{what} is not supported", hint=_HINT
         )
     if model_type is not None:
-        supported = [reference.MODEL_TYPE, *_OWN, dinov3.MODEL_TYPE, "timm_wrapper"]
+        supported = [reference.MODEL_TYPE, *_TYPES, "timm_wrapper"]
         other = str(model_type).casefold() in _OTHERS
         guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(
@@ -116,7 +125,9 @@ def _below(foreign: Foreign) -> tuple[str, Foreign]:
     prefix = ""
     while foreign.state:
         first = next(iter(foreign.state)).partition(".")[0] + "."
-        if first[:-1] in _OWN or not all(name.startswith(first) and name != first for name in foreign.state):
+        if first[:-1] in (*_OWN, image_text.PREFIX) or not all(
+            name.startswith(first) and name != first for name in foreign.state
+        ):
             break
         prefix, foreign = prefix + first, _under(foreign, first)
     return prefix, foreign

@@ -115,13 +115,13 @@ def flat(dimensions: int) -> Pick:
     return pick
 
 
-def third(index: int) -> Pick:
-    """One of query, key, value out of a merged (3D, ...) tensor."""
+def part(index: int, of: int = 3) -> Pick:
+    """One of query, key, value out of a merged (3D, ...) tensor; or one of as many parts as there are."""
 
     def pick(tensor: Tensor) -> Tensor:
-        if not tensor.ndim or tensor.shape[0] % 3:
+        if not tensor.ndim or tensor.shape[0] % of:
             return tensor
-        rows = tensor.shape[0] // 3
+        rows = tensor.shape[0] // of
         return tensor[index * rows : (index + 1) * rows]
 
     return pick
@@ -165,9 +165,9 @@ def sole_head(state: Mapping[str, Tensor], root: str) -> str | None:
     return layers.pop() if weight is not None and weight.ndim == 2 else None
 
 
-def merged_qkv(weight: str, bias: str) -> dict[str, Source]:
+def merged_qkv(weight: str, bias: str, ours: str = "blocks.{i}.attn") -> dict[str, Source]:
     """Query, key and value of a block, stored as one (3D, D) layer."""
-    parts = {f"blocks.{{i}}.attn.{name}": third(index) for index, name in enumerate("qkv")}
+    parts = {f"{ours}.{name}": part(index) for index, name in enumerate("qkv")}
     weights = {f"{ours}.weight": Source(weight, pick) for ours, pick in parts.items()}
     return weights | {f"{ours}.bias": Source(bias, pick) for ours, pick in parts.items()}
 
@@ -204,6 +204,22 @@ def config_object(config: Mapping[str, object] | None, key: str) -> Mapping[str,
     if not isinstance(value, Mapping):
         raise CheckpointError(f"config.json: {key} must be an object, not {shown(value)}", hint=CORRECT)
     return value
+
+
+def refuse_indivisible(who: str, source: str, size: Size, patch: int) -> None:
+    """Refuse a model that sees the upper left part of its images only: ours see all that they are given.
+
+    Raises:
+        CheckpointError: the patch does not divide the size.
+    """
+    rows, columns = (side - side % patch for side in size)
+    if (rows, columns) != size:
+        height, width = size
+        raise CheckpointError(
+            f"{source}: {who} feeds {height}x{width} pixels, of which patches of {patch} use "
+            f"{rows}x{columns}",
+            hint=f"--image-size {rows}x{columns} resizes images to what is used; the scores change a little",
+        )
 
 
 # --- reading the tensors ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What transformers' ViT, DeiT and DINOv2 have in common: config.json, labels, names."""
+"""What the families of transformers have in common: config.json, labels, names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vitdeploy.config import Activation, Preprocess, Scores, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, did_you_mean
 from vitdeploy.images.preprocess import at_size, from_huggingface, published
 
-_ACTIVATIONS: Mapping[str, Activation] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_fast": "gelu_tanh",
@@ -40,6 +40,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
+"""By ``hidden_act``."""
 
 _SCORES: Mapping[str, Scores | None] = {
     "single_label_classification": None,  # as usual
@@ -186,13 +187,13 @@ def _classes(config: Mapping[str, object], head: Tensor | None) -> int:
 
 def _activation(config: Mapping[str, object]) -> Activation:
     name = config.get("hidden_act", "gelu")
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        guess = did_you_mean(str(name), _ACTIVATIONS)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        guess = did_you_mean(str(name), ACTIVATIONS)
         raise CheckpointError(
             f"config.json: hidden_act {shown(name)} is not supported{guess}",
-            hint=f"supported: {', '.join(_ACTIVATIONS)}",
+            hint=f"supported: {', '.join(ACTIVATIONS)}",
         )
-    return _ACTIVATIONS[name]
+    return ACTIVATIONS[name]
 
 
 def labels_of(config: Mapping[str, object] | None, classes: int) -> tuple[str, ...] | None:
@@ -244,18 +245,23 @@ def reading(
     originals: Mapping[str, str],
     headless: Sequence[str],
     follows_processor: bool = False,
+    prefix: str | None = None,
+    ignored: Mapping[str, str | None] = IGNORED,
 ) -> Reading:
     """Put a reading together.
 
     Args:
         headless: prefixes of names that a model with a head does not put under its base model.
+        prefix: of the names under the base model; ``model_type`` where None.
+        ignored: as a ``Reading`` has it.
         follows_processor: the family interpolates by itself; the resolution is what its processor feeds.
     """
     if foreign.processor is None:
         base = published(model_type)
     else:
         base = from_huggingface(foreign.processor, model_type, config.channels)
-    prefix = model_type if any(name.startswith(f"{model_type}.") for name in foreign.state) else ""
+    prefix = prefix or model_type
+    prefix = prefix if any(name.startswith(f"{prefix}.") for name in foreign.state) else ""
     notes = []
     assumed: dict[str, str | None] = {} if foreign.config is not None else {"heads": None, "activation": None}
     head = originals.get("classifier.weight", "classifier.weight").removesuffix(".weight")
@@ -279,7 +285,7 @@ def reading(
         layout=layout,
         state=state,
         preprocess=preprocess,
-        ignored=IGNORED,
+        ignored=ignored,
         labels=labels_of(foreign.config, config.classes),
         scores=scores_of(foreign.config),
         notes=tuple(notes),

@@ -109,8 +109,8 @@ def _instead(name: str, state: Mapping[str, Tensor]) -> str:
 
 
 def usual_heads(width: int) -> int:
-    """Heads of 64 columns or a little more; 16 for the widths of the paper's H, g, G and of SoViT-400M."""
-    if width in (1152, 1280, 1408, 1664):
+    """Heads of 64 columns or a little more; 16 for the widths of H, g, G, e and of SoViT-400M."""
+    if width in (1152, 1280, 1408, 1664, 1792):
         return 16
     return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
 

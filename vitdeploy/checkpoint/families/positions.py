@@ -27,6 +27,8 @@ class PositionRule:
     """The table is taken for a square grid whatever the configured image size, as transformers does."""
     even_at_own_size: bool = False
     """The square assumption holds at the configured, not square, image size too."""
+    by_count: bool = False
+    """A table of as many rows as are needed stays as it is, whatever its grid, as open_clip does."""
 
     def fit(self, state: Mapping[str, Tensor], config: ModelConfig, size: Size) -> dict[str, Tensor]:
         """What of ``state``, which is for ``config.image_size``, is another tensor for images of ``size``."""
@@ -55,7 +57,7 @@ def fit_positions(table: Tensor, config: ViTConfig, size: Size, rule: PositionRu
     if rule.square_source and side * side == config.patches:
         source = side, side
     target = size[0] // config.patch_size, size[1] // config.patch_size
-    if source == target:
+    if source == target or (rule.by_count and math.prod(target) == config.patches):
         return table
     prefix, patches = table[: config.position_prefix], table[config.position_prefix :]
     # No copy between reshape and permute: torch's kernels round differently for other memory layouts.

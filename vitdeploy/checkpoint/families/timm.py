@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: ``vit_*``, ``deit_*`` (distilled too), ``deit3_*``, DINOv2 and its registers.
+"""timm's VisionTransformer: ``vit_*``, ``deit_*`` (distilled too), ``deit3_*``, DINOv2, CLIP's and SigLIP's.
 
 Names are those of timm's state dict. Two elder spellings are understood as well: the released files of DINOv2
 (``register_tokens``, ``w12``/``w3``) and of DeiT III (``gamma_1``).
@@ -28,6 +28,8 @@ from vitdeploy.checkpoint.families.base import (
     height_and_width,
     linear,
     merged_qkv,
+    part,
+    refuse_indivisible,
     rename_tensors,
     sole_head,
 )
@@ -36,7 +38,7 @@ from vitdeploy.checkpoint.families.infer import heads_note, infer_config, shape_
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.checkpoint.families.timm_names import activation_of, heads_of, is_plain, kind_of, width_of
 from vitdeploy.checkpoint.refusals import CORRECT, OTHER_MODEL, cut, shown
-from vitdeploy.config import Activation, Preprocess, Size, ViTConfig
+from vitdeploy.config import Activation, Pool, Preprocess, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
 from vitdeploy.images.preprocess import from_timm
 
@@ -45,6 +47,7 @@ def _layout(norm: str) -> Layout:
     """``norm`` is where the final LayerNorm lies: before pooling, or after it (``fc_norm``)."""
     return {
         **linear("patch_embed", "patch_embed.proj"),
+        **linear("pre_norm", "norm_pre"),
         "cls_token": Source("cls_token", flat(1)),
         "dist_token": Source("dist_token", flat(1)),
         "registers": Source("reg_token", flat(2)),
@@ -58,6 +61,17 @@ def _layout(norm: str) -> Layout:
         **linear("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
         "blocks.{i}.scale2": Source("blocks.{i}.ls2.gamma"),
         **linear("norm", norm),
+        "probe_pool.probe": Source("attn_pool.latent", flat(1)),
+        **linear("probe_pool.q", "attn_pool.q"),
+        **{
+            f"probe_pool.{name}.{leaf}": Source(f"attn_pool.kv.{leaf}", part(index, of=2))
+            for index, name in enumerate("kv")
+            for leaf in ("weight", "bias")
+        },
+        **linear("probe_pool.proj", "attn_pool.proj"),
+        **linear("probe_pool.norm", "attn_pool.norm"),
+        **linear("probe_pool.mlp.fc1", "attn_pool.mlp.fc1"),
+        **linear("probe_pool.mlp.fc2", "attn_pool.mlp.fc2"),
         **linear("representation", "pre_logits.fc"),
         **linear("head", "head"),
         **linear("head_dist", "head_dist"),
@@ -87,6 +101,7 @@ _ACTIVATION_CLASSES = {
     "SiLU": "silu",
 }
 _NORMS = (None, "layernorm")
+_POOLS: Mapping[str, Pool] = {"avg": "mean", "token": "cls", "map": "probe"}
 
 
 def _claims(foreign: Foreign) -> bool:
@@ -133,7 +148,13 @@ def reading_of(
     own_sizes = _sizes(arguments, pretrained)
     result = infer_config(layout, state, foreign.source, heads=heads, sizes=[*own_sizes, *sizes], **stated)
     if own_sizes and foreign.wanted is None:
-        _refuse_indivisible(foreign.source, own_sizes[0], result.patch_size)
+        refuse_indivisible("timm", foreign.source, own_sizes[0], result.patch_size)
+    if result.pool == "probe" and result.prefix_tokens:
+        raise CheckpointError(
+            f"{foreign.source}: timm's attention pooling of the patches alone, beside "
+            f"{result.prefix_tokens} other tokens, is not supported",
+            hint=OTHER_MODEL,
+        )
     notes: tuple[str, ...] = () if head in (None, "head") else (f"the head is the linear layer {head!r}",)
     assumed: dict[str, str | None] = {}
     if "num_heads" not in arguments and width_of(architecture) not in (None, result.width):
@@ -172,17 +193,18 @@ def stated_fields(
     arguments, late = config_object(config, "model_args"), "fc_norm.weight" in state
     fields: dict[str, Any] = {
         "final_norm": "pooled" if late else "tokens",
-        "norm_eps": config_number(arguments, "norm_eps", norm_eps),
+        # CLIP's, which have a norm before the blocks, have another number there.
+        "norm_eps": config_number(arguments, "norm_eps", 1e-5 if "norm_pre.weight" in state else norm_eps),
     }
     if (activation := _activation(architecture, arguments)) is not None:
         fields["activation"] = activation
     pool = arguments.get("global_pool") or config.get("global_pool") or ("avg" if late else None)
-    if pool not in (None, "avg", "token"):
+    if pool is not None and pool not in _POOLS:
         raise CheckpointError(f"{source}: pooling by {shown(pool)} is not supported", hint=OTHER_MODEL)
     if "dist_token" in state:
         fields["pool"] = "both_heads"
     elif pool is not None:
-        fields["pool"] = "mean" if pool == "avg" else "cls"
+        fields["pool"] = _POOLS[str(pool)]
     if arguments.get("pos_embed") in ("", "none"):
         fields["position"] = "none"
     # transformers keeps the number of classes of a model that it saves without its head.
@@ -234,17 +256,6 @@ def refuse(source: str, unsupported: Sequence[str]) -> None:
         raise CheckpointError(
             f"{source}: timm's {', '.join(unsupported)} is not supported",
             hint="--model module:function exports any nn.Module, timm.create_model(...) too",
-        )
-
-
-def _refuse_indivisible(source: str, size: Size, patch: int) -> None:
-    """Refuse a model that sees the upper left part of its images only: ours see all that they are given."""
-    used = [side - side % patch for side in size]
-    if used != list(size):
-        (height, width), (rows, columns) = size, used
-        raise CheckpointError(
-            f"{source}: timm feeds {height}x{width} pixels, of which patches of {patch} use {rows}x{columns}",
-            hint=f"--image-size {rows}x{columns} resizes images to what is used; the scores change a little",
         )
 
 

@@ -23,7 +23,9 @@ _PLAIN = re.compile(
             r"vit_base_patch(16_plus_240|32_plus_256)",
             r"vit_(medium|betwixt|base|giant)_patch16_gap_\d+|vit_huge_patch1[46]_gap_\d+",
             r"vit_(wee|little|medium|mediumd|betwixt|base|so150m2?)_patch16_reg[14]_gap_\d+",
-            r"vit_(base|large|so400m|giantopt)_patch(14|16|32)_siglip_gap_\d+",
+            r"vit_(base|large|so400m|giantopt)_patch(14|16|32)_siglip(_gap)?_\d+",
+            r"vit_(xsmall|medium|betwixt|base|large|huge|giant|gigantic)_patch(14|16|32)(_plus)?_clip"
+            r"(_quickgelu)?_\d+",
             r"vit_(small|base|large|giant)_patch14(_reg4)?_dinov2",
             r"vit_(base|large|so400m|giant)_patch14_reg1_tipsv2",
             r"deit_(tiny|small|base)(_distilled)?_patch16_(224|384)",
@@ -35,8 +37,7 @@ _PLAIN = re.compile(
 _KINDS: Mapping[str, str] = {
     r"_rope|_pe_|^eva": "other rotary positions or EVA attention",
     r"sapiens2": "keys shared by several heads",
-    r"clip|_xp_": "CLIP's LayerNorm before the blocks",
-    r"siglip|_map_|test_vit3": "attention pooling",
+    r"_map_|test_vit3": "attention pooling of the patches alone",
     r"relpos|^beit": "relative positions or BEiT's attention",
     r"_d(wee|little)_": "differential attention",
     r"pwee_|_\d+x2_": "parallel branches",
@@ -58,7 +59,8 @@ _HEADS: Mapping[str, int] = {
 _WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
 _SIZED = re.compile(r"(vit|deit3?)_(?P<size>tiny|small|base|large)(_distilled)?_patch\d+_(224|384)")
 _TANH_GELU = re.compile(
-    r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_\d+|large_patch16_siglip_gap_512)"
+    r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip(_gap)?_\d+"
+    r"|large_patch16_siglip(_gap)?_512)"
 )
 
 
@@ -85,4 +87,6 @@ def width_of(architecture: str) -> int | None:
 
 def activation_of(architecture: str) -> Activation | None:
     """The activation of a plain architecture; None where it is as usual."""
+    if "_clip_quickgelu_" in architecture:
+        return "quick_gelu"
     return "gelu_tanh" if _TANH_GELU.fullmatch(architecture) else None
