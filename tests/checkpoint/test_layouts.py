@@ -112,7 +112,7 @@ def test_the_mean_of_the_patches_is_told_by_its_norm(tmp_path: Path) -> None:
     }
     torch.save({"model": state, "args": argparse.Namespace()}, tmp_path / "checkpoint-best.pth")
     model = opened(str(tmp_path / "checkpoint-best.pth"))
-    assert (model.config.pool, model.config.norm_after_pool) == ("mean", True)
+    assert (model.config.pool, model.config.final_norm) == ("mean", "pooled")
 
 
 def test_a_rotary_model_of_timm(tmp_path: Path) -> None:

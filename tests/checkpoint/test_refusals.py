@@ -115,7 +115,6 @@ def test_a_file_beside_and_its_hint(folder: Path) -> None:
 
 SIGNS = [
     ("blocks.0.attn.q_norm.weight", "norms of its queries and keys"),
-    ("blocks.0.attn.relative_position_bias_table", "BEiT"),
     ("blocks.0.attn.q_bias", "BEiT"),
     ("blocks.0.attn.rel_pos.mlp.fc1.weight", "relative positions"),
     ("blocks.0.attn.rope.freqs", "rotary positions"),
@@ -163,7 +162,7 @@ def test_names_of_no_family_say_what_they_are(tmp_path: Path, names: list[str], 
     assert f"it looks like {what}" in refused(tmp_path / "weights.safetensors").message
 
 
-@pytest.mark.parametrize("kind", ["swin", "beit", "hiera"])
+@pytest.mark.parametrize("kind", ["swin", "data2vec-vision", "hiera"])
 def test_model_types_of_others_are_no_misspelt_ones(folder: Path, kind: str) -> None:
     edit_config(folder, model_type=kind)
     error = refused(folder)

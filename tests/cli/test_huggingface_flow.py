@@ -38,6 +38,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         {"size": {"height": 64, "width": 96}},
     ),
     "deit": ("DeiT", MLP, "DeiTImageProcessorPil", CROPPED | {"size": {"height": 72, "width": 72}}),
+    "beit": (
+        "Beit",
+        MLP | {"use_relative_position_bias": True},
+        "BeitImageProcessorPil",
+        {"size": {"height": 64, "width": 64}},
+    ),
+    "msn": ("ViTMSN", MLP, "ViTImageProcessorPil", {"size": {"height": 64, "width": 64}}),
     "dinov2_registers": (
         "Dinov2WithRegisters",
         {"use_swiglu_ffn": True, "mlp_ratio": 2},

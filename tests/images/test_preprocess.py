@@ -70,6 +70,7 @@ HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "clip_old": ("CLIPImageProcessor", {"size": 224, "crop_size": 224, "resample": 3}),
     "siglip": ("SiglipImageProcessor", {}),
     "beit": ("BeitImageProcessor", {}),
+    "blip": ("BlipImageProcessor", {}),
     "beit_cropped": ("BeitImageProcessor", {"size": 256, "do_center_crop": True}),
 }
 
@@ -149,6 +150,10 @@ def test_older_and_newer_names_of_a_processor(key: str, suffix: str) -> None:
         ("dinov2", "BitImageProcessor"),
         ("dinov2_with_registers", "BitImageProcessor"),
         ("dinov3_vit", "DINOv3ViTImageProcessor"),
+        ("beit", "BeitImageProcessor"),
+        ("blip", "BlipImageProcessor"),
+        ("vit_msn", "ViTImageProcessor"),
+        ("vit_mae", "ViTImageProcessor"),
     ],
 )
 def test_the_model_decides_where_no_processor_is_named(model_type: str, processor: str) -> None:
@@ -457,6 +462,13 @@ def test_published_models_of_facebook_take_imagenet(model_type: str) -> None:
     assert (spec.size, spec.resample) == ((224, 224), "bicubic")
     assert spec.resize_edge == (None if model_type == "deit" else 256)
     assert published("vit").mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("model_type", ["vit_msn", "vit_mae"])
+def test_published_msn_and_mae_take_imagenet(model_type: str) -> None:
+    spec = published(model_type)
+    assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (spec.size, spec.resample, spec.resize) == ((224, 224), "bilinear", "exact")
 
 
 # --- models of other channels than three -------------------------------------------------------------

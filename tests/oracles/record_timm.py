@@ -2,10 +2,11 @@
 
     pip install timm torchvision && python tests/oracles/record_timm.py
 
-Each folder under tests/oracles/timm is what timm itself saves for the hub, with ``answer.safetensors`` in it:
-inputs at the model's own resolution and at another one, and timm's outputs for both in float64.
-tests/oracles/torchvision holds bare state dicts, as torchvision publishes them. ``architectures.json``
-(of its rotary models in timm_eva) and ``look_alikes.json`` list what timm builds under its own names.
+Each folder under tests/oracles/timm and timm_beit is what timm itself saves for the hub, with
+``answer.safetensors`` in it: inputs at the model's own resolution and at another one, and timm's outputs for
+both in float64. tests/oracles/torchvision holds bare state dicts, as torchvision publishes them.
+``architectures.json`` (in timm_eva those of its rotary models) and ``look_alikes.json`` list what timm builds
+under its own names.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torchvision
 from safetensors.torch import save_file
 from timm.layers import GluMlp, Mlp, PatchEmbed, RotaryEmbeddingCat, RotaryEmbeddingDinoV3, SwiGLU
 from timm.models import save_for_hf
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -57,6 +59,16 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": ("vit_so400m_patch16_siglip_256", {}),
     "siglip_features": ("vit_base_patch16_siglip_224", {"num_classes": 0}),
 }
+# The same of its BEiT.
+BEIT: dict[str, tuple[str, dict[str, Any]]] = {
+    "each": ("beit_base_patch16_224", {}),
+    "not_square": ("beit_large_patch16_224", {"img_size": (12, 20)}),
+    "shared": (
+        "beit_base_patch16_384",
+        {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "use_abs_pos_emb": True},
+    ),
+    "token": ("beitv2_base_patch16_224", {"global_pool": "token", "qkv_bias": False}),
+}
 LABELS = [f"n{index:02d}" for index in range(5)]
 
 
@@ -78,12 +90,11 @@ def answer(model: nn.Module, pixels: Tensor) -> Tensor:
     return output
 
 
-def record_timm(case: str, seed: int) -> None:
-    name, changes = TIMM[case]
+def record_timm(case: str, seed: int, library: str, name: str, changes: dict[str, Any]) -> None:
     ratio = {"mlp_ratio": 4.0 if case == "swiglu" else 2.0}
     model = timm.create_model(name, **(TINY | ratio | changes))
     randomise(model, seed)
-    folder = HERE / "timm" / case
+    folder = HERE / library / case
     labels = {"label_names": LABELS} if model.num_classes else {}
     save_for_hf(model, folder, model_config=labels, safe_serialization=True)
     own, other = images(*model.patch_embed.img_size), images(*OTHER_SIZE)
@@ -172,9 +183,23 @@ def rotary_facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def facts(model: nn.Module) -> dict[str, Any]:
+    block = model.blocks[0]
+    return {
+        "width": model.embed_dim,
+        "heads": block.attn.num_heads,
+        "activation": type(block.mlp.act).__name__,
+        "norm_eps": block.norm1.eps,
+        "global_pool": model.global_pool,
+        "image_size": list(model.patch_embed.img_size),
+        "patch_size": model.patch_embed.patch_size[0],
+    }
+
+
 def record_architectures() -> None:
-    """What timm builds with a ViT's tensor names: what shapes do not tell of those read; the others."""
+    """What timm builds with a ViT's tensor names: what no shape tells of those read; the others."""
     plain: dict[str, dict[str, Any]] = {}
+    beit: dict[str, dict[str, Any]] = {}
     rotary: dict[str, dict[str, Any]] = {}
     others: list[str] = []
     for name in timm.list_models():
@@ -186,36 +211,30 @@ def record_architectures() -> None:
             continue
         if is_rotary(model):
             rotary[name] = rotary_facts(model)
-            continue
-        if not is_plain(model):
+        elif type(model) is Beit:
+            beit[name] = facts(model)
+        elif is_plain(model):
+            plain[name] = facts(model)
+        else:
             others.append(name)
-            continue
-        block = model.blocks[0]
-        plain[name] = {
-            "width": model.embed_dim,
-            "heads": block.attn.num_heads,
-            "activation": type(block.mlp.act).__name__,
-            "norm_eps": block.norm1.eps,
-            "global_pool": model.global_pool,
-            "image_size": list(model.patch_embed.img_size),
-            "patch_size": model.patch_embed.patch_size[0],
-        }
-    (HERE / "timm" / "architectures.json").write_text(json.dumps(plain, indent=1) + "\n")
-    (HERE / "timm_eva" / "architectures.json").write_text(json.dumps(rotary, indent=1) + "\n")
+    for library, found in (("timm", plain), ("timm_beit", beit), ("timm_eva", rotary)):
+        (HERE / library / "architectures.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "timm" / "look_alikes.json").write_text(json.dumps(others, indent=1) + "\n")
 
 
 def main() -> None:
-    for folder in (HERE / "timm", HERE / "torchvision"):
+    for folder in (HERE / "timm", HERE / "timm_beit", HERE / "torchvision"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    for seed, case in enumerate(TIMM):
-        record_timm(case, seed)
+    for library, cases in (("timm", TIMM), ("timm_beit", BEIT)):
+        for seed, (case, (name, changes)) in enumerate(cases.items()):
+            record_timm(case, seed, library, name, changes)
     record_torchvision("vit", seed=100)
     record_torchvision("representation", seed=101, representation_size=8)
     record_architectures()
     versions = {module.__name__: module.__version__ for module in (timm, torch, torchvision)}
-    (HERE / "timm" / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
+    for library in ("timm", "timm_beit"):
+        (HERE / library / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -225,6 +225,7 @@ _PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "resample": 3,
     },
     "BeitImageProcessor": {**_INCEPTION, "resample": 3},
+    "BlipImageProcessor": {**_OPENAI, "size": 384, "resample": 3},
     "DINOv3ViTImageProcessor": {**_IMAGENET, "size": {"height": 224, "width": 224}},
 }
 _COMMON_DEFAULTS: Mapping[str, Any] = {
@@ -247,6 +248,9 @@ _PROCESSOR_OF_MODEL: Mapping[str, str] = {
     "clip": "CLIPImageProcessor",
     "siglip": "SiglipImageProcessor",
     "beit": "BeitImageProcessor",
+    "blip": "BlipImageProcessor",
+    "vit_msn": "ViTImageProcessor",
+    "vit_mae": "ViTImageProcessor",
     "dinov3_vit": "DINOv3ViTImageProcessor",
 }
 _RESCALES_FIRST = frozenset(("DINOv3ViTImageProcessor",))
@@ -258,6 +262,8 @@ _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "deit": {"size": {"height": 256, "width": 256}, "crop_size": 224, "resample": 3, **_IMAGENET},
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
+    "vit_msn": _IMAGENET,
+    "vit_mae": _IMAGENET,
 }
 """The settings of families' published checkpoints, where they are not their processor's defaults."""
 
@@ -292,8 +298,8 @@ def from_huggingface(config: Mapping[str, Any], model_type: str = "vit", channel
     """Return what a ``preprocessor_config.json`` of transformers says, defaults of its class included.
 
     Args:
-        config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP, BEiT and DINOv3 processors are known, under
-            their older and ``Fast`` names too, and the one that wraps timm's transforms.
+        config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP, BEiT, BLIP and DINOv3 processors are known,
+            under their older and ``Fast`` names too, and the one that wraps timm's transforms.
         model_type: the model's, from ``config.json``; decides where the file names no processor.
         channels: the model's. Where they are not three, the file has to say mean and std for them.
 

@@ -78,6 +78,34 @@ def agree() -> Callable[..., Checkpoint]:
 
 
 @pytest.fixture
+def agree_in_all() -> Callable[..., Checkpoint]:
+    """Assert that what we read of a folder returns, output for output, what the original does, in float64."""
+
+    def agree(
+        theirs: Callable[[Tensor], Mapping[str, Tensor]],
+        folder: Path,
+        size: tuple[int, int] | None = None,
+        **keywords: Any,
+    ) -> Checkpoint:
+        """``theirs`` computes outputs for pixels, in a model that is already of float64."""
+        opened = open_model(str(folder), image_size=size, **keywords)
+        assert isinstance(opened, Checkpoint)
+        config = opened.config
+        pixels = torch.randn(2, config.channels, *config.image_size, dtype=torch.float64)
+        with torch.inference_mode(), Exact():
+            expected = theirs(pixels)
+        found = outputs_float64(build_reference(config, opened.state), pixels, tuple(expected))
+        for name, answer in expected.items():
+            assert found[name].shape == answer.shape == (2, *(config.output_shape(name) or ())), name
+            assert (found[name] - answer).abs().max() <= EXACT, name
+            # Nothing is proven by outputs that do not depend on the image.
+            assert (answer[0] - answer[1]).abs().max() > 1e-2, name
+        return opened
+
+    return agree
+
+
+@pytest.fixture
 def seen_alike() -> Callable[..., None]:
     """Assert that photographs become the same features or logits as through a processor and its model."""
 
@@ -119,31 +147,3 @@ def exported(tmp_path: Path) -> Callable[[Path, Tensor], Tensor]:
         return torch.from_numpy(answer)
 
     return exported
-
-
-@pytest.fixture
-def agree_in_all() -> Callable[..., Checkpoint]:
-    """Assert that what we read of a folder returns, output for output, what the original does, in float64."""
-
-    def agree(
-        theirs: Callable[[Tensor], Mapping[str, Tensor]],
-        folder: Path,
-        size: tuple[int, int] | None = None,
-        **keywords: Any,
-    ) -> Checkpoint:
-        """``theirs`` computes outputs for pixels, in a model that is already of float64."""
-        opened = open_model(str(folder), image_size=size, **keywords)
-        assert isinstance(opened, Checkpoint)
-        config = opened.config
-        pixels = torch.randn(2, config.channels, *config.image_size, dtype=torch.float64)
-        with torch.inference_mode(), Exact():
-            expected = theirs(pixels)
-        found = outputs_float64(build_reference(config, opened.state), pixels, tuple(expected))
-        for name, answer in expected.items():
-            assert found[name].shape == answer.shape == (2, *(config.output_shape(name) or ())), name
-            assert (found[name] - answer).abs().max() <= EXACT, name
-            # Nothing is proven by outputs that do not depend on the image.
-            assert (answer[0] - answer[1]).abs().max() > 1e-2, name
-        return opened
-
-    return agree

@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import replace
 
 from vitdeploy.checkpoint.families import (
+    beit,
+    blip,
     clip,
     deit,
     dinov2,
@@ -19,6 +21,7 @@ from vitdeploy.checkpoint.families import (
     reference,
     siglip,
     timm,
+    timm_beit,
     timm_eva,
     torchvision,
     vit,
@@ -35,12 +38,17 @@ FAMILIES: tuple[Family, ...] = (
     dinov2.WITH_REGISTERS,
     dinov2.PLAIN,
     deit.FAMILY,
+    beit.FAMILY,
     vit.FAMILY,
+    vit.MSN,
+    vit.MAE,
+    blip.FAMILY,
     clip.FAMILY,
     siglip.FAMILY,
     open_clip.TOWER,
     open_clip.TRUNK,
     timm_eva.FAMILY,
+    timm_beit.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
     google.FAMILY,
@@ -50,14 +58,18 @@ FAMILIES: tuple[Family, ...] = (
 _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 
-_OWN = tuple(f.name for f in (vit.FAMILY, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS))
+_OWN = (
+    *(f.name for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS)),
+    *(f.name for f in (beit.FAMILY, blip.FAMILY)),
+    "blip_vision_model",
+)
 """Families of transformers, whose names begin so where a base model is below a head."""
 _TYPES = (*_OWN, *clip.MODEL_TYPES, *siglip.MODEL_TYPES, dinov3.MODEL_TYPE)
 """Model types of transformers that are read."""
 _OTHERS = frozenset(
     (
-        *("beit", "convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit"),
-        *("mobilevit", "pvt", "swin", "swinv2", "vit_hybrid", "vit_mae", "vit_msn", "yolos"),
+        *("convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit", "mobilevit"),
+        *("pvt", "swin", "swinv2", "vit_hybrid", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""
@@ -102,12 +114,12 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
         guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(
             f"{foreign.source}: model_type {shown(model_type)} in config.json is not supported{guess}",
-            hint=f"supported: {', '.join(sorted(supported))}; {_HINT}",
+            hint=f"vitdeploy list shows what is read; {_HINT}",
         )
     first = some([cut(name, 40) for name in sorted(foreign.state)], 3)
     raise CheckpointError(
         f"{foreign.source}: no known family names its tensors like this: {first}{looks_like(foreign.state)}",
-        hint=f"known: {', '.join(family.name for family in FAMILIES)}; {_HINT}",
+        hint=f"vitdeploy list shows what is read; {_HINT}",
     )
 
 

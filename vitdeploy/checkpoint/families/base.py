@@ -354,7 +354,7 @@ def _refuse_misfit(
     lines = [f"{some(_grouped(names), 2)} {problem}" for problem, names in details.items()]
     similar = (difflib.get_close_matches(name, extra, n=1, cutoff=0.8) for name in lack)
     close = next((f"; did you mean {match[0]!r}?" for match in similar if match), "")
-    guess = looks_like([*missing, *unexpected]) or close
+    guess = looks_like(unexpected) or close
     counts = (
         (len(missing), "missing", lack),
         (len(unexpected), "unexpected", extra),

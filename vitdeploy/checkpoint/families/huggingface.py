@@ -67,10 +67,11 @@ VIT_BLOCK: Layout = {
     **linear("blocks.{i}.mlp.fc1", "encoder.layer.{i}.intermediate.dense"),
     **linear("blocks.{i}.mlp.fc2", "encoder.layer.{i}.output.dense"),
 }
-"""A block of ViT and of DeiT."""
+"""A block of ViT, of its kin and of DeiT."""
 
 IGNORED = {
     r"embeddings\.mask_token": None,
+    r".*\.relative_position_index": None,
     r"pooler\.dense\.(weight|bias)": "the pooler of the checkpoint is left out; features are the CLS token",
     r"decoder\..*": "the image decoder of the checkpoint (masked image modelling) is left out",
 }
@@ -83,6 +84,11 @@ _IN_MEMORY = (
     (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
     (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
     (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
+    (
+        re.compile(r"^(encoder\.layer\.\d+)\.relative_position_bias\."),
+        r"\1.attention.attention.relative_position_bias.",
+    ),
+    (re.compile(r"^shared_position_bias\."), "encoder.relative_position_bias."),
 )
 _VIT_MLP = (
     (re.compile(r"\.mlp\.fc1\."), ".intermediate.dense."),

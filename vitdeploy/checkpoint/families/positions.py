@@ -1,9 +1,9 @@
-"""Fit a learned position table to another resolution, by the rule of the family it comes from."""
+"""Fit learned tables of positions to another resolution, by the rule of the family they come from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +14,26 @@ from torch.nn import functional as F
 from vitdeploy.config import ModelConfig, Size, ViTConfig
 
 
+def bilinear_offsets(offsets: Tensor, source: Size, target: Size) -> Tensor:
+    """Return a table of relative positions for the patches of another grid, in float64.
+
+    Args:
+        offsets: (2 H - 1) (2 W - 1) rows for the rows and columns of ``source``, a column for each head.
+
+    Returns:
+        ``offsets`` itself where the grids are the same.
+    """
+    if source == target:
+        return offsets
+    (rows, columns), size = ([2 * count - 1 for count in grid] for grid in (source, target))
+    grid = offsets.double().reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # (1, h, rows, columns)
+    grid = F.interpolate(grid, size=size, mode="bilinear")
+    return grid.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 @dataclass(frozen=True)
 class PositionRule:
-    """How a family interpolates its position table."""
+    """How a family interpolates its tables of positions."""
 
     mode: Literal["bicubic", "bilinear"] = "bicubic"
     align_corners: bool = False
@@ -29,14 +46,25 @@ class PositionRule:
     """The square assumption holds at the configured, not square, image size too."""
     by_count: bool = False
     """A table of as many rows as are needed stays as it is, whatever its grid, as open_clip does."""
+    offsets: Callable[[Tensor, Size, Size], Tensor] = bilinear_offsets
+    """For tables of relative positions; called at the configured image size too."""
 
     def fit(self, state: Mapping[str, Tensor], config: ModelConfig, size: Size) -> dict[str, Tensor]:
         """What of ``state``, which is for ``config.image_size``, is another tensor for images of ``size``."""
-        table = state.get("pos_embed")
-        if table is None or not isinstance(config, ViTConfig):
+        if not isinstance(config, ViTConfig):
             return {}
-        fitted = fit_positions(table, config, size, self)
-        return {} if fitted is table else {"pos_embed": fitted}
+        fitted = {n: fit_scores(t, config, size, self) for n, t in state.items() if n.endswith(".score_bias")}
+        if (table := state.get("pos_embed")) is not None:
+            fitted["pos_embed"] = fit_positions(table, config, size, self)
+        return {name: table for name, table in fitted.items() if table is not state[name]}
+
+
+def fit_scores(table: Tensor, config: ViTConfig, size: Size, rule: PositionRule) -> Tensor:
+    """Return a table of relative positions, (rows, h), for images of ``size``; the rows of CLS are kept."""
+    extra = 3 if config.prefix_tokens else 0
+    offsets = table[: len(table) - extra]
+    fitted = rule.offsets(offsets, config.grid, config.at_size(size).grid)
+    return table if fitted is offsets else torch.cat([fitted, table[len(table) - extra :].to(fitted)])
 
 
 def fit_positions(table: Tensor, config: ViTConfig, size: Size, rule: PositionRule) -> Tensor:

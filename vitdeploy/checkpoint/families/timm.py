@@ -329,6 +329,7 @@ def _labels(
 _CLASSES = (
     ("VisionTransformer", "Block"),
     ("VisionTransformerDistilled", "Block"),
+    ("Beit", "Block"),
     ("Eva", "EvaBlock"),
 )
 """Classes of timm's models and of their blocks; what else there is in them, architectures' names tell."""

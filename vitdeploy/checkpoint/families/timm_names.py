@@ -1,4 +1,4 @@
-"""timm's architectures by name: those that the family ``timm`` computes, and what tensors do not tell.
+"""timm's architectures by name: those that its families here compute, and what tensors do not tell.
 
 After timm 1.0.31 (``vision_transformer.py``, ``deit.py`` and what lies beside them). Many others have the
 same tensor names and compute something else: only names that are known are taken.
@@ -34,11 +34,13 @@ _PLAIN = re.compile(
         )
     )
 )
+_BEIT = re.compile(r"beit(v2)?_(base|large)_patch16_(224|384|512)(_in22k)?")
 _KINDS: Mapping[str, str] = {
     r"_rope|_pe_|^eva": "other rotary positions or EVA attention",
     r"sapiens2": "keys shared by several heads",
     r"_map_|test_vit3": "attention pooling of the patches alone",
-    r"relpos|^beit": "relative positions or BEiT's attention",
+    r"relpos": "relative positions",
+    r"^beit3": "BEiT-3's norms inside its branches",
     r"_d(wee|little)_": "differential attention",
     r"pwee_|_\d+x2_": "parallel branches",
     r"_rpn_": "LayerNorm after the branches",
@@ -67,6 +69,11 @@ _TANH_GELU = re.compile(
 def is_plain(architecture: str) -> bool:
     """Whether timm builds this name from the blocks that the family computes."""
     return _PLAIN.fullmatch(_TAGS.sub("", architecture)) is not None
+
+
+def is_beit(architecture: str) -> bool:
+    """Whether timm builds this name from BEiT's blocks."""
+    return _BEIT.fullmatch(architecture) is not None
 
 
 def kind_of(architecture: str) -> str | None:
