@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -201,6 +201,22 @@ def test_biases_that_are_no_models_here_are_refused(save: Save, changes: dict[st
     for name, value in stated.items():
         assert f"{name} {json.dumps(value)}" in error.message
     assert "are not supported together" in error.message
+
+
+def test_an_adapter_is_merged(save: Save, tmp_path: Path) -> None:
+    """PEFT names layers as they are in memory."""
+    folder = save(make())
+    adapter, layer = tmp_path / "adapter", "model.layer.1.attention.k_proj"
+    adapter.mkdir()
+    a, b = torch.randn(2, 48), torch.randn(48, 2)
+    parts = {f"base_model.model.{layer}.lora_A.weight": a, f"base_model.model.{layer}.lora_B.weight": b}
+    save_file(parts, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": str(folder)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    merged, base = opened(adapter).state, opened(folder).state
+    expected = base["blocks.1.attn.k.weight"].double() + 3 * b.double() @ a.double()
+    torch.testing.assert_close(merged["blocks.1.attn.k.weight"], expected, rtol=0, atol=1e-12)
+    assert torch.equal(merged["blocks.0.attn.k.weight"], base["blocks.0.attn.k.weight"])
 
 
 def test_registers_must_be_there_as_config_json_says(save: Save) -> None:
