@@ -1,4 +1,4 @@
-"""Configurations that cannot be built, and the names of those that can."""
+"""Configurations that cannot be built."""
 
 from __future__ import annotations
 
@@ -9,36 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.models import SMALL
-from vitdeploy.config import BatchRange, Preprocess, ViTConfig, decode_variant, variant_names
+from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import ConfigError, UsageError
-
-
-@pytest.mark.parametrize("name", variant_names())
-def test_every_listed_variant_decodes(name: str) -> None:
-    config = decode_variant(name)
-    assert config.image_size == (224, 224)
-    assert str(config.patch_size) in name
-    assert config.head_width == 64 or config.width == 1280
-
-
-def test_short_and_long_names_are_one() -> None:
-    assert decode_variant("B/16") == decode_variant("ViT-B/16") == decode_variant("vit_base_patch16_224")
-    assert decode_variant("H/14") == decode_variant("vit_huge_patch14_224")
-
-
-def test_a_name_takes_any_resolution_its_patch_divides() -> None:
-    assert decode_variant("vit_base_patch16_384").grid == (24, 24)
-    with pytest.raises(ConfigError, match="225x225 is not divisible by the patch size 16") as caught:
-        decode_variant("vit_base_patch16_225")
-    assert "224x224" in (caught.value.hint or "")
-
-
-@pytest.mark.parametrize(
-    "name, meant", [("vit_bse_patch16_224", "vit_base_patch16_224"), ("B/17", "B/16"), ("b/16", "B/16")]
-)
-def test_unknown_names_get_a_suggestion(name: str, meant: str) -> None:
-    with pytest.raises(UsageError, match=f"did you mean '{meant}'"):
-        decode_variant(name)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,10 @@ from tests.helpers.triton_server import free_ports
 
 RUN = (
     "README.md",
-    *(f"docs/{n}.md" for n in ("quickstart", "python", "checkpoints", "cli", "precision", "gpu", "tensorrt")),
+    *(
+        f"docs/{n}.md"
+        for n in ("quickstart", "python", "checkpoints", "families", "cli", "precision", "gpu", "tensorrt")
+    ),
     *(f"docs/{n}.md" for n in ("benchmark", "serving", "verify")),
 )
 IMAGES = "vitdeploy/data/digits/images"

@@ -65,8 +65,8 @@ def export(
     """Export a model into a new bundle, with the parity of every artifact with its float64 reference.
 
     Args:
-        model: a named variant (``"vit_base_patch16_224"``, ``"B/16"``, ``"digits"``), a folder or hub id of
-            transformers, ``"timm:<name>"``, ``"module:function"``, or a module of your own that takes one
+        model: a named variant (``"vit_base_patch16_224"``, ``"CLIP-B/32"``, ``"digits"``), a folder or hub id
+            of transformers, ``"timm:<name>"``, ``"module:function"``, or a module of your own that takes one
             (N, C, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is given; a named variant
             without a checkpoint has seeded random weights.
         output_dir: the bundle's folder; named after the model, in the working directory, when omitted.

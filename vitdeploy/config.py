@@ -1,4 +1,4 @@
-"""What a model is: frozen configurations, one class for each kind of architecture, and the named variants.
+"""What a model is: frozen configurations, one class for each kind of architecture.
 
 Nothing here imports torch; a configuration travels in a bundle's manifest.
 """
@@ -13,8 +13,6 @@ from typing import Any, ClassVar, Literal, Self
 
 from vitdeploy.errors import ConfigError, UsageError, did_you_mean
 
-DEFAULT_MODEL = "vit_base_patch16_224"
-"""The named variant that is meant where a user names none."""
 Size = tuple[int, int]
 """Height, width."""
 
@@ -449,72 +447,3 @@ class BatchRange:
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(sorted({self.min, self.opt, self.max}))
-
-
-@dataclass(frozen=True)
-class _Size:
-    short: str
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-
-
-# Widths and depths: ViT paper, table 1 (B, L, H); DeiT (https://arxiv.org/abs/2012.12877), table 1 (Ti, S).
-_SIZES = {
-    "tiny": _Size("Ti", 192, 12, 3, 768),
-    "small": _Size("S", 384, 12, 6, 1536),
-    "base": _Size("B", 768, 12, 12, 3072),
-    "large": _Size("L", 1024, 24, 16, 4096),
-    "huge": _Size("H", 1280, 32, 16, 5120),
-}
-_PATCHES = (8, 14, 16, 32)
-_LONG = re.compile(
-    r"(?P<kind>vit|deit)_(?P<size>[a-z]+)(?P<distilled>_distilled)?_patch(?P<patch>\d+)(_(?P<image>\d+))?"
-)
-_SHORT = re.compile(r"(?:ViT-)?(?P<size>Ti|S|B|L|H)/(?P<patch>\d+)")
-
-
-def variant_names() -> tuple[str, ...]:
-    """Every named variant, long names first: ``vit_base_patch16_224`` ... ``B/16`` ..."""
-    sizes = [(name, size, patch) for name, size in _SIZES.items() for patch in _PATCHES]
-    deit = [f"deit_{name}{d}_patch16_224" for name in ("tiny", "small", "base") for d in ("", "_distilled")]
-    long = [f"vit_{name}_patch{patch}_224" for name, _, patch in sizes]
-    return (*long, *deit, *(f"{size.short}/{patch}" for _, size, patch in sizes))
-
-
-def is_variant(name: str) -> bool:
-    return _LONG.fullmatch(name) is not None or _SHORT.fullmatch(name) is not None
-
-
-def decode_variant(name: str) -> ViTConfig:
-    """Return the configuration of a named variant, 1000 classes.
-
-    The timm-style names take any resolution that the patch divides (``vit_base_patch16_384``); the
-    paper's short names (``B/16``) stand for 224 pixels.
-
-    Raises:
-        UsageError: no variant has this name (with a suggestion).
-        ConfigError: the resolution is not divisible by the patch.
-    """
-    long, short = _LONG.fullmatch(name), _SHORT.fullmatch(name)
-    match = long or short
-    by_short = {size.short: size for size in _SIZES.values()}
-    size = (_SIZES if long else by_short).get(match["size"]) if match else None
-    if match is None or size is None or int(match["patch"]) not in _PATCHES:
-        raise UsageError(f"unknown model {name!r}{did_you_mean(name, variant_names())}")
-    image = int(long["image"] or 224) if long else 224
-    distilled = bool(long and long["distilled"])
-    if distilled and long and long["kind"] != "deit":
-        raise UsageError(f"unknown model {name!r}{did_you_mean(name, variant_names())}")
-    return ViTConfig(
-        image_size=(image, image),
-        patch_size=int(match["patch"]),
-        width=size.width,
-        depth=size.depth,
-        heads=size.heads,
-        mlp_width=size.mlp_width,
-        distillation_token=distilled,
-        position_prefix=2 if distilled else 1,
-        pool="both_heads" if distilled else "cls",
-    )

@@ -31,8 +31,9 @@ from vitdeploy.bundle.manifest import (
     safe_path,
     seal,
 )
-from vitdeploy.config import BatchRange, Preprocess, ViTConfig, decode_variant
+from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import BundleError
+from vitdeploy.variants import decode_variant
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

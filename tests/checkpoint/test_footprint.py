@@ -9,8 +9,9 @@ import pytest
 
 from tests.helpers.commands import Run, in_this_process
 from vitdeploy.checkpoint import footprint
-from vitdeploy.config import ViTConfig, decode_variant
+from vitdeploy.config import ViTConfig
 from vitdeploy.errors import UsageError
+from vitdeploy.variants import decode_variant
 
 GB = 10**9
 

@@ -182,7 +182,7 @@ def test_config_that_is_wrong_is_one_clear_error(folder: Path, changes: dict[str
 def test_unknown_model_type_points_to_the_generic_path(folder: Path) -> None:
     edit_config(folder, model_type="swin")
     hint = refusal(str(folder)).hint or ""
-    assert "dinov2_with_registers" in hint
+    assert "vitdeploy list" in hint
     assert "--model module:function" in hint
 
 

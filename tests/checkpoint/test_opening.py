@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.helpers.checkpoints import edit_config, opened, refusal, save_tiny
+from tests.helpers.paths import ORACLES
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, random_state, save_folder
-from vitdeploy.config import Preprocess, decode_variant, variant_names
+from vitdeploy.config import Preprocess, ViTConfig
 from vitdeploy.errors import CheckpointError, ConfigError, MissingDependency, UsageError
 from vitdeploy.model.reference import forward_float64
-from vitdeploy.model.registry import build_reference
+from vitdeploy.model.registry import build_reference, expected_shapes
+from vitdeploy.variants import decode_variant, variant_names
 
 
 @pytest.fixture
@@ -58,11 +61,45 @@ def test_random_weights_leave_no_part_of_the_model_out() -> None:
     logits = forward_float64(build_reference(config, state), pixels)
     assert logits.shape == (2, 7)
     assert (logits[0] - logits[1]).abs().max() > 1e-2
-    for name in state:
-        without = {**state, name: torch.zeros_like(state[name])}
-        changed = forward_float64(build_reference(config, without), pixels)
+    every_part_shows(config)
+
+
+@pytest.mark.parametrize(
+    "name", ["CLIP-B/32", "SigLIP-B/16", "DINOv3-S+/16", "BEiT-B/16", "EVA02-B/14", "BLIP-B/16"]
+)
+def test_random_weights_leave_no_part_of_a_family_out(name: str) -> None:
+    variant = decode_variant(name)
+    size = (2 * variant.patch_size, 3 * variant.patch_size)
+    every_part_shows(replace(variant, image_size=size, width=48, heads=3, mlp_width=96, depth=2))
+
+
+def every_part_shows(config: ViTConfig) -> None:
+    """Without any one of its parameters the model answers otherwise; gains are near one."""
+    state, images = random_state(config, seed=0), torch.randn(2, 3, *config.image_size)
+    answers = forward_float64(build_reference(config, state), images, config.outputs[0])
+    for name, tensor in state.items():
+        gain = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "scale1", "scale2"))
+        assert (tensor.mean() > 0.5) == gain, name
+        without = {**state, name: torch.zeros_like(tensor)}
+        changed = forward_float64(build_reference(config, without), images, config.outputs[0])
         # The key's bias adds the same to a row of scores, which softmax does not see.
-        assert name.endswith("attn.k.bias") or (changed - logits).abs().max() > 1e-6, name
+        unseen = name.endswith((".attn.k.bias", "probe_pool.k.bias"))
+        assert unseen or not torch.allclose(changed, answers, rtol=0, atol=1e-6), name
+
+
+def test_a_family_s_images_are_made_as_its_published_models_take_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unfilled(config: ViTConfig, seed: int) -> dict[str, torch.Tensor]:
+        return {name: torch.empty(shape, device="meta") for name, shape in expected_shapes(config).items()}
+
+    monkeypatch.setattr("vitdeploy.checkpoint.opening.random_state", unfilled)
+    clip, siglip, beit = (opened(name, classes=3) for name in ("CLIP-B/32", "SigLIP-B/16", "BEiT-B/16"))
+    assert (clip.preprocess.resize, clip.preprocess.resample) == ("shortest_edge", "bicubic")
+    assert clip.preprocess.mean == (0.48145466, 0.4578275, 0.40821073)
+    assert (siglip.preprocess.resize, siglip.preprocess.resample) == ("exact", "bicubic")
+    assert beit.preprocess == opened("B/16", classes=3).preprocess == Preprocess()
+    assert clip.config.classes == 3
 
 
 def test_unknown_names_get_a_suggestion() -> None:
@@ -126,6 +163,24 @@ def test_variant_of_another_architecture_is_refused(tmp_path: Path) -> None:
         "mlp_width 768, not 3072",
     ):
         assert difference in message
+
+
+def test_variant_of_a_family_beside_its_checkpoint(tmp_path: Path) -> None:
+    config = decode_variant("EVA02-Ti/14").at_size((28, 42))
+    written = Checkpoint(config, random_state(config, 0), Preprocess((28, 42)), None, "vitdeploy", "eva")
+    save_folder(written, tmp_path)
+    assert opened("EVA02-Ti/14", checkpoint=tmp_path, image_size=(28, 42)).config == config
+    assert config.rotary is not None
+    otherwise = replace(config, rotary=replace(config.rotary, base=100.0))
+    save_folder(replace(written, config=otherwise), tmp_path)
+    assert opened("EVA02-Ti/14", checkpoint=tmp_path, image_size=(28, 42)).config == otherwise
+
+
+def test_variant_of_a_family_is_not_for_a_plain_checkpoint(tmp_path: Path) -> None:
+    save_folder(opened("vit_tiny_patch14_28", classes=3), tmp_path)
+    with pytest.raises(CheckpointError, match="another architecture than the variant named") as error:
+        open_model("EVA02-Ti/14", checkpoint=tmp_path)
+    assert "mlp_width 768, not 512; gated_mlp False, not True; rotary False, not True" in error.value.message
 
 
 def test_checkpoint_goes_with_variants_only(folder: Path) -> None:
@@ -218,6 +273,22 @@ def test_hub_id_is_taken_from_the_cache(cache: Path, folder: Path, pickled: bool
     checkpoint = opened("someone/tiny-vit")
     assert checkpoint.source == "someone/tiny-vit"
     assert checkpoint.notes == ("hub revision c0ffee",)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_open_clips_files_are_taken_from_the_hub(cache: Path, pickled: bool) -> None:
+    repository = cache / "models--someone--tiny-clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    snapshot = repository / "snapshots" / "c0ffee"
+    shutil.copytree(ORACLES / "open_clip" / "clip", snapshot)
+    if pickled:
+        state = load_file(snapshot / "open_clip_model.safetensors")
+        (snapshot / "open_clip_model.safetensors").unlink()
+        torch.save(state, snapshot / "open_clip_pytorch_model.bin")
+    checkpoint = opened("someone/tiny-clip")
+    assert checkpoint.family == "open_clip"
+    assert "hub revision c0ffee" in checkpoint.notes
 
 
 def test_hub_out_of_reach_is_one_clear_error(cache: Path) -> None:

@@ -38,6 +38,10 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": ("SiglipImageProcessor", {}),
     "deit": ("DeiTImageProcessor", {**IMAGENET, "size": {"height": 256, "width": 256}}),
     "dinov2": ("BitImageProcessor", {**SHORTER_256, **IMAGENET}),
+    # DINOv3's own needs torchvision: it resizes bilinearly and scales by ImageNet's numbers.
+    "dinov3": ("ViTImageProcessor", IMAGENET),
+    "mae": ("ViTImageProcessor", IMAGENET),
+    "blip": ("BlipImageProcessor", {"size": {"height": 224, "width": 224}}),
 }
 """What the presets' names stand for, as transformers computes it."""
 

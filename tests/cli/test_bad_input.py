@@ -125,6 +125,9 @@ package linear.bundle --target triton-server -o out --max-batch 0
 tune nope.bundle
 tune linear.bundle --budget x
 tune linear.bundle --batch x
+list CLIP-B/32
+export -m CLIP-B/33
+export -m dinov3-s/16
 doctor extra
 """.strip().splitlines()
 
@@ -208,6 +211,8 @@ def test_one_line_and_a_hint(run: Run, folder: Path, command: str) -> None:
             "'docker'",
             "package linear.bundle --target docker -o out",
         ),
+        ("export -m eva02-ti/14 --dry-run", "'EVA02-Ti/14'", "export -m EVA02-Ti/14 --dry-run"),
+        ("export -m CLIP-B/33 --dry-run", "`vitdeploy list`", "list"),
         ("doctor extra", "vitdeploy doctor --help", "doctor --help"),
     ],
 )

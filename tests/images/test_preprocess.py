@@ -149,11 +149,11 @@ def test_older_and_newer_names_of_a_processor(key: str, suffix: str) -> None:
         ("deit", "DeiTImageProcessor"),
         ("dinov2", "BitImageProcessor"),
         ("dinov2_with_registers", "BitImageProcessor"),
-        ("dinov3_vit", "DINOv3ViTImageProcessor"),
         ("beit", "BeitImageProcessor"),
         ("blip", "BlipImageProcessor"),
         ("vit_msn", "ViTImageProcessor"),
         ("vit_mae", "ViTImageProcessor"),
+        ("dinov3_vit", "DINOv3ViTImageProcessor"),
     ],
 )
 def test_the_model_decides_where_no_processor_is_named(model_type: str, processor: str) -> None:

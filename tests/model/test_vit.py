@@ -1,4 +1,4 @@
-"""The reference model against the papers' sizes and the papers' equations, written out."""
+"""The reference model against the paper's equations, written out."""
 
 from __future__ import annotations
 
@@ -9,19 +9,11 @@ import pytest
 import torch
 
 from tests.helpers.models import CONFIGS, SMALL, pixels, random_state, random_vit
-from vitdeploy.config import ViTConfig, decode_variant
+from vitdeploy.config import ViTConfig
 from vitdeploy.model.positions import sincos2d
 from vitdeploy.model.reference import forward_float64, state_of
-from vitdeploy.model.registry import build_reference, parameter_count
+from vitdeploy.model.registry import build_reference
 from vitdeploy.model.vit import Attention, FusedAttention
-
-
-@pytest.mark.parametrize(
-    "name, millions",
-    [("Ti/16", 5.7), ("S/16", 22), ("B/16", 86), ("L/16", 304), ("H/14", 632), ("vit_base_patch32_224", 88)],
-)
-def test_parameter_counts_are_the_papers(name: str, millions: float) -> None:
-    assert parameter_count(decode_variant(name)) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

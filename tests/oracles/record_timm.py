@@ -2,11 +2,10 @@
 
     pip install timm torchvision && python tests/oracles/record_timm.py
 
-Each folder under tests/oracles/timm and timm_beit is what timm itself saves for the hub, with
+Each folder under tests/oracles/timm, timm_beit and timm_eva is what timm itself saves for the hub, with
 ``answer.safetensors`` in it: inputs at the model's own resolution and at another one, and timm's outputs for
 both in float64. tests/oracles/torchvision holds bare state dicts, as torchvision publishes them.
-``architectures.json`` (in timm_eva those of its rotary models) and ``look_alikes.json`` list what timm builds
-under its own names.
+``architectures.json`` and ``look_alikes.json`` list what timm builds under its own names.
 """
 
 from __future__ import annotations
@@ -150,6 +149,19 @@ def is_plain(model: nn.Module) -> bool:
     )
 
 
+def facts(model: nn.Module) -> dict[str, Any]:
+    block = model.blocks[0]
+    return {
+        "width": model.embed_dim,
+        "heads": block.attn.num_heads,
+        "activation": type(block.mlp.act).__name__,
+        "norm_eps": block.norm1.eps,
+        "global_pool": model.global_pool,
+        "image_size": list(model.patch_embed.img_size),
+        "patch_size": model.patch_embed.patch_size[0],
+    }
+
+
 def is_rotary(model: nn.Module) -> bool:
     """Of timm's class Eva, those that turn queries and keys, and do nothing else that is new."""
     if type(model) is not Eva or type(model.rope) not in (RotaryEmbeddingCat, RotaryEmbeddingDinoV3):
@@ -183,21 +195,8 @@ def rotary_facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def facts(model: nn.Module) -> dict[str, Any]:
-    block = model.blocks[0]
-    return {
-        "width": model.embed_dim,
-        "heads": block.attn.num_heads,
-        "activation": type(block.mlp.act).__name__,
-        "norm_eps": block.norm1.eps,
-        "global_pool": model.global_pool,
-        "image_size": list(model.patch_embed.img_size),
-        "patch_size": model.patch_embed.patch_size[0],
-    }
-
-
 def record_architectures() -> None:
-    """What timm builds with a ViT's tensor names: what no shape tells of those read; the others."""
+    """What timm builds with a ViT's tensor names: what shapes do not tell of those read; the others."""
     plain: dict[str, dict[str, Any]] = {}
     beit: dict[str, dict[str, Any]] = {}
     rotary: dict[str, dict[str, Any]] = {}

@@ -30,23 +30,14 @@ from vitdeploy.checkpoint.footprint import require_memory
 from vitdeploy.checkpoint.places import from_hub, from_path
 from vitdeploy.checkpoint.refusals import CORRECT
 from vitdeploy.checkpoint.stated import SHAPELESS, Stated
-from vitdeploy.config import (
-    DEFAULT_MODEL,
-    ModelConfig,
-    Preprocess,
-    Scores,
-    Size,
-    ViTConfig,
-    decode_variant,
-    is_variant,
-    model_fields,
-    variant_names,
-)
+from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_fields
 from vitdeploy.data import DIGITS, digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, UsageError, did_you_mean
+from vitdeploy.images.preprocess import at_size, preset
 from vitdeploy.model.registry import expected_shapes
 from vitdeploy.model.user_module import input_channels
 from vitdeploy.scores import usual_scores
+from vitdeploy.variants import DEFAULT_MODEL, decode_variant, find_variant, is_variant, variant_names
 
 _TIMM = "timm:"
 
@@ -285,17 +276,23 @@ def _shapeless(config: ModelConfig) -> list[str]:
 
 
 def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> None:
-    fields = ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token")
-    differing = [
-        f"{field} {getattr(config, field, None)}, not {getattr(template, field)}"
-        for field in fields
-        if getattr(config, field, None) != getattr(template, field)
+    sizes = ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token")
+    plain = ViTConfig()
+    marks = [name for name in _MARKS if bool(getattr(template, name)) != bool(getattr(plain, name))]
+    compared = [
+        *((name, getattr(config, name, None), getattr(template, name)) for name in sizes),
+        *((name, bool(getattr(config, name, None)), bool(getattr(template, name))) for name in marks),
     ]
+    differing = [f"{name} {theirs}, not {ours}" for name, theirs, ours in compared if theirs != ours]
     if differing:
         raise CheckpointError(
             f"{source} is of another architecture than the variant named: {'; '.join(differing)}",
             hint="name the variant it is of, or leave --model out",
         )
+
+
+_MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias")
+"""Where families' variants differ from a plain ViT, whose name may stand beside any family's file."""
 
 
 def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
@@ -306,12 +303,13 @@ def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
 def _random(name: str, image_size: Size | None, classes: int | None, seed: int, stated: Stated) -> Checkpoint:
     if classes is not None and classes < 0:
         raise UsageError(f"classes must be at least 0, not {classes}")
-    config = decode_variant(name)
-    config = config.at_size(image_size or config.image_size)
+    variant = find_variant(name)
+    config = variant.config.at_size(image_size or variant.config.image_size)
     config = config if classes is None else replace(config, classes=classes)
     require_memory(config)
     deployed = stated.configure(config)
-    preprocess, _ = stated.prepare(Preprocess(size=config.image_size), config.channels)
+    usual = replace(at_size(preset(variant.preset), config.image_size), exif=False)
+    preprocess, _ = stated.prepare(usual, config.channels)
     labels = stated.name_classes(config.classes, None)
     return Checkpoint(
         config=deployed,

@@ -14,9 +14,9 @@ from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_shards, read_weights
 from vitdeploy.checkpoint.refusals import no_weights, not_there, refuse_quantised, refuse_shard
-from vitdeploy.config import variant_names
 from vitdeploy.data import DIGITS
 from vitdeploy.errors import CheckpointError, MissingDependency, UsageError, did_you_mean
+from vitdeploy.variants import variant_names
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -141,7 +141,8 @@ def from_hub(name: str, revision: str | None, cache_dir: Path | str | None) -> t
         names = (*variant_names(), DIGITS)
         raise UsageError(
             f"unknown model {name!r}{did_you_mean(name, names)}",
-            hint="a named variant, a folder or file, a hub id (owner/name), timm:NAME or module:function",
+            hint="a named variant (`vitdeploy list`), a folder or file, a hub id (owner/name), timm:NAME or "
+            "module:function",
         )
     try:
         from huggingface_hub import snapshot_download

@@ -25,6 +25,7 @@ from vitdeploy.cli import (
     tune,
     verify,
 )
+from vitdeploy.cli import list as listing
 from vitdeploy.cli.interruption import Interrupted, interruptible
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 
@@ -33,7 +34,7 @@ _ParserError: type[Any] = typer.BadParameter.__mro__[2]
 
 _VERBS = {
     verb.__name__.rpartition(".")[2]: verb
-    for verb in (export, engine, verify, bench, inspect, predict, serve, package, tune, doctor)
+    for verb in (export, engine, verify, bench, inspect, predict, serve, package, tune, listing, doctor)
 }
 _SUMMARY = "Carry a Vision Transformer checkpoint to production, and prove each step."
 _CODES = "Exit codes: 0 ok, 2 bad input, 3 something is missing, 4 export failed, 5 parity failed, 6 slower."

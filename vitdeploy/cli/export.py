@@ -35,7 +35,7 @@ Model = Annotated[
         "-m",
         "--model",
         metavar="MODEL",
-        help="A named variant (vit_base_patch16_224, B/16, digits), a transformers folder or hub id, "
+        help="A named variant (vit_base_patch16_224, CLIP-B/32, digits), a transformers folder or hub id, "
         "timm:NAME, or module:function.  [default: vit_base_patch16_224]",
     ),
 ]

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vitdeploy.bundle.manifest import AOT
 from vitdeploy.checkpoint.stated import Stated
-from vitdeploy.config import DEFAULT_MODEL, BatchRange, Precision, Size
+from vitdeploy.config import BatchRange, Precision, Size
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus
 from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets
 from vitdeploy.tensorrt.records import BuildSettings
+from vitdeploy.variants import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from torch import nn

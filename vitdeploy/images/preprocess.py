@@ -281,6 +281,9 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "siglip": ("siglip", {}),
     "deit": ("deit", _PUBLISHED["deit"]),
     "dinov2": ("dinov2", _DINOV2),
+    "dinov3": ("vit", _IMAGENET),
+    "blip": ("vit", {**_OPENAI, "resample": 3}),
+    "mae": ("vit", _IMAGENET),
 }
 """Preprocessing that models share, by the names that people know: a model type and its settings.
 
@@ -298,8 +301,8 @@ def from_huggingface(config: Mapping[str, Any], model_type: str = "vit", channel
     """Return what a ``preprocessor_config.json`` of transformers says, defaults of its class included.
 
     Args:
-        config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP, BEiT, BLIP and DINOv3 processors are known,
-            under their older and ``Fast`` names too, and the one that wraps timm's transforms.
+        config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP, BEiT, BLIP and DINOv3 are known, under
+            their older and ``Fast`` names too, and the one that wraps timm's transforms.
         model_type: the model's, from ``config.json``; decides where the file names no processor.
         channels: the model's. Where they are not three, the file has to say mean and std for them.
 

@@ -129,6 +129,20 @@ def test_an_image_tower_that_was_saved_alone(tmp_path: Path) -> None:
         assert all(torch.equal(alone.state[name], tensor) for name, tensor in whole.state.items())
 
 
+def test_a_trunk_that_was_saved_alone_keeps_its_configuration(tmp_path: Path) -> None:
+    whole = opened(str(RECORDED / "siglip"))
+    folder = copy("siglip", tmp_path)
+
+    def alone(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if not name.startswith("visual.")]:
+            del state[name]
+
+    edit(folder, alone)
+    found = opened(str(folder))
+    assert (found.family, found.config) == ("open_clip_timm", whole.config)
+    assert found.config.activation == "gelu_tanh"
+
+
 def test_pickles_and_training_files(tmp_path: Path) -> None:
     folder = copy("clip", tmp_path)
     state = load_file(folder / WEIGHTS)

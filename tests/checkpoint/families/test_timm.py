@@ -86,6 +86,22 @@ def test_bare_weights_tell_all_but_heads_and_activation(case: str, tmp_path: Pat
     assert any("preprocessing" in note for note in bare.notes)
 
 
+def test_the_head_of_a_published_clip_is_its_projection(tmp_path: Path) -> None:
+    """As timm converts them: no labels, a bias of zeros."""
+    folder = copy("clip", tmp_path, label_names=None)
+    assert load(folder).config.classes == 5
+    state = load_file(folder / "model.safetensors")
+    bias = state["head.bias"].clone()
+    state["head.bias"].zero_()
+    save_file(state, folder / "model.safetensors")
+    opened, answer = load(folder), load_file(RECORDED / "clip" / "answer.safetensors")
+    assert (opened.config.outputs[0], opened.config.projection) == ("embedding", 5)
+    expected = answer["output"] - bias.double()
+    expected /= expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(run(opened, answer["pixels"]), expected, rtol=0, atol=1e-10)
+    assert any("CLIP's projection" in note for note in opened.notes)
+
+
 def test_labels_come_in_words_where_timm_has_them(tmp_path: Path) -> None:
     assert load(RECORDED / "vit").labels == ("n00", "n01", "n02", "n03", "n04")
     described = copy("vit", tmp_path / "a", label_descriptions={"n01": "goldfish"})

@@ -47,8 +47,8 @@ FAMILIES: tuple[Family, ...] = (
     siglip.FAMILY,
     open_clip.TOWER,
     open_clip.TRUNK,
-    timm_eva.FAMILY,
     timm_beit.FAMILY,
+    timm_eva.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
     google.FAMILY,
@@ -64,12 +64,14 @@ _OWN = (
     "blip_vision_model",
 )
 """Families of transformers, whose names begin so where a base model is below a head."""
-_TYPES = (*_OWN, *clip.MODEL_TYPES, *siglip.MODEL_TYPES, dinov3.MODEL_TYPE)
+_PREFIXES = (*_OWN, image_text.PREFIX, open_clip.PREFIX)
+"""What belongs to a family's names, even where all of them begin so."""
+_TYPES = (*_OWN, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
 """Model types of transformers that are read."""
 _OTHERS = frozenset(
     (
-        *("convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit", "mobilevit"),
-        *("pvt", "swin", "swinv2", "vit_hybrid", "yolos"),
+        *("convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit", "mobilevit", "pvt", "swin"),
+        *("swinv2", "vit_hybrid", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""
@@ -109,7 +111,7 @@ def recognise(foreign: Foreign) -> tuple[Family, Foreign, tuple[str, ...]]:
             f"{foreign.source}: timm's architecture {cut(architecture)}{what} is not supported", hint=_HINT
         )
     if model_type is not None:
-        supported = [reference.MODEL_TYPE, *_TYPES, "timm_wrapper"]
+        supported = [reference.MODEL_TYPE, *_TYPES, dinov3.MODEL_TYPE, "timm_wrapper"]
         other = str(model_type).casefold() in _OTHERS
         guess = "" if other else did_you_mean(str(model_type), supported)
         raise CheckpointError(
@@ -137,9 +139,8 @@ def _below(foreign: Foreign) -> tuple[str, Foreign]:
     prefix = ""
     while foreign.state:
         first = next(iter(foreign.state)).partition(".")[0] + "."
-        if first[:-1] in (*_OWN, image_text.PREFIX) or not all(
-            name.startswith(first) and name != first for name in foreign.state
-        ):
+        below = all(name.startswith(first) and name != first for name in foreign.state)
+        if first[:-1] in _PREFIXES or not below:
             break
         prefix, foreign = prefix + first, _under(foreign, first)
     return prefix, foreign

@@ -115,8 +115,8 @@ def flat(dimensions: int) -> Pick:
     return pick
 
 
-def part(index: int, of: int = 3) -> Pick:
-    """One of query, key, value out of a merged (3D, ...) tensor; or one of as many parts as there are."""
+def part(index: int, of: int) -> Pick:
+    """One of several that a tensor has one above the other, as key and value in (2D, ...)."""
 
     def pick(tensor: Tensor) -> Tensor:
         if not tensor.ndim or tensor.shape[0] % of:
@@ -125,6 +125,11 @@ def part(index: int, of: int = 3) -> Pick:
         return tensor[index * rows : (index + 1) * rows]
 
     return pick
+
+
+def third(index: int) -> Pick:
+    """One of query, key, value out of a merged (3D, ...) tensor."""
+    return part(index, of=3)
 
 
 def linear(ours: str, theirs: str) -> dict[str, Source]:
@@ -167,7 +172,7 @@ def sole_head(state: Mapping[str, Tensor], root: str) -> str | None:
 
 def merged_qkv(weight: str, bias: str, ours: str = "blocks.{i}.attn") -> dict[str, Source]:
     """Query, key and value of a block, stored as one (3D, D) layer."""
-    parts = {f"{ours}.{name}": part(index) for index, name in enumerate("qkv")}
+    parts = {f"{ours}.{name}": third(index) for index, name in enumerate("qkv")}
     weights = {f"{ours}.weight": Source(weight, pick) for ours, pick in parts.items()}
     return weights | {f"{ours}.bias": Source(bias, pick) for ours, pick in parts.items()}
 

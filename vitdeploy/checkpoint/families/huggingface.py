@@ -276,7 +276,7 @@ def reading(
     if foreign.processor is None:
         note = f"no preprocessor_config.json: preprocessing is that of published {model_type} models"
         assumed["preprocess"] = note
-    elif base.size != config.image_size:
+    elif foreign.wanted is None and base.size != config.image_size:
         feeds, states = ("x".join(map(str, size)) for size in (base.size, config.image_size))
         notes.append(f"preprocessor_config.json feeds {feeds} pixels, config.json says {states}")
 

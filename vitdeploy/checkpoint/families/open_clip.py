@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -36,6 +37,9 @@ from vitdeploy.config import Activation, ModelConfig, Pool, Preprocess, Size, Vi
 from vitdeploy.errors import CheckpointError
 from vitdeploy.images.preprocess import from_timm, published
 
+PREFIX = "visual"
+"""Of the image tower's names."""
+
 _BLOCK = "visual.transformer.resblocks.{i}"
 _LAYOUT: Layout = {
     "patch_embed.weight": Source("visual.conv1.weight"),
@@ -56,6 +60,8 @@ _LAYOUT: Layout = {
 _BARE = frozenset(("conv1.weight", "class_embedding", "ln_post.weight"))
 """Names of an image tower that was saved alone."""
 _TRUNK = "visual.trunk."
+_TRUNKS = (timm.FAMILY,)
+"""What a trunk may be of."""
 _PROJECTIONS = ("visual.head.proj", f"{_TRUNK}head")
 """Where the projection behind a trunk is: a layer of open_clip's, or timm's own head."""
 
@@ -144,12 +150,13 @@ def _read_trunk(foreign: Foreign, template: ViTConfig | None) -> Reading:
     trunk = {name.removeprefix(_TRUNK): t for name, t in rest.items() if name.startswith(_TRUNK)}
     beside = {name: tensor for name, tensor in rest.items() if not name.startswith(_TRUNK)}
     inner = replace(foreign, state=trunk, config=_trunk_config(vision))
-    if not timm.FAMILY.claims(inner):
+    family = next((family for family in _TRUNKS if family.claims(inner)), None)
+    if family is None:
         name = f" {shown(vision['timm_model_name'])}" if vision.get("timm_model_name") else ""
         raise CheckpointError(
             f"{foreign.source}: its image tower is of timm{name}, and no plain ViT", hint=OTHER_MODEL
         )
-    reading = timm.FAMILY.read(inner, template)
+    reading = family.read(inner, template)
     state, layout, config = {**reading.state, **beside}, dict(reading.layout), reading.config
     if weight is not None and isinstance(config, ViTConfig):
         place = f"{projection}.weight"
@@ -199,8 +206,10 @@ def _activation(
     assumed: dict[str, str | None],
 ) -> Activation:
     """The activation, which no tensor tells: of the configuration, the name, or as open_clip's default."""
-    named = "quickgelu" in foreign.source.casefold().replace("_", "")
-    if model.get("quick_gelu", named or "input_resolution" in foreign.state):
+    if model.get("quick_gelu", not model and "input_resolution" in foreign.state):
+        return "quick_gelu"
+    if not model and "quickgelu" in Path(foreign.source).name.casefold():
+        assumed["activation"] = "the file does not tell the activation: its name says quick_gelu"
         return "quick_gelu"
     form = config_object(vision, "act_kwargs").get("approximate", "none")
     if form not in ("none", "tanh"):

@@ -164,18 +164,31 @@ def reading_of(
         assumed |= {"heads": None if template else heads_note(result), "activation": None}
     if not pretrained:
         assumed["preprocess"] = "no config.json of timm: preprocessing is timm's default for ViT"
+    labels = _labels(config, pretrained, result.classes)
+    ignored: dict[str, str | None] = {"mask_token": None}
+    if labels is None and _projects(state):
+        result = replace(result, projection=result.classes, classes=0)
+        layout = {**layout, "projection.weight": layout["head.weight"]}
+        ignored["head.bias"] = None
+        notes = (*notes, "the head is CLIP's projection, as its bias of zeros tells: there are no logits")
     return Reading(
         config=result,
         layout=layout,
         state=state,
         preprocess=lambda size: _preprocess(config, pretrained, result.channels, size or result.image_size),
-        ignored={"mask_token": None},
+        ignored=ignored,
         originals=originals,
-        labels=_labels(config, pretrained, result.classes),
+        labels=labels,
         scores=scores_of(config) if _is_wrapped(config) else None,
         notes=notes,
         assumed=assumed,
     )
+
+
+def _projects(state: Mapping[str, Tensor]) -> bool:
+    """Whether the head is the projection of a published CLIP, which timm gives a bias of zeros."""
+    bias = state.get("head.bias")
+    return "norm_pre.weight" in state and bias is not None and bias.ndim == 1 and not bias.any()
 
 
 def stated_fields(

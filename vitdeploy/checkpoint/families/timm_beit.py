@@ -22,9 +22,9 @@ from vitdeploy.checkpoint.families.base import (
     config_object,
     flat,
     linear,
-    part,
     rename_tensors,
     sole_head,
+    third,
 )
 from vitdeploy.checkpoint.families.infer import what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
@@ -53,7 +53,7 @@ def _claims(foreign: Foreign) -> bool:
 
 def _layout(state: Mapping[str, Tensor]) -> Layout:
     parts = {
-        f"blocks.{{i}}.attn.{name}.weight": Source("blocks.{i}.attn.qkv.weight", part(index))
+        f"blocks.{{i}}.attn.{name}.weight": Source("blocks.{i}.attn.qkv.weight", third(index))
         for index, name in enumerate("qkv")
     }
     return {

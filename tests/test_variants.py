@@ -1,0 +1,193 @@
+"""The named variants: their names, and their sizes against the papers and other libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.documents import rows_after
+from vitdeploy.config import Rotary
+from vitdeploy.errors import ConfigError, UsageError
+from vitdeploy.images.preprocess import PRESETS
+from vitdeploy.model.registry import expected_shapes, parameter_count
+from vitdeploy.model.rewrites import applied_rewrites, forward_flops
+from vitdeploy.variants import decode_variant, find_variant, is_variant, variant_names
+
+LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+SMALL = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+}
+BEIT = {"use_relative_position_bias": True, "num_labels": 1000}
+
+PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "CLIP-B/32": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {}),
+    "CLIP-B/16": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {"patch_size": 16}),
+    "CLIP-L/14": (
+        "CLIPVisionModelWithProjection",
+        "CLIPVisionConfig",
+        {**LARGE, "patch_size": 14, "projection_dim": 768},
+    ),
+    "SigLIP-B/16": ("SiglipVisionModel", "SiglipVisionConfig", {}),
+    "SigLIP-L/16": ("SiglipVisionModel", "SiglipVisionConfig", {**LARGE, "image_size": 256}),
+    "SigLIP-So400m/14": ("SiglipVisionModel", "SiglipVisionConfig", {**SO400M, "patch_size": 14}),
+    "DINOv3-S/16": ("DINOv3ViTModel", "DINOv3ViTConfig", {**SMALL, "num_register_tokens": 4}),
+    "DINOv3-S+/16": (
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {**SMALL, "num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
+    ),
+    "DINOv3-B/16": ("DINOv3ViTModel", "DINOv3ViTConfig", {**BASE, "num_register_tokens": 4}),
+    "DINOv3-L/16": ("DINOv3ViTModel", "DINOv3ViTConfig", {**LARGE, "num_register_tokens": 4}),
+    "BEiT-B/16": ("BeitForImageClassification", "BeitConfig", BEIT),
+    "BEiT-L/16": ("BeitForImageClassification", "BeitConfig", {**BEIT, **LARGE}),
+    "BLIP-B/16": ("BlipVisionModel", "BlipVisionConfig", {}),
+    "MAE-B/16": ("ViTMAEModel", "ViTMAEConfig", {}),
+    "MSN-S/16": ("ViTMSNModel", "ViTMSNConfig", SMALL),
+}
+"""transformers' model and configuration of each, and what published files say beside its defaults."""
+
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
+
+# timm 1.0.31: the parameters of create_model("eva02_..._patch14_224.mim_in22k", num_classes=1000).
+EVA02 = {"Ti": 5_695_144, "S": 22_006_120, "B": 86_527_720, "L": 304_293_800}
+
+
+@pytest.mark.parametrize("name", variant_names())
+def test_every_listed_variant_decodes(name: str) -> None:
+    variant = find_variant(name)
+    config = variant.config
+    assert is_variant(name)
+    assert variant.preset in PRESETS
+    assert config.image_size == {"SigLIP-L/16": (256, 256), "BLIP-B/16": (384, 384)}.get(name, (224, 224))
+    assert f"{config.patch_size}" in name
+    assert config.head_width == 64 or config.width in (1152, 1280)
+    assert expected_shapes(config)
+    assert config.output_shapes[config.outputs[0]]
+
+
+def test_short_and_long_names_are_one() -> None:
+    assert decode_variant("B/16") == decode_variant("ViT-B/16") == decode_variant("vit_base_patch16_224")
+    assert decode_variant("H/14") == decode_variant("vit_huge_patch14_224")
+
+
+def test_a_name_takes_any_resolution_its_patch_divides() -> None:
+    assert decode_variant("vit_base_patch16_384").grid == (24, 24)
+    with pytest.raises(ConfigError, match="225x225 is not divisible by the patch size 16") as caught:
+        decode_variant("vit_base_patch16_225")
+    assert "224x224" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("vit_bse_patch16_224", "vit_base_patch16_224"),
+        ("vit_base_distilled_patch16_224", "deit_base_distilled_patch16_224"),
+        ("B/17", "B/16"),
+        ("b/16", "B/16"),
+        ("CLIP-B/33", "CLIP-B/32"),
+        ("clip-b/32", "CLIP-B/32"),
+        ("DINOV3-S+/16", "DINOv3-S+/16"),
+        ("SigLIP-SO400M/14", "SigLIP-So400m/14"),
+        ("BEiT-B+/16", "BEiT-B/16"),
+    ],
+)
+def test_unknown_names_get_a_suggestion(name: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        decode_variant(name)
+    assert caught.value.message.endswith(f"unknown model {name!r}; did you mean {meant!r}?")
+    assert "vitdeploy list" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("name", ["clip-b/32", "CLIP-H/14", "DINOv3-s+/16", "BLIP-B/17"])
+def test_names_like_a_variants_are_not_looked_for_elsewhere(name: str) -> None:
+    assert is_variant(name)
+
+
+@pytest.mark.parametrize("name", ["openai/clip-vit-base-patch32", "google/siglip-base-patch16-224", "CLIP"])
+def test_hub_ids_are_no_variants(name: str) -> None:
+    assert not is_variant(name)
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        *(("Ti/16", 5.7), ("S/16", 22), ("B/16", 86), ("L/16", 304), ("H/14", 632), ("B/32", 88)),
+        *(("CLIP-B/32", 87.8), ("CLIP-B/16", 86.2), ("CLIP-L/14", 304)),
+        *(("SigLIP-B/16", 92.9), ("SigLIP-So400m/14", 428)),
+        *(("DINOv3-S/16", 21.6), ("DINOv3-S+/16", 28.7), ("DINOv3-B/16", 85.7), ("DINOv3-L/16", 303)),
+        *(("BEiT-B/16", 86.5), ("BEiT-L/16", 304)),
+        *(("EVA02-Ti/14", 5.7), ("EVA02-S/14", 22), ("EVA02-B/14", 86), ("EVA02-L/14", 304)),
+    ],
+)
+def test_parameter_counts_are_the_papers(name: str, millions: float) -> None:
+    assert parameter_count(decode_variant(name)) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize("size", EVA02)
+def test_eva02_has_timms_parameters(size: str) -> None:
+    assert parameter_count(decode_variant(f"EVA02-{size}/14")) == EVA02[size]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_variant_has_the_sizes_and_settings_of_transformers(name: str) -> None:
+    import torch
+    import transformers
+
+    model, kind, said = PUBLISHED[name]
+    theirs = getattr(transformers, kind)(**said)
+    with torch.device("meta"):
+        parameters = getattr(transformers, model)(theirs).named_parameters()
+        count = sum(p.numel() for n, p in parameters if not n.endswith("mask_token"))
+    ours = decode_variant(name)
+    assert parameter_count(ours) == count
+    assert (ours.image_size, ours.patch_size) == ((theirs.image_size,) * 2, theirs.patch_size)
+    assert (ours.width, ours.heads, ours.depth) == (
+        theirs.hidden_size,
+        theirs.num_attention_heads,
+        theirs.num_hidden_layers,
+    )
+    assert ours.norm_eps == theirs.layer_norm_eps
+    assert ours.activation == ACTIVATIONS.get(theirs.hidden_act, theirs.hidden_act)
+    if ours.rotary is not None:
+        assert ours.rotary == Rotary("centred", theirs.rope_theta)
+
+
+USUAL = ("patches_to_gemm", "merge_qkv", "fold_attention_scale", "move_value_bias")
+"""Rewrites of every family, which the documents' table leaves out."""
+SHOWN = (
+    *("B/16", "deit_base_distilled_patch16_224", "CLIP-B/32", "SigLIP-B/16", "DINOv3-S/16", "EVA02-S/14"),
+    *("BEiT-B/16", "BLIP-B/16", "MAE-B/16", "MSN-S/16"),
+)
+
+
+def rewrites_row(name: str) -> str:
+    """What the documents say of a variant's rewrites."""
+    config = decode_variant(name)
+    applied = applied_rewrites(config, (config.outputs[0],), "float")
+    assert {rewrite.name for rewrite in applied} >= set(USUAL)
+    own = ", ".join(f"`{rewrite.name}`" for rewrite in applied if rewrite.name not in USUAL)
+    saved = sum(rewrite.flops_saved for rewrite in applied) / forward_flops(config)
+    return f"| `{name}` | `{config.outputs[0]}` | {own} | {saved:.1%} |".replace("%", " %")
+
+
+def test_the_page_on_families_says_which_rewrites_hold() -> None:
+    rows = rows_after("docs/families.md", "| variant | output | rewrites | saves, with all of them |")
+    assert rows == [rewrites_row(name) for name in SHOWN]
+
+
+def test_every_family_is_at_hand() -> None:
+    families = {name.partition("-")[0] for name in variant_names() if "-" in name}
+    assert families == {*(name.partition("-")[0] for name in PUBLISHED), "EVA02"}
+    assert {name for name in variant_names() if "-" in name and "EVA" not in name} == PUBLISHED.keys()
