@@ -42,8 +42,10 @@ def export(
     batch: int | tuple[int, int, int] | BatchRange = (1, 8, 32),
     opset: int = 20,
     input: Literal["float", "uint8"] = "float",
-    output: Literal["logits", "features", "tokens"] | None = None,
+    output: str | Sequence[str] | None = None,
     labels: Sequence[str] | Path | None = None,
+    zero_shot: Sequence[str] | Path | None = None,
+    templates: str | Sequence[str] = (),
     scores: Literal["softmax", "sigmoid", "none"] | None = None,
     preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
     mean: Sequence[float] | float | None = None,
@@ -80,9 +82,15 @@ def export(
         opset: the ONNX operator set, 17 to 23.
         input: ``"float"`` reads (N, C, H, W) float32 pixel values; ``"uint8"`` reads (N, H, W, C) uint8
             images, with the normalisation folded into the first projection.
-        output: ``"logits"`` (N, classes), ``"features"`` (N, D) or ``"tokens"`` (N, T, D), float32; the
-            logits where the model has a head when omitted.
+        output: ``"logits"`` (N, classes), ``"features"`` (N, D), ``"embedding"`` (N, D), projected where the
+            model projects and of length 1, ``"tokens"`` (N, T, D), ``"codes"`` (N, patches, vocabulary), or
+            ``"layers:3,7"`` (N, T, D each); float32. Several, as a list or with commas, come from one graph.
+            The logits where the model has a head when omitted.
         labels: one for each class, or a file with them; the checkpoint's own when omitted.
+        zero_shot: labels, or a file with them, of which the text tower of CLIP or SigLIP makes a head; or a
+            ``.safetensors`` file, label to vector.
+        templates: what is embedded for a label, ``"a photo of a {}"``; several are averaged. The label itself
+            when omitted.
         scores: what becomes of logits where classes are named: shares of one answer, an answer for each
             class, or the values themselves; as the checkpoint says when omitted, else a softmax, or a sigmoid
             of a single output.
@@ -116,6 +124,7 @@ def export(
 
     with exporting():
         from vitdeploy.checkpoint.stated import Stated
+        from vitdeploy.checkpoint.texts.prompts import zero_shot_of
         from vitdeploy.exporter.request import ExportRequest
         from vitdeploy.exporter.run import run_export
 
@@ -142,6 +151,7 @@ def export(
             heads=heads,
             activation=activation,
         ),
+        zero_shot=zero_shot_of(zero_shot, templates),
         revision=revision,
         cache_dir=None if cache_dir is None else pathlib.Path(cache_dir),
         atol=atol,

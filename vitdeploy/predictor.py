@@ -1,4 +1,4 @@
-"""Images in, labels out: what ``vitdeploy.load`` returns. Needs no torch."""
+"""Images in, labels or vectors out: what ``vitdeploy.load`` returns. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from vitdeploy.backends.base import Array, Backend, Options, Session, all_backends, get_backend, runs_nothing
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact, Choice
+from vitdeploy.bundle.manifest import Artifact, Choice, TensorSpec
 from vitdeploy.errors import BundleError, ImageError, UsageError, VitdeployError
 from vitdeploy.images.decode import ImageSource, load_image
 from vitdeploy.images.preprocess import pixel_values
@@ -46,7 +46,7 @@ class Prediction:
 
 
 class Predictor:
-    """A loaded bundle that classifies images. Get one from ``vitdeploy.load``.
+    """A loaded bundle that classifies or embeds images. Get one from ``vitdeploy.load``.
 
     As safe to share between threads as its backend's sessions are.
     """
@@ -113,7 +113,7 @@ class Predictor:
 
         Raises:
             ImageError: an image cannot be decoded; nothing is returned for the others.
-            UsageError: ``top_k`` is not positive, or the bundle gives features or tokens, not logits.
+            UsageError: ``top_k`` is not positive, or the bundle gives no logits.
             BundleError: the runtime fails, or gives NaN or infinite logits.
         """
         results = []
@@ -132,27 +132,58 @@ class Predictor:
         self._require_logits()
         if top_k < 1:
             raise UsageError(f"top_k must be at least 1, not {top_k}")
-        for chunk in _chunks(images, self.chunk):
-            prepared = [self._try(image) for image in chunk]
-            good = [item for item in prepared if not isinstance(item, ImageError)]
-            rows = iter(self.run_batch(np.stack(good)) if good else ())
-            for item in prepared:
-                yield item if isinstance(item, ImageError) else self.best(next(rows), top_k)
+        for row in self._rows(images, "logits"):
+            yield row if isinstance(row, ImageError) else self.best(row, top_k)
+
+    def stream_vectors(self, images: Iterable[AnyImage]) -> Iterator[Array | ImageError]:
+        """As :meth:`embed`, one batch at a time: (columns,) float32 for each image, or its error.
+
+        Raises:
+            UsageError, BundleError: as :meth:`embed`, at the first vector.
+        """
+        for row in self._rows(images, self.vectors.name):
+            if not isinstance(row, ImageError):
+                self._require_finite(row)
+            yield row
 
     def logits(self, images: AnyImage | Iterable[AnyImage]) -> Array:
-        """Return what the model gives for one or many images: (N, classes) float32.
+        """Return the logits of one or many images: (N, classes) float32.
 
         Raises:
             ImageError: an image cannot be decoded.
-            UsageError: the bundle gives features or tokens, not logits; or no image is given.
+            UsageError: the bundle gives no logits; or no image is given.
             BundleError: the runtime fails.
         """
         self._require_logits()
-        chunks = _chunks(as_many(images), self.chunk)
-        outputs = [self.run_batch(np.stack([self.preprocess(image) for image in chunk])) for chunk in chunks]
-        if not outputs:
-            raise UsageError("no image was given")
-        return np.concatenate(outputs)
+        return self._output(images, "logits")
+
+    def embed(self, images: AnyImage | Iterable[AnyImage]) -> Array:
+        """Return the vectors of one or many images: (N, columns) float32.
+
+        They are the bundle's embedding, each of length 1, or its features where it gives no embedding.
+
+        Raises:
+            ImageError: an image cannot be decoded.
+            UsageError: the bundle gives neither; or no image is given.
+            BundleError: the runtime fails, or gives NaN or infinite values.
+        """
+        vectors = self._output(images, self.vectors.name)
+        self._require_finite(vectors)
+        return vectors
+
+    @property
+    def vectors(self) -> TensorSpec:
+        """The output that is a vector for each image.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if (vectors := self.bundle.manifest.vectors) is None:
+            raise UsageError(
+                f"{self.bundle.root}: gives {self.bundle.manifest.gives}, no vector of each image",
+                hint="export with --output embedding",
+            )
+        return vectors
 
     def preprocess(self, image: AnyImage) -> Array:
         """Return the model's input for one image: (C, H, W) float32, or (H, W, C) uint8 for uint8 input.
@@ -172,8 +203,8 @@ class Predictor:
         picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image, heif=True)
         return pixel_values(picture, manifest.preprocess, manifest.input)
 
-    def run(self, inputs: Array) -> Array:
-        """Return the model's output (N, ...) for inputs (N, ...), ``chunk`` at a time.
+    def run(self, inputs: Array) -> Array | dict[str, Array]:
+        """Return the model's output (N, ...) for inputs (N, ...); of a model with several all, by name.
 
         Args:
             inputs: as :meth:`preprocess` makes them; at least one.
@@ -181,16 +212,22 @@ class Predictor:
         Raises:
             BundleError: the runtime fails.
         """
-        parts = range(0, len(inputs), self.chunk)
-        return np.concatenate([self.run_batch(inputs[begin : begin + self.chunk]) for begin in parts])
+        outputs = self.outputs(inputs)
+        return outputs if len(outputs) > 1 else next(iter(outputs.values()))
 
-    def run_batch(self, inputs: Array) -> Array:
-        """As :meth:`run`, in one batch; too few for the artifact are filled up, and the output is cut."""
+    def outputs(self, inputs: Array) -> dict[str, Array]:
+        """As :meth:`run`, by name however many there are; ``chunk`` inputs are computed together."""
+        begins = range(0, len(inputs), self.chunk)
+        parts = [self.run_batch(inputs[begin : begin + self.chunk]) for begin in begins]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def run_batch(self, inputs: Array) -> dict[str, Array]:
+        """As :meth:`outputs`, in one batch; too few for the artifact are filled up, and the rest is cut."""
         facts = self.session.facts
         least = facts.batch.min if facts.batch else 1
         filled = inputs if len(inputs) >= least else inputs[np.arange(least) % len(inputs)]
         outputs = self.session.run({facts.inputs[0].name: filled})
-        return outputs[facts.outputs[0].name][: len(inputs)]
+        return {name: array[: len(inputs)] for name, array in outputs.items()}
 
     def best(self, logits: Array, top_k: int) -> list[Prediction]:
         """The likeliest classes of one image's logits, (classes,), the likeliest first.
@@ -198,11 +235,7 @@ class Predictor:
         Raises:
             BundleError: they are NaN or infinite.
         """
-        if not np.isfinite(logits).all():
-            raise BundleError(
-                f"{self.session.facts.artifact} gives NaN or infinite logits",
-                hint=f"vitdeploy verify {self.bundle.root}",
-            )
+        self._require_finite(logits)
         scores = scores_of(logits, self.bundle.manifest.scores)
         order = np.argsort(-scores, kind="stable")[:top_k]
         labels = self.bundle.manifest.labels
@@ -230,12 +263,38 @@ class Predictor:
         self.close()
 
     def _require_logits(self) -> None:
-        output = self.bundle.manifest.output
-        if output != "logits":
+        manifest, given = self.bundle.manifest, [spec.name for spec in self.session.facts.outputs]
+        if not manifest.classifies or "logits" not in given:
             raise UsageError(
-                f"{self.bundle.root}: gives {output}, which are no classes to predict",
-                hint="export with --output logits, or run its session for the raw output",
+                f"{self.bundle.root}: gives {manifest.gives}, which are no classes to predict",
+                hint="export with --output logits, or run its session for the raw output"
+                if manifest.vectors is None
+                else "in Python, vitdeploy.load(BUNDLE).embed(images) gives its vectors",
             )
+
+    def _require_finite(self, rows: Array) -> None:
+        if not np.isfinite(rows).all():
+            raise BundleError(
+                f"{self.session.facts.artifact} gives NaN or infinite {self.vectors.name}",
+                hint=f"vitdeploy verify {self.bundle.root}",
+            )
+
+    def _output(self, images: AnyImage | Iterable[AnyImage], output: str) -> Array:
+        """One output (N, ...) for one or many images."""
+        chunks = _chunks(as_many(images), self.chunk)
+        parts = [self.run_batch(np.stack([self.preprocess(image) for image in c]))[output] for c in chunks]
+        if not parts:
+            raise UsageError("no image was given")
+        return np.concatenate(parts)
+
+    def _rows(self, images: Iterable[AnyImage], output: str) -> Iterator[Array | ImageError]:
+        """One output of each image, a batch at a time; the error in place of an image that has one."""
+        for chunk in _chunks(images, self.chunk):
+            prepared = [self._try(image) for image in chunk]
+            good = [item for item in prepared if not isinstance(item, ImageError)]
+            rows = iter(self.run_batch(np.stack(good))[output] if good else ())
+            for item in prepared:
+                yield item if isinstance(item, ImageError) else next(rows)
 
     def _try(self, image: AnyImage) -> Array | ImageError:
         try:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import vitdeploy
-from tests.helpers.bundles import write_bundle
+from tests.helpers.bundles import FEATURES, write_bundle
 from tests.helpers.exports import Exported
 from tests.helpers.script_cases import RIGHT, case, target
 from vitdeploy.benchmark import cells
@@ -67,6 +67,18 @@ def test_cells(tmp_path: Path) -> None:
     assert found.environment.cpu.name
     assert found.metronome is None or found.metronome.p50_ms > 0.1
     assert found.environment.cpu.threads >= 1
+
+
+@pytest.mark.slow
+def test_of_several_outputs_the_worst_one_counts(tmp_path: Path) -> None:
+    right = write_bundle(tmp_path / "right", features=FEATURES)
+    wrong = write_bundle(tmp_path / "wrong", features=FEATURES * 1.001)
+    for made, valid in ((right, True), (wrong, False)):
+        (cell,) = vitdeploy.bench(made.root, backends=ORT, batches=(3,), threads=1, budget=0.1).cells
+        assert cell.parity is not None
+        assert cell.valid is valid
+        assert all(failure.startswith("features: relative error") for failure in cell.parity.failures)
+        assert cell.parity.output == "features" if not valid else cell.parity.output in ("logits", "features")
 
 
 @pytest.mark.slow

@@ -268,6 +268,10 @@ def test_length_is_limited_before_parsing() -> None:
     [
         ({"extra": 1}, "extra"),
         ({"output": "classes"}, "output"),
+        ({"outputs": ["logits", "classes"]}, "outputs"),
+        ({"outputs": ["features", "logits"]}, "do not begin with 'logits'"),
+        ({"outputs": ["logits", "features", "logits"]}, "each once"),
+        ({"outputs": []}, "do not begin with 'logits'"),
         ({"labels": ["a", "b"], "model": {"classes": 3}}, "2 labels for 3 classes"),
         ({"model": {"width": 7}}, "not divisible"),
         ({"files": {}}, "unlisted file"),
@@ -282,6 +286,19 @@ def test_forgeries_with_a_right_digest_still_face_the_schema(changes: dict[str, 
     data = _resealed(**changes)
     with pytest.raises(BundleError, match=message):
         parse(data, "here")
+
+
+def test_outputs_are_written_where_there_are_several() -> None:
+    for output in ("logits", "layer_3"):
+        one = draft(output=output)
+        assert one.outputs == (output,)
+        assert b'"outputs"' not in canonical(one)
+    both = draft(output="embedding", outputs=("embedding", "logits"))
+    assert json.loads(canonical(both))["outputs"] == ["embedding", "logits"]
+    sealed = seal(both, {})
+    assert parse(canonical(sealed), "here") == sealed
+    assert (sealed.classifies, sealed.gives) == (True, "embedding, logits")
+    assert not draft(output="features").classifies
 
 
 def test_two_artifacts_of_one_name_are_refused() -> None:

@@ -18,7 +18,12 @@ SPECS = (
     Preprocess(resize="contain", resize_to=(248, 248), pad=(1, 2, 3), rescale=1.0, std=(1.0, 2.0, 3.0)),
 )
 OURS = properties(
-    precision="fp16", input="float", output="logits", scores="softmax", labels=("a", "b"), preprocess=SPECS[2]
+    precision="fp16",
+    input="float",
+    outputs=("logits",),
+    scores="softmax",
+    labels=("a", "b"),
+    preprocess=SPECS[2],
 )
 
 
@@ -26,7 +31,12 @@ OURS = properties(
 def test_there_and_back(spec: Preprocess) -> None:
     labels = ("crème brûlée", 'a "quoted" one', "a, comma")
     entries = properties(
-        precision="mixed", input="uint8", output="logits", scores="sigmoid", labels=labels, preprocess=spec
+        precision="mixed",
+        input="uint8",
+        outputs=("logits",),
+        scores="sigmoid",
+        labels=labels,
+        preprocess=spec,
     )
     assert all(isinstance(value, str) for value in entries.values())
     said = read_properties(entries)
@@ -37,9 +47,15 @@ def test_there_and_back(spec: Preprocess) -> None:
 
 def test_features_have_no_labels() -> None:
     entries = properties(
-        precision="fp32", input="float", output="features", scores="softmax", labels=("a",), preprocess=None
+        precision="fp32",
+        input="float",
+        outputs=("features", "tokens"),
+        scores="softmax",
+        labels=("a",),
+        preprocess=None,
     )
     assert sorted(entries) == ["vitdeploy.input", "vitdeploy.output", "vitdeploy.precision"]
+    assert entries["vitdeploy.output"] == "features"
     said = read_properties(entries)
     assert (said.labels, said.scores, said.whole_preprocess, dict(said.preprocess)) == (None, None, None, {})
 

@@ -40,6 +40,9 @@ export -m digits --precision fp8x
 export -m digits --format onxx
 export -m digits --input uint9
 export -m digits --output logit
+export -m digits --output logits,layers:9
+export -m digits --output logits,logits
+export -m digits --output layers:x
 export -m digits --scores soft
 export -m digits --atol -1
 export -m digits --atol x
@@ -103,7 +106,12 @@ predict linear.bundle photos --engine spark
 predict linear.bundle photos --engine ray
 predict linear.bundle photos --batch 3
 predict linear.bundle - --engine ray -o out
-predict features.bundle photos
+predict linear.bundle photos -o vectors.npy
+predict features.bundle photos --csv
+predict features.bundle photos --top-k 3
+predict features.bundle photos --dimensions 3
+predict features.bundle photos -o vectors.csv
+predict features.bundle photos -o nowhere/vectors.npy
 serve nope.bundle
 serve linear.bundle/model.onnx
 serve a=linear.bundle a@1=linear.bundle

@@ -248,6 +248,14 @@ def test_dry_run_tells_what_the_export_does(run: Run, digits: Exported, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_of_several_outputs(run: Run, tmp_path: Path) -> None:
+    flags = ("--output", "logits,layers:0,3,embedding", "--dry-run", "--json", "-o", tmp_path / "x")
+    plan = run("export", "-m", "digits", *flags).document
+    assert plan["output"] == "logits float32, layer_0 float32, layer_3 float32, embedding float32"
+    tokens = 8 * 8 * 2 * plan["config"]["width"] * 17  # 8 images in float64, two layers, CLS and 16 patches
+    assert plan["files"]["golden.safetensors"] > tokens
+
+
 def test_random_weights_are_announced(run: Run, tmp_path: Path) -> None:
     result = run("export", "-m", "Ti/16", "--seed", 3, "--dry-run", "-o", tmp_path / "x")
     assert [line for line in result.err.splitlines() if "random" in line] == [

@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from tests.helpers.bundles import WEIGHT, graph, write_bundle
+import vitdeploy
+from tests.helpers.bundles import FEATURES, WEIGHT, graph, write_bundle
 from tests.helpers.commands import Run
 from tests.helpers.exports import Exported
 from vitdeploy.bundle.folder import Bundle
@@ -37,6 +38,19 @@ def test_a_bundle_as_json(run: Run, digits: Exported) -> None:
     assert document["operators"].keys() == {"onnx-fp32", "onnx-fp16"}
     nodes = {a["name"]: a["nodes"] for a in document["manifest"]["artifacts"]}
     assert {name: sum(counts.values()) for name, counts in document["operators"].items()} == nodes
+
+
+def test_several_outputs(run: Run, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b.bundle", features=FEATURES)
+    report = vitdeploy.verify(bundle, backends=["onnxruntime"])
+    lines = run("inspect", bundle.add(parity=report.parity).root).out.splitlines()
+    assert "output       logits float32 (N, 5)" in lines
+    assert "output       features float32 (N, 7)" in lines
+    (heads,) = [line.split() for line in lines if line.startswith("artifact") and "relative" in line]
+    assert heads[:4] == ["artifact", "backend", "batch", "output"]
+    rows = [line.split()[:4] for line in lines if line.startswith("onnx-fp32") and line.endswith(" ok")]
+    assert ["onnx-fp32", "onnxruntime", "8", "features"] in rows
+    assert len(rows) == 6
 
 
 def test_every_fact_with_its_origin(run: Run, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_a_preprocessing_of_other_channels_is_refused() -> None:
     config = dataclasses.replace(SINGLE, channels=1)
     checkpoint = Checkpoint(config, random_state(config), Preprocess(config.image_size), None, "vit", "grey")
     with pytest.raises(UsageError, match="its preprocessing is for 3 channels, but the model has 1"):
-        CheckpointSubject(checkpoint, None, "float")
+        CheckpointSubject(checkpoint, (), "float")
 
 
 class Necked(nn.Module):
@@ -287,7 +287,7 @@ def test_the_channels_of_any_module() -> None:
     grey.conv, bands.conv = nn.Conv2d(1, 8, 4, stride=4), nn.Conv2d(7, 8, 4, stride=4)
     for module, channels in ((Conv(), 3), (grey, 1), (bands, 7), (Necked(), 3), (nn.Linear(7, 3), 3)):
         user = user_module(module, "mine", (32, 32), Stated())
-        subject = ModuleSubject(user, None, "float")
+        subject = ModuleSubject(user, (), "float")
         assert subject.preprocess.channels == channels
         if channels == 1:
             assert any("images become grey" in note for note in user.notes)

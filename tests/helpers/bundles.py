@@ -25,16 +25,20 @@ LABELS = ("cat", "dog", "tiger_cat", "eel", "fox")
 SIZE = 8
 SPEC = Preprocess(size=(SIZE, SIZE))
 WEIGHT = np.random.default_rng(0).normal(size=(3 * SIZE * SIZE, len(LABELS))).astype(np.float32)
+FEATURES = np.random.default_rng(1).normal(size=(3 * SIZE * SIZE, 7)).astype(np.float32)
+"""What the second output is of the pixels, where a bundle has two."""
 FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "bf16": "model.bf16.onnx"}
 _INNER = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
-def answer(inputs: np.ndarray[Any, Any], kind: str = "float") -> np.ndarray[Any, Any]:
-    """The logits (N, 5) of network inputs, in float64."""
+def answer(
+    inputs: np.ndarray[Any, Any], kind: str = "float", weight: np.ndarray[Any, Any] = WEIGHT
+) -> np.ndarray[Any, Any]:
+    """The logits (N, 5) of network inputs, or another output, in float64."""
     values = inputs.astype(np.float64)
     if kind == "uint8":
         values = (values / 127.5 - 1).transpose(0, 3, 1, 2)
-    return values.reshape(len(values), -1) @ WEIGHT.astype(np.float64)
+    return values.reshape(len(values), -1) @ weight.astype(np.float64)
 
 
 def answer_images(images: list[Image.Image]) -> np.ndarray[Any, Any]:
@@ -47,8 +51,16 @@ def random_image(seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def graph(precision: str, kind: str, weight: np.ndarray[Any, Any], batch: int | None = None) -> bytes:
-    """Normalise if the input is uint8, flatten, one MatMul in the given precision, float32 outside."""
+def graph(
+    precision: str,
+    kind: str,
+    weight: np.ndarray[Any, Any],
+    batch: int | None = None,
+    features: np.ndarray[Any, Any] | None = None,
+    output: str = "logits",
+) -> bytes:
+    """Normalise if the input is uint8, flatten, one MatMul for each output in the given precision, float32
+    outside."""
     nodes, source = [], "pixel_values"
     constants = [numpy_helper.from_array(weight, "weight")]
     if kind == "uint8":
@@ -69,16 +81,26 @@ def graph(precision: str, kind: str, weight: np.ndarray[Any, Any], batch: int | 
         helper.make_node("Cast", ["flat"], ["narrow"], name="narrow", to=inner),
         helper.make_node("Cast", ["weight"], ["narrow_weight"], name="narrow_weight", to=inner),
         helper.make_node("MatMul", ["narrow", "narrow_weight"], ["product"], name="head"),
-        helper.make_node("Cast", ["product"], ["logits"], name="widen", to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["product"], [output], name="widen", to=TensorProto.FLOAT),
     ]
+    size = batch or "N"
+    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, [size, len(LABELS)])]
+    if features is not None:
+        constants.append(numpy_helper.from_array(features, "second"))
+        nodes += [
+            helper.make_node("Cast", ["second"], ["narrow_second"], name="narrow_second", to=inner),
+            helper.make_node("MatMul", ["narrow", "narrow_second"], ["other"], name="second"),
+            helper.make_node("Cast", ["other"], ["features"], name="widen_second", to=TensorProto.FLOAT),
+        ]
+        columns = features.shape[1]
+        outputs.append(helper.make_tensor_value_info("features", TensorProto.FLOAT, [size, columns]))
     pixels = [SIZE, SIZE, 3] if kind == "uint8" else [3, SIZE, SIZE]
     dtype = TensorProto.UINT8 if kind == "uint8" else TensorProto.FLOAT
-    size = batch or "N"
     made = helper.make_graph(
         nodes,
         "classifier",
         [helper.make_tensor_value_info("pixel_values", dtype, [size, *pixels])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [size, len(LABELS)])],
+        outputs,
         constants,
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -110,11 +132,19 @@ def write_bundle(
     batch: BatchRange | None = None,
     weight: np.ndarray[Any, Any] = WEIGHT,
     golden: dict[str, np.ndarray[Any, Any]] | None = None,
+    features: np.ndarray[Any, Any] | None = None,
     **manifest: Any,
 ) -> Bundle:
-    """Write the classifier as a bundle; ``weight`` other than WEIGHT makes it wrong."""
-    batch = batch or BatchRange(1, 2, 8)
+    """Write the classifier as a bundle; ``weight`` other than WEIGHT makes it wrong.
+
+    Args:
+        features: gives it a second output, ``features``, which is right if these are FEATURES.
+    """
+    batch, output = batch or BatchRange(1, 2, 8), manifest.get("output", "logits")
     arrays = golden_arrays(kind) if golden is None else golden
+    if features is not None:
+        arrays.setdefault("reference.features", answer(arrays["pixel_values"], kind, FEATURES))
+        manifest = {"outputs": ("logits", "features"), **manifest}
     draft = Manifest(
         **{
             "name": "linear",
@@ -125,13 +155,15 @@ def write_bundle(
             "labels": LABELS,
             "parameters": weight.size,
             "provenance": Provenance(source="linear", family="test"),
-            "artifacts": tuple(_artifact(precision, kind, batch) for precision in precisions),
+            "artifacts": tuple(
+                _artifact(precision, kind, batch, output, features) for precision in precisions
+            ),
             **manifest,
         }
     )
     with BundleWriter(folder) as writer:
         for precision in precisions:
-            data = graph(precision, kind, weight, batch.min if batch.fixed else None)
+            data = graph(precision, kind, weight, batch.min if batch.fixed else None, features, output)
             writer.file(FILES[precision]).write_bytes(data)
         if arrays:
             save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, writer.file(GOLDEN))
@@ -139,11 +171,14 @@ def write_bundle(
         return writer.commit()
 
 
-def _artifact(precision: str, kind: str, batch: BatchRange) -> Artifact:
+def _artifact(
+    precision: str, kind: str, batch: BatchRange, output: str, features: np.ndarray[Any, Any] | None
+) -> Artifact:
     size = batch.min if batch.fixed else "N"
     uint8 = kind == "uint8"
     pixels = (SIZE, SIZE, 3) if uint8 else (3, SIZE, SIZE)
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    columns = {output: len(LABELS)} | ({} if features is None else {"features": features.shape[1]})
     proof = PrecisionProof(ops=(OpPrecision(name="head", op="MatMul", dtype=dtype),), ok=True)
     return Artifact(
         name=f"onnx-{precision}",
@@ -157,7 +192,7 @@ def _artifact(precision: str, kind: str, batch: BatchRange) -> Artifact:
         inputs=(
             TensorSpec(name="pixel_values", dtype="uint8" if uint8 else "float32", shape=(size, *pixels)),
         ),
-        outputs=(TensorSpec(name="logits", dtype="float32", shape=(size, len(LABELS))),),
+        outputs=tuple(TensorSpec(name=n, dtype="float32", shape=(size, c)) for n, c in columns.items()),
         proof=proof,
         nodes=5,
     )

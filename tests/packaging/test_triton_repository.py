@@ -15,7 +15,7 @@ import pytest
 from onnx.external_data_helper import convert_model_to_external_data
 
 from tests.fakes.machines import L4, RTX, go_to
-from tests.helpers.bundles import LABELS, answer, write_bundle
+from tests.helpers.bundles import FEATURES, LABELS, answer, write_bundle
 from tests.helpers.engine_bundles import engines
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
@@ -84,6 +84,26 @@ def test_the_ensemble(package: Make, bundle: Bundle) -> None:
         assert any((made.folder / "models" / name / "7").iterdir())  # stores of objects know no empty folders
     labels = json.loads((made.folder / "models/eyes_labels/7/labels.json").read_text())
     assert labels == {"labels": list(LABELS), "scores": "softmax", "top_k": 2}
+
+
+def test_several_outputs(package: Make, tmp_path: Path) -> None:
+    made = package(write_bundle(tmp_path / "two.bundle", features=FEATURES), name="eyes")
+    logits, features = config(made, "eyes").output
+    assert (logits.name, list(logits.dims), logits.label_filename) == ("logits", [5], "labels.txt")
+    assert (features.name, list(features.dims), features.label_filename) == ("features", [7], "")
+    whole = config(made, "eyes_image")
+    assert [(one.name, list(one.dims)) for one in whole.output] == [
+        ("labels", [5]), ("indices", [5]), ("scores", [5]), ("features", [7]),
+    ]  # fmt: skip
+    steps = {step.model_name: step for step in whole.ensemble_scheduling.step}
+    assert dict(steps["eyes"].output_map) == {"logits": "logits", "features": "features"}
+    assert dict(steps["eyes_labels"].input_map) == {"logits": "logits"}
+    text = (made.folder / "README.md").read_text()
+    assert "and gives `logits`, `features`." in text
+    assert "`labels`, `indices`, `scores`, `features`" in text
+    uri = {"storage_uri": "s3://bucket/eyes"}
+    service = package(write_bundle(tmp_path / "b", features=FEATURES), "kserve", "service", **uri)
+    assert "gives `logits`, `features`, over" in (service.folder / "README.md").read_text()
 
 
 def test_fewer_classes_than_labels_asked_for(package: Make, bundle: Bundle) -> None:

@@ -20,13 +20,14 @@ import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from tests.helpers.bundles import LABELS, answer, write_bundle
+from tests.helpers.bundles import FEATURES, LABELS, SPEC, answer, random_image, write_bundle
 from tests.helpers.commands import in_a_process
 from tests.helpers.triton_server import NotReady, Triton, running_triton
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.data import digits_images
 from vitdeploy.errors import ImageError
+from vitdeploy.images.preprocess import apply
 from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import write_package
 from vitdeploy.predictor import Predictor
@@ -47,11 +48,13 @@ def triton(digits: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     uint8 = write_bundle(folder / "uint8.bundle", kind="uint8", name="uint8")
     fixed = write_bundle(folder / "fixed.bundle", batch=BatchRange(3, 3, 3), name="fixed")
     features = write_bundle(folder / "features.bundle", output="features", labels=None, name="features")
+    two = write_bundle(folder / "two.bundle", features=FEATURES, name="two")
     for bundle, name, version in (
         (digits, "digits", 1),
         (uint8, "uint8", 3),
         (fixed, "fixed", 1),
         (features, "fea.tures-1", 1),
+        (two, "two", 1),
     ):
         given = PackageSettings(threads=1, top_k=3) if name == "digits" else PackageSettings()
         made = write_package(
@@ -131,6 +134,21 @@ def test_golden_tensors(triton: Triton, digits: Bundle, protocol: str, batch: in
     assert (found.shape, found.dtype) == (expected.shape, np.float32)
     errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert errors.max() <= TOLERANCES["fp32"].relative
+
+
+@each
+def test_several_outputs(triton: Triton, protocol: str) -> None:
+    """All of them for tensors; for image files labels in place of the logits, and the others."""
+    pictures = [random_image(seed) for seed in range(2)]
+    pixels = np.stack([apply(picture, SPEC) for picture in pictures])
+    right = {"logits": answer(pixels), "features": answer(pixels, weight=FEATURES)}
+    found = infer(triton, protocol, "two", "pixel_values", pixels)
+    for name, expected in right.items():
+        np.testing.assert_allclose(found.as_numpy(name), expected, atol=1e-4)
+    found = classify(triton, protocol, [png(picture) for picture in pictures], "two_image")
+    np.testing.assert_allclose(found.as_numpy("features"), right["features"], atol=1e-4)
+    assert found.as_numpy("indices")[:, 0].tolist() == right["logits"].argmax(axis=1).tolist()
+    assert found.as_numpy("logits") is None
 
 
 @each
@@ -272,7 +290,7 @@ def test_a_fixed_batch(triton: Triton, protocol: str) -> None:
 def test_an_ensemble_without_labels(triton: Triton, protocol: str) -> None:
     raw = np.random.default_rng(4).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     files = [png(Image.fromarray(one)) for one in raw]
-    found = classify(triton, protocol, files, "fea.tures-1_image").as_numpy("logits")
+    found = classify(triton, protocol, files, "fea.tures-1_image").as_numpy("features")
     np.testing.assert_allclose(found, answer(raw, "uint8"), atol=1e-4)
 
 

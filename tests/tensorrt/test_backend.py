@@ -14,7 +14,16 @@ import torch
 
 import vitdeploy
 from tests.fakes.machines import L4, NEW, OLD, RTX, MakeMachine, go_to
-from tests.helpers.bundles import LABELS, WEIGHT, answer, answer_images, graph, random_image
+from tests.helpers.bundles import (
+    FEATURES,
+    LABELS,
+    WEIGHT,
+    answer,
+    answer_images,
+    graph,
+    random_image,
+    write_bundle,
+)
 from tests.helpers.engine_bundles import PLAN, RECORD, each, engines, images, loads, name_of, reseal
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.errors import BundleError, DeviceUnavailable, MissingDependency, UsageError, VitdeployError
@@ -45,6 +54,18 @@ def test_verify_load_and_predict(version: str, machine: MakeMachine, target: Pat
         np.testing.assert_allclose(predictor.logits(pictures), expected, atol=1e-3)
         (best, *_) = predictor.predict(pictures[0])[0]
         assert best.label == LABELS[int(expected[0].argmax())]
+
+
+def test_an_engine_gives_all_outputs(machine: MakeMachine, target: Path) -> None:
+    machine(NEW)
+    add_engines(write_bundle(target, features=FEATURES), EngineRequest(("tensorrt",)))
+    with vitdeploy.load(target, backend="tensorrt") as predictor:
+        found = predictor.outputs(images(3))
+    for name, weight in (("logits", WEIGHT), ("features", FEATURES)):
+        np.testing.assert_allclose(found[name], answer(images(3), weight=weight), atol=1e-3)
+    report = verify_bundle(target, backends=["tensorrt"])
+    assert report.passed
+    assert {record.output for record in report.parity} == {"logits", "features"}
 
 
 @pytest.mark.slow

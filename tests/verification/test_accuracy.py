@@ -232,4 +232,5 @@ def test_which_bundles_have_images(tmp_path: Path) -> None:
     images = bundled_images(digits)
     assert images is not None
     assert np.array_equal(np.stack([np.asarray(image) for image in images.images]), digits_heldout()[0])
-    assert bundled_images(digits.model_copy(update={"output": "features"})) is None
+    features = {"output": "features", "outputs": ("features",)}
+    assert bundled_images(digits.model_copy(update=features)) is None

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 import vitdeploy
-from tests.helpers.bundles import LABELS, WEIGHT, answer_images, golden_arrays, random_image, write_bundle
+from tests.helpers.bundles import (
+    FEATURES,
+    LABELS,
+    WEIGHT,
+    answer_images,
+    golden_arrays,
+    random_image,
+    write_bundle,
+)
 from vitdeploy.backends import base
 from vitdeploy.backends.onnxruntime import OnnxRuntime
 from vitdeploy.bundle.folder import Bundle
@@ -82,6 +90,18 @@ def test_wrong_weights_are_found(tmp_path: Path, change: str) -> None:
     assert not any(record.passed for record in report.parity)
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["ok"] is False
     with pytest.raises(ParityError, match="onnx-fp32 on onnxruntime, batch 1"):
+        report.check()
+
+
+def test_of_several_outputs_the_wrong_one_is_named(tmp_path: Path) -> None:
+    right = vitdeploy.verify(write_bundle(tmp_path / "right", features=FEATURES), backends=ORT)
+    assert right.passed
+    assert [(r.batch, r.output) for r in right.parity] == [
+        (batch, output) for batch in (1, 2, 8) for output in ("logits", "features")
+    ]
+    report = vitdeploy.verify(write_bundle(tmp_path / "wrong", features=FEATURES * 1.001), backends=ORT)
+    assert {record.output for record in report.parity if not record.passed} == {"features"}
+    with pytest.raises(ParityError, match="onnx-fp32 on onnxruntime, batch 1, features: relative error"):
         report.check()
 
 

@@ -240,6 +240,35 @@ class TestSessions:
             "float64",
         )
 
+    def test_every_output_has_a_reference_of_its_own(self) -> None:
+        class Two(Computed):
+            def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+                outputs = self.function(inputs["pixel_values"])
+                return {"logits": outputs, "features": 2 * outputs}
+
+        session = Two(right, BatchRange(1, 4, 8))
+        (spec,) = session.facts.outputs
+        both = (spec, spec.model_copy(update={"name": "features"}))
+        session.facts = replace(session.facts, outputs=both)
+        with pytest.raises(ParityError, match="golden data for one of logits, features only"):
+            check_session(session, GOLDEN_PAIR)
+        golden = {**GOLDEN_PAIR, "reference.features": 2 * GOLDEN_PAIR["reference"]}
+        records = check_session(session, golden)
+        assert [(r.batch, r.output) for r in records] == [
+            (batch, name) for batch in (1, 4, 8) for name in ("logits", "features")
+        ]
+        assert all(record.passed for record in records)
+        assert [record.metrics.kl is None for record in records] == [False, True] * 3
+        wrong = check_session(session, {**golden, "reference.features": GOLDEN_PAIR["reference"]})
+        assert {record.output for record in wrong if record.failures} == {"features"}
+        alone = replace(session.facts, outputs=both[1:])  # a server may give one of two
+        session.facts = alone
+        assert [record.passed for record in check_session(session, golden)] == [True] * 3
+        nothing = {**golden, "reference.features": np.zeros_like(golden["reference"])}
+        session.facts = replace(alone, outputs=both)
+        with pytest.raises(ParityError, match="features: nothing to compare"):
+            check_session(session, nothing)
+
     def test_a_fixed_batch_is_tried_with_two_companies(self) -> None:
         session = Computed(right, BatchRange(3, 3, 3))
         (record,) = check_session(session, GOLDEN_PAIR)

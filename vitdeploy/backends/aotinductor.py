@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -79,10 +80,11 @@ class _Job:
         import torch
 
         manifest = self.bundle.manifest
-        described = manifest.model_dump(mode="json", include={"model", "input", "output", "preprocess"})
+        described = manifest.model_dump(mode="json", include={"model", "input", "preprocess"})
         return {
             "weights": manifest.files[WEIGHTS].sha256,
             "manifest": described,
+            "outputs": manifest.outputs,
             "precision": self.precision,
             "batch": self.batch and (self.batch.min, self.batch.opt, self.batch.max),
             "options": self._options(),
@@ -141,7 +143,7 @@ class _Job:
                 super().__init__()
                 self.model = model
 
-            def forward(self, pixels: Tensor) -> Tensor:
+            def forward(self, pixels: Tensor) -> Sequence[Tensor]:
                 return forward_(pixels)
 
         return Session().eval()

@@ -351,11 +351,11 @@ def _check_tensor(spec: TensorSpec, array: Array, sizes: dict[str, int], artifac
         raise UsageError(f"{artifact}: {spec.name} must have the shape ({expected}), not ({given})")
 
 
-def run_in_batches(session: Session, inputs: Array, size: int) -> list[Array]:
-    """The first output for inputs (n, ...), ``size`` at a time; the last batch goes round."""
-    name, output = session.facts.inputs[0].name, session.facts.outputs[0].name
+def run_in_batches(session: Session, inputs: Array, size: int) -> list[dict[str, Array]]:
+    """The outputs for inputs (n, ...), ``size`` at a time; the last batch goes round."""
+    name = session.facts.inputs[0].name
     order = np.arange(-(-len(inputs) // size) * size) % len(inputs)
-    return [session.run({name: inputs[order[i : i + size]]})[output] for i in range(0, len(order), size)]
+    return [session.run({name: inputs[order[i : i + size]]}) for i in range(0, len(order), size)]
 
 
 def check_declared(artifact: Artifact, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:

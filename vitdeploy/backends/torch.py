@@ -6,7 +6,7 @@ An artifact only says which precision to run in, and which batch sizes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from vitdeploy.backends.base import (
@@ -23,17 +23,18 @@ from vitdeploy.backends.base import (
 )
 from vitdeploy.bundle.dtypes import PRECISION_DTYPES, ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, Manifest, input_spec, output_spec
+from vitdeploy.bundle.manifest import Artifact, Manifest, input_spec, output_specs
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from vitdeploy.model.reference import Reference
 
-Forward = Callable[["Tensor"], "Tensor"]
+Forward = Callable[["Tensor"], Sequence["Tensor"]]
+"""What artifacts read to all outputs, float32."""
 
 
 class Torch(Backend):
@@ -78,7 +79,7 @@ class Torch(Backend):
             provider=device.partition(":")[0],
             batch=batch,
             inputs=artifact.inputs if artifact else (input_spec(manifest.model, manifest.input),),
-            outputs=artifact.outputs if artifact else (output_spec(manifest.model, manifest.output),),
+            outputs=artifact.outputs if artifact else output_specs(manifest.model, manifest.outputs),
             versions={"torch": str(torch.__version__)},
         )
         return TorchSession(facts, self._forward(bundle, precision, batch, device), options.session_threads)
@@ -86,7 +87,7 @@ class Torch(Backend):
     def _forward(
         self, bundle: Bundle, precision: ArtifactPrecision, batch: BatchRange | None, device: str
     ) -> Forward:
-        """The function of a session: the network's input to float32 output."""
+        """The function of a session."""
         model = load_reference(bundle, torch_dtype(precision), device, fused_attention=True)
         return forward_of(model, bundle.manifest)
 
@@ -112,7 +113,7 @@ def reference_session(bundle: Bundle) -> Session:
         provider="cpu",
         batch=None,
         inputs=(input_spec(model.config, manifest.input),),
-        outputs=(output_spec(model.config, manifest.output),),
+        outputs=output_specs(model.config, manifest.outputs),
         versions={"torch": str(torch.__version__)},
     )
     return TorchSession(facts, forward_of(model, manifest), None)
@@ -135,11 +136,11 @@ class TorchSession(Session):
         try:
             with torch.no_grad(), _threads(self._threads), _no_tf32(device), timer:
                 outputs = self._forward(pixels.to(device))
-            results = outputs.cpu().numpy()
+            results = [output.cpu().numpy() for output in outputs]
             self.device_seconds = timer.seconds()
         except RuntimeError as error:
             raise BundleError(f"{self.facts.artifact}: PyTorch failed: {one_line(error)}") from error
-        return {self.facts.outputs[0].name: results}
+        return {spec.name: result for spec, result in zip(self.facts.outputs, results, strict=True)}
 
     def _close(self) -> None:
         self._forward = None
@@ -242,22 +243,24 @@ def load_reference(
         raise BundleError(f"{path}: not the weights of this model: {one_line(error)}") from error
 
 
-def forward_of(model: nn.Module, manifest: Manifest) -> Forward:
+def forward_of(model: Reference, manifest: Manifest) -> Forward:
     """The model as a function of what artifacts read; uint8 images are normalised in float32."""
     import torch
 
-    weight, output = next(model.parameters()), manifest.output
+    from vitdeploy.model.reference import outputs_of
 
-    def forward(pixels: Tensor) -> Tensor:
-        outputs: Tensor = model(pixels.to(weight.dtype), output)
-        return outputs.to(torch.float32)
+    weight, names = next(model.parameters()), manifest.outputs
+
+    def forward(pixels: Tensor) -> tuple[Tensor, ...]:
+        outputs = outputs_of(model, pixels.to(weight.dtype), names)
+        return tuple(outputs[name].to(torch.float32) for name in names)
 
     if manifest.input == "float" or manifest.preprocess is None:
         return forward
     spec = manifest.preprocess
     mean, std = (torch.tensor(v, dtype=torch.float32, device=weight.device) for v in (spec.mean, spec.std))
 
-    def forward_uint8(images: Tensor) -> Tensor:
+    def forward_uint8(images: Tensor) -> tuple[Tensor, ...]:
         pixels = (images * spec.rescale - mean) / std  # (N, H, W, 3) float32
         return forward(pixels.permute(0, 3, 1, 2))
 

@@ -42,10 +42,10 @@ class TorchCompile(Torch):
             copy, fullgraph=True, options={"freezing": True} if device == "cpu" else None
         )
 
-        def run(pixels: Tensor) -> Tensor:
+        def run(pixels: Tensor) -> tuple[Tensor, ...]:
             if len(pixels) > 1:  # one is always compiled by itself
                 torch._dynamo.mark_dynamic(pixels, 0)
-            outputs: Tensor = compiled(pixels)
+            outputs: tuple[Tensor, ...] = compiled(pixels)
             return outputs
 
         return run

@@ -78,6 +78,8 @@ class Triton(Backend):
             return "it builds a ViT from its configuration, and this bundle holds a module of the user's own"
         if WEIGHTS not in manifest.files:
             return f"the bundle has no {WEIGHTS}"
+        if len(manifest.outputs) > 1:
+            return f"it computes one output, and this bundle has {len(manifest.outputs)}: {manifest.gives}"
         if beyond := manifest.model.beyond_kernels(manifest.output):
             return f"it has no kernels for {', '.join(beyond)}"
         if artifact is not None and artifact.format == AOT and _interpreted():

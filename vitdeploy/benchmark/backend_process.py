@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, run_process
+from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, Outputs, run_process
 
 
 def open_sessions(job: dict[str, Any]) -> LoadedModel:
@@ -29,13 +29,13 @@ def open_sessions(job: dict[str, Any]) -> LoadedModel:
 
 
 def _caller(session: Any) -> Caller:
-    name, output = session.facts.inputs[0].name, session.facts.outputs[0].name
+    name, names = session.facts.inputs[0].name, [spec.name for spec in session.facts.outputs]
 
     session.timed = True
 
-    def call(pixels: Array) -> tuple[Array, float | None]:
-        outputs = session.run({name: pixels})[output]
-        return outputs, session.device_seconds
+    def call(pixels: Array) -> tuple[Outputs, float | None]:
+        outputs = session.run({name: pixels})
+        return [outputs[key] for key in names], session.device_seconds
 
     return call
 

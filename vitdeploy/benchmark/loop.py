@@ -1,8 +1,9 @@
 """The measured side of a benchmark: a process that holds one loaded model and runs it on request.
 
-Requests and answers are lines of JSON on standard input and output; arrays travel as .npy files that the
-requests name. Needs the standard library and numpy only, so that another tool's model, in an environment of
-its own, is measured by the same code: write ``open_model``, call ``run_process(open_model)``.
+Requests and answers are lines of JSON on standard input and output; arrays travel in files that the requests
+name, inputs as .npy, outputs in their order as one .npz. Needs the standard library and numpy only, so that
+another tool's model, in an environment of its own, is measured by the same code: write ``open_model``, call
+``run_process(open_model)``.
 
     {"do": "run", "inputs": PATH, "outputs": PATH}   one run; {"seconds"}
     {"do": "prepare", "batch": N, "inputs": PATH}    keep a batch and run it once; {"seconds", "peak_memory"}
@@ -35,7 +36,9 @@ from vitdeploy.machine.child import private_pipes
 from vitdeploy.machine.memory import forget_peak, peak_memory
 
 Array = np.ndarray[Any, Any]
-Caller = Callable[[Array], tuple[Array, float | None]]
+Outputs = Array | Sequence[Array]
+"""Of a model: its only output, or all in their order."""
+Caller = Callable[[Array], tuple[Outputs, float | None]]
 """Runs a batch; returns the outputs, and the seconds on the device where that is known."""
 
 
@@ -113,13 +116,13 @@ class _Requests:
     def __init__(self, callers: Sequence[Caller]) -> None:
         self._callers = callers
         self._batches: dict[int, Array] = {}
-        self._last: dict[int, Array] = {}
+        self._last: dict[int, Outputs] = {}
 
     def do_run(self, inputs: str, outputs: str) -> dict[str, Any]:
         begin = time.perf_counter()
         found = self._callers[0](np.load(inputs))[0]
         seconds = time.perf_counter() - begin
-        np.save(outputs, found)
+        _save(outputs, found)
         return {"seconds": seconds}
 
     def do_prepare(self, batch: int, inputs: str) -> dict[str, Any]:
@@ -154,8 +157,12 @@ class _Requests:
         }
 
     def do_last(self, batch: int, outputs: str) -> dict[str, Any]:
-        np.save(outputs, self._last[batch])
+        _save(outputs, self._last[batch])
         return {}
+
+
+def _save(path: str, outputs: Outputs) -> None:
+    np.savez(path, *([outputs] if isinstance(outputs, np.ndarray) else outputs))
 
 
 class _CallerPart:
@@ -169,7 +176,7 @@ class _CallerPart:
         self.samples: list[float] = []
         self.device: list[float] = []
         self.begin = self.end = 0.0
-        self.outputs: Array | None = None
+        self.outputs: Outputs | None = None
         self.error: Exception | None = None
 
     def run(self) -> None:

@@ -101,6 +101,8 @@ class Parity(_Record):
     """The worst row's ||output - reference|| / ||reference||; null for NaN outputs."""
     max_abs: float | None = None
     tolerance: float = Field(gt=0)
+    output: str | None = None
+    """Of several outputs, the worst one, whose errors these are; null where the model has one."""
     """What ``relative`` may be at most."""
 
 

@@ -94,9 +94,9 @@ class Bundle:
     def golden(self) -> dict[str, np.ndarray[Any, Any]]:
         """Golden inputs and outputs, their hash checked; empty if the bundle has none.
 
-        ``pixel_values`` (K, ...) are network inputs, ``reference`` (K, ...) the float64 reference's
-        outputs, ``image.i`` (H, W, 3) uint8 and ``image.i.pixel_values`` are for comparing the preprocessing,
-        where images can go in.
+        ``pixel_values`` (K, ...) are network inputs, ``reference`` (K, ...) the float64 reference's outputs
+        (of several the first; ``reference.NAME`` is another), ``image.i`` (H, W, 3) uint8 and
+        ``image.i.pixel_values`` are for comparing the preprocessing, where images can go in.
         """
         if GOLDEN not in self.manifest.files:
             return {}

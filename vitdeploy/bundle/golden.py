@@ -10,16 +10,18 @@ one more pixel, so that no channel of a scene can stand for another unnoticed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitdeploy.config import InputKind, Preprocess, Size
+from vitdeploy.config import InputKind, Output, Preprocess, Size
 
 _Pixels = NDArray[np.int64]
 
+REFERENCE = "reference"
+"""The key of the reference's answers."""
 _UNIT = 4096
 """Scenes are drawn in coordinates from 0 to this, whatever the size."""
 
@@ -40,6 +42,16 @@ def golden_inputs(spec: Preprocess, size: Size, kind: InputKind) -> NDArray[Any]
     mean, std = (np.array(values, np.float64) for values in (spec.mean, spec.std))
     normalised = (images * spec.rescale - mean) / std
     return np.ascontiguousarray(normalised.astype(np.float32).transpose(0, 3, 1, 2))
+
+
+def reference_key(outputs: Sequence[Output], output: Output) -> str:
+    """What a bundle calls the reference's answers for one of its outputs: ``reference`` is the first's."""
+    return REFERENCE if output == outputs[0] else f"{REFERENCE}.{output}"
+
+
+def reference_of(arrays: Mapping[str, NDArray[Any]], output: Output) -> NDArray[Any]:
+    """The reference's answers for an output, among the arrays of :func:`reference_key`."""
+    return arrays.get(f"{REFERENCE}.{output}", arrays[REFERENCE])
 
 
 def raw_images() -> list[NDArray[np.uint8]]:

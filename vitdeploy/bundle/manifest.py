@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -76,6 +76,13 @@ def _known_output(name: str) -> str:
     return name
 
 
+KnownOutput = Annotated[Output, AfterValidator(_known_output)]
+
+
+def _only_output(fields: dict[str, Any]) -> tuple[Output, ...]:
+    return (fields.get("output", "logits"),)
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -103,8 +110,13 @@ def input_spec(config: ModelConfig, kind: InputKind) -> TensorSpec:
     return TensorSpec(name="pixel_values", dtype="float32", shape=("N", config.channels, height, width))
 
 
+def output_specs(config: ModelConfig, outputs: Sequence[Output]) -> tuple[TensorSpec, ...]:
+    """All that it gives, float32."""
+    return tuple(output_spec(config, output) for output in outputs)
+
+
 def output_spec(config: ModelConfig, output: Output) -> TensorSpec:
-    """What it gives, float32."""
+    """One thing that it gives, float32."""
     shape = config.output_shape(output)
     if shape is None:
         raise ValueError(f"the model has no output {output!r}")
@@ -166,6 +178,10 @@ class Artifact(_Record):
     nodes: int | None = None
     size: Count = 0
     """Bytes of all its files together; filled in when the manifest is sealed."""
+
+    def output(self, name: Output) -> TensorSpec:
+        """The output of this name, which it has."""
+        return next(spec for spec in self.outputs if spec.name == name)
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -235,11 +251,31 @@ class ParityRecord(_Record):
     backend: str
     batch: int = Field(ge=1)
     provider: str
+    output: str | None = None
+    """Which output was compared; null where the model has one."""
     reference: str = "float64"
     metrics: ParityMetrics
     tolerance: Tolerance
     passed: bool
     failures: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """At which batch size, and of several outputs which, for a sentence."""
+        return f"batch {self.batch}, {self.output}" if self.output else f"batch {self.batch}"
+
+    @property
+    def title(self) -> str:
+        """What was compared where, for a sentence."""
+        return f"{self.artifact} on {self.backend}, {self.place}"
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without an ``output`` where there is one only: bundles from before it keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        if self.output is None:
+            fields.pop("output", None)
+        return fields
 
 
 class Choice(_Record):
@@ -302,7 +338,10 @@ class Manifest(_Record):
     """``vitdeploy`` and its version."""
     model: ModelRecord | None = None
     """Null for a model of the user's own, which exists as artifacts only."""
-    output: Annotated[Output, AfterValidator(_known_output)] = "logits"
+    output: KnownOutput = "logits"
+    """What artifacts return first."""
+    outputs: tuple[KnownOutput, ...] = Field(default_factory=_only_output)
+    """All that they return, in order."""
     input: InputKind = "float"
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] | None = None
@@ -331,9 +370,35 @@ class Manifest(_Record):
         return None
 
     @property
+    def gives(self) -> str:
+        """The names of what comes out, in a sentence."""
+        return ", ".join(self.outputs)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether logits come out, alone or beside others."""
+        return "logits" in self.outputs
+
+    @property
     def classifies_images(self) -> bool:
         """Whether image files go in and classes come out."""
-        return self.output == "logits" and self.refuses_images is None
+        return self.classifies and self.refuses_images is None
+
+    @property
+    def embeds_images(self) -> bool:
+        """Whether image files go in and vectors come out."""
+        return self.vectors is not None and self.refuses_images is None
+
+    @property
+    def vectors(self) -> TensorSpec | None:
+        """The output that is a vector for each image: the embedding, else the features; None where neither
+        comes out."""
+        if self.artifacts:
+            specs = self.artifacts[0].outputs
+        else:
+            specs = tuple(output_spec(self.model, name) for name in self.outputs) if self.model else ()
+        named = {spec.name: spec for spec in specs}
+        return named.get("embedding") or named.get("features")
 
     @property
     def max_abs(self) -> float | None:
@@ -342,8 +407,11 @@ class Manifest(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out no ``choices`` and the usual ``scores``: bundles from before them keep their digest."""
+        """Leave out no ``choices``, the usual ``scores`` and a single output among ``outputs``: bundles from
+        before them keep their digest."""
         fields: dict[str, Any] = dump(self)
+        if len(self.outputs) == 1:
+            fields.pop("outputs", None)
         if not self.choices:
             fields.pop("choices", None)
         if self.scores == "softmax":
@@ -355,6 +423,8 @@ class Manifest(_Record):
         names = [artifact.name for artifact in self.artifacts]
         for name in {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two artifacts are named {name!r}")
+        if self.outputs[:1] != (self.output,) or len(set(self.outputs)) < len(self.outputs):
+            raise ValueError(f"outputs {list(self.outputs)} do not begin with {self.output!r}, each once")
         classes = self.model.classes if self.model else 0
         if self.labels is not None and classes and len(self.labels) != classes:
             raise ValueError(f"{len(self.labels)} labels for {classes} classes")

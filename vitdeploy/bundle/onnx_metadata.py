@@ -72,14 +72,14 @@ def properties(
     *,
     precision: str,
     input: InputKind,
-    output: Output,
+    outputs: Sequence[Output],
     scores: Scores | None,
     labels: Sequence[str] | None,
     preprocess: Preprocess | None,
 ) -> dict[str, str]:
     """The ``metadata_props`` of one of our files: words as they are, everything else as JSON."""
-    said: dict[str, Any] = {"precision": precision, "input": input, "output": output}
-    if output == "logits":
+    said: dict[str, Any] = {"precision": precision, "input": input, "output": outputs[0]}
+    if "logits" in outputs:
         said |= {"scores": scores, "labels": labels}
     if preprocess is not None:
         said |= dataclasses.asdict(preprocess)

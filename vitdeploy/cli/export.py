@@ -21,10 +21,12 @@ EXAMPLES = (
     "vitdeploy export -m ./my-finetuned-vit -o vit.bundle --fp32 --fp16",
     "vitdeploy export -m B/16 --checkpoint weights.safetensors --image-size 384",
     "vitdeploy export -m digits --batch 8 --input uint8",
+    "vitdeploy export -m B/16 --output logits,embedding,layers:3,7,11",
     "vitdeploy export -m B/16 --fp16 --format onnx,triton-aot --arch sm_89,sm_90",
     "vitdeploy export -m B/16 --fp16 --format tensorrt-rtx --arch sm_89,sm_120",
     "vitdeploy export -m my_models:build --image-size 224x320 --dry-run",
     "vitdeploy export -m my_models:build --preprocess imagenet --labels classes.txt",
+    'vitdeploy export -m ./clip-vit-base-patch32 --zero-shot labels.txt --template "a photo of a {}"',
     "vitdeploy export -m timm:vit_small_patch16_224 --checkpoint best.pth.tar --mean 0.5 --std 0.5",
 )
 
@@ -89,8 +91,9 @@ Output = Annotated[
     str | None,
     typer.Option(
         "--output",
-        metavar="logits|features|tokens",
-        help="What the artifacts return.  [default: logits where there is a head]",
+        metavar="O,...",
+        help="What the artifacts return: logits, features, embedding, tokens, codes; layers:3,7, the tokens "
+        "behind blocks 3 and 7.  [default: logits where there is a head]",
     ),
 ]
 ScoresKind = Annotated[
@@ -105,6 +108,23 @@ Labels = Annotated[
     str | None,
     typer.Option(
         metavar="FILE", help="The classes' names: one per line, or JSON.  [default: the checkpoint's]"
+    ),
+]
+ZeroShotFile = Annotated[
+    str | None,
+    typer.Option(
+        "--zero-shot",
+        metavar="FILE",
+        help="Make CLIP or SigLIP a classifier: of labels in a file as --labels takes it, which the "
+        "checkpoint's text tower embeds; or of vectors, label to vector in .safetensors.",
+    ),
+]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help='What is embedded for a label of --zero-shot: "a photo of a {}". Again for several, which are '
+        "averaged.  [default: the label itself]",
     ),
 ]
 PreprocessKind = Annotated[
@@ -172,6 +192,8 @@ def command(
     input: Input = "float",
     output_kind: Output = None,
     labels: Labels = None,
+    zero_shot: ZeroShotFile = None,
+    template: Template = None,
     scores: ScoresKind = None,
     preprocess: PreprocessKind = None,
     mean: Mean = None,
@@ -205,6 +227,7 @@ def command(
         raise UsageError(f"{model} is a bundle, and no model to export", hint=hint)
     flags = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
     from vitdeploy.checkpoint.stated import Stated
+    from vitdeploy.checkpoint.texts.prompts import zero_shot_of
     from vitdeploy.exporter.request import ExportRequest
 
     request = ExportRequest(
@@ -230,6 +253,7 @@ def command(
             heads=heads,
             activation=activation,
         ),
+        zero_shot=zero_shot_of(zero_shot, template or ()),
         revision=revision,
         cache_dir=cache_dir,
         atol=atol,

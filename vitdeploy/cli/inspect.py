@@ -101,9 +101,11 @@ def _facts(manifest: Manifest) -> None:
     if manifest.flops:
         rows.append(("compute", f"{output.flops(manifest.flops)} per image"))
     rows.extend((name, _value(spec.name, (spec.dtype, spec.shape))) for name, spec in _tensors(manifest))
+    if labels and getattr(config, "head_on", None) == "embedding":
+        rows.append(("head", f"zero-shot, {len(labels)} labels"))
     if labels:
         rows.append(("labels", _labels(labels)))
-    if manifest.output == "logits":
+    if manifest.classifies:
         rows.append(("scores", manifest.scores))
     for name in ("heads", "activation"):
         if made.facts.get(name, "checkpoint") != "checkpoint":
@@ -119,13 +121,14 @@ def _facts(manifest: Manifest) -> None:
 
 def _tensors(manifest: Manifest) -> list[tuple[str, TensorSpec]]:
     """What goes in and what comes out."""
-    from vitdeploy.bundle.manifest import input_spec, output_spec
+    from vitdeploy.bundle.manifest import input_spec, output_specs
 
     if manifest.model is not None:
-        spec = input_spec(manifest.model, manifest.input), output_spec(manifest.model, manifest.output)
-        return list(zip(("input", "output"), spec, strict=True))
-    first = manifest.artifacts[0]
-    return [*(("input", spec) for spec in first.inputs), *(("output", spec) for spec in first.outputs)]
+        inputs: Sequence[TensorSpec] = (input_spec(manifest.model, manifest.input),)
+        outputs: Sequence[TensorSpec] = output_specs(manifest.model, manifest.outputs)
+    else:
+        inputs, outputs = manifest.artifacts[0].inputs, manifest.artifacts[0].outputs
+    return [*(("input", spec) for spec in inputs), *(("output", spec) for spec in outputs)]
 
 
 def _origin(facts: Mapping[str, str], name: str) -> str:

@@ -130,7 +130,7 @@ def print_proofs(manifest: Manifest) -> None:
 
 
 def print_parity(records: Sequence[ParityRecord]) -> None:
-    rows = []
+    rows, several = [], any(record.output for record in records)
     for record in records:
         m = record.metrics
         bad = f", {m.nonfinite} NaN or Inf" if m.nonfinite else ""
@@ -139,6 +139,7 @@ def print_parity(records: Sequence[ParityRecord]) -> None:
                 record.artifact,
                 record.backend if record.provider == "cpu" else f"{record.backend} ({record.provider})",
                 str(record.batch),
+                *((record.output or "",) if several else ()),
                 output.small(m.relative),
                 output.small(m.max_abs),
                 output.small(None if m.cosine is None else 1 - m.cosine),
@@ -147,8 +148,8 @@ def print_parity(records: Sequence[ParityRecord]) -> None:
                 "ok" if record.passed else f"FAILED{bad}",
             )
         )
-    columns = ("artifact", "backend", ">batch", ">relative", ">max abs", ">1-cosine", ">KL", ">top-1", "")
-    output.table(columns, rows)
+    measured = (">relative", ">max abs", ">1-cosine", ">KL", ">top-1", "")
+    output.table(("artifact", "backend", ">batch", *(("output",) if several else ()), *measured), rows)
 
 
 def print_accuracy(records: Sequence[AccuracyRecord]) -> None:

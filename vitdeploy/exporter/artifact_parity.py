@@ -63,7 +63,8 @@ def worst(records: Sequence[ParityRecord]) -> str:
     relative = [r.metrics.relative for r in records if r.metrics.relative is not None]
     bad = sum(r.metrics.nonfinite for r in records)
     shown = f"relative error {max(relative):.2g}" if relative else "no finite output"
-    where = f" on {records[0].backend}, batch {', '.join(str(r.batch) for r in records)}" if records else ""
+    sizes = ", ".join(dict.fromkeys(str(record.batch) for record in records))
+    where = f" on {records[0].backend}, batch {sizes}" if records else ""
     return shown + (f", {bad} NaN or Inf" if bad else "") + where
 
 
@@ -72,5 +73,5 @@ def first_failure(records: Sequence[ParityRecord]) -> str | None:
     for record in records:
         if not record.passed:
             reasons = "; ".join(record.failures) or "failed"
-            return f"{record.artifact} on {record.backend}, batch {record.batch}: {reasons}"
+            return f"{record.title}: {reasons}"
     return None

@@ -19,7 +19,7 @@ from vitdeploy.model.precision import PrecisionPlan, sites
 MOST_BRANCHES = 8
 """More sites than this beside the residual stream, and a wider dtype serves better than islands."""
 
-Verdict = Callable[[Tensor], bool]
+Verdict = Callable[[tuple[Tensor, ...]], bool]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def smallest_islands(
     Args:
         model: the deployed model in fp32, made of sites.
         inputs: what the model reads, (K, ...).
-        accepts: whether an output (K, ...) is close enough to the reference.
+        accepts: whether the outputs, each (K, ...), are close enough to the reference.
 
     Returns:
         None when not even a small set of islands helps.
@@ -135,10 +135,13 @@ def _last(most: int, good: Callable[[int], bool]) -> int:
 
 
 @torch.inference_mode()
-def emulate(model: nn.Module, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
+def emulate(model: nn.Module, plan: PrecisionPlan, inputs: Tensor) -> tuple[Tensor, ...]:
     """Run an fp32 model in which every site that is no island rounds its weights, its inputs and its outputs.
 
     The model is the same afterwards; only one site's rounded weights exist at a time.
+
+    Returns:
+        All of its outputs.
     """
     exact: dict[nn.Parameter, Tensor] = {}
 
@@ -165,8 +168,8 @@ def emulate(model: nn.Module, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
         if plan.dtype(name, module) == plan.default:
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
-        result: Tensor = model(inputs)
-        return result
+        outputs = model(inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
     finally:
         restore()
         for handle in handles:

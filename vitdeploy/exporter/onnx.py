@@ -70,7 +70,7 @@ def write_onnx(
     islands = subject.islands(deployed, plan)
     default = next(name for name, dtype in DTYPES.items() if dtype == plan.default)
     precision = plan.name
-    graph = trace(deployed, example, batch=batch, opset=opset, names=(INPUT, subject.output))
+    graph = trace(deployed, example, batch=batch, opset=opset, names=(INPUT, *subject.outputs))
     _describe(graph, subject, precision)
     path = writer.file(FILES[precision])
     files = _save(graph, path)
@@ -111,7 +111,7 @@ def write_onnx(
 def _describe(model: ir.Model, subject: Subject, precision: str) -> None:
     model.producer_name, model.producer_version = "vitdeploy", __version__
     model.graph.name = subject.config.kind if subject.config else "model"
-    classes = model.graph.outputs[0].shape
+    classes = next((value.shape for value in model.graph.outputs if value.name == "logits"), None)
     scores = subject.scores or usual_scores(
         int(classes[-1]) if classes and isinstance(classes[-1], int) else 0
     )
@@ -119,7 +119,7 @@ def _describe(model: ir.Model, subject: Subject, precision: str) -> None:
         properties(
             precision=precision,
             input=subject.input,
-            output=subject.output,
+            outputs=subject.outputs,
             scores=scores,
             labels=subject.labels,
             preprocess=subject.preprocess,

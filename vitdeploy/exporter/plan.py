@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
         parameters=subject.parameters,
         flops=subject.flops,
         input=f"{INPUT} {'uint8' if channels_last else 'float32'} ({', '.join(map(str, shape))})",
-        output=f"{subject.output} float32",
+        output=", ".join(f"{output} float32" for output in subject.outputs),
         rewrites=subject.rewrites,
         folder=target,
         files=_files(request, subject) | _engine_files(request, orders, subject),
@@ -111,8 +112,14 @@ def _files(request: ExportRequest, subject: Subject) -> dict[str, int]:
     pixels = (len(GOLDEN_NAMES) + len(raw)) * subject.preprocess.channels * height * width
     files = {
         WEIGHTS: sum(tensor.nbytes for tensor in subject.state.values()),
-        GOLDEN: sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels),
+        GOLDEN: sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels) + _answers(subject),
     }
     for precision in request.precisions if request.wants_onnx else ():
         files[FILES[precision]] = _BYTES[precision] * subject.parameters
     return files
+
+
+def _answers(subject: Subject) -> int:
+    """Bytes of the reference's answers to the golden images, in float64; of a user's module nobody knows."""
+    shapes = [subject.config.output_shape(output) for output in subject.outputs] if subject.config else []
+    return 8 * len(GOLDEN_NAMES) * sum(math.prod(shape) for shape in shapes if shape is not None)

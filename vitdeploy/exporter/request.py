@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vitdeploy.bundle.manifest import AOT
 from vitdeploy.checkpoint.stated import Stated
-from vitdeploy.config import BatchRange, Precision, Size
+from vitdeploy.checkpoint.texts.prompts import ZeroShot
+from vitdeploy.config import OUTPUTS, BatchRange, Output, Precision, Size, is_output, layer_of
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus
 from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets
@@ -33,6 +35,7 @@ OLDEST_OPSET, NEWEST_OPSET = 17, 23
 Group = tuple[str, ...]
 """Architectures of one engine."""
 _LEVELS = range(6)
+_LAYERS = "layers:"
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,12 @@ class ExportRequest:
     batch: BatchRange = field(default_factory=BatchRange)
     opset: int = 20
     input: str = "float"
-    output: str | None = None
+    output: str | Sequence[str] | None = None
+    """As :func:`parse_outputs` takes it."""
     stated: Stated = field(default_factory=Stated)
     """What the user says of the model."""
+    zero_shot: ZeroShot | None = None
+    """The classes of a head that is made for them."""
     revision: str | None = None
     """Of a model on the hub."""
     cache_dir: Path | None = None
@@ -121,6 +127,8 @@ class ExportRequest:
                         f"unknown {what} {name!r}{did_you_mean(name, choices)}",
                         hint=f"known: {', '.join(choices)}",
                     )
+        if self.zero_shot is not None and self.stated.labels is not None:
+            raise UsageError("--zero-shot names the classes, and --labels does, too", hint="leave one out")
         if self.atol is not None and not self.atol > 0:
             raise UsageError(f"atol must be positive, not {self.atol}")
         if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
@@ -130,6 +138,12 @@ class ExportRequest:
             hint = "--format onnx,tensorrt-rtx, or tensorrt"
             raise UsageError(
                 "profiles and builder settings are for engines, and no format makes any", hint=hint
+            )
+        several = len(self.outputs) > 1
+        if several and AOT in self.formats:
+            raise UsageError(
+                f"the kernels give one output, not {', '.join(self.outputs)}",
+                hint=f"name one, or leave {AOT} out of the formats",
             )
         if AOT in self.formats:
             _check_kernel_architectures(self.kernel_architectures)
@@ -141,6 +155,11 @@ class ExportRequest:
                 "--arch names GPUs to build for, and no format needs it",
                 hint=f"--format onnx,tensorrt-rtx, or onnx,{AOT}",
             )
+
+    @cached_property
+    def outputs(self) -> tuple[Output, ...]:
+        """What the artifacts are to return; none is named where it is the model's own first output."""
+        return parse_outputs(self.output)
 
     @property
     def wants_onnx(self) -> bool:
@@ -190,6 +209,37 @@ class ExportRequest:
             name = path.stem if path.is_file() else path.resolve().name
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
         return Path(f"{stem or 'model'}.bundle")
+
+
+def parse_outputs(given: str | Sequence[str] | None) -> tuple[Output, ...]:
+    """The outputs that are asked for, in order.
+
+    Args:
+        given: ``"logits,embedding"``, ``"features,layers:3,7,11"``, or a sequence of such. Behind ``layers:``
+            stand numbers of blocks, up to the next name. None names none.
+
+    Raises:
+        UsageError: no model has such an output, or one is named twice.
+    """
+    if given is None:
+        return ()
+    text = given if isinstance(given, str) else ",".join(given)
+    outputs: list[Output] = []
+    in_layers = False
+    for part in map(str.strip, text.split(",")):
+        number = part.removeprefix(_LAYERS).strip()
+        in_layers = part.startswith(_LAYERS) or (in_layers and number[:1].isdigit())
+        name = f"layer_{number}" if in_layers else part
+        if in_layers and layer_of(name) is None:
+            message = f"{_LAYERS} takes numbers of blocks, not {number[:20]!r}"
+            raise UsageError(message, hint=f"{_LAYERS}3,7,11, the first block is 0")
+        if not is_output(name):
+            known = f"known: {', '.join(OUTPUTS)}, and {_LAYERS}3,7 for the tokens behind blocks 3 and 7"
+            raise UsageError(f"unknown output {name!r}{did_you_mean(name, OUTPUTS)}", hint=known)
+        if name in outputs:
+            raise UsageError(f"the output {name} is named twice", hint="name each once")
+        outputs.append(name)
+    return tuple(outputs)
 
 
 def _check_kernel_architectures(names: tuple[str, ...]) -> None:

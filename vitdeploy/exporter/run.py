@@ -78,7 +78,7 @@ def run_export(
             arrays = golden_arrays(subject)
             stage.detail = f"{len(arrays['reference'])} golden images in float64"
         if subject.labels is not None:
-            check_labels(subject.labels, arrays["reference"].shape[-1])
+            check_labels(subject.labels, golden.reference_of(arrays, "logits").shape[-1])
         with progress.stage("weights") as stage:
             stage.size = _write_tensors(writer, subject, arrays)
         subject.reload(writer.directory / WEIGHTS)
@@ -93,8 +93,10 @@ def golden_arrays(subject: Subject) -> Golden:
     """Golden inputs with float64 outputs, and raw images with their preprocessed form where images go in."""
     spec = subject.preprocess
     inputs = golden.golden_inputs(spec, subject.image_size, subject.input)
-    reference = subject.reference(torch.from_numpy(inputs)).numpy()
-    arrays: Golden = {INPUT: inputs, "reference": reference}
+    arrays: Golden = {INPUT: inputs}
+    for output, reference in subject.reference(torch.from_numpy(inputs)).items():
+        # Two outputs may be one tensor, and no file of tensors holds one memory twice.
+        arrays[golden.reference_key(subject.outputs, output)] = reference.numpy().copy()
     for i, raw in enumerate(golden.raw_images() if spec.takes_images else ()):
         arrays[f"image.{i}"] = raw
         arrays[f"image.{i}.{INPUT}"] = _preprocessed(raw, subject)
@@ -183,7 +185,8 @@ class _Job:
         config, name = self.subject.config, f"{AOT}-{precision}"
         if config is None:
             raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
-        if beyond := config.beyond_kernels(self.subject.output):
+        (output,) = self.subject.outputs
+        if beyond := config.beyond_kernels(output):
             raise UsageError(f"there are no fused kernels for {', '.join(beyond)}")
         onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]
         rehearsed, trouble = (
@@ -201,7 +204,7 @@ class _Job:
             self.writer,
             batch=self.request.batch,
             architectures=self.request.kernel_architectures,
-            output=self.subject.output,
+            output=output,
             input_kind=self.subject.input,
             progress=self.progress,
         )
@@ -254,23 +257,28 @@ class _Job:
             return []
         precision = plan.name
         with self.progress.stage(f"round as {precision}") as stage:
-            output = self.subject.rehearse(plan, torch.from_numpy(self.golden[INPUT])).numpy()
+            results = self.subject.rehearse(plan, torch.from_numpy(self.golden[INPUT]))
             release()
-            tolerance = self._tolerance(plan)
-            metrics = parity.measure_parity(self.golden["reference"], output, tolerance, self.subject.output)
-            failures = parity.tolerance_failures(metrics, tolerance)
-            record = ParityRecord(
-                artifact=f"onnx-{precision}",
-                backend=EMULATION,
-                batch=len(output),
-                provider="PyTorch, every result rounded",
-                metrics=metrics,
-                tolerance=tolerance,
-                passed=not failures,
-                failures=failures,
-            )
-            stage.detail = worst([record])
-        return [record]
+            outputs, tolerance = self.subject.outputs, self._tolerance(plan)
+            records = []
+            for output, result in zip(outputs, results, strict=True):
+                reference = golden.reference_of(self.golden, output)
+                metrics = parity.measure_parity(reference, result.numpy(), tolerance, output)
+                failures = parity.tolerance_failures(metrics, tolerance)
+                record = ParityRecord(
+                    artifact=f"onnx-{precision}",
+                    backend=EMULATION,
+                    batch=len(result),
+                    provider="PyTorch, every result rounded",
+                    output=output if len(outputs) > 1 else None,
+                    metrics=metrics,
+                    tolerance=tolerance,
+                    passed=not failures,
+                    failures=failures,
+                )
+                records.append(record)
+            stage.detail = worst(records)
+        return records
 
     def _tolerance(self, plan: PrecisionPlan) -> Tolerance:
         """What the plan's precision may lose, with the user's own bound on top."""
@@ -281,10 +289,13 @@ class _Job:
             return None
         with self.progress.stage("bisect") as stage:
             deployed = self.subject.deployed(PrecisionPlan.of("fp32"))
-            reference, tolerance = self.golden["reference"], self._tolerance(plan)
+            outputs, tolerance = self.subject.outputs, self._tolerance(plan)
 
-            def accepts(output: torch.Tensor) -> bool:
-                return parity.passes(reference, output.numpy(), tolerance, self.subject.output)
+            def accepts(results: tuple[torch.Tensor, ...]) -> bool:
+                return all(
+                    parity.passes(golden.reference_of(self.golden, output), result.numpy(), tolerance, output)
+                    for output, result in zip(outputs, results, strict=True)
+                )
 
             proposal = smallest_islands(deployed, plan, torch.from_numpy(self.golden[INPUT]), accepts)
             stage.detail = proposal.reason if proposal else "no small set of islands passes"
@@ -333,11 +344,12 @@ class _Job:
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             generator=f"vitdeploy {__version__}",
             model=subject.config,
-            output=subject.output,
+            output=subject.outputs[0],
+            outputs=subject.outputs,
             input=subject.input,
             preprocess=subject.preprocess,
             labels=subject.labels,
-            scores=subject.scores or usual_scores(self.golden["reference"].shape[-1]),
+            scores=subject.scores or usual_scores(golden.reference_of(self.golden, "logits").shape[-1]),
             parameters=subject.parameters,
             flops=subject.flops,
             rewrites=subject.rewrites,

@@ -13,17 +13,7 @@ from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
-from vitdeploy.config import (
-    OUTPUTS,
-    BatchRange,
-    InputKind,
-    ModelConfig,
-    Output,
-    Preprocess,
-    Scores,
-    Size,
-    is_output,
-)
+from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, Scores, Size
 from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.exporter.fallback import emulate
 from vitdeploy.exporter.request import ExportRequest
@@ -31,7 +21,7 @@ from vitdeploy.exporter.user_module import island_norms, rehearse, wrap
 from vitdeploy.machine.memory import total_memory
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan, island_names
-from vitdeploy.model.reference import forward_float64, state_of
+from vitdeploy.model.reference import outputs_float64, state_of
 from vitdeploy.model.registry import architecture_of, build_reference
 from vitdeploy.model.rewrites import normalisation
 from vitdeploy.model.user_module import module_float64
@@ -50,7 +40,8 @@ class Subject(ABC):
     labels: tuple[str, ...] | None
     scores: Scores | None = None
     """None is what is usual for so many outputs."""
-    output: Output
+    outputs: tuple[Output, ...]
+    """What artifacts return, in order; at least one."""
     input: InputKind
     rewrites: tuple[Rewrite, ...] = ()
     flops: int | None = None
@@ -63,7 +54,7 @@ class Subject(ABC):
         """The weights, as loaded."""
 
     @abstractmethod
-    def reference(self, inputs: Tensor) -> Tensor:
+    def reference(self, inputs: Tensor) -> Mapping[Output, Tensor]:
         """The float64 outputs of the original model; inputs are what artifacts read."""
 
     @abstractmethod
@@ -71,8 +62,8 @@ class Subject(ABC):
         """The module to trace."""
 
     @abstractmethod
-    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
-        """The output of a reduced precision as hardware computes it: in fp32, every result rounded."""
+    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of a reduced precision as hardware computes it: in fp32, every result rounded."""
 
     @abstractmethod
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
@@ -97,7 +88,7 @@ class CheckpointSubject(Subject):
 
     searches_islands = True
 
-    def __init__(self, checkpoint: Checkpoint, output: Output | None, input_kind: InputKind) -> None:
+    def __init__(self, checkpoint: Checkpoint, outputs: tuple[Output, ...], input_kind: InputKind) -> None:
         config = checkpoint.config
         if checkpoint.preprocess.channels != config.channels:
             raise UsageError(
@@ -105,19 +96,19 @@ class CheckpointSubject(Subject):
                 f"but the model has {config.channels}",
                 hint="state one mean and one deviation for each channel of the model",
             )
-        if output is not None and config.output_shape(output) is None:
+        if missing := [output for output in outputs if config.output_shape(output) is None]:
             layers = f"layer_0 to layer_{config.depth - 1}"
             hint = f"it has: {', '.join(config.outputs)}, {layers}"
-            raise UsageError(f"{checkpoint.source} has no {output}", hint=hint)
+            raise UsageError(f"{checkpoint.source} has no {missing[0]}", hint=hint)
         self.config: ModelConfig = config
         self.preprocess = checkpoint.preprocess
-        self.output = output or config.outputs[0]
-        self.labels = checkpoint.labels if self.output == "logits" else None
-        if self.output == "logits":
+        self.outputs = outputs or config.outputs[:1]
+        self.labels = checkpoint.labels if "logits" in self.outputs else None
+        if "logits" in self.outputs:
             self.scores = checkpoint.scores
         self.input = input_kind
         self._architecture = architecture_of(config)
-        self.rewrites = self._architecture.applied_rewrites(config, (self.output,), input_kind)
+        self.rewrites = self._architecture.applied_rewrites(config, self.outputs, input_kind)
         self.flops = self._architecture.forward_flops(config)
         self._reference = build_reference(config, checkpoint.state)
 
@@ -128,22 +119,22 @@ class CheckpointSubject(Subject):
     def reload(self, path: Path) -> None:
         self._reference = build_reference(self.config, load_file(path))
 
-    def reference(self, inputs: Tensor) -> Tensor:
+    def reference(self, inputs: Tensor) -> Mapping[Output, Tensor]:
         if self.input == "uint8":
             scale, shift = normalisation(self.preprocess)
             inputs = (inputs.double() * scale + shift).permute(0, 3, 1, 2)
-        return forward_float64(self._reference, inputs, self.output)
+        return outputs_float64(self._reference, inputs, self.outputs)
 
     def deployed(self, plan: PrecisionPlan) -> DeployedModel:
         return self._architecture.deploy(
             self._reference,
             plan,
-            outputs=(self.output,),
+            outputs=self.outputs,
             input_kind=self.input,
             preprocess=self.preprocess,
         )
 
-    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
+    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> tuple[Tensor, ...]:
         return emulate(self.deployed(plan).float(), plan, inputs)
 
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
@@ -153,16 +144,17 @@ class CheckpointSubject(Subject):
 class ModuleSubject(Subject):
     """A user's module: no rewrites, the same proof."""
 
-    def __init__(self, user: UserModule, output: Output | None, input_kind: InputKind) -> None:
+    def __init__(self, user: UserModule, outputs: tuple[Output, ...], input_kind: InputKind) -> None:
         if input_kind == "uint8":
             raise UsageError(
                 "uint8 input folds the normalisation into a patch projection that vitdeploy knows"
             )
-        if output not in (None, "logits"):
-            raise UsageError(f"a module of your own gives what it returns; {output!r} cannot be chosen")
+        if outputs not in ((), ("logits",)):
+            chosen = ", ".join(outputs)
+            raise UsageError(f"a module of your own gives what it returns; {chosen} cannot be chosen")
         self.config = None
         self.preprocess, self.labels, self.scores = user.preprocess, user.labels, user.scores
-        self.output, self.input = "logits", input_kind
+        self.outputs, self.input = ("logits",), input_kind
         self._module = user.module
 
     @property
@@ -174,14 +166,14 @@ class ModuleSubject(Subject):
         # Only the module itself knows what its weights mean: it keeps them.
         return
 
-    def reference(self, inputs: Tensor) -> Tensor:
-        return module_float64(self._module, inputs)
+    def reference(self, inputs: Tensor) -> Mapping[Output, Tensor]:
+        return {"logits": module_float64(self._module, inputs)}
 
     def deployed(self, plan: PrecisionPlan) -> nn.Module:
         return wrap(self._module, plan)
 
-    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> Tensor:
-        return rehearse(self._module, plan, inputs)
+    def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> tuple[Tensor, ...]:
+        return (rehearse(self._module, plan, inputs),)
 
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
         return island_norms(deployed) if plan.default != torch.float32 else ()
@@ -204,13 +196,17 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
             image_size=request.image_size,
             seed=request.seed,
             stated=request.stated,
+            zero_shot=request.zero_shot,
             revision=request.revision,
             cache_dir=request.cache_dir,
         )
-    subject = subject_of(opened, request.output, request.input)
+    if request.zero_shot is not None and isinstance(opened, UserModule):
+        message = f"{opened.source} is exported as it is, and takes no zero-shot head"
+        raise UsageError(message, hint="make the head where the module is made")
+    subject = subject_of(opened, request.outputs, request.input)
     for flag, said in (("--scores", request.stated.scores), ("--labels", request.stated.labels)):
-        if said is not None and subject.output != "logits":
-            message = f"{flag} is what becomes of logits; {opened.source} gives {subject.output}"
+        if said is not None and "logits" not in subject.outputs:
+            message = f"{flag} is what becomes of logits; {opened.source} gives {', '.join(subject.outputs)}"
             raise UsageError(message, hint=f"leave {flag} out, or take a model with a head")
     subject.notes = (*subject.notes, *_batch_notes(subject, request.batch))
     return opened, subject
@@ -239,17 +235,12 @@ def _batch_notes(subject: Subject, batch: BatchRange) -> tuple[str, ...]:
     )
 
 
-def subject_of(opened: Checkpoint | UserModule, output: str | None, input_kind: str) -> Subject:
-    """The subject for what was opened, after a look at the names of output and input."""
+def subject_of(opened: Checkpoint | UserModule, outputs: tuple[Output, ...], input_kind: str) -> Subject:
+    """The subject for what was opened, after a look at the name of the input."""
     inputs: dict[str, InputKind] = {name: name for name in get_args(InputKind)}
-    if output is not None and not is_output(output):
-        raise UsageError(
-            f"unknown output {output!r}{did_you_mean(output, OUTPUTS)}",
-            hint=f"known: {', '.join(OUTPUTS)}, and layer_0, layer_1, ...",
-        )
     if input_kind not in inputs:
         raise UsageError(
             f"unknown input {input_kind!r}{did_you_mean(input_kind, inputs)}", hint="float or uint8"
         )
     kind = ModuleSubject if isinstance(opened, UserModule) else CheckpointSubject
-    return kind(opened, output, inputs[input_kind])  # type: ignore[arg-type]
+    return kind(opened, outputs, inputs[input_kind])  # type: ignore[arg-type]

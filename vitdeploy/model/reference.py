@@ -41,7 +41,7 @@ class Reference(nn.Module, ABC):
             output: one of ``config.outputs``, the first of them when omitted; or a layer.
         """
         wanted = output or self.config.outputs[0]
-        return _run(self, pixel_values, (wanted,), _as_it_is)[wanted]
+        return outputs_of(self, pixel_values, (wanted,))[wanted]
 
 
 _GROUPS = ("embedding.", "readout.")
@@ -59,6 +59,11 @@ def state_of(model: Reference) -> dict[str, Tensor]:
     return {public_name(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def outputs_of(model: Reference, pixel_values: Tensor, outputs: Sequence[Output]) -> dict[Output, Tensor]:
+    """Several outputs of one forward pass, in the parameters' dtype; else as ``Reference.forward``."""
+    return _run(model, pixel_values, outputs, _as_it_is)
+
+
 @torch.inference_mode()
 def outputs_float64(
     model: Reference, pixel_values: Tensor, outputs: Sequence[Output]
@@ -71,7 +76,7 @@ def outputs_float64(
     Returns:
         Each output in float64.
     """
-    return _run(model, pixel_values.double(), outputs, _exact)
+    return _run(model, pixel_values.double(), outputs, run_exact)
 
 
 def forward_float64(model: Reference, pixel_values: Tensor, output: Output | None = None) -> Tensor:
@@ -97,7 +102,8 @@ def _as_it_is(module: nn.Module, *args: object) -> Tensor:
     return result
 
 
-def _exact(module: nn.Module, *args: object) -> Tensor:
+def run_exact(module: nn.Module, *args: object) -> Tensor:
+    """Run a module with its parameters in float64, which it does not keep."""
     parameters = {name: p.double() for name, p in module.named_parameters()}
     result: Tensor = torch.func.functional_call(module, parameters, args)
     return result

@@ -213,7 +213,7 @@ def _readme(job: Job, service: str, uri: str, images: bool) -> str:
         yaml=SERVICE,
         namespace=f" -n {job.settings.namespace}" if job.settings.namespace else "",
         input=job.artifact.inputs[0].name,
-        output=job.artifact.outputs[0].name,
+        outputs=", ".join(f"`{spec.name}`" for spec in job.artifact.outputs),
     )
     if images:
         text += fill_template("kserve_images.md", image=job.settings.image, name=job.name)

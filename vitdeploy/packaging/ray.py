@@ -32,8 +32,8 @@ def write(job: Job) -> Outcome:
         UsageError: the bundle gives no classes, or a setting does not fit the artifact.
     """
     manifest = job.bundle.manifest
-    if manifest.output != "logits":
-        raise UsageError(f"{job.bundle.root}: gives {manifest.output}, which are no classes of an image")
+    if not manifest.classifies:
+        raise UsageError(f"{job.bundle.root}: gives {manifest.gives}, which are no classes of an image")
     if manifest.refuses_images:
         raise UsageError(
             f"{job.bundle.root}: {manifest.refuses_images}, which the application for Ray takes",

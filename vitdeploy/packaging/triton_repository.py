@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from vitdeploy.backends.onnxruntime_providers import has_bf16
+from vitdeploy.config import Output
 from vitdeploy.errors import BundleError, UsageError
 from vitdeploy.packaging.target import Device, Job, copy_listed, template, write_text
 from vitdeploy.packaging.triton_config import Batching, Document, config_text, tensor, tensor_of, warm_up
@@ -67,7 +68,7 @@ class TritonRepository:
     @property
     def labels(self) -> bool:
         """Whether labels come out at the end, not a tensor."""
-        return self.images and self.job.bundle.manifest.output == "logits"
+        return self.images and self.job.bundle.manifest.classifies
 
     @property
     def backend(self) -> str:
@@ -76,9 +77,16 @@ class TritonRepository:
 
     @property
     def top_k(self) -> int:
-        classes = self.artifact.outputs[0].shape[-1]
+        classes = self.artifact.output("logits").shape[-1]
         count = self.job.settings.top_k or TOP_K
         return min(count, classes) if isinstance(classes, int) else count
+
+    @property
+    def given(self) -> list[Document]:
+        """What comes out where image files go in: labels in place of logits."""
+        tensors = [spec for spec in self.artifact.outputs if not (self.labels and spec.name == "logits")]
+        predictions = self._predictions() if self.labels else []
+        return [*predictions, *(tensor_of(spec, self.batching) for spec in tensors)]
 
     @property
     def image_model(self) -> str:
@@ -116,7 +124,7 @@ class TritonRepository:
         if self.artifact.format == "onnx" and len(self.artifact.files) > 1:
             check_external_data(folder / filename)
         labels = job.bundle.manifest.labels
-        if labels and self._labelled(0):
+        if labels and job.bundle.manifest.classifies:
             path = self._model(name) / "labels.txt"
             write_text(path, "".join(f"{' '.join(label.split())}\n" for label in labels))
             self._say(path, f"{len(labels)} labels, for the classification extension")
@@ -130,8 +138,7 @@ class TritonRepository:
             "max_batch_size": self.batching.max,
             "input": [tensor_of(spec, self.batching) for spec in artifact.inputs],
             "output": [
-                tensor_of(spec, self.batching, **self._labelled(index))
-                for index, spec in enumerate(artifact.outputs)
+                tensor_of(spec, self.batching, **self._labelled(spec.name)) for spec in artifact.outputs
             ],
             "version_policy": {"latest": {"num_versions": 1}},
             "instance_group": [
@@ -142,11 +149,10 @@ class TritonRepository:
             **self.batching.scheduling(self._delay()),
         }
 
-    def _labelled(self, index: int) -> dict[str, str]:
+    def _labelled(self, output: Output) -> dict[str, str]:
         """Whether an output's columns are classes with names."""
-        manifest = self.job.bundle.manifest
-        classes = index == 0 and manifest.output == "logits" and manifest.labels
-        return {"label_filename": "labels.txt"} if classes else {}
+        named = output == "logits" and self.job.bundle.manifest.labels
+        return {"label_filename": "labels.txt"} if named else {}
 
     def _parameters(self) -> dict[str, str]:
         """The runtime's, and what `vitdeploy verify --url` reads; servers skip what they do not know."""
@@ -190,7 +196,7 @@ class TritonRepository:
 
     def _write_labels(self) -> None:
         name = f"{self.job.name}_labels"
-        logits = tensor_of(self.artifact.outputs[0], self.batching) | {"name": "logits"}
+        logits = tensor_of(self.artifact.output("logits"), self.batching)
         self._python_model(name, [logits], self._predictions(), 1)
         folder = self._version(name)
         write_text(folder / "model.py", template("labels_model.py"))
@@ -208,16 +214,15 @@ class TritonRepository:
 
     def _write_ensemble(self) -> None:
         job, name = self.job, self.job.name
-        pixels, output = self.artifact.inputs[0], self.artifact.outputs[0]
+        pixels, outputs = self.artifact.inputs[0].name, [spec.name for spec in self.artifact.outputs]
         steps = [
-            _step(f"{name}_preprocess", {"image": "image"}, {pixels.name: pixels.name}),
-            _step(name, {pixels.name: pixels.name}, {output.name: output.name}),
+            _step(f"{name}_preprocess", {"image": "image"}, {pixels: pixels}),
+            _step(name, {pixels: pixels}, {output: output for output in outputs}),
         ]
-        given = [tensor_of(output, self.batching)]
+        given = self.given
         if self.labels:
-            given = self._predictions()
-            outputs = {one["name"]: one["name"] for one in given}
-            steps.append(_step(f"{name}_labels", {"logits": output.name}, outputs))
+            named = {one["name"]: one["name"] for one in self._predictions()}
+            steps.append(_step(f"{name}_labels", {"logits": "logits"}, named))
         document: Document = {
             "name": self.image_model,
             "platform": "ensemble",
@@ -227,7 +232,8 @@ class TritonRepository:
             "version_policy": {"latest": {"num_versions": 1}},
             "ensemble_scheduling": {"step": steps},
         }
-        self._config(self.image_model, document, f"image files in, {given[0]['name']} out")
+        names = ", ".join(one["name"] for one in given)
+        self._config(self.image_model, document, f"image files in, {names} out")
         # Stores of objects know no empty folders, but the server wants one for the version.
         keep = self._version(self.image_model) / "README"
         write_text(keep, f"Version {job.version} of the ensemble: its steps are in ../config.pbtxt.\n")
@@ -303,8 +309,8 @@ def why_tensors_only(job: Job) -> str | None:
     manifest, artifact = job.bundle.manifest, job.artifact
     if manifest.refuses_images:
         return f"the bundle {manifest.refuses_images}"
-    if len(artifact.inputs) != 1 or len(artifact.outputs) != 1:
-        return f"{artifact.name} has {len(artifact.inputs)} inputs and {len(artifact.outputs)} outputs"
+    if len(artifact.inputs) != 1:
+        return f"{artifact.name} has {len(artifact.inputs)} inputs"
     return None
 
 

@@ -82,7 +82,7 @@ def _compose(job: Job, repository: TritonRepository, base: str, images: bool) ->
 
 
 def _readme(job: Job, repository: TritonRepository, base: str, images: bool) -> str:
-    spec, output = job.artifact.inputs[0], job.artifact.outputs[0]
+    spec, outputs = job.artifact.inputs[0], [spec.name for spec in job.artifact.outputs]
     shape = [1 if isinstance(size, str) else size for size in spec.shape]
     values = {
         "name": job.name,
@@ -93,14 +93,15 @@ def _readme(job: Job, repository: TritonRepository, base: str, images: bool) -> 
         "backend": repository.backend,
         "needs": _python() if images else "Nothing here needs Python.",
         "input": spec.name,
-        "output": output.name,
+        "output": outputs[0],
+        "outputs": ", ".join(f"`{name}`" for name in outputs),
         "datatype": DATATYPES[spec.dtype],
         "dtype": spec.dtype,
         "shape": json.dumps(shape),
     }
     text = fill_template("triton_server.md", **values)
     if images:
-        names = ["labels", "indices", "scores"] if repository.labels else [output.name]
+        names = [one["name"] for one in repository.given]
         fixed = repository.batching.fixed
         form = json.dumps([fixed] if fixed else [1, 1])
         model = repository.image_model

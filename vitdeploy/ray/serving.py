@@ -179,7 +179,7 @@ class Replica:
         loop = asyncio.get_running_loop()
         try:
             work = loop.run_in_executor(self._runner, lambda: self._predictor.run_batch(np.stack(tensors)))
-            return list(await work)
+            return list((await work)["logits"])
         except VitdeployError as error:
             self._failure = error.message
             raise
@@ -192,8 +192,8 @@ def _batch(predictor: Predictor, max_batch: int) -> int:
         UsageError: the artifact does not take so many, or no images, or gives no classes.
     """
     manifest, facts = predictor.bundle.manifest, predictor.session.facts
-    if manifest.output != "logits":
-        raise UsageError(f"{predictor.bundle.root}: gives {manifest.output}, which are no classes")
+    if not manifest.classifies:
+        raise UsageError(f"{predictor.bundle.root}: gives {manifest.gives}, which are no classes")
     if manifest.refuses_images:
         raise UsageError(f"{predictor.bundle.root}: {manifest.refuses_images}, so it cannot take images")
     if facts.batch is not None and max_batch > facts.batch.max:
@@ -214,8 +214,8 @@ def _check_parity(predictor: Predictor, most: int) -> None:
     for record in check_session(predictor.session, bundle.golden(), batches=sizes, max_abs=max_abs):
         if not record.passed:
             raise ParityError(
-                f"{bundle.root}: {record.artifact} on {record.backend} gives wrong outputs at batch "
-                f"{record.batch}: {record.failures[0]}",
+                f"{bundle.root}: {record.artifact} on {record.backend} gives wrong outputs at "
+                f"{record.place}: {record.failures[0]}",
                 hint=f"vitdeploy verify {bundle.root}",
             )
 

@@ -87,8 +87,8 @@ def find_labelled(folder: Path, manifest: Manifest) -> LabelledImages:
         UsageError: the bundle does not classify, or a name says no class of it.
         ImageError: the folder does not exist or holds no image.
     """
-    if manifest.output != "logits":
-        raise UsageError(f"accuracy needs logits, but this bundle gives {manifest.output}")
+    if not manifest.classifies:
+        raise UsageError(f"accuracy needs logits, but this bundle gives {manifest.gives}")
     if manifest.refuses_images:
         raise UsageError(f"accuracy needs images, but this bundle {manifest.refuses_images}")
     if not folder.is_dir():
@@ -103,7 +103,7 @@ def find_labelled(folder: Path, manifest: Manifest) -> LabelledImages:
 def _classes(manifest: Manifest) -> dict[str, int]:
     """Every name of a class: its label, and its index unless that is the label of another."""
     labels = manifest.labels or ()
-    width = manifest.artifacts[0].outputs[0].shape[-1] if manifest.artifacts else len(labels)
+    width = manifest.artifacts[0].output("logits").shape[-1] if manifest.artifacts else len(labels)
     count = manifest.model.classes if manifest.model else int(width)
     return {str(index): index for index in range(count)} | {label: i for i, label in enumerate(labels)}
 
@@ -134,7 +134,7 @@ def bundled_images(manifest: Manifest) -> LabelledImages | None:
         None for other checkpoints, and for a bundle that does not classify.
     """
     checkpoint = sha256(digits_folder() / "model.safetensors")
-    if manifest.output != "logits" or checkpoint not in manifest.provenance.source_files.values():
+    if not manifest.classifies or checkpoint not in manifest.provenance.source_files.values():
         return None
     images, labels = digits_heldout()
     return LabelledImages(tuple(images), labels)

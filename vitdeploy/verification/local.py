@@ -247,8 +247,7 @@ class _Verification:
         if session.facts.fusion:
             self.fusion.append(Fusion(pair.name, pair.backend.name, session.facts.fusion))
         for record in records:
-            where = f"{pair.name} on {pair.backend.name}, batch {record.batch}"
-            self.failures += [f"{where}: {reason}" for reason in record.failures]
+            self.failures += [f"{record.title}: {reason}" for reason in record.failures]
 
     def judge_drops(self, max_drop: float) -> None:
         """Hold the accuracy of every artifact against the reference's."""

@@ -17,6 +17,7 @@ from PIL import Image
 from vitdeploy.backends.base import Array, Session, run_in_batches
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.golden import REFERENCE, reference_of
 from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Tolerance
 from vitdeploy.config import Output, is_output
 from vitdeploy.errors import ParityError
@@ -199,12 +200,13 @@ def check_session(
     max_abs: float | None = None,
     tolerance: Tolerance | None = None,
 ) -> list[ParityRecord]:
-    """Hold a session against the reference: one record per batch size, over every golden image.
+    """Hold a session against the reference: a record per batch size and output, over every golden image.
 
     A batch is filled by going round the golden images, and all its rows are compared.
 
     Args:
-        golden: ``pixel_values`` (K, ...) as the session takes them, ``reference`` (K, ...) float64.
+        golden: ``pixel_values`` (K, ...) as the session takes them, ``reference`` (K, ...) float64; one for
+            each of several outputs, as ``vitdeploy.bundle.golden.reference_key`` says.
         batches: batch sizes; by default the least, the optimal and the most the session serves.
         max_abs: an absolute bound on top of the precision's tolerance.
         tolerance: in place of the precision's own.
@@ -213,59 +215,79 @@ def check_session(
         ParityError: no golden data, or a reference that nothing can be compared with.
         UsageError: a batch size that the session does not serve.
     """
-    inputs, reference = _golden(golden)
     facts = session.facts
+    names = [spec.name for spec in facts.outputs]
+    inputs, references = _golden(golden, names)
     tolerance = (tolerance or TOLERANCES[facts.precision]).model_copy(update={"max_abs": max_abs})
     least = facts.batch.min if facts.batch else 1
     sizes = batches or (facts.batch.sizes if facts.batch else (1, 8))
     # With other company than below: alone where the artifact allows it, else with other neighbours.
     rolled = _outputs(session, np.roll(inputs, 1, axis=0), least)
-    alone = None if rolled is None else np.roll(rolled[: len(inputs)], -1, axis=0)
+    alone = {
+        name: None if array is None else np.roll(array[: len(inputs)], -1, axis=0)
+        for name, array in rolled.items()
+    }
     records = []
     for size in sizes:
         outputs = alone if size == least == 1 else _outputs(session, inputs, size)
-        metrics, problems = _check_batch(outputs, alone, reference, facts.outputs[0].name, tolerance)
-        record = ParityRecord(
-            artifact=facts.artifact,
-            backend=facts.backend,
-            batch=size,
-            provider=facts.provider,
-            metrics=metrics,
-            tolerance=tolerance,
-            passed=not problems,
-            failures=problems,
-        )
-        records.append(record)
+        for name, reference in references.items():
+            metrics, problems = _check_batch(outputs[name], alone[name], reference, name, tolerance)
+            record = ParityRecord(
+                artifact=facts.artifact,
+                backend=facts.backend,
+                batch=size,
+                provider=facts.provider,
+                output=name if len(names) > 1 else None,
+                metrics=metrics,
+                tolerance=tolerance,
+                passed=not problems,
+                failures=problems,
+            )
+            records.append(record)
     return records
 
 
-def _golden(golden: Mapping[str, Array]) -> tuple[Array, Array]:
-    """The golden inputs and their reference outputs, fit to compare with."""
-    if "pixel_values" not in golden or "reference" not in golden:
+def _golden(golden: Mapping[str, Array], names: Sequence[str]) -> tuple[Array, dict[str, Array]]:
+    """The golden inputs and the reference's answer for each output, fit to compare with."""
+    if "pixel_values" not in golden or REFERENCE not in golden:
         raise ParityError("the bundle has no golden data, so nothing can be compared")
-    inputs, reference = golden["pixel_values"], golden["reference"]
+    inputs = golden["pixel_values"]
+    unnamed = [name for name in names if f"{REFERENCE}.{name}" not in golden]
+    if len(unnamed) > 1:
+        raise ParityError(f"the bundle has golden data for one of {', '.join(unnamed)} only")
+    references = {name: reference_of(golden, name) for name in names}
+    for name, reference in references.items():
+        _require_comparable(inputs, reference, f"{name}: " if len(names) > 1 else "")
+    return inputs, references
+
+
+def _require_comparable(inputs: Array, reference: Array, title: str) -> None:
+    """Refuse a reference that nothing can be compared with."""
     if not len(inputs) or len(inputs) != len(reference) or not reference.size:
         raise ParityError(
-            f"{len(inputs)} golden inputs and {len(reference)} reference outputs: nothing to compare"
+            f"{title}{len(inputs)} golden inputs and {len(reference)} reference outputs: nothing to compare"
         )
     if not np.isfinite(reference).all():
         bad = int(np.argmin(np.isfinite(reference.reshape(len(reference), -1)).all(axis=1)))
-        raise ParityError(f"the reference itself has NaN or infinite values (golden image {bad})")
+        raise ParityError(f"{title}the reference itself has NaN or infinite values (golden image {bad})")
     empty = ~reference.reshape(len(reference), -1).any(axis=1)
     if empty.any() and (reference[0].size >= _FEW or empty.all()):
         raise ParityError(
-            f"nothing to compare: the reference's output is zero for golden image {int(np.argmax(empty))}",
+            f"{title}nothing to compare: the reference's output is zero for golden image "
+            f"{int(np.argmax(empty))}",
             hint="an untrained head? --output features leaves it out",
         )
-    return inputs, reference
 
 
-def _outputs(session: Session, inputs: Array, size: int) -> Array | None:
-    """Outputs of all inputs in batches of ``size``, filled up by going round; None if misshapen."""
+def _outputs(session: Session, inputs: Array, size: int) -> dict[str, Array | None]:
+    """Outputs of all inputs in batches of ``size``, filled up by going round; None for a misshapen one."""
     parts = run_in_batches(session, inputs, size)
-    if any(part.shape != (size, *parts[0].shape[1:]) for part in parts):
-        return None
-    return np.concatenate(parts)
+    return {spec.name: _joined([part[spec.name] for part in parts], size) for spec in session.facts.outputs}
+
+
+def _joined(parts: Sequence[Array], size: int) -> Array | None:
+    fits = all(part.shape == (size, *parts[0].shape[1:]) for part in parts)
+    return np.concatenate(parts) if fits else None
 
 
 def _check_batch(

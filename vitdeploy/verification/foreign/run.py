@@ -159,12 +159,15 @@ class _Job:
     ) -> bool:
         """Run a file on the golden inputs, and on labelled images; closes the session."""
         with session, self.progress.stage(file.name) as stage:
-            golden = truth.golden(chosen.output)
-            golden["reference"] = scores_of(golden["reference"], ending)
-            records = self._records(file, session, golden)
-            worst = [r.metrics.relative for r in records if r.metrics.relative is not None]
-            stage.detail = f"relative error {max(worst, default=float('nan')):.1e}"
-            self._judge(file, chosen, records, ending)
+            trials = []
+            for words, golden in truth.meanings(chosen.output):
+                golden["reference"] = scores_of(golden["reference"], ending)
+                trials.append((words, self._records(file, session, golden)))
+                if all(record.passed for record in trials[-1][1]):
+                    break
+            words, records = min(trials, key=lambda trial: _worst(trial[1]))
+            stage.detail = f"relative error {_worst(records):.1e}"
+            self._judge(file, chosen, words, records, ending)
             if self.data is not None:
                 self._accuracy(file, truth, chosen, session, ending)
         return all(record.passed for record in records)
@@ -194,12 +197,14 @@ class _Job:
             self.add(file, "batch", "failed", detail)
             return records
 
-    def _judge(self, file: Described, chosen: Chosen, records: list[ParityRecord], ending: Scores) -> None:
+    def _judge(
+        self, file: Described, chosen: Chosen, words: str, records: list[ParityRecord], ending: Scores
+    ) -> None:
         self.records += records
         claim, source = file.claim
         batches = ", ".join(str(record.batch) for record in records)
         after = "" if ending == "none" else f" after its own {ending}"
-        what = f"{shown(chosen.value.name)}{after} at batch {batches}"
+        what = f"{shown(chosen.value.name)}{after}{words} at batch {batches}"
         failed = [record for record in records if not record.passed]
         if failed:
             others = [str(record.batch) for record in failed[1:]]
@@ -280,6 +285,12 @@ class _Job:
             self._answers[truth] = found
             self.accuracy.append(score(REFERENCE, "torch", found, found, images.labels))
         return self._answers[truth]
+
+
+def _worst(records: Sequence[ParityRecord]) -> float:
+    """The largest relative error; infinite where nothing finite was compared."""
+    relative = [record.metrics.relative for record in records]
+    return max((float("inf") if error is None else error for error in relative), default=float("inf"))
 
 
 def _some(names: Sequence[str]) -> str:

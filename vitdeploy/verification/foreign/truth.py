@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -35,8 +35,10 @@ Model = str | Path | nn.Module
 _NAMES: Mapping[Output, tuple[str, ...]] = {
     "logits": ("logits", "output", "output0", "output_0", "scores", "probabilities", "probs"),
     "tokens": ("last_hidden_state", "tokens", "hidden_states", "output", "output_0"),
-    "features": ("pooler_output", "features", "pooled", "embeddings", "image_embeds", "output", "output_0"),
+    "features": ("pooler_output", "features", "pooled", "output", "output_0"),
+    "embedding": ("image_embeds", "embedding", "embeddings", "image_embedding", "image_features"),
 }
+_ORDER: tuple[Output, ...] = ("logits", "embedding", "tokens", "features")
 _WITH_POOLER_LAYER = ("vit", "deit")
 """Families of transformers whose ``pooler_output`` is another layer's, which the reference leaves out."""
 
@@ -159,8 +161,25 @@ class Truth:
         reference = self._of_module if self.checkpoint is None else self.answer(self.inputs, output)
         return {INPUT: self.inputs, "reference": reference}
 
+    def meanings(self, output: Output) -> Iterator[tuple[str, dict[str, Array]]]:
+        """What an output of a file may be: words for it, and what :meth:`golden` gives for that.
+
+        Of transformers' exports of a CLIP, one has ``image_embeds`` of length 1 (CLIPModel), another as they
+        are projected (CLIPVisionModelWithProjection).
+        """
+        if output != "embedding":
+            yield "", self.golden(output)
+            return
+        yield ", of length 1", self.golden(output)
+        projected, weight = self.answer(self.inputs, "features"), self.state.get("projection.weight")
+        if weight is not None:
+            projected = projected @ weight.double().numpy().T
+        yield ", not of length 1", {INPUT: self.inputs, "reference": projected}
+
     def choose(self) -> Chosen:
-        """The output of the file to compare: logits, else tokens, else features; by name and shape.
+        """The output of the file to compare: the first in ``_ORDER`` that it has, by name and shape.
+
+        A shape alone makes no embedding of what may be the pooled vector itself.
 
         Raises:
             UsageError: the file has none of what the checkpoint gives.
@@ -170,10 +189,11 @@ class Truth:
             shapes: Mapping[Output, tuple[int, ...]] = {"logits": self._of_module.shape[1:]}
         else:
             shapes = self.config.output_shapes
-        for output in (name for name in ("logits", "tokens", "features") if name in shapes):
+        for output in (name for name in _ORDER if name in shapes):
             fitting = [v for v in values if _fits(v, shapes[output]) and not self._is_pooler_layer(v)]
             named = [v for v in fitting if v.name.lower() in _NAMES[output]]
-            if found := named or [v for v in fitting if v.shape and v.shape[-1] is not None]:
+            by_shape = output != "embedding" or shapes[output] != shapes["features"]
+            if found := named or [v for v in fitting if by_shape and v.shape and v.shape[-1] is not None]:
                 return Chosen(found[0], output)
         # An output of this name that has another shape is held against it, and fails.
         for value in values:

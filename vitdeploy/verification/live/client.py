@@ -7,7 +7,7 @@ what it says of itself and its models, of which nothing is trusted.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -216,7 +216,7 @@ class Client(ABC):
         name: str,
         version: str,
         inputs: Mapping[str, Array],
-        output: str | None = None,
+        outputs: Sequence[str] = (),
         *,
         as_json: bool = False,
         classes: int = 0,
@@ -225,7 +225,7 @@ class Client(ABC):
 
         Args:
             inputs: arrays as they go out; bytes as object arrays.
-            output: the only one that is asked for; None is all.
+            outputs: those that are asked for; none named is all.
             as_json: numbers as JSON instead of bytes; HTTP only.
             classes: ask for the likeliest this many as text instead of the tensor; 0 is the tensor.
         """

@@ -15,7 +15,8 @@ from PIL import Image
 
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.config import InputKind, Preprocess
+from vitdeploy.bundle.golden import reference_of
+from vitdeploy.config import InputKind, Output, Preprocess
 from vitdeploy.errors import VitdeployError
 from vitdeploy.images.decode import load_image
 from vitdeploy.images.preprocess import apply, for_channels, pixel_values, resized
@@ -49,15 +50,21 @@ class Explanation:
 
 
 def explain_tensors(
-    bundle: Bundle, local: Predictor | None, golden: Mapping[str, Array], answers: Array, tolerance: float
+    bundle: Bundle,
+    local: Predictor | None,
+    golden: Mapping[str, Array],
+    answers: Array,
+    output: Output,
+    tolerance: float,
 ) -> str | None:
     """What would make the server give ``answers`` (K, ...) for the golden inputs, if one mistake does.
 
     Args:
         local: the bundle run here; None leaves out what needs that.
+        output: what the answers are.
         tolerance: the relative error of two right models.
     """
-    inputs, reference = golden["pixel_values"], golden["reference"]
+    inputs, reference = golden["pixel_values"], reference_of(golden, output)
     if answers.shape != reference.shape:
         return None
     actual, expected = answers.astype(np.float64), reference.astype(np.float64)
@@ -66,7 +73,7 @@ def explain_tensors(
     if text := _visible_mistake(actual, expected, tolerance):
         return text
     explanations = []
-    if bundle.manifest.output == "logits":
+    if output == "logits":
         explanations += [
             Explanation(text, relative(change(expected), actual, expected))
             for text, change in output_mistakes()
@@ -76,8 +83,8 @@ def explain_tensors(
             changed = np.ascontiguousarray(mistake(inputs))
             if changed.shape == inputs.shape:
                 with contextlib.suppress(VitdeployError):
-                    outputs = local.run(changed.astype(inputs.dtype)).astype(np.float64)
-                    error = relative(outputs, actual, expected)
+                    other = local.outputs(changed.astype(inputs.dtype))[output].astype(np.float64)
+                    error = relative(other, actual, expected)
                     explanations.append(Explanation(f"{_GIVES}{phrase}", error))
     return _best(explanations, relative(expected, actual), tolerance)
 
@@ -107,7 +114,8 @@ def explain_images(
     explanations = []
     for phrase, convert in image_mistakes(bundle.manifest.input, spec):
         with contextlib.suppress(VitdeployError):  # a crop of nothing, a picture too elongated
-            logits = local.run(np.stack([convert(picture) for picture in pictures])).astype(np.float64)
+            made = local.outputs(np.stack([convert(picture) for picture in pictures]))
+            logits = made["logits"].astype(np.float64)
             explanations.append(Explanation(f"{_GIVES}{phrase}", error(logits)))
     return _best(explanations, error(np.stack([item.logits for item, _, _ in scored])), bound)
 

@@ -7,7 +7,7 @@ artifact that runs on this machine, from the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import raw_images
 from vitdeploy.config import Scores
 from vitdeploy.images.decode import load_image
-from vitdeploy.predictor import Predictor
+from vitdeploy.predictor import AnyImage, Predictor
 from vitdeploy.scores import softmax
 from vitdeploy.verification.live.client import AnswerError
 from vitdeploy.verification.live.image_endpoints import ImageEndpoint, Scored
@@ -98,8 +98,12 @@ def expect(local: Predictor, files: Sequence[ImageFile]) -> list[Expected]:
         VitdeployError: the bundle cannot preprocess, or the runtime fails.
     """
     kind = local.bundle.manifest.scores
-    logits = local.run(np.stack([local.preprocess(file.data) for file in files])).astype(np.float64)
-    noisy = local.run(np.stack([local.preprocess(_with_noise(file)) for file in files])).astype(np.float64)
+
+    def answers(images: Iterable[AnyImage]) -> Array:
+        given = np.stack([local.preprocess(image) for image in images])
+        return local.outputs(given)["logits"].astype(np.float64)
+
+    logits, noisy = answers(file.data for file in files), answers(map(_with_noise, files))
     return [
         Expected(file, row, kind, logit_error(row, other, kind) if file.format == "JPEG" else 0.0)
         for file, row, other in zip(files, logits, noisy, strict=True)

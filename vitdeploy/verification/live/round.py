@@ -12,6 +12,7 @@ from typing import Self
 
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.golden import reference_of
 from vitdeploy.errors import UsageError, VitdeployError
 from vitdeploy.predictor import Predictor
 from vitdeploy.progress import Progress
@@ -124,9 +125,10 @@ class LiveVerification:
         return self._local
 
     def local_error(self, local: Predictor) -> float:
-        """The largest relative error of the bundle run here, of the golden tensors."""
+        """The largest relative error of the logits of the bundle run here, of the golden tensors."""
         if self._local_error is None:
-            self._local_error = relative(self.golden["reference"], local.run(self.golden["pixel_values"]))
+            logits = local.outputs(self.golden["pixel_values"])["logits"]
+            self._local_error = relative(reference_of(self.golden, "logits"), logits)
         return self._local_error
 
     def expected(self, local: Predictor) -> list[Expected]:
@@ -257,7 +259,9 @@ class _Round:
         predictor = local if isinstance(local, Predictor) else None
         tolerance = TOLERANCES[precision.precision].relative
         tolerance += _tolerance(predictor) if predictor else 0.0
-        inputs, reference = self.golden["pixel_values"], self.golden["reference"]
+        wrong = next((record.output for record in replayed.records if record.failures), None)
+        output = wrong or self.bundle.manifest.output
+        inputs, reference = self.golden["pixel_values"], reference_of(self.golden, output)
 
         def right(answers: Array) -> bool:
             return answers.shape == reference.shape and relative(reference, answers) <= tolerance
@@ -268,15 +272,15 @@ class _Round:
                     f"the numbers are as exact as {replayed.fits}, not as {precision.precision}"
                 )
             try:
-                answers = session.answer_all(inputs)
+                answers = session.answer_all(inputs, output)
             except AnswerError:
                 return  # said already
             if not right(answers):
-                text = explain_tensors(self.bundle, predictor, self.golden, answers, tolerance)
+                text = explain_tensors(self.bundle, predictor, self.golden, answers, output, tolerance)
                 self.causes += [text] if text else []
                 for version, other in versions.items():
                     with contextlib.suppress(AnswerError, VitdeployError):
-                        if right(other.answer_all(inputs)):
+                        if right(other.answer_all(inputs, output)):
                             self.causes.append(
                                 f"version {version} on the server gives the right answers: "
                                 "the wrong one is asked"
@@ -318,7 +322,7 @@ class _Round:
         changes less than the tolerances of fp16 allow.
         """
         allowed = TOLERANCES[precision.precision].relative + _tolerance(local)
-        worst = [r.metrics.relative for r in replayed.records]
+        worst = [r.metrics.relative for r in replayed.records if r.output in (None, "logits")]
         if replayed.failures or not worst or None in worst:
             return allowed
         seen = max(filter(None, worst), default=0.0) + self.verification.local_error(local)
@@ -326,8 +330,8 @@ class _Round:
 
     def _image_endpoint(self, model: LiveModel) -> ImageEndpoint | str:
         manifest, request = self.bundle.manifest, self.request
-        if manifest.output != "logits":
-            return f"the model gives {manifest.output}, which are no classes"
+        if not manifest.classifies:
+            return f"the model gives {manifest.gives}, which are no classes"
         if manifest.refuses_images:
             return f"the bundle {manifest.refuses_images}"
         return find_endpoint(self.client, model, request.timeout, request.headers, request.ca)

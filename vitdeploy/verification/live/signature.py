@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.dtypes import DATATYPES
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import TensorSpec, input_spec, output_spec
+from vitdeploy.bundle.manifest import TensorSpec, input_spec, output_specs
 from vitdeploy.errors import UsageError
 from vitdeploy.verification.live.client import AnswerError, Client, LiveTensor, ModelFacts
 from vitdeploy.verification.live.discovery import LiveModel
@@ -20,10 +20,10 @@ from vitdeploy.verification.live.discovery import LiveModel
 
 @dataclass(frozen=True)
 class ModelSignature:
-    """One input and one output of a bundle's model; a first dimension that varies is ``"N"``."""
+    """The input and the outputs of a bundle's model; a first dimension that varies is ``"N"``."""
 
     input: TensorSpec
-    output: TensorSpec
+    outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,13 @@ def model_signature(bundle: Bundle) -> ModelSignature:
     manifest = bundle.manifest
     if manifest.artifacts:
         first = manifest.artifacts[0]
-        given, made = first.inputs[0], first.outputs[0]
+        given, made = first.inputs[0], first.outputs
     elif manifest.model is not None:
-        given, made = input_spec(manifest.model, manifest.input), output_spec(manifest.model, manifest.output)
+        given = input_spec(manifest.model, manifest.input)
+        made = output_specs(manifest.model, manifest.outputs)
     else:
         raise UsageError(f"{bundle.root}: has neither an artifact nor a model, so nothing can serve it")
-    return ModelSignature(_varying(given), _varying(made))
+    return ModelSignature(_varying(given), tuple(map(_varying, made)))
 
 
 def compare_signature(model: ModelFacts, signature: ModelSignature) -> SignatureCheck:
@@ -65,12 +66,17 @@ def compare_signature(model: ModelFacts, signature: ModelSignature) -> Signature
     failures, batch = [], None
     for kind, spec, tensors in (
         ("input", signature.input, model.inputs),
-        ("output", signature.output, model.outputs),
+        *(("output", spec, model.outputs) for spec in signature.outputs),
     ):
         tensor = next((tensor for tensor in tensors if tensor.name == spec.name), None)
         if tensor is None:
             names = ", ".join(tensor.name for tensor in tensors)
-            failures.append(f"the {kind} is named {names}, the bundle's {spec.name}")
+            one = kind == "input" or len(signature.outputs) == 1
+            failures.append(
+                f"the {kind} is named {names}, the bundle's {spec.name}"
+                if one
+                else f"it has no {kind} {spec.name}, which the bundle has; it has {names}"
+            )
             continue
         failures += _differences(kind, spec, tensor)
         if kind == "input" and tensor.shape and tensor.shape[0] > 0:
@@ -133,14 +139,14 @@ def check_labels(
         ServerError: the server cannot be asked.
     """
     labels = bundle.manifest.labels
-    if labels is None or bundle.manifest.output != "logits":
+    if labels is None or not bundle.manifest.classifies:
         return LabelCheck()
     if "classification" not in model.server.extensions:
         return LabelCheck(notes=("the server names no classes for tensors, so their order was not compared",))
-    name, output = signature.input.name, signature.output.name
+    given = {signature.input.name: inputs}
     try:
-        answer = client.infer(model.name, model.asked, {name: inputs}, output, classes=len(labels))
-        names = read_classes(answer.outputs.get(output))
+        answer = client.infer(model.name, model.asked, given, ["logits"], classes=len(labels))
+        names = read_classes(answer.outputs.get("logits"))
     except AnswerError as error:
         return LabelCheck(notes=(f"the server names no classes for tensors: {error.message}",))
     if not names:

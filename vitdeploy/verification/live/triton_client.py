@@ -8,7 +8,7 @@ import socket
 import ssl
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,7 +133,7 @@ class _TritonClient(Client):
         name: str,
         version: str,
         inputs: Mapping[str, Array],
-        output: str | None = None,
+        outputs: Sequence[str] = (),
         *,
         as_json: bool = False,
         classes: int = 0,
@@ -145,17 +145,15 @@ class _TritonClient(Client):
             tensor = self._library.InferInput(key, list(array.shape), numpy_name(array.dtype))
             tensor.set_data_from_numpy(array, **self._binary(not as_json))
             tensors.append(tensor)
-        outputs_asked = None
-        if output is not None:
-            how = self._binary(not as_json)
-            outputs_asked = [self._library.InferRequestedOutput(output, class_count=classes, **how)]
-        result = self._call("infer", name, tensors, version, outputs_asked, as_message=True)
+        how = self._binary(not as_json)
+        asked = [self._library.InferRequestedOutput(key, class_count=classes, **how) for key in outputs]
+        result = self._call("infer", name, tensors, version, asked or None, as_message=True)
         names, answered = self._guard(lambda: self._answered(result))
-        outputs = self._guard(lambda: {key: result.as_numpy(key) for key in names})
+        arrays = self._guard(lambda: {key: result.as_numpy(key) for key in names})
         seconds = time.perf_counter() - begin
-        if broken := [key for key, array in outputs.items() if not isinstance(array, np.ndarray)]:
+        if broken := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
             raise AnswerError(f"the output {broken[0]!r} has no data")
-        return InferResult(outputs, answered, seconds)
+        return InferResult(arrays, answered, seconds)
 
     def close(self) -> None:
         self._client.close()
