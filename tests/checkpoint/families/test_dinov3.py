@@ -23,7 +23,8 @@ from tests.checkpoint.families.conftest import EXACT
 from tests.helpers.checkpoints import edit_config, edit_weights, refusal
 from tests.helpers.paths import ORACLES
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
-from vitdeploy.config import Rotary, ViTConfig
+from vitdeploy.checkpoint.stated import Stated
+from vitdeploy.config import Preprocess, Rotary, ViTConfig
 from vitdeploy.images.preprocess import apply
 from vitdeploy.model import rewrites, vit
 from vitdeploy.model.positions import rotation
@@ -238,6 +239,8 @@ def test_photographs_give_the_features_of_processor_and_model_together() -> None
     features = forward_float64(build_reference(made.config, made.state), pixels, "features")
     torch.testing.assert_close(features.float(), answer["features"], rtol=0, atol=1e-3)
     assert (answer["features"][0] - answer["features"][1]).abs().max() > 1e-2
+    preset = Stated(preprocess="dinov3").prepare(Preprocess(size=(32, 32), exif=True))[0]
+    assert preset == made.preprocess
     rounded = replace(made.preprocess, resample="bilinear")
     worse = np.stack([apply(image, rounded) for image in photographs]) - answer["pixels"].numpy()
     assert np.abs(worse).max() > 1e-3
