@@ -101,13 +101,14 @@ def test_other_outputs_precisions_and_templates(run: Run, tmp_path: Path) -> Non
     assert "labels are embedded as 'a photo of a {}', '{}!', averaged" in manifest.provenance.notes[-1]
     assert all(record.passed for record in manifest.parity)
 
-    done = run(*said, "--output", "embedding", "-o", tmp_path / "b.bundle")
+    done = run(*said, "--output", "logits,embedding", "-o", tmp_path / "b.bundle")
     assert done.code == 0, done.err
     golden = load_file(tmp_path / "b.bundle" / GOLDEN)
     texts = text_embeddings(model, processor, LABELS)
-    logits = model.logit_scale.double().exp() * golden["reference"] @ texts.T
+    logits = model.logit_scale.double().exp() * golden["reference.embedding"] @ texts.T
     exact = logits_per_image(model, processor, golden["pixel_values"], LABELS)
     assert float((logits - exact).abs().max()) < 1e-9
+    assert float((golden["reference"] - exact).abs().max()) < 1e-9
 
 
 @pytest.mark.slow

@@ -367,6 +367,9 @@ def test_texts_that_are_too_long_or_of_another_tokenizer(
     for family in SAVE:
         message = refusal(lambda family=family: head(folders[family][0], family, ["y" * 80]))
         assert "tokens, the text tower reads" in message
+    save_clip(tmp_path)
+    edit_weights(tmp_path, lambda state: state.pop("logit_scale"))
+    assert "the model has no logit_scale" in refusal(lambda: head(tmp_path, "clip"))
     save_clip(tmp_path, vocab_size=300)
     assert "the text tower has 300" in refusal(lambda: head(tmp_path, "clip"), CheckpointError)
 
@@ -448,7 +451,7 @@ def test_vectors_of_any_precision_are_taken(tmp_path: Path, dtype: torch.dtype) 
         ({"a": torch.zeros(24)}, {"logit_scale": "1"}, "the vector of 'a' is all zeros"),
         ({"a": torch.full((24,), math.nan)}, {"logit_scale": "1"}, "the vector of 'a' is not finite"),
         ({" ": torch.ones(24)}, {}, "a label is empty"),
-        ({"a": torch.ones(24)}, {}, "states logit_scale"),
+        ({"a": torch.ones(24)}, {}, "vectors.safetensors has a logit_scale"),
         ({"a": torch.ones(24)}, {"logit_bias": "1"}, "a logit_bias without a logit_scale"),
         ({"a": torch.ones(24)}, {"logit_scale": "much"}, "logit_scale in its metadata is 'much'"),
         ({"a": torch.ones(24)}, {"logit_scale": "inf"}, "no number"),

@@ -93,10 +93,8 @@ def zero_shot_head(said: ZeroShot, config: ModelConfig, foreign: Foreign) -> Hea
             hint="both must be of one model",
         )
     if texts.scale is None:
-        raise UsageError(
-            f"neither {source} nor {said.vectors} states logit_scale, the logarithm of the logits' factor",
-            hint=_STATE_IT,
-        )
+        who = f"neither {source} nor {said.vectors} has a" if said.vectors else f"{source} has no"
+        raise UsageError(f"{who} logit_scale, the logarithm of the logits' factor", hint=_STATE_IT)
     if texts.scale > _LARGEST_SCALE:
         raise UsageError(
             f"logit_scale {texts.scale:g} is the logarithm of a factor, and exp({texts.scale:g}) is none",
@@ -121,10 +119,7 @@ def _from_words(said: ZeroShot, foreign: Foreign) -> _Texts:
     """The text tower's embeddings: of each template normalised, averaged, normalised again."""
     naming = next((naming for naming in _NAMINGS if naming.claims(foreign)), None)
     if naming is None or foreign.folder is None:
-        raise UsageError(
-            f"{foreign.source} has no text tower to embed labels with",
-            hint=INSTEAD,
-        )
+        raise UsageError(f"{foreign.source} has no text tower to embed labels with", hint=INSTEAD)
     labels = said.labels()
     reading, tower = read_text_tower(naming, foreign)
     tokenizer = read_tokenizer(foreign.folder, foreign.source, reading.tokenizer, reading.clean)
