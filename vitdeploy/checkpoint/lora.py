@@ -32,8 +32,8 @@ MERGE = "PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretra
 """What merges any adapter, in words of Python."""
 
 _PREFIX = "base_model.model."
-_MODELS = ("vit.", "deit.", "dinov2.", "dinov2_with_registers.", "beit.", "timm_model.")
-"""What transformers puts before the names of a model below a head."""
+_MODELS = ("vit.", "deit.", "dinov2.", "dinov2_with_registers.", "beit.", "timm_model.", "model.")
+"""What transformers puts before the names of a model below a head; ``model.`` before DINOv3's blocks."""
 _PART = re.compile(
     r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.(?P<leaf>weight|bias))?"
 )

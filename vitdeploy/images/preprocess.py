@@ -281,7 +281,7 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "siglip": ("siglip", {}),
     "deit": ("deit", _PUBLISHED["deit"]),
     "dinov2": ("dinov2", _DINOV2),
-    "dinov3": ("vit", _IMAGENET),
+    "dinov3": ("dinov3_vit", {}),
     "blip": ("vit", {**_OPENAI, "resample": 3}),
     "mae": ("vit", _IMAGENET),
 }

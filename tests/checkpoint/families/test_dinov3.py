@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -23,7 +23,8 @@ from tests.checkpoint.families.conftest import EXACT
 from tests.helpers.checkpoints import edit_config, edit_weights, refusal
 from tests.helpers.paths import ORACLES
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
-from vitdeploy.config import Rotary, ViTConfig
+from vitdeploy.checkpoint.stated import Stated
+from vitdeploy.config import Preprocess, Rotary, ViTConfig
 from vitdeploy.images.preprocess import apply
 from vitdeploy.model import rewrites, vit
 from vitdeploy.model.positions import rotation
@@ -203,6 +204,22 @@ def test_biases_that_are_no_models_here_are_refused(save: Save, changes: dict[st
     assert "are not supported together" in error.message
 
 
+def test_an_adapter_is_merged(save: Save, tmp_path: Path) -> None:
+    """PEFT names layers as they are in memory."""
+    folder = save(make())
+    adapter, layer = tmp_path / "adapter", "model.layer.1.attention.k_proj"
+    adapter.mkdir()
+    a, b = torch.randn(2, 48), torch.randn(48, 2)
+    parts = {f"base_model.model.{layer}.lora_A.weight": a, f"base_model.model.{layer}.lora_B.weight": b}
+    save_file(parts, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": str(folder)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    merged, base = opened(adapter).state, opened(folder).state
+    expected = base["blocks.1.attn.k.weight"].double() + 3 * b.double() @ a.double()
+    torch.testing.assert_close(merged["blocks.1.attn.k.weight"], expected, rtol=0, atol=1e-12)
+    assert torch.equal(merged["blocks.0.attn.k.weight"], base["blocks.0.attn.k.weight"])
+
+
 def test_registers_must_be_there_as_config_json_says(save: Save) -> None:
     folder = save(make())
     edit_config(folder, num_register_tokens=0)
@@ -222,6 +239,8 @@ def test_photographs_give_the_features_of_processor_and_model_together() -> None
     features = forward_float64(build_reference(made.config, made.state), pixels, "features")
     torch.testing.assert_close(features.float(), answer["features"], rtol=0, atol=1e-3)
     assert (answer["features"][0] - answer["features"][1]).abs().max() > 1e-2
+    preset = Stated(preprocess="dinov3").prepare(Preprocess(size=(32, 32), exif=True))[0]
+    assert preset == made.preprocess
     rounded = replace(made.preprocess, resample="bilinear")
     worse = np.stack([apply(image, rounded) for image in photographs]) - answer["pixels"].numpy()
     assert np.abs(worse).max() > 1e-3

@@ -91,7 +91,9 @@ def _bare_kind(state: Mapping[str, Tensor]) -> _Kind | None:
         return _DINOV3 if {"cls_token", "reg_token", f"{first}gamma_1"} <= state.keys() else None
     apart = not state.keys().isdisjoint((f"{first}attn.q_bias", f"{first}attn.q_proj.weight"))
     inner, outer = (state.get(f"{first}mlp.{layer}.weight") for layer in ("fc1", "fc2"))
-    packed = inner is not None and outer is not None and inner.shape[:1] == (2 * outer.shape[-1],)
+    packed = (
+        inner is not None and outer is not None and list(inner.shape[:1]) == [2 * n for n in outer.shape[1:2]]
+    )
     gated = packed or f"{first}mlp.fc1_g.weight" in state
     return _EVA02 if apart and gated and "cls_token" in state else None
 

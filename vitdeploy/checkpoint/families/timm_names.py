@@ -36,7 +36,7 @@ _PLAIN = re.compile(
 )
 _BEIT = re.compile(r"beit(v2)?_(base|large)_patch16_(224|384|512)(_in22k)?")
 _KINDS: Mapping[str, str] = {
-    r"_rope|lingbot|_pe_|^eva": "other rotary positions or EVA attention",
+    r"_rope|_pe_|^eva": "rotary positions of another kind, or EVA's attention",
     r"sapiens2": "keys shared by several heads",
     r"_map_|test_vit3": "attention pooling of the patches alone",
     r"relpos": "relative positions",
