@@ -81,6 +81,12 @@ def digits_onnx(exports: Exports) -> Path:
     return export_digits(exports, *flags).folder
 
 
+@pytest.fixture(scope="session")
+def digits_embedding(exports: Exports) -> Path:
+    """The digits model as ONNX that gives embeddings: its pooled vector, of length 1."""
+    return export_digits(exports, "--output", "embedding", "--format", "onnx").folder
+
+
 def export_digits(exports: Exports, *flags: str) -> Exported:
     return exports.get(
         " ".join(flags), lambda folder: in_a_process("export", "-m", "digits", *flags, "-o", folder)

@@ -200,6 +200,43 @@ def test_features_are_no_classes(tmp_path: Path, output: str) -> None:
             predictor.logits(random_image(0))
 
 
+@pytest.mark.parametrize("output", ["features", "embedding"])
+@pytest.mark.parametrize("batch", [None, BatchRange(4, 4, 4)])
+def test_vectors(tmp_path: Path, output: str, batch: BatchRange | None) -> None:
+    """Whatever the batch; an image that cannot be read has its error in its place."""
+    images = [random_image(seed) for seed in range(5)]
+    mixed = [*images[:2], b"not an image", *images[2:]]
+    with vitdeploy.load(write_bundle(tmp_path / "b", output=output, labels=None, batch=batch)) as predictor:
+        assert (predictor.vectors.name, predictor.vectors.shape[1]) == (output, len(LABELS))
+        found = predictor.embed(images)
+        assert (found.shape, found.dtype) == ((5, len(LABELS)), np.float32)
+        np.testing.assert_allclose(found, answer_images(images), rtol=1e-4, atol=1e-4)
+        streamed = list(predictor.stream_vectors(mixed))
+        assert isinstance(streamed.pop(2), ImageError)
+        np.testing.assert_allclose(streamed, found, rtol=1e-5)
+        with pytest.raises(ImageError, match="not an image"):
+            predictor.embed(mixed)
+        with pytest.raises(UsageError, match="no image"):
+            predictor.embed([])
+
+
+@pytest.mark.parametrize("output", ["logits", "tokens"])
+def test_bundles_without_vectors(tmp_path: Path, output: str) -> None:
+    with vitdeploy.load(write_bundle(tmp_path / "b", output=output, labels=None)) as predictor:
+        for ask in (predictor.embed, lambda image: next(predictor.stream_vectors([image]))):
+            with pytest.raises(UsageError, match=f"gives {output}, no vector") as caught:
+                ask(random_image(0))
+            assert caught.value.hint == "export with --output embedding"
+
+
+def test_nan_is_no_vector(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "b", output="features", weight=np.full_like(WEIGHT, np.nan))
+    with vitdeploy.load(made) as predictor:
+        for ask in (predictor.embed, lambda image: next(predictor.stream_vectors([image]))):
+            with pytest.raises(BundleError, match="NaN or infinite features"):
+                ask(random_image(0))
+
+
 def test_images_need_a_preprocessing(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "b", preprocess=None)
     with vitdeploy.load(made) as predictor, pytest.raises(UsageError, match="preprocessing"):

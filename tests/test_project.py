@@ -27,6 +27,7 @@ HEAVY = (
     "openvino",
     "transformers",
     "timm",
+    "tokenizers",
     "sklearn",
     "tensorrt_rtx",
     "cuda",

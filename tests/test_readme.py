@@ -39,7 +39,7 @@ RUN = (
         f"docs/{n}.md"
         for n in ("quickstart", "python", "checkpoints", "families", "cli", "precision", "gpu", "tensorrt")
     ),
-    *(f"docs/{n}.md" for n in ("benchmark", "serving", "verify")),
+    *(f"docs/{n}.md" for n in ("benchmark", "serving", "verify", "zero-shot")),
 )
 IMAGES = "vitdeploy/data/digits/images"
 
@@ -204,6 +204,7 @@ class Shell:
             assert self.server is not None, f"{step.place}: nothing runs in the background"
             self.code = self.server.end()
             self.server.show(step)
+            self.server = None
         elif step.command and step.command.endswith("&"):
             assert self.server is None, f"{step.place}: the test runs one server at a time"
             self.server = Background(step, self.folder, self.environment | step.environment)

@@ -44,6 +44,8 @@ def export(
     input: Literal["float", "uint8"] = "float",
     output: str | Sequence[str] | None = None,
     labels: Sequence[str] | Path | None = None,
+    zero_shot: Sequence[str] | Path | None = None,
+    templates: str | Sequence[str] = (),
     scores: Literal["softmax", "sigmoid", "none"] | None = None,
     preprocess: Preprocess | Mapping[str, Any] | Path | None = None,
     mean: Sequence[float] | float | None = None,
@@ -85,6 +87,10 @@ def export(
             ``"layers:3,7"`` (N, T, D each); float32. Several, as a list or with commas, come from one graph.
             The logits where the model has a head when omitted.
         labels: one for each class, or a file with them; the checkpoint's own when omitted.
+        zero_shot: labels, or a file with them, of which the text tower of CLIP or SigLIP makes a head; or a
+            ``.safetensors`` file, label to vector.
+        templates: what is embedded for a label, ``"a photo of a {}"``; several are averaged. The label itself
+            when omitted.
         scores: what becomes of logits where classes are named: shares of one answer, an answer for each
             class, or the values themselves; as the checkpoint says when omitted, else a softmax, or a sigmoid
             of a single output.
@@ -118,6 +124,7 @@ def export(
 
     with exporting():
         from vitdeploy.checkpoint.stated import Stated
+        from vitdeploy.checkpoint.texts.prompts import zero_shot_of
         from vitdeploy.exporter.request import ExportRequest
         from vitdeploy.exporter.run import run_export
 
@@ -144,6 +151,7 @@ def export(
             heads=heads,
             activation=activation,
         ),
+        zero_shot=zero_shot_of(zero_shot, templates),
         revision=revision,
         cache_dir=None if cache_dir is None else pathlib.Path(cache_dir),
         atol=atol,

@@ -260,16 +260,12 @@ class ViTConfig(ModelConfig):
         return self.width * (2 if self.pool == "cls_mean" else 1)
 
     def beyond_kernels(self, output: Output) -> tuple[str, ...]:
+        # What the kernels keep of a token lacks its mean, which a LayerNorm takes away anyhow.
         as_it_is = layer_of(output) is not None or self.final_norm == "none"
-        late = self.final_norm == "pooled" and (output == "tokens" or self.pool == "probe")
-        parts = {
-            "tokens without the final norm": as_it_is or late,
-            "rotary positions": self.rotary is not None,
-            "relative positions": self.score_bias,
-            "a norm before the blocks": self.pre_norm,
-            "a norm inside the MLP": self.mlp_norm,
-        }
-        return tuple(name for name, there in parts.items() if there)
+        as_it_is |= self.final_norm == "pooled" and output == "tokens"
+        late = self.final_norm in ("pooled", "read")
+        as_it_is |= late and (output == "codes" or (self.pool == "probe" and output != "tokens"))
+        return ("tokens without the final norm",) if as_it_is else ()
 
     @property
     def embedding(self) -> int:

@@ -1,4 +1,4 @@
-"""Images in, labels out: what ``vitdeploy.load`` returns. Needs no torch."""
+"""Images in, labels or vectors out: what ``vitdeploy.load`` returns. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from vitdeploy.backends.base import Array, Backend, Options, Session, all_backends, get_backend, runs_nothing
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact, Choice
+from vitdeploy.bundle.manifest import Artifact, Choice, TensorSpec
 from vitdeploy.errors import BundleError, ImageError, UsageError, VitdeployError
 from vitdeploy.images.decode import ImageSource, load_image
 from vitdeploy.images.preprocess import pixel_values
@@ -46,7 +46,7 @@ class Prediction:
 
 
 class Predictor:
-    """A loaded bundle that classifies images. Get one from ``vitdeploy.load``.
+    """A loaded bundle that classifies or embeds images. Get one from ``vitdeploy.load``.
 
     As safe to share between threads as its backend's sessions are.
     """
@@ -132,12 +132,19 @@ class Predictor:
         self._require_logits()
         if top_k < 1:
             raise UsageError(f"top_k must be at least 1, not {top_k}")
-        for chunk in _chunks(images, self.chunk):
-            prepared = [self._try(image) for image in chunk]
-            good = [item for item in prepared if not isinstance(item, ImageError)]
-            rows = iter(self.run_batch(np.stack(good))["logits"] if good else ())
-            for item in prepared:
-                yield item if isinstance(item, ImageError) else self.best(next(rows), top_k)
+        for row in self._rows(images, "logits"):
+            yield row if isinstance(row, ImageError) else self.best(row, top_k)
+
+    def stream_vectors(self, images: Iterable[AnyImage]) -> Iterator[Array | ImageError]:
+        """As :meth:`embed`, one batch at a time: (columns,) float32 for each image, or its error.
+
+        Raises:
+            UsageError, BundleError: as :meth:`embed`, at the first vector.
+        """
+        for row in self._rows(images, self.vectors.name):
+            if not isinstance(row, ImageError):
+                self._require_finite(row)
+            yield row
 
     def logits(self, images: AnyImage | Iterable[AnyImage]) -> Array:
         """Return the logits of one or many images: (N, classes) float32.
@@ -148,11 +155,35 @@ class Predictor:
             BundleError: the runtime fails.
         """
         self._require_logits()
-        chunks = _chunks(as_many(images), self.chunk)
-        parts = [self.run_batch(np.stack([self.preprocess(image) for image in chunk])) for chunk in chunks]
-        if not parts:
-            raise UsageError("no image was given")
-        return np.concatenate([part["logits"] for part in parts])
+        return self._output(images, "logits")
+
+    def embed(self, images: AnyImage | Iterable[AnyImage]) -> Array:
+        """Return the vectors of one or many images: (N, columns) float32.
+
+        They are the bundle's embedding, each of length 1, or its features where it gives no embedding.
+
+        Raises:
+            ImageError: an image cannot be decoded.
+            UsageError: the bundle gives neither; or no image is given.
+            BundleError: the runtime fails, or gives NaN or infinite values.
+        """
+        vectors = self._output(images, self.vectors.name)
+        self._require_finite(vectors)
+        return vectors
+
+    @property
+    def vectors(self) -> TensorSpec:
+        """The output that is a vector for each image.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if (vectors := self.bundle.manifest.vectors) is None:
+            raise UsageError(
+                f"{self.bundle.root}: gives {self.bundle.manifest.gives}, no vector of each image",
+                hint="export with --output embedding",
+            )
+        return vectors
 
     def preprocess(self, image: AnyImage) -> Array:
         """Return the model's input for one image: (C, H, W) float32, or (H, W, C) uint8 for uint8 input.
@@ -204,11 +235,7 @@ class Predictor:
         Raises:
             BundleError: they are NaN or infinite.
         """
-        if not np.isfinite(logits).all():
-            raise BundleError(
-                f"{self.session.facts.artifact} gives NaN or infinite logits",
-                hint=f"vitdeploy verify {self.bundle.root}",
-            )
+        self._require_finite(logits)
         scores = scores_of(logits, self.bundle.manifest.scores)
         order = np.argsort(-scores, kind="stable")[:top_k]
         labels = self.bundle.manifest.labels
@@ -240,8 +267,34 @@ class Predictor:
         if not manifest.classifies or "logits" not in given:
             raise UsageError(
                 f"{self.bundle.root}: gives {manifest.gives}, which are no classes to predict",
-                hint="export with --output logits, or run its session for the raw output",
+                hint="export with --output logits, or run its session for the raw output"
+                if manifest.vectors is None
+                else "in Python, vitdeploy.load(BUNDLE).embed(images) gives its vectors",
             )
+
+    def _require_finite(self, rows: Array) -> None:
+        if not np.isfinite(rows).all():
+            raise BundleError(
+                f"{self.session.facts.artifact} gives NaN or infinite {self.vectors.name}",
+                hint=f"vitdeploy verify {self.bundle.root}",
+            )
+
+    def _output(self, images: AnyImage | Iterable[AnyImage], output: str) -> Array:
+        """One output (N, ...) for one or many images."""
+        chunks = _chunks(as_many(images), self.chunk)
+        parts = [self.run_batch(np.stack([self.preprocess(image) for image in c]))[output] for c in chunks]
+        if not parts:
+            raise UsageError("no image was given")
+        return np.concatenate(parts)
+
+    def _rows(self, images: Iterable[AnyImage], output: str) -> Iterator[Array | ImageError]:
+        """One output of each image, a batch at a time; the error in place of an image that has one."""
+        for chunk in _chunks(images, self.chunk):
+            prepared = [self._try(image) for image in chunk]
+            good = [item for item in prepared if not isinstance(item, ImageError)]
+            rows = iter(self.run_batch(np.stack(good))[output] if good else ())
+            for item in prepared:
+                yield item if isinstance(item, ImageError) else next(rows)
 
     def _try(self, image: AnyImage) -> Array | ImageError:
         try:

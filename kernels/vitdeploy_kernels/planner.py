@@ -145,11 +145,18 @@ class Planner:
         shape, embedding = self.shape, self.weights.embedding
         config = self._entry("patch_embed", self.rows, shape.width, len(embedding.weight)).config
         stats = self._take("stats", (self.rows, tiles(shape.width, config.block_n), 2), torch.float32)
+        first = self.weights.pre_norm
+        out = self.x if first is None else self._take("embedded", self.x.shape)
         launch = patch_embed.launch(
-            self.image, embedding.weight, embedding.tokens, self.x, stats,
+            self.image, embedding.weight, embedding.tokens, out, stats,
             patch=shape.patch, prefix=shape.prefix, scale=embedding.scale, config=config,
         )  # fmt: skip
         self._launch("embedding", launch)
+        if first is None:
+            return stats
+        self._norm_linear("embedding.pre_norm", out, stats, first, self.x)
+        stats = self._take("stats", (self.rows, 1, 2), torch.float32)
+        self._layernorm("embedding.pre_norm.stats", self.x, None, None, None, None, stats)
         return stats
 
     def _norm_linear(
@@ -217,32 +224,49 @@ class Planner:
 
     def _attention(self, site: str, block: Block, stats: Tensor) -> Tensor:
         """Queries, keys and values, and what attention makes of them: (rows, width)."""
-        shape, batch = self.shape, self.batch
+        shape, batch, rotation = self.shape, self.batch, self.weights.rotation
         tokens = self.x.view(batch, shape.tokens, shape.width)
         mixed = self._take("mixed", tokens.shape)
-        fits = layernorm_attention.supports(tokens, block.qkv.weight, block.qkv.bias, shape.heads)
-        if self.table.kernels.get("layernorm_attention") and not isinstance(fits, Unsupported):
+        bias = None if block.score_bias is None else block.score_bias[..., : shape.tokens]
+        fits = layernorm_attention.supports(tokens, block.qkv.weight, block.qkv.bias, shape.heads, bias)
+        whole = rotation is None and not isinstance(fits, Unsupported)
+        if whole and self.table.kernels.get("layernorm_attention"):
             entry = self._entry("layernorm_attention", batch * shape.heads, shape.tokens, shape.width)
             if entry.route == "fused":
                 launch = layernorm_attention.launch(
                     tokens, block.qkv.weight, block.qkv.bias, mixed,
-                    heads=shape.heads, scale=shape.scale, eps=shape.eps, config=entry.config,
+                    heads=shape.heads, scale=shape.scale, eps=shape.eps, mask=bias, config=entry.config,
                 )  # fmt: skip
                 self._launch(site, launch)
                 return mixed.view(self.rows, shape.width)
         qkv = self._take("qkv", (batch, shape.tokens, 3 * shape.width))
         self._norm_linear(f"{site}.qkv", self.x, stats, block.qkv, qkv.view(self.rows, -1))
-        support = attention.supports(qkv, shape.heads, shape.scale)
+        if rotation is not None:
+            turn = lambda: _rotate(qkv, rotation, shape.heads)  # noqa: E731
+            self._torch(f"{site}.rotate", "rotation", turn, "no fused kernel turns queries and keys")
+        support = attention.supports(qkv, shape.heads, shape.scale, bias)
         if isinstance(support, Unsupported):
-            call = lambda: mixed.copy_(_sdpa(qkv, shape.heads, shape.scale))  # noqa: E731
+            call = lambda: mixed.copy_(_sdpa(qkv, shape.heads, shape.scale, bias))  # noqa: E731
             self._torch(site, "scaled_dot_product_attention", call, support.reason)
         else:
             entry = self._entry("attention", batch * shape.heads, shape.tokens, shape.head_width)
-            launch = attention.launch(qkv, mixed, heads=shape.heads, scale=shape.scale, config=entry.config)
+            launch = attention.launch(
+                qkv, mixed, heads=shape.heads, scale=shape.scale, bias=bias, config=entry.config
+            )
             self._launch(site, launch)
         return mixed.view(self.rows, shape.width)
 
     def _hidden(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded) -> Tensor:
+        """What the MLP's second layer reads: (rows, MLP width)."""
+        shape = self.shape
+        hidden = self._activated(site, name, x, stats, fc1)
+        if not shape.mlp_norm:
+            return hidden
+        normed = self._take(f"{name}.normed", hidden.shape)
+        self._layernorm(f"{site}.norm", hidden, None, None, None, normed, None)
+        return normed
+
+    def _activated(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded) -> Tensor:
         """The MLP's first layer with its activation, or gate: (rows, MLP width)."""
         shape = self.shape
         hidden = self._take(name, (len(x), shape.hidden))
@@ -275,7 +299,7 @@ class Planner:
             f"{site}.attn.key", q.view(count, heads, -1), block.key, queries.view(count, heads, width)
         )
         pooled = self._take("read.pooled", queries.shape)
-        self._absorbed_attention(f"{site}.attn", queries, tokens, stats, pooled)
+        self._absorbed_attention(f"{site}.attn", queries, tokens, stats, block.score_bias, pooled)
         mixed = self._take("read.mixed", (count, width))
         self._head_linear(
             f"{site}.attn.value", pooled.view(count, heads, width), block.value, mixed.view(count, heads, -1)
@@ -306,12 +330,14 @@ class Planner:
         self._launch(site, absorbed.launch_head_linear(x, weight, out, config=config))
 
     def _absorbed_attention(
-        self, site: str, queries: Tensor, tokens: Tensor, stats: Tensor, out: Tensor
+        self, site: str, queries: Tensor, tokens: Tensor, stats: Tensor, bias: Tensor | None, out: Tensor
     ) -> None:
         shape = self.shape
         support = absorbed.supports_absorbed_attention(queries, tokens, stats)
+        if bias is not None:
+            support = Unsupported("the fused kernel adds nothing to the scores")
         if isinstance(support, Unsupported):
-            call = lambda: out.copy_(_absorbed(queries, tokens, shape.scale, shape.eps))  # noqa: E731
+            call = lambda: out.copy_(_absorbed(queries, tokens, shape.scale, shape.eps, bias))  # noqa: E731
             return self._torch(site, "absorbed attention", call, support.reason)
         config = self._entry("absorbed_attention", self.batch, shape.tokens, shape.width).config
         launch = absorbed.launch_absorbed_attention(
@@ -339,15 +365,27 @@ def _image_dtype(shape: VitShape) -> torch.dtype:
     return torch.uint8 if shape.uint8 else torch.float32
 
 
-def _sdpa(qkv: Tensor, heads: int, scale: float) -> Tensor:
+def _rotate(qkv: Tensor, rotation: Tensor, heads: int) -> None:
+    """Turn queries and keys in place, in float32: pairs of columns (c, c + d / 2)."""
+    both = qkv.unflatten(2, (3, heads, -1))[:, :, :2]  # (N, T, 2, h, d)
+    cos, sin = rotation[:, :, None, None]  # (T, 1, 1, d) each
+    x = both.float()
+    a, b = x.chunk(2, dim=-1)
+    both.copy_(x * cos + torch.cat([b, a], dim=-1) * sin)
+
+
+def _sdpa(qkv: Tensor, heads: int, scale: float, bias: Tensor | None) -> Tensor:
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return mixed.transpose(1, 2).flatten(2)
 
 
-def _absorbed(queries: Tensor, tokens: Tensor, scale: float, eps: float) -> Tensor:
+def _absorbed(queries: Tensor, tokens: Tensor, scale: float, eps: float, bias: Tensor | None) -> Tensor:
     normed = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=eps).to(queries.dtype)
-    scores = queries @ normed.transpose(1, 2)
-    return (scores.float() * scale).softmax(dim=-1).to(normed.dtype) @ normed
+    scores = (queries @ normed.transpose(1, 2)).float() * scale
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1).to(normed.dtype) @ normed
 
 
 def launches(shape: VitShape, dtype: torch.dtype, batch: int, table: Table) -> list[tuple[str, Launch]]:

@@ -208,28 +208,37 @@ def _add_layernorm(spec: Spec, random: Random) -> Problem:
     return Problem(launch, normed, expected, (x, branch, bias, total))
 
 
+def _score_bias(spec: Spec, random: Random) -> Tensor | None:
+    """A bias on the scores, its rows a multiple of 8 apart as in :class:`vitdeploy_kernels.vit.Block`."""
+    if "biased" not in dict(spec.options):
+        return None
+    length = spec.shape[1]
+    return random.normal(1, spec.number("heads"), length, -(-length // 8) * 8)[..., :length]
+
+
 def _attention(spec: Spec, random: Random) -> Problem:
     (groups, length, width), heads = spec.shape, spec.number("heads")
-    images = groups // heads
+    images, bias = groups // heads, _score_bias(spec, random)
     qkv = random.normal(images, length, 3 * heads * width)
     out = random.empty(images, length, heads * width)
+    inputs = (qkv,) if bias is None else (qkv, bias)
 
     def launch(config: Config) -> Launch:
-        return attention.launch(qkv, out, heads=heads, scale=width**-0.5, config=config)
+        return attention.launch(qkv, out, heads=heads, scale=width**-0.5, bias=bias, config=config)
 
-    return Problem(launch, out, lambda: reference.attention(qkv, heads, width**-0.5), (qkv,))
+    return Problem(launch, out, lambda: reference.attention(qkv, heads, width**-0.5, bias), inputs)
 
 
 def _layernorm_attention(spec: Spec, random: Random) -> Problem:
     (groups, length, width), heads = spec.shape, spec.number("heads")
-    images, scale = groups // heads, (width // heads) ** -0.5
+    images, scale, mask = groups // heads, (width // heads) ** -0.5, _score_bias(spec, random)
     x, weight = random.normal(images, length, width), random.normal(width, 3 * width, scale=width**-0.5)
     bias, out = random.single(3 * width), random.empty(images, length, width)
     ones, zeros = torch.ones(width, device=random.device), torch.zeros(width, device=random.device)
 
     def launch(config: Config) -> Launch:
         return layernorm_attention.launch(
-            x, weight, bias, out, heads=heads, scale=scale, eps=EPS, config=config
+            x, weight, bias, out, heads=heads, scale=scale, eps=EPS, mask=mask, config=config
         )
 
     def unfused(table: Table) -> Run:
@@ -241,7 +250,7 @@ def _layernorm_attention(spec: Spec, random: Random) -> Problem:
             eps=EPS, config=table.config("layernorm_linear", (rows, 3 * width, width)),
         )  # fmt: skip
         config = table.config("attention", (groups, length, width // heads))
-        attend = attention.launch(qkv, out, heads=heads, scale=scale, config=config)
+        attend = attention.launch(qkv, out, heads=heads, scale=scale, bias=mask, config=config)
 
         def run() -> None:
             project.run()
@@ -250,9 +259,10 @@ def _layernorm_attention(spec: Spec, random: Random) -> Problem:
         return run
 
     def expected() -> Tensor:
-        return reference.layernorm_attention(x, weight, bias, heads, scale, EPS)
+        return reference.layernorm_attention(x, weight, bias, heads, scale, EPS, mask)
 
-    return Problem(launch, out, expected, (x, weight, bias), unfused)
+    inputs = (x, weight, bias) if mask is None else (x, weight, bias, mask)
+    return Problem(launch, out, expected, inputs, unfused)
 
 
 def _absorbed_attention(spec: Spec, random: Random) -> Problem:

@@ -2,7 +2,8 @@
 
 One row for each distinct binary of a forward pass (``calls`` counts its launches) of ViT-B/16, L/16 and
 H/14 in float16, with the shipped configurations; add_layernorm as the cuBLASLt route launches it, uint8
-pixels, and layernorm_attention at the width of ViT-S. ``bytes`` and ``flops`` are of one launch.
+pixels, layernorm_attention at the width of ViT-S, and what CLIP's first norm and BEiT's attention add.
+``bytes`` and ``flops`` are of one launch.
 
     python -m vitdeploy_kernels.resources --write kernels/resources.csv
     python -m vitdeploy_kernels.resources --check kernels/resources.csv
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
@@ -41,6 +43,11 @@ MODELS: Mapping[str, VitShape] = {
 }
 NARROW = ("ViT-S/16", VitShape(width=384, heads=6, mlp_width=1536))
 """Whose attention is one kernel, LayerNorm and QKV included."""
+OTHERS: Mapping[str, tuple[VitShape, re.Pattern[str]]] = {
+    "CLIP-B/32": (VitShape(patch=32, pre_norm=True, depth=1), re.compile(r"embedding\.pre_norm.*")),
+    "BEiT-B/16": (VitShape(score_bias=True, queries=None, depth=1), re.compile(r"blocks\.\d+\.attn")),
+}
+"""Models with binaries that the others have not, and at which sites."""
 
 REASONS: Mapping[tuple[str, str], str] = {
     ("absorbed_attention", "sm_80"): "two registers, stored before the loop and read after it",
@@ -143,7 +150,11 @@ def all_cases(arch: str) -> list[Case]:
     model, shape = NARROW
     together = launches(shape, half, BATCH, routed(table, "fused"))
     narrow = [(site, launch) for site, launch in together if launch.name == "layernorm_attention_kernel"]
-    return found + model_cases(model, arch, narrow)
+    found += model_cases(model, arch, narrow)
+    for model, (shape, where) in OTHERS.items():
+        sites = launches(shape, half, BATCH, table)
+        found += model_cases(model, arch, [(site, it) for site, it in sites if where.fullmatch(site)])
+    return found
 
 
 def routed(table: Table, route: Route) -> Table:

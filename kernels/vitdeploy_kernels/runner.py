@@ -126,6 +126,7 @@ def fusion_report(steps: Sequence[Step], shape: VitShape) -> tuple[str, ...]:
     lines = []
     for title, pattern in (
         ("patch projection", r"embedding"),
+        ("first norm", r"embedding\.pre_norm.*"),
         ("attention", r"blocks\.\d+\.attn.*|blocks\.\d+\.first"),
         ("MLP", r"blocks\.\d+\.mlp.*"),
         ("head", r"head.*|readout"),

@@ -64,12 +64,18 @@ def spec_of(launch: Launch) -> Spec:
         return Spec(name, (size("rows"), size("COLUMNS"), lengths("weight_ptr")[0]), options)
     if name == "attention":
         images, tokens, _ = lengths("qkv_ptr")
-        return Spec(name, (images * size("HEADS"), tokens, size("WIDTH")), (("heads", size("HEADS")),))
+        options = _attention_options(size("HEADS"), "bias_ptr" in given)
+        return Spec(name, (images * size("HEADS"), tokens, size("WIDTH")), options)
     if name == "layernorm_attention":
         images, tokens, width = lengths("x_ptr")
-        return Spec(name, (images * size("HEADS"), tokens, width), (("heads", size("HEADS")),))
+        options = _attention_options(size("HEADS"), "mask_ptr" in given)
+        return Spec(name, (images * size("HEADS"), tokens, width), options)
     assert name == "absorbed_attention"
     return Spec(name, tuple(lengths("x_ptr")), (("rows", size("ROWS")),))
+
+
+def _attention_options(heads: int, biased: bool) -> tuple[tuple[str, int], ...]:
+    return (("heads", heads), ("biased", 1)) if biased else (("heads", heads),)
 
 
 def flops(spec: Spec) -> int:

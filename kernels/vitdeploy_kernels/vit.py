@@ -1,4 +1,4 @@
-"""What the runner runs: the shape of a plain pre-norm ViT and its weights, folded for the fused kernels.
+"""What the runner runs: the shape of a pre-norm ViT and its weights, folded for the fused kernels.
 
 The weights are those of the checkpoint after exact rewrites: LayerNorm's gain and shift in the linear
 layer behind it, layer scale in the one before it, no key bias, the value bias in the projection's; and the
@@ -19,12 +19,16 @@ from vitdeploy_kernels.layernorm_linear import Folded, fold_layernorm
 
 @dataclass(frozen=True)
 class VitShape:
-    """The numbers of a model, a plain ViT (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929).
+    """The numbers of a model, a ViT (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929).
 
     Attributes:
         image_size: height, width.
         prefix: tokens before the patches: CLS, distillation, registers.
+        pre_norm: LayerNorm on the tokens before the first block (CLIP).
+        rotary: queries and keys are turned by the place of their token (DINOv3).
+        score_bias: something is added to the scores of every block (BEiT).
         gated: the MLP multiplies ``activation`` of its first half with its second (SwiGLU).
+        mlp_norm: LayerNorm before the MLP's second layer (EVA02).
         scale: of the attention scores; 1 where it is part of the query weights.
         queries: leading tokens the output depends on, None if it reads every token. With a number, the
             last block is the absorbed one: no keys and no values are projected.
@@ -40,7 +44,11 @@ class VitShape:
     heads: int = 12
     mlp_width: int = 3072
     activation: str = "gelu"
+    pre_norm: bool = False
+    rotary: bool = False
+    score_bias: bool = False
     gated: bool = False
+    mlp_norm: bool = False
     eps: float = 1e-6
     scale: float = 1.0
     queries: int | None = 1
@@ -55,6 +63,11 @@ class VitShape:
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def bias_columns(self) -> int:
+        """Of a score bias: as many as there are tokens, and more, so that every row begins at 16 bytes."""
+        return -(-self.tokens // 8) * 8
 
     @property
     def hidden(self) -> int:
@@ -92,17 +105,24 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Block:
-    """A block that computes every token; qkv has columns (3, heads, head width)."""
+    """A block that computes every token; qkv has columns (3, heads, head width).
+
+    A score bias is (1, h, T, ``VitShape.bias_columns``) in the model's dtype; columns beyond T are not read.
+    """
 
     qkv: Folded
     proj: Linear
     fc1: Folded
     fc2: Linear
+    score_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class AbsorbedBlock:
-    """The last block when only the first tokens are read; key (h, d, D) and value (h, D, d)."""
+    """The last block when only the first tokens are read; key (h, d, D) and value (h, D, d).
+
+    A score bias is (Q h, T) float32, for the queries that are read.
+    """
 
     q: Folded
     key: Tensor
@@ -110,16 +130,25 @@ class AbsorbedBlock:
     proj: Linear
     fc1: Folded
     fc2: Linear
+    score_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class VitWeights:
-    """All weights of a model, on one device; head where the shape has classes."""
+    """All weights of a model, on one device; head where the shape has classes.
+
+    Attributes:
+        pre_norm: the LayerNorm before the blocks as a linear layer behind a plain one, (D, D), whose rows are
+            centred: the gain on the diagonal, and less its share of the mean everywhere.
+        rotation: (2, T, d) float32: cosines, and sines whose first half of columns is negated.
+    """
 
     embedding: Embedding
     blocks: tuple[Block, ...]
     last: AbsorbedBlock | None
     head: Folded | None
+    pre_norm: Folded | None = None
+    rotation: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,16 +185,19 @@ def build_weights(shape: VitShape, dtype: torch.dtype, normal: Callable[..., Ten
         return Linear(weight.to(dtype), centred(normal(width, scale=0.02)))
 
     def block() -> Block:
-        return Block(folded(3 * width), linear(width), folded(shape.hidden), linear(shape.mlp_width))
+        bias = normal(1, shape.heads, shape.tokens, shape.bias_columns) if shape.score_bias else None
+        mlp = folded(shape.hidden), linear(shape.mlp_width)
+        return Block(folded(3 * width), linear(width), *mlp, None if bias is None else bias.to(dtype))
 
     def absorbed() -> AbsorbedBlock:
         key = normal(shape.heads, d, width, scale=width**-0.5).to(dtype)
         value = normal(shape.heads, width, d, scale=width**-0.5).to(dtype)
-        return AbsorbedBlock(
-            folded(width), key, value, linear(width), folded(shape.hidden), linear(shape.mlp_width)
-        )
+        bias = normal((shape.queries or 0) * shape.heads, shape.tokens) if shape.score_bias else None
+        mlp = folded(shape.hidden), linear(shape.mlp_width)
+        return AbsorbedBlock(folded(width), key, value, linear(width), *mlp, bias)
 
     pixels = shape.channels * shape.patch**2
+    turns = normal(shape.tokens, d) if shape.rotary else None
     embedding = Embedding(
         centred(normal(pixels, width, scale=pixels**-0.5)).to(dtype),
         centred(normal(shape.tokens, width, scale=0.2)),
@@ -176,4 +208,6 @@ def build_weights(shape: VitShape, dtype: torch.dtype, normal: Callable[..., Ten
         tuple(block() for _ in range(shape.full_blocks)),
         absorbed() if shape.queries is not None else None,
         folded(shape.classes) if shape.classes else None,
+        folded(width) if shape.pre_norm else None,
+        None if turns is None else torch.stack([turns.cos(), turns.sin()]),
     )

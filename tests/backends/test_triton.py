@@ -43,18 +43,49 @@ def provider(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name if name == "dinov2" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
-)
+@pytest.mark.parametrize("name", [name for name, c in CONFIGS.items() if not c.beyond_kernels(c.outputs[0])])
 def test_every_family_gives_the_reference(weights_bundle: Make, name: str, provider: str) -> None:
     config = dataclasses.replace(CONFIGS[name], depth=2)
     with Triton().load(weights_bundle(config), None, Options()) as session:
         (record,) = check_session(session, golden(config), batches=[3])
         assert record.failures == ()
         assert (session.facts.precision, session.facts.provider) == ("fp16", provider)
-        assert any("attention: 2/2 blocks fused" in line for line in session.facts.fusion) == (
-            name != "distilled"
-        ), session.facts.fusion
+        fused = config.rotary is None and name != "distilled"
+        assert any("attention: 2/2 blocks fused" in line for line in session.facts.fusion) == fused, (
+            session.facts.fusion
+        )
+        assert any("first norm: fused" in line for line in session.facts.fusion) == config.pre_norm
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("provider")
+@pytest.mark.parametrize(
+    "name, output",
+    [("clip", "embedding"), ("beit_codes", "features"), ("dinov3", "features"), ("blip", "tokens")],
+)
+def test_other_outputs_of_other_families(weights_bundle: Make, name: str, output: str) -> None:
+    config = dataclasses.replace(CONFIGS[name], depth=2)
+    with Triton().load(weights_bundle(config, output=output), None, Options()) as session:
+        (record,) = check_session(session, golden(config, output), batches=[2])
+        assert record.failures == ()
+
+
+@pytest.mark.parametrize(
+    "name, output, refused",
+    [
+        ("mean_of_unnormalised", "logits", True),
+        ("vit", "layer_1", True),
+        ("clip", "tokens", True),
+        ("clip", "features", False),
+        ("mean", "tokens", False),
+    ],
+)
+def test_tokens_without_the_final_norm_are_refused(
+    weights_bundle: Make, name: str, output: str, refused: bool
+) -> None:
+    manifest = weights_bundle(CONFIGS[name], output=output).manifest
+    reason = Triton().supports(manifest, None)
+    assert reason == ("it has no kernels for tokens without the final norm" if refused else None)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.helpers.checkpoints import edit_config, edit_weights, opened, refusal, save_tiny
+from tests.helpers.checkpoints import TINY, edit_config, edit_weights, opened, refusal, save_tiny
 from tests.helpers.paths import ORACLES
 from vitdeploy.checkpoint.opening import open_model
 from vitdeploy.errors import VitdeployError
@@ -224,9 +224,16 @@ def foreign_states(folder: Path) -> list[tuple[dict[str, Tensor], dict[str, Any]
         (load_file(ORACLES / "torchvision" / "representation.safetensors"), None),
         (dict(opened("deit_tiny_distilled_patch16_32").state), None),
     ]
-    for case in ("distilled", "swiglu", "registers_mean"):
-        config = json.loads((ORACLES / "timm" / case / "config.json").read_text())
-        states.append((load_file(ORACLES / "timm" / case / "model.safetensors"), config))
+    for case in ("timm/distilled", "timm/swiglu", "timm/registers_mean", "timm_beit/shared"):
+        config = json.loads((ORACLES / case / "config.json").read_text())
+        states.append((load_file(ORACLES / case / "model.safetensors"), config))
+    states.append((load_file(ORACLES / "timm_beit" / "each" / "model.safetensors"), None))
+    beit = transformers.BeitConfig(**TINY, vocab_size=9, use_shared_relative_position_bias=True)
+    blip = transformers.BlipVisionConfig(**{k: v for k, v in TINY.items() if k != "num_labels"})
+    for model in (transformers.BeitForMaskedImageModeling(beit), transformers.BlipVisionModel(blip)):
+        model.save_pretrained(folder / "other")
+        config = json.loads((folder / "other" / "config.json").read_text())
+        states.append((load_file(folder / "other" / "model.safetensors"), config))
     return states
 
 

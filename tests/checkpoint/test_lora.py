@@ -12,10 +12,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.helpers.checkpoints import opened, refusal
+from tests.helpers.checkpoints import TINY, opened, refusal
 from tests.helpers.paths import ORACLES
 from vitdeploy.errors import VitdeployError
 from vitdeploy.model.reference import forward_float64
@@ -197,6 +198,27 @@ def test_tensors_that_fit_nothing_are_named(
 def test_an_adapter_without_layers(tmp_path: Path) -> None:
     folder = edited(copied("plain", tmp_path), {"base_model.model.classifier.bias": torch.ones(4)})
     assert "holds no LoRA layers" in refusal(str(folder)).message
+
+
+def test_a_base_of_beit(tmp_path: Path) -> None:
+    """PEFT names what it adapts as transformers 5 does in memory."""
+    config = transformers.BeitConfig(**TINY, use_shared_relative_position_bias=True)
+    transformers.BeitForImageClassification(config).save_pretrained(tmp_path / "base")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "base_model_name_or_path": str(tmp_path / "base"),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    layer = "base_model.model.beit.layers.1.attention.q_proj"
+    edited(folder, {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up})
+    base, merged = opened(str(tmp_path / "base")), opened(str(folder))
+    expected = base.state["blocks.1.attn.q.weight"].double() + 3 * up.double() @ down.double()
+    torch.testing.assert_close(merged.state["blocks.1.attn.q.weight"], expected, rtol=0, atol=1e-12)
 
 
 def test_a_timm_base(tmp_path: Path) -> None:

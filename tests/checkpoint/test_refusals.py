@@ -115,6 +115,7 @@ def test_a_file_beside_and_its_hint(folder: Path) -> None:
 
 SIGNS = [
     ("blocks.0.attn.q_norm.weight", "norms of its queries and keys"),
+    ("shared_rel_pos.relative_position_bias_table", "relative positions"),
     ("blocks.0.attn.q_bias", "BEiT"),
     ("blocks.0.attn.rel_pos.mlp.fc1.weight", "relative positions"),
     ("blocks.0.attn.rope.freqs", "rotary positions"),

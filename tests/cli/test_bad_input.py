@@ -106,7 +106,12 @@ predict linear.bundle photos --engine spark
 predict linear.bundle photos --engine ray
 predict linear.bundle photos --batch 3
 predict linear.bundle - --engine ray -o out
-predict features.bundle photos
+predict linear.bundle photos -o vectors.npy
+predict features.bundle photos --csv
+predict features.bundle photos --top-k 3
+predict features.bundle photos --dimensions 3
+predict features.bundle photos -o vectors.csv
+predict features.bundle photos -o nowhere/vectors.npy
 serve nope.bundle
 serve linear.bundle/model.onnx
 serve a=linear.bundle a@1=linear.bundle

@@ -170,11 +170,11 @@ def test_ray_reads_files(run: Run, bundle: Bundle, source: str, tmp_path: Path) 
     assert result.err.startswith(f"error: {source}: --engine ray reads files and folders")
 
 
-def test_features_are_no_classes(run: Run, tmp_path: Path, images: list[Path]) -> None:
-    made = write_bundle(tmp_path / "f.bundle", output="features", labels=None)
+def test_tokens_are_neither_classes_nor_a_vector(run: Run, tmp_path: Path, images: list[Path]) -> None:
+    made = write_bundle(tmp_path / "t.bundle", output="tokens", labels=None)
     result = run("predict", made.root, images[0])
-    assert result.code == 2
-    assert "features" in result.err
+    assert (result.code, result.out) == (2, "")
+    assert "gives tokens, no vector of each image" in result.err
 
 
 def test_labels_cannot_drive_the_terminal(run: Run, tmp_path: Path, images: list[Path]) -> None:

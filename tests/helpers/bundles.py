@@ -57,6 +57,7 @@ def graph(
     weight: np.ndarray[Any, Any],
     batch: int | None = None,
     features: np.ndarray[Any, Any] | None = None,
+    output: str = "logits",
 ) -> bytes:
     """Normalise if the input is uint8, flatten, one MatMul for each output in the given precision, float32
     outside."""
@@ -80,10 +81,10 @@ def graph(
         helper.make_node("Cast", ["flat"], ["narrow"], name="narrow", to=inner),
         helper.make_node("Cast", ["weight"], ["narrow_weight"], name="narrow_weight", to=inner),
         helper.make_node("MatMul", ["narrow", "narrow_weight"], ["product"], name="head"),
-        helper.make_node("Cast", ["product"], ["logits"], name="widen", to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["product"], [output], name="widen", to=TensorProto.FLOAT),
     ]
     size = batch or "N"
-    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [size, len(LABELS)])]
+    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, [size, len(LABELS)])]
     if features is not None:
         constants.append(numpy_helper.from_array(features, "second"))
         nodes += [
@@ -139,7 +140,7 @@ def write_bundle(
     Args:
         features: gives it a second output, ``features``, which is right if these are FEATURES.
     """
-    batch = batch or BatchRange(1, 2, 8)
+    batch, output = batch or BatchRange(1, 2, 8), manifest.get("output", "logits")
     arrays = golden_arrays(kind) if golden is None else golden
     if features is not None:
         arrays.setdefault("reference.features", answer(arrays["pixel_values"], kind, FEATURES))
@@ -154,13 +155,15 @@ def write_bundle(
             "labels": LABELS,
             "parameters": weight.size,
             "provenance": Provenance(source="linear", family="test"),
-            "artifacts": tuple(_artifact(precision, kind, batch, features) for precision in precisions),
+            "artifacts": tuple(
+                _artifact(precision, kind, batch, output, features) for precision in precisions
+            ),
             **manifest,
         }
     )
     with BundleWriter(folder) as writer:
         for precision in precisions:
-            data = graph(precision, kind, weight, batch.min if batch.fixed else None, features)
+            data = graph(precision, kind, weight, batch.min if batch.fixed else None, features, output)
             writer.file(FILES[precision]).write_bytes(data)
         if arrays:
             save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, writer.file(GOLDEN))
@@ -169,13 +172,13 @@ def write_bundle(
 
 
 def _artifact(
-    precision: str, kind: str, batch: BatchRange, features: np.ndarray[Any, Any] | None
+    precision: str, kind: str, batch: BatchRange, output: str, features: np.ndarray[Any, Any] | None
 ) -> Artifact:
     size = batch.min if batch.fixed else "N"
     uint8 = kind == "uint8"
     pixels = (SIZE, SIZE, 3) if uint8 else (3, SIZE, SIZE)
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
-    columns = {"logits": len(LABELS)} | ({} if features is None else {"features": features.shape[1]})
+    columns = {output: len(LABELS)} | ({} if features is None else {"features": features.shape[1]})
     proof = PrecisionProof(ops=(OpPrecision(name="head", op="MatMul", dtype=dtype),), ok=True)
     return Artifact(
         name=f"onnx-{precision}",

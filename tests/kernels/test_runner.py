@@ -14,7 +14,7 @@ from vitdeploy_kernels.launch import Launch
 from vitdeploy_kernels.planner import launches
 from vitdeploy_kernels.runner import VitRunner, buckets
 from vitdeploy_kernels.support import UnsupportedError
-from vitdeploy_kernels.vit import VitShape, VitWeights, random_weights
+from vitdeploy_kernels.vit import AbsorbedBlock, Block, VitShape, VitWeights, random_weights
 
 SHAPE = VitShape(image_size=(16, 24), patch=8, width=32, depth=2, heads=2, mlp_width=48, classes=10)
 
@@ -26,31 +26,44 @@ def seeded() -> None:
 
 
 def plain(shape: VitShape, weights: VitWeights, images: Tensor) -> Tensor:
-    """Logits in float64, block by block, from the folded weights."""
+    """Logits, or all tokens, in float64, block by block, from the folded weights."""
     embedding, last, head = weights.embedding, weights.last, weights.head
-    assert last is not None
-    assert head is not None
     x = reference.patch_embed(
         images, embedding.weight, embedding.tokens, shape.patch, shape.prefix, embedding.scale
     )
+    if weights.pre_norm is not None:
+        x = reference.layernorm_linear(x, weights.pre_norm.weight, weights.pre_norm.bias, shape.eps)
+
+    def mlp(x: Tensor, block: Block | AbsorbedBlock) -> Tensor:
+        hidden = reference.layernorm_linear(x, block.fc1.weight, block.fc1.bias, shape.eps, shape.activation)
+        hidden = reference.normalise(hidden, shape.eps) if shape.mlp_norm else hidden
+        return reference.linear_residual(hidden, block.fc2.weight, block.fc2.bias, x)
+
     for block in weights.blocks:
         qkv = reference.layernorm_linear(x, block.qkv.weight, block.qkv.bias, shape.eps)
-        mixed = reference.attention(qkv, shape.heads, shape.scale)
-        x = reference.linear_residual(mixed, block.proj.weight, block.proj.bias, x)
-        hidden = reference.layernorm_linear(x, block.fc1.weight, block.fc1.bias, shape.eps, shape.activation)
-        x = reference.linear_residual(hidden, block.fc2.weight, block.fc2.bias, x)
+        if weights.rotation is not None:
+            q, k, v = qkv.unflatten(2, (3 * shape.heads, -1)).chunk(3, dim=2)
+            cos, sin = weights.rotation[:, :, None].double()
+            q, k = (each * cos + each.roll(shape.head_width // 2, dims=-1) * sin for each in (q, k))
+            qkv = torch.cat([q, k, v], dim=2).flatten(2)
+        bias = None if block.score_bias is None else block.score_bias[..., : shape.tokens]
+        mixed = reference.attention(qkv, shape.heads, shape.scale, bias)
+        x = mlp(reference.linear_residual(mixed, block.proj.weight, block.proj.bias, x), block)
+    if last is None or head is None:
+        return x
     q = reference.layernorm_linear(x[:, 0], last.q.weight, last.q.bias, shape.eps)
     u = reference.head_linear(q.unflatten(1, (shape.heads, -1)), last.key)
-    pooled = reference.absorbed_attention(u, x, shape.scale, shape.eps)
+    normed = reference.normalise(x, shape.eps)
+    scores = u @ normed.transpose(1, 2) * shape.scale
+    pooled = (scores if last.score_bias is None else scores + last.score_bias).softmax(dim=-1) @ normed
     mixed = reference.head_linear(pooled, last.value).flatten(1)
     row = reference.linear_residual(mixed, last.proj.weight, last.proj.bias, x[:, 0])
-    hidden = reference.layernorm_linear(row, last.fc1.weight, last.fc1.bias, shape.eps, shape.activation)
-    row = reference.linear_residual(hidden, last.fc2.weight, last.fc2.bias, row)
+    row = mlp(row, last)
     return reference.layernorm_linear(row, head.weight, head.bias, shape.eps)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    difference = (actual.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    difference = (actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     return float(difference.max())
 
 
@@ -88,9 +101,38 @@ def test_every_route_computes_the_model(device: torch.device, route: Route | Non
     assert "head: fused in layernorm_linear, 10 columns" in lines
 
 
+FAMILY = replace(SHAPE, pre_norm=True, score_bias=True, mlp_norm=True)
+
+
 @pytest.mark.slow
-def test_what_no_kernel_takes_is_left_to_torch_and_named(device: torch.device) -> None:
-    shape = replace(SHAPE, heads=4)  # heads of 8 columns
+@pytest.mark.parametrize("route", [None, "cublas", "fused"])
+def test_a_first_norm_a_bias_and_a_norm_in_the_mlp(device: torch.device, route: Route | None) -> None:
+    weights = random_weights(FAMILY, torch.float16, device)
+    table = table_for(device) if route is None else with_route(table_for(device), route)
+    runner = VitRunner(FAMILY, weights, batches=[2], table=table)
+    images = torch.randn(FAMILY.image_shape(2), device=device)
+    assert error(runner(images), plain(FAMILY, weights, images.half()).to(device)) < 5e-3
+    lines = runner.report
+    assert any("adds nothing to the scores" in line for line in lines), lines
+    if route != "cublas":
+        assert "first norm: fused in layernorm_linear" in lines
+        assert any(line.startswith("MLP: 2/2 blocks fused") and "add_layernorm" in line for line in lines)
+        assert any(line.startswith("attention: 1/2 blocks fused") for line in lines), lines
+
+
+def test_queries_and_keys_are_turned_in_torch(device: torch.device) -> None:
+    shape = replace(SHAPE, rotary=True, queries=None, classes=0)
+    weights = random_weights(shape, torch.float16, device)
+    runner = VitRunner(shape, weights, batches=[2], readout=Tensor.float)
+    images = torch.randn(shape.image_shape(2), device=device)
+    assert error(runner(images), plain(shape, weights, images.half()).to(device)) < 5e-3
+    assert any("rotation in torch: no fused kernel turns queries and keys" in line for line in runner.report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_no_kernel_takes_is_left_to_torch_and_named(device: torch.device, bias: bool) -> None:
+    shape = replace(SHAPE, heads=4, score_bias=bias)  # heads of 8 columns
     weights = random_weights(shape, torch.float16, device)
     runner = VitRunner(shape, weights, batches=[2])
     images = torch.randn(shape.image_shape(2), device=device)

@@ -50,7 +50,9 @@ SPECS = (
     Spec("head_linear", (2, 16, 32), (("heads", 3),)),
     Spec("add_layernorm", (5, 48)),
     Spec("attention", (6, 17, 16), (("heads", 3),)),
+    Spec("attention", (6, 17, 16), (("heads", 3), ("biased", 1))),
     Spec("layernorm_attention", (6, 17, 48), (("heads", 3),)),
+    Spec("layernorm_attention", (6, 17, 48), (("heads", 3), ("biased", 1))),
     Spec("absorbed_attention", (2, 17, 48), (("rows", 3),)),
 )
 TINY = VitShape(image_size=(16, 16), patch=8, width=48, depth=3, heads=3, mlp_width=96, classes=10)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.helpers import interpreter
 from tests.helpers.models import CONFIGS, SMALL, pixels, random_vit
@@ -35,7 +36,11 @@ def test_rewritten_blocks_over_a_centred_stream_give_the_same_output(config: ViT
     vit = random_vit(config)
     before = {name: p.clone() for name, p in vit.named_parameters()}
     images = pixels(config).double()
-    x = fused.centre_embedding(rewrites.patches_to_gemm(rewrites.doubled(vit.embedding)))(images)
+    embedding = rewrites.patches_to_gemm(rewrites.doubled(vit.embedding))
+    x = fused.centre_embedding(embedding)(images)
+    if embedding.pre_norm is not None:
+        first = fused.centre_norm(embedding.pre_norm)
+        x = first(F.layer_norm(x, x.shape[-1:], eps=config.norm_eps))
     assert x.mean(dim=-1).abs().max() < EXACT
     for part in vit.blocks:
         assert isinstance(part, Block)

@@ -290,7 +290,7 @@ def test_a_fixed_batch(triton: Triton, protocol: str) -> None:
 def test_an_ensemble_without_labels(triton: Triton, protocol: str) -> None:
     raw = np.random.default_rng(4).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     files = [png(Image.fromarray(one)) for one in raw]
-    found = classify(triton, protocol, files, "fea.tures-1_image").as_numpy("logits")
+    found = classify(triton, protocol, files, "fea.tures-1_image").as_numpy("features")
     np.testing.assert_allclose(found, answer(raw, "uint8"), atol=1e-4)
 
 

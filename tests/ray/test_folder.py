@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from vitdeploy.predictor import Prediction
 from vitdeploy.ray import tables
 from vitdeploy.ray.folder import JOB, JobFolder
 from vitdeploy.ray.tables import find_inputs
-from vitdeploy.ray.work import COLUMNS, Item, Result, Stamp
+from vitdeploy.ray.work import Item, Result, Stamp
 
 DOCUMENTATION = ROOT / "docs" / "ray.md"
 IDENTITY = {"bundle_digest": "d" * 64, "artifact": "onnx-fp32", "top_k": 2}
@@ -33,12 +34,37 @@ def answers(*rows: Result) -> Any:
     return tables.split(tables.results(rows))[0]
 
 
+COLUMNS = (
+    *("path", "label", "index", "score", "labels", "indices", "scores", "error"),
+    *("source", "row", "size", "modified"),
+)
+
+
 def bad(source: str, stamp: Stamp = STAMP) -> Result:
     return Result(source, stamp, -1, source, error="no image")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [row for part in sorted(folder.glob("part-*")) for row in pq.read_table(part).to_pylist()]
+
+
+def test_vectors_are_what_the_documentation_says(target: Path) -> None:
+    vector = np.arange(3, dtype=np.float32) / 7
+    given = [Result("/a.jpg", STAMP, -1, "/a.jpg", embedding=vector), bad("/b.jpg")]
+    only_bad, failed = (tables.results([bad("/c.jpg")], 3), tables.failure("why", 3))
+    table, failure = tables.split(pa.concat_tables([tables.results(given, 3), only_bad, failed]))
+    assert failure == "why"
+    with JobFolder(target, IDENTITY) as folder:
+        folder.write([table])
+    (part,) = target.glob("*.parquet")
+    schema = pq.read_schema(part)
+    assert tuple(schema.names) == ("path", "embedding", *COLUMNS[COLUMNS.index("error") :])
+    assert schema.field("embedding").type == pa.list_(pa.field("element", pa.float32()), 3)
+    assert all(f"`{name}`" in DOCUMENTATION.read_text() for name in schema.names)
+    first, second, third = rows(target)
+    assert np.array(first["embedding"], np.float32).tolist() == vector.tolist()
+    assert (first["error"], second["embedding"], second["error"]) == (None, None, "no image")
+    assert (third["path"], third["embedding"]) == ("/c.jpg", None)
 
 
 def test_results_are_what_the_documentation_says(target: Path) -> None:

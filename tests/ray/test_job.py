@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,6 +127,29 @@ def test_a_folder_of_photographs(bundle: Bundle, photos: list[Path], tmp_path: P
                 path.stat().st_size,
                 path.stat().st_mtime_ns,
             )
+
+
+@pytest.mark.usefixtures("_ray")
+def test_vectors_of_photographs(
+    photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = write_bundle(tmp_path / "vectors", output="features", labels=None)
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(photos[0].read_bytes()[:900])
+    flags = ("--engine", "ray", "-o", str(tmp_path / "out"), "--threads", "1")
+    images = [*map(str, photos), str(bad)]
+    assert main(["predict", str(made.root), *images, *flags]) == 2
+    assert f"{PHOTOS} images embedded" in capsys.readouterr().out
+    found = table(tmp_path / "out")
+    assert found[str(bad)]["embedding"] is None
+    assert "damaged or cut short" in found[str(bad)]["error"]
+    vectors = np.array([found[str(path)]["embedding"] for path in photos])
+    expected = answer_images([Image.open(path).convert("RGB") for path in photos])
+    np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-4)
+    assert main(["predict", str(made.root), *images, *flags]) == 2  # the bad one is tried again, no other
+    assert re.match(
+        rf"0 images embedded \(.*\), 1 failed, {PHOTOS} images done earlier", capsys.readouterr().out
+    )
 
 
 @pytest.mark.usefixtures("_ray")

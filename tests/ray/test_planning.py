@@ -145,8 +145,15 @@ def test_what_cannot_be_planned(tmp_path: Path, fields: dict[str, object], messa
         make_plan(request(made.root, **fields))
 
 
-def test_bundles_without_classes(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="features"):
-        make_plan(request(write_bundle(tmp_path / "f", output="features", labels=None).root))
+def test_vectors_are_planned_with_their_columns(tmp_path: Path) -> None:
+    assert make_plan(request(write_bundle(tmp_path / "l").root))[0].vector is None
+    for output in ("features", "embedding"):
+        made = write_bundle(tmp_path / output, output=output, labels=None)
+        assert make_plan(request(made.root))[0].vector == 5
+
+
+def test_bundles_without_either(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gives tokens, neither classes nor a vector"):
+        make_plan(request(write_bundle(tmp_path / "t", output="tokens", labels=None).root))
     with pytest.raises(BundleError):
         make_plan(request(tmp_path))

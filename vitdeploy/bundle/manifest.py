@@ -385,6 +385,22 @@ class Manifest(_Record):
         return self.classifies and self.refuses_images is None
 
     @property
+    def embeds_images(self) -> bool:
+        """Whether image files go in and vectors come out."""
+        return self.vectors is not None and self.refuses_images is None
+
+    @property
+    def vectors(self) -> TensorSpec | None:
+        """The output that is a vector for each image: the embedding, else the features; None where neither
+        comes out."""
+        if self.artifacts:
+            specs = self.artifacts[0].outputs
+        else:
+            specs = tuple(output_spec(self.model, name) for name in self.outputs) if self.model else ()
+        named = {spec.name: spec for spec in specs}
+        return named.get("embedding") or named.get("features")
+
+    @property
     def max_abs(self) -> float | None:
         """The absolute bound on errors that the user gave; it holds for every artifact."""
         return next((record.tolerance.max_abs for record in self.parity), None)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,12 +25,16 @@ from vitdeploy.bundle.manifest import FactSource
 from vitdeploy.checkpoint import families
 from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Family, Foreign, Reading, take_over
+from vitdeploy.checkpoint.families.image_text import TEXT_LEFT_OUT
 from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import Weights
 from vitdeploy.checkpoint.footprint import require_memory
 from vitdeploy.checkpoint.places import from_hub, from_path
 from vitdeploy.checkpoint.refusals import CORRECT
 from vitdeploy.checkpoint.stated import SHAPELESS, Stated
+from vitdeploy.checkpoint.texts import tokenizer
+from vitdeploy.checkpoint.texts.head import zero_shot_head
+from vitdeploy.checkpoint.texts.prompts import ZeroShot
 from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_fields
 from vitdeploy.data import DIGITS, digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, UsageError, did_you_mean
@@ -89,6 +94,7 @@ def open_model(
     classes: int | None = None,
     seed: int = 0,
     stated: Stated | None = None,
+    zero_shot: ZeroShot | None = None,
     revision: str | None = None,
     cache_dir: Path | str | None = None,
 ) -> Checkpoint | UserModule:
@@ -104,6 +110,7 @@ def open_model(
             gets.
         seed: of random weights, where a named variant comes without a checkpoint.
         stated: what the user says; it beats what the files say.
+        zero_shot: the classes of a head that is made for them.
         revision: a branch, tag or commit of the hub; goes with a hub id.
         cache_dir: where downloads are kept, the library's own folder when omitted.
 
@@ -130,7 +137,9 @@ def open_model(
             config = from_library(name.removeprefix(_TIMM), pretrained=False).config
             foreign = replace(foreign, config=config)
     elif name is None or is_variant(name):
-        return _random(name or DEFAULT_MODEL, image_size, classes, seed, said)
+        variant = name or DEFAULT_MODEL
+        drawn = _random(variant, image_size, classes, seed, said)
+        return _with_head(drawn, Foreign(variant, {}), zero_shot, said)
     elif name == DIGITS:
         foreign, files = from_path(digits_folder(), DIGITS)
     elif name.startswith(_TIMM):
@@ -138,10 +147,10 @@ def open_model(
     elif _ENTRY.fullmatch(name) and not Path(name).exists():
         return user_module(_called(name), name, image_size, said)
     elif on_hub:
-        foreign, files = from_hub(name, revision, cache_dir)
+        foreign, files = from_hub(name, revision, cache_dir, () if zero_shot is None else tokenizer.FILES)
     else:
         foreign, files = from_path(Path(name), name)
-    return _convert(foreign, files, template, image_size, classes, said)
+    return _convert(foreign, files, template, image_size, classes, said, zero_shot)
 
 
 def user_module(module: nn.Module, source: str, image_size: Size | None, stated: Stated) -> UserModule:
@@ -218,6 +227,7 @@ def _convert(
     image_size: Size | None,
     classes: int | None,
     stated: Stated,
+    zero_shot: ZeroShot | None,
 ) -> Checkpoint:
     foreign = replace(foreign, wanted=image_size, heads=stated.heads)
     family, foreign, dropped = families.recognise(foreign)
@@ -245,7 +255,7 @@ def _convert(
         facts["heads"] = "user"
     guesses = [note for name, note in assumed.items() if note and facts[name] == "default"]
     preprocess, seen = stated.prepare(reading.preprocess(size), config.channels)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         config=config,
         state=state,
         preprocess=preprocess,
@@ -256,6 +266,33 @@ def _convert(
         facts=facts,
         notes=(*files.notes, *dropped, *reading.notes, *guesses, *notes, *seen),
         provenance=files.files,
+    )
+    return _with_head(checkpoint, foreign, zero_shot, stated)
+
+
+def _with_head(
+    checkpoint: Checkpoint, foreign: Foreign, zero_shot: ZeroShot | None, stated: Stated
+) -> Checkpoint:
+    """The checkpoint with the zero-shot head that is asked for."""
+    if zero_shot is None:
+        return checkpoint
+    head = zero_shot_head(zero_shot, checkpoint.config, foreign)
+    config: Any = checkpoint.config
+    facts: dict[str, FactSource] = {**checkpoint.facts, "labels": "user"}
+    if stated.scores is None:
+        facts["scores"] = head.scores_from
+    # It was read, after all.
+    read = zero_shot.vectors is None
+    notes = [note for note in checkpoint.notes if not (read and note == TEXT_LEFT_OUT)]
+    return replace(
+        checkpoint,
+        config=replace(config, classes=len(head.labels), head_on="embedding"),
+        state={**checkpoint.state, "head.weight": head.weight, "head.bias": head.bias},
+        labels=head.labels,
+        scores=stated.scores or head.scores,
+        facts=facts,
+        notes=(*notes, *head.notes),
+        provenance={**head.files, **checkpoint.provenance},
     )
 
 
@@ -297,6 +334,8 @@ _MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias")
 
 def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
     (height, width), (old_height, old_width) = size, reading.config.image_size
+    if size == reading.config.image_size:
+        return f"positions interpolated at their own {height}x{width} pixels, as {family} does"
     return f"positions interpolated from {old_height}x{old_width} to {height}x{width} pixels as {family} does"
 
 

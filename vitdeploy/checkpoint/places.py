@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     config, files = _description(folder, whole=path.is_dir(), of_open_clip=of_open_clip)
     processor, read = (None, {}) if config is None or of_open_clip else _processor(folder)
     refuse_quantised(source, weights.state, config)
-    foreign = Foreign(source, weights.state, config, processor)
+    foreign = Foreign(source, weights.state, config, processor, folder=folder)
     return foreign, replace(weights, files={**weights.files, **files, **read})
 
 
@@ -133,8 +133,14 @@ def _description(
     return None, {}
 
 
-def from_hub(name: str, revision: str | None, cache_dir: Path | str | None) -> tuple[Foreign, Weights]:
-    """Download a model of the Hugging Face hub, or take it from the local cache."""
+def from_hub(
+    name: str, revision: str | None, cache_dir: Path | str | None, also: Sequence[str] = ()
+) -> tuple[Foreign, Weights]:
+    """Download a model of the Hugging Face hub, or take it from the local cache.
+
+    Args:
+        also: files to have beside those that every model needs.
+    """
     if name.startswith(("/", ".", "~")) or Path(name).suffix.lower() in SUFFIXES:
         raise not_there(name)
     if not _HUB_ID.fullmatch(name):
@@ -151,7 +157,7 @@ def from_hub(name: str, revision: str | None, cache_dir: Path | str | None) -> t
         raise MissingDependency("huggingface-hub", extra="hub", purpose=purpose) from error
     try:
         for weights in _HUB_WEIGHTS:
-            wanted = [*_HUB_FILES, *weights]
+            wanted = [*_HUB_FILES, *also, *weights]
             folder = Path(
                 snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
             )

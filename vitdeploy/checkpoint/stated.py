@@ -101,7 +101,7 @@ class Stated:
         if self.labels is None:
             return read
         if isinstance(self.labels, (str, os.PathLike)):
-            labels = _read_labels(Path(self.labels))
+            labels = read_labels(Path(self.labels), "--labels")
         else:
             labels = tuple(map(str, self.labels))
         check_labels(labels, classes)
@@ -282,8 +282,11 @@ def _covers(covers: bool, resize: int | Size, size: Size) -> None:
         )
 
 
-def _read_labels(path: Path) -> tuple[str, ...]:
+def read_labels(path: Path, flag: str) -> tuple[str, ...]:
     """Labels of a file: one per line; or JSON, a list, numbers to names, or an object with ``id2label``.
+
+    Args:
+        flag: by which the user gave it, for errors.
 
     Raises:
         UsageError: the file is missing, empty, or numbers its labels otherwise than from 0.
@@ -291,20 +294,20 @@ def _read_labels(path: Path) -> tuple[str, ...]:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except (CheckpointError, UnicodeDecodeError) as error:
-        message = f"--labels {path}: {getattr(error, 'message', 'it is not UTF-8 text')}"
+        message = f"{flag} {path}: {getattr(error, 'message', 'it is not UTF-8 text')}"
         raise UsageError(message, hint="a text file with one label per line, or JSON") from error
     if path.suffix.lower() == ".json":
         try:
             labels = _labels_of(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise UsageError(
-                f"--labels {path}: not a JSON list of labels, nor numbers from 0 to labels",
+                f"{flag} {path}: not a JSON list of labels, nor numbers from 0 to labels",
                 hint='["cat", "dog"], or {"0": "cat", "1": "dog"}',
             ) from error
     else:
         labels = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not labels:
-        raise UsageError(f"--labels {path}: there is no label in it", hint="one per line, in order")
+        raise UsageError(f"{flag} {path}: there is no label in it", hint="one per line, in order")
     return labels
 
 

@@ -26,6 +26,7 @@ EXAMPLES = (
     "vitdeploy export -m B/16 --fp16 --format tensorrt-rtx --arch sm_89,sm_120",
     "vitdeploy export -m my_models:build --image-size 224x320 --dry-run",
     "vitdeploy export -m my_models:build --preprocess imagenet --labels classes.txt",
+    'vitdeploy export -m ./clip-vit-base-patch32 --zero-shot labels.txt --template "a photo of a {}"',
     "vitdeploy export -m timm:vit_small_patch16_224 --checkpoint best.pth.tar --mean 0.5 --std 0.5",
 )
 
@@ -109,6 +110,23 @@ Labels = Annotated[
         metavar="FILE", help="The classes' names: one per line, or JSON.  [default: the checkpoint's]"
     ),
 ]
+ZeroShotFile = Annotated[
+    str | None,
+    typer.Option(
+        "--zero-shot",
+        metavar="FILE",
+        help="Make CLIP or SigLIP a classifier: of labels in a file as --labels takes it, which the "
+        "checkpoint's text tower embeds; or of vectors, label to vector in .safetensors.",
+    ),
+]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help='What is embedded for a label of --zero-shot: "a photo of a {}". Again for several, which are '
+        "averaged.  [default: the label itself]",
+    ),
+]
 PreprocessKind = Annotated[
     str | None,
     typer.Option(
@@ -174,6 +192,8 @@ def command(
     input: Input = "float",
     output_kind: Output = None,
     labels: Labels = None,
+    zero_shot: ZeroShotFile = None,
+    template: Template = None,
     scores: ScoresKind = None,
     preprocess: PreprocessKind = None,
     mean: Mean = None,
@@ -207,6 +227,7 @@ def command(
         raise UsageError(f"{model} is a bundle, and no model to export", hint=hint)
     flags = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
     from vitdeploy.checkpoint.stated import Stated
+    from vitdeploy.checkpoint.texts.prompts import zero_shot_of
     from vitdeploy.exporter.request import ExportRequest
 
     request = ExportRequest(
@@ -232,6 +253,7 @@ def command(
             heads=heads,
             activation=activation,
         ),
+        zero_shot=zero_shot_of(zero_shot, template or ()),
         revision=revision,
         cache_dir=cache_dir,
         atol=atol,

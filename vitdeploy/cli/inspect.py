@@ -101,6 +101,8 @@ def _facts(manifest: Manifest) -> None:
     if manifest.flops:
         rows.append(("compute", f"{output.flops(manifest.flops)} per image"))
     rows.extend((name, _value(spec.name, (spec.dtype, spec.shape))) for name, spec in _tensors(manifest))
+    if labels and getattr(config, "head_on", None) == "embedding":
+        rows.append(("head", f"zero-shot, {len(labels)} labels"))
     if labels:
         rows.append(("labels", _labels(labels)))
     if manifest.classifies:

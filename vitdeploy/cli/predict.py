@@ -1,4 +1,4 @@
-"""``vitdeploy predict``: images in, labels out; here, or as a job on Ray."""
+"""``vitdeploy predict``: images in, labels or vectors out; here, or as a job on Ray."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import csv
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -16,17 +16,22 @@ from vitdeploy.cli import output
 from vitdeploy.errors import ImageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from vitdeploy.backends.base import Array
+    from vitdeploy.bundle.manifest import Manifest
     from vitdeploy.predictor import AnyImage, Prediction, Predictor
     from vitdeploy.ray.job import JobRequest, Summary
 
-SUMMARY = "Classify images."
+SUMMARY = "Classify images, or embed them."
 EXAMPLES = (
     "vitdeploy predict vit.bundle cat.jpg",
     "vitdeploy predict vit.bundle photos/ --top-k 1 --csv > labels.csv",
     "vitdeploy predict vit.bundle cat.jpg --artifact fp16 --json",
     "vitdeploy predict vit.bundle https://example.org/cat.jpg - < dog.jpg",
+    "vitdeploy predict clip.bundle photos/ -o vectors.npy",
     "vitdeploy predict vit.bundle photos/ --engine ray -o labels/",
 )
+_T = TypeVar("_T")
+_TOP_K = 5
 ENGINES = ("local", "ray")
 _DEEP = (".png", ".tif", ".tiff", ".pgm", ".pnm")
 """Files that may have 16-bit grey."""
@@ -34,11 +39,21 @@ _DEEP = (".png", ".tif", ".tiff", ".pgm", ".pnm")
 Engine = Annotated[
     str,
     typer.Option(
-        metavar="E", help="Where to classify: local, or ray, a job that writes Parquet and can be resumed."
+        metavar="E", help="Where to run: local, or ray, a job that writes Parquet and can be resumed."
     ),
 ]
 Out = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results of a job on Ray.")
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE|DIR",
+        help="File for vectors: .npy (names beside it), .parquet or .jsonl. Folder for a job on Ray.",
+    ),
+]
+Dimensions = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Shorten vectors, where the bundle says that its model allows it."),
 ]
 Workers = Annotated[
     int | None,
@@ -85,8 +100,11 @@ def command(
         ),
     ] = None,
     top_k: Annotated[
-        int, typer.Option(min=1, metavar="K", help="How many classes to give for each image.")
-    ] = 5,
+        int | None,
+        typer.Option(
+            min=1, metavar="K", help=f"How many classes to give for each image.  [default: {_TOP_K}]"
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="How many CPU threads the runtime uses.")
     ] = None,
@@ -98,22 +116,30 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per image and class.")] = False,
+    dimensions: Dimensions = None,
     engine: Engine = "local",
     out: Out = None,
     workers: Workers = None,
     batch: Batch = None,
     parquet_column: Column = None,
 ) -> int:
-    """Classify images.
+    """Classify images; or embed them, where the bundle gives embeddings or features.
 
-    An image that cannot be decoded is reported on stderr, the others are still classified, and the
+    An image that cannot be decoded is reported on stderr, the others are still done, and the
     exit code is 2. With --engine ray, images may be in Parquet files, and what an earlier start has
     done is left out.
     """
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
-    only_ray = {"-o": out, "--workers": workers, "--batch": batch, "--parquet-column": parquet_column}
+    only_ray = {"--workers": workers, "--batch": batch, "--parquet-column": parquet_column}
     _check_engine(engine, only_ray, as_csv)
+    from vitdeploy.bundle.folder import Bundle
+
+    opened = Bundle.open(bundle)
+    _check_output(opened.manifest, top_k, dimensions, as_csv)
+    into_file = out is not None and engine == "local" and opened.manifest.vectors is not None
+    classes = opened.manifest.classifies and not into_file
+    what = "classified" if classes else "embedded"
     if engine == "ray":
         if out is None:
             raise UsageError("--engine ray writes its results into a folder", hint="-o DIR")
@@ -128,30 +154,62 @@ def command(
             backend=backend,
             artifact=artifact,
             provider=provider,
-            top_k=top_k,
+            top_k=top_k or _TOP_K,
             threads=threads,
             workers=workers,
             batch=batch,
         )
-        return _on_ray(request, as_json)
+        return _on_ray(request, what, as_json)
     from vitdeploy.backends.base import Options
     from vitdeploy.predictor import Predictor
 
+    if out is not None:
+        _check_file(opened.manifest, out)
     options = Options(threads=threads, provider=provider)
-    results: list[dict[str, Any]] = []
-    write = results.append if as_json else _csv_writer() if as_csv else _print
-    with Predictor.open(bundle, backend=backend, artifact=artifact, options=options) as predictor:
-        sources, broken = _sources(images)
+    with Predictor.open(opened, backend=backend, artifact=artifact, options=options) as predictor:
+        sources, missing = _sources(images)
+        if predictor.note:
+            output.note(predictor.note)
         began = time.perf_counter()
-        failed = _classify(predictor, sources, top_k, write)
+        if classes:
+            failed = _classify(predictor, sources, top_k or _TOP_K, as_json, as_csv)
+        else:
+            failed = _embed(predictor, sources, missing, out, as_json)
         seconds = time.perf_counter() - began
     if sources and any(Path(argument).is_dir() for argument in images):
         done, speed = output.count(len(sources) - failed, "image"), len(sources) / max(seconds, 1e-9)
-        output.note(f"{done} classified, {failed} failed, {speed:.1f} images/s")
-    broken += failed
-    if as_json:
-        output.json_document({"images": results})
-    return ImageError.exit_code if broken else 0
+        output.note(f"{done} {what}, {failed} failed, {speed:.1f} images/s")
+    return ImageError.exit_code if missing + failed else 0
+
+
+def _check_output(manifest: Manifest, top_k: int | None, dimensions: int | None, as_csv: bool) -> None:
+    """Raise a UsageError for flags of what the bundle does not give."""
+    if dimensions is not None:
+        raise UsageError(
+            f"--dimensions {dimensions}: the bundle does not say that its vectors can be shortened",
+            hint="leave it out, and get the whole vectors",
+        )
+    if not manifest.classifies:
+        for flag, given in (("--top-k", top_k is not None), ("--csv", as_csv)):
+            if given:
+                raise UsageError(
+                    f"{flag} is for classes, and the bundle gives {manifest.gives}",
+                    hint="-o FILE.npy, FILE.parquet or FILE.jsonl writes vectors",
+                )
+
+
+def _check_file(manifest: Manifest, out: Path) -> None:
+    """Raise a UsageError where no file can be written: of classes, or of an unknown kind."""
+    from vitdeploy.cli.vectors import FORMATS
+
+    if manifest.vectors is None:
+        raise UsageError(
+            f"-o {out}: only --engine ray has it, and bundles of embeddings or features; this one gives "
+            f"{manifest.gives}",
+            hint="add --engine ray; or --csv or --json prints the classes",
+        )
+    if out.suffix not in FORMATS:
+        raise UsageError(f"-o {out}: vectors are written as {', '.join(FORMATS)}")
 
 
 def _check_engine(engine: str, only_ray: Mapping[str, object], as_csv: bool) -> None:
@@ -209,23 +267,67 @@ def _standard_input() -> AnyImage:
 
 
 def _classify(
+    predictor: Predictor, sources: Mapping[str, AnyImage], top_k: int, as_json: bool, as_csv: bool
+) -> int:
+    """Print each image's classes; returns how many images could not be read."""
+    images: list[dict[str, Any]] = []
+    write = images.append if as_json else _csv_writer() if as_csv else _print
+    results = predictor.stream(sources.values(), top_k)
+    broken = _each(sources, results, lambda name, result: write(_as_dict(name, result)))
+    if as_json:
+        output.json_document({"images": images})
+    return broken
+
+
+def _embed(
     predictor: Predictor,
     sources: Mapping[str, AnyImage],
-    top_k: int,
-    write: Callable[[dict[str, Any]], None],
+    missing: int,
+    out: Path | None,
+    as_json: bool,
 ) -> int:
-    """Write each image's classes; returns how many images could not be read."""
+    """Write each image's vector, or show it; returns how many images could not be read."""
+    from vitdeploy.cli import vectors
+
+    kind, columns = predictor.vectors.name, int(predictor.vectors.shape[1])
+    results = predictor.stream_vectors(sources.values())
+    if out is None:
+        rows: list[tuple[str, Array]] = []
+        broken = _each(sources, results, lambda name, vector: rows.append((name, vector)))
+        if as_json:
+            output.json_document({"vectors": kind, "images": [vectors.as_dict(*row) for row in rows]})
+        elif rows:
+            vectors.table(rows)
+        return broken
+    with vectors.vector_file(out, list(sources), columns) as write:
+        broken = _each(sources, results, write)
+    done, names = len(sources) - broken, vectors.names_file(out) if out.suffix == ".npy" else None
+    if as_json:
+        counts = {"images": done, "failed": broken, "missing": missing}
+        where = {"output": str(out), "names": names and str(names)}
+        ok = not (broken or missing)
+        output.json_document({"ok": ok, **where, "vectors": kind, "columns": columns, **counts})
+    else:
+        beside = f", names in {names}" if names else ""
+        output.line(f"{kind} of {output.count(done, 'image')}, {columns} columns: {out}{beside}")
+    return broken
+
+
+def _each(
+    sources: Mapping[str, AnyImage],
+    results: Iterator[_T | ImageError],
+    write: Callable[[str, _T], None],
+) -> int:
+    """Write what became of each image; returns how many could not be read, each an error of its own."""
     from vitdeploy.images.decode import is_deep_grey
 
     broken, scaled = 0, False
-    if predictor.note:
-        output.note(predictor.note)
-    for name, result in zip(sources, predictor.stream(sources.values(), top_k), strict=True):
+    for name, result in zip(sources, results, strict=True):
         if isinstance(result, ImageError):
             broken += 1
             output.error(result.message, result.hint)
             continue
-        write(_as_dict(name, result))
+        write(name, result)
         if not scaled and name.lower().endswith(_DEEP) and is_deep_grey(name):
             scaled = True
             output.note(
@@ -235,7 +337,7 @@ def _classify(
     return broken
 
 
-def _on_ray(request: JobRequest, as_json: bool) -> int:
+def _on_ray(request: JobRequest, what: str, as_json: bool) -> int:
     from vitdeploy.ray.job import run_job
 
     with output.Stages() as stages, output.stdout_is_ours():
@@ -251,7 +353,7 @@ def _on_ray(request: JobRequest, as_json: bool) -> int:
         earlier = f", {output.count(summary.earlier, 'image')} done earlier" if summary.earlier else ""
         speed = f" ({summary.images_per_s:.1f} images/s)" if summary.seconds else ""
         output.line(
-            f"{output.count(summary.images, 'image')} classified{speed}, {summary.failed} failed{earlier}: "
+            f"{output.count(summary.images, 'image')} {what}{speed}, {summary.failed} failed{earlier}: "
             f"{request.output}"
         )
     return ImageError.exit_code if bad else 0

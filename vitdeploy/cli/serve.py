@@ -115,9 +115,10 @@ def command(
     """Serve bundles over HTTP and gRPC until Ctrl-C or SIGTERM, which loses no request.
 
     The Open Inference Protocol v2 (tritonclient works unchanged), image files at
-    /v1/models/NAME:predict, Prometheus metrics at /metrics, a page to try images at /. Each bundle is
-    checked against its golden outputs before it takes requests; one that is replaced on disk is loaded
-    anew without a gap. Requests of all clients are batched together.
+    /v1/models/NAME:predict, or for vectors at /v1/embeddings (openai's client works unchanged),
+    Prometheus metrics at /metrics, a page to try images at /. Each bundle is checked against its golden
+    outputs before it takes requests; one that is replaced on disk is loaded anew without a gap. Requests
+    of all clients are batched together.
     """
     from vitdeploy.backends.base import Options
     from vitdeploy.server.process import Endpoint, run_server
@@ -148,5 +149,10 @@ def _started(server: RunningServer) -> None:
         takes = f"tensors at {server.url}/v2/models/{model.name}/infer"
         if model.bundle.manifest.classifies_images:
             takes = f"curl --data-binary @IMAGE {server.url}/v1/models/{model.name}:predict"
+        elif model.bundle.manifest.embeds_images:
+            takes = (
+                "curl -H Content-Type:image/jpeg --data-binary @IMAGE "
+                f"{server.url}/v1/embeddings?model={model.name}"
+            )
         output.note(f"  {model.name} version {model.version}: {takes}")
     output.note(f"serving {server.url}" + (f", gRPC {server.grpc}" if server.grpc else ""))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vitdeploy.bundle.manifest import AOT
 from vitdeploy.checkpoint.stated import Stated
+from vitdeploy.checkpoint.texts.prompts import ZeroShot
 from vitdeploy.config import OUTPUTS, BatchRange, Output, Precision, Size, is_output, layer_of
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus
@@ -98,6 +99,8 @@ class ExportRequest:
     """As :func:`parse_outputs` takes it."""
     stated: Stated = field(default_factory=Stated)
     """What the user says of the model."""
+    zero_shot: ZeroShot | None = None
+    """The classes of a head that is made for them."""
     revision: str | None = None
     """Of a model on the hub."""
     cache_dir: Path | None = None
@@ -124,6 +127,8 @@ class ExportRequest:
                         f"unknown {what} {name!r}{did_you_mean(name, choices)}",
                         hint=f"known: {', '.join(choices)}",
                     )
+        if self.zero_shot is not None and self.stated.labels is not None:
+            raise UsageError("--zero-shot names the classes, and --labels does, too", hint="leave one out")
         if self.atol is not None and not self.atol > 0:
             raise UsageError(f"atol must be positive, not {self.atol}")
         if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:

@@ -196,9 +196,13 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
             image_size=request.image_size,
             seed=request.seed,
             stated=request.stated,
+            zero_shot=request.zero_shot,
             revision=request.revision,
             cache_dir=request.cache_dir,
         )
+    if request.zero_shot is not None and isinstance(opened, UserModule):
+        message = f"{opened.source} is exported as it is, and takes no zero-shot head"
+        raise UsageError(message, hint="make the head where the module is made")
     subject = subject_of(opened, request.outputs, request.input)
     for flag, said in (("--scores", request.stated.scores), ("--labels", request.stated.labels)):
         if said is not None and "logits" not in subject.outputs:

@@ -1,8 +1,9 @@
-"""A ViT's weights for the fused kernels: the exact rewrites of ``rewrites.py``, and three more.
+"""A ViT's weights for the fused kernels: the exact rewrites of ``rewrites.py``, and four more.
 
 LayerNorm's gain and shift move into the linear layer behind it; the residual stream, which only LayerNorm
-reads, is centred, so that its rows' means are zero; and uint8 pixels count from 128, which every reduced
-precision holds exactly. Everything happens in float64, and each weight is rounded once.
+reads, is centred, so that its rows' means are zero; a LayerNorm that writes this stream becomes a linear
+layer behind a plain one; and uint8 pixels count from 128, which every reduced precision holds exactly.
+Everything happens in float64, and each weight is rounded once.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError, UsageError
 from vitdeploy.model import deployed
+from vitdeploy.model.positions import rotation
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
 from vitdeploy.model.rewrites import (
     BLOCK_REWRITES,
@@ -28,6 +31,7 @@ from vitdeploy.model.rewrites import (
     patches_to_gemm,
     queries_read,
     read_out,
+    score_bias_of,
 )
 from vitdeploy.model.vit import Block, Readout, ViT
 from vitdeploy_kernels import planner
@@ -55,8 +59,9 @@ class FusedModel:
 def fold_norms(block: Block) -> Block:
     """(n g + b) W = n (g W) + b W: LayerNorm's gain and shift become part of the linear layers behind it."""
     block = edited(block)
-    attn = block.attn
-    for norm, linears in ((block.norm1, (attn.q, attn.k, attn.v)), (block.norm2, (block.mlp.fc1,))):
+    attn, mlp = block.attn, block.mlp
+    norms = [(block.norm1, (attn.q, attn.k, attn.v)), (block.norm2, (mlp.fc1,))]
+    for norm, linears in norms if mlp.norm is None else [*norms, (mlp.norm, (mlp.fc2,))]:
         for linear in linears:
             offset, bias = linear.weight @ norm.bias, bias_of(linear)
             linear.bias = parameter(offset if bias is None else bias + offset)
@@ -85,6 +90,12 @@ def centre_embedding(embedding: deployed.DeployedEmbedding) -> deployed.Deployed
     return deployed.DeployedEmbedding(linear, tokens, embedding.config, channels_last=embedding.channels_last)
 
 
+def centre_norm(norm: deployed.Norm) -> deployed.Linear:
+    """n g + b, which the stream begins with, less its mean over columns: linear in n as well."""
+    gain = norm.weight.detach()
+    return deployed.Linear(gain.diag() - gain[:, None] / len(gain), norm.bias - norm.bias.mean())
+
+
 @torch.no_grad()
 def fuse(
     vit: ViT,
@@ -111,7 +122,11 @@ def fuse(
         if preprocess is None:
             raise ValueError("uint8 input needs the preprocessing whose mean and std to fold")
         embedding = fold_normalisation(embedding, preprocess)
-    projection = _projection(centre_embedding(embedding), dtype)
+    projection, first = _projection(centre_embedding(embedding), dtype), None
+    if embedding.pre_norm is not None:
+        linear = centre_norm(embedding.pre_norm)
+        ones, bias = torch.ones_like(embedding.pre_norm.weight), linear.bias
+        first = _moved(fold_layernorm(ones, torch.zeros_like(ones), linear.weight, bias, dtype), device)
     blocks: list[kernels.Block] = []
     last: kernels.AbsorbedBlock | None = None
     for index, part in enumerate(vit.blocks):
@@ -119,24 +134,35 @@ def fuse(
         if index < shape.full_blocks:
             blocks.append(_moved(_full(block, dtype), device))
         else:
-            last = _moved(_absorbed(block, dtype), device)
+            last = _moved(_absorbed(block, shape.queries or 0, dtype), device)
     readout = doubled(vit.readout)
     head = None
     if shape.classes and readout.head is not None and readout.norm is not None:
         head = _folded(readout.norm, readout.head, dtype)
     weights = kernels.VitWeights(
-        _moved(projection, device), tuple(blocks), last, head and _moved(head, device)
+        embedding=_moved(projection, device),
+        blocks=tuple(blocks),
+        last=last,
+        head=head and _moved(head, device),
+        pre_norm=first,
+        rotation=_moved(_rotation(config), device) if config.rotary is not None else None,
     )
     _check_range(weights, dtype)
-    return FusedModel(shape, weights, None if head else _readout(readout, output, dtype, device))
+    absorbed = shape.queries is not None
+    return FusedModel(shape, weights, None if head else _readout(readout, output, absorbed, dtype, device))
 
 
 def kernel_shape(config: ViTConfig, output: Output, input_kind: InputKind) -> kernels.VitShape:
-    """The kernels' view of a configuration; a head is fused over a CLS token without a layer in between."""
+    """The kernels' view of a configuration.
+
+    A head is fused over a CLS token without a layer in between. Where keys are rotated, the last block is a
+    block like the others: absorbed, it would have to project and turn the keys of every token all the same.
+    """
     if beyond := config.beyond_kernels(output):
         raise UsageError(f"there are no fused kernels for {', '.join(beyond)}")
     plain = output == "logits" and config.pool == "cls" and not config.representation_width
     plain = plain and config.head_on == "features" and config.final_norm in ("tokens", "pooled", "read")
+    plain = plain and config.rotary is None
     return kernels.VitShape(
         image_size=config.image_size,
         patch=config.patch_size,
@@ -147,9 +173,13 @@ def kernel_shape(config: ViTConfig, output: Output, input_kind: InputKind) -> ke
         heads=config.heads,
         mlp_width=config.mlp_width,
         activation=config.activation,
+        pre_norm=config.pre_norm,
+        rotary=config.rotary is not None,
+        score_bias=config.score_bias,
         gated=config.gated_mlp,
+        mlp_norm=config.mlp_norm,
         eps=config.norm_eps,
-        queries=queries_read(config, (output,)),
+        queries=queries_read(config, (output,)) if config.rotary is None else None,
         classes=config.classes if plain else 0,
         uint8=input_kind == "uint8",
     )
@@ -180,19 +210,20 @@ def _full(block: Block, dtype: torch.dtype) -> kernels.Block:
     parts = (attn.q, attn.k, attn.v)
     weight = torch.cat([part.weight for part in parts]).t()
     zeros = torch.zeros_like(attn.proj.bias)
-    bias = torch.cat([zeros if b is None else b for b in map(bias_of, parts)])
+    bias, added = torch.cat([zeros if b is None else b for b in map(bias_of, parts)]), attn.bias()
     return kernels.Block(
         qkv=fold_layernorm(block.norm1.weight, block.norm1.bias, weight, bias, dtype),
         proj=_linear(attn.proj, dtype),
         fc1=_folded(block.norm2, mlp.fc1, dtype),
         fc2=_linear(mlp.fc2, dtype),
+        score_bias=None if added is None else F.pad(added[None], (0, -len(added[0]) % 8)).to(dtype),
     )
 
 
-def _absorbed(block: Block, dtype: torch.dtype) -> kernels.AbsorbedBlock:
+def _absorbed(block: Block, queries: int, dtype: torch.dtype) -> kernels.AbsorbedBlock:
     """See :func:`vitdeploy.model.rewrites.absorb_last_block`."""
     attn, mlp = block.attn, block.mlp
-    heads = (attn.heads, attn.head_width, -1)
+    heads, added = (attn.heads, attn.head_width, -1), score_bias_of(attn, queries)
     return kernels.AbsorbedBlock(
         q=_folded(block.norm1, attn.q, dtype),
         key=attn.k.weight.reshape(heads).to(dtype).contiguous(),  # (h, d, D)
@@ -200,7 +231,13 @@ def _absorbed(block: Block, dtype: torch.dtype) -> kernels.AbsorbedBlock:
         proj=_linear(attn.proj, dtype),
         fc1=_folded(block.norm2, mlp.fc1, dtype),
         fc2=_linear(mlp.fc2, dtype),
+        score_bias=None if added is None else added.value.float(),
     )
+
+
+def _rotation(config: ViTConfig) -> Tensor:
+    turns = deployed.Rotate(*rotation(config))
+    return torch.stack([turns.cos, turns.sin]).float()
 
 
 def _projection(embedding: deployed.DeployedEmbedding, dtype: torch.dtype) -> kernels.Embedding:
@@ -215,9 +252,8 @@ def _projection(embedding: deployed.DeployedEmbedding, dtype: torch.dtype) -> ke
 
 
 def _readout(
-    readout: Readout, output: Output, dtype: torch.dtype, device: torch.device | str
+    readout: Readout, output: Output, absorbed: bool, dtype: torch.dtype, device: torch.device | str
 ) -> planner.Readout:
-    absorbed = queries_read(readout.config, (output,)) is not None
     deployed_part = read_out(readout, (output,), absorbed=absorbed)
     part = assign_dtypes(deployed_part, "readout", PrecisionPlan(dtype)).to(device)
 

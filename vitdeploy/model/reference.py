@@ -76,7 +76,7 @@ def outputs_float64(
     Returns:
         Each output in float64.
     """
-    return _run(model, pixel_values.double(), outputs, _exact)
+    return _run(model, pixel_values.double(), outputs, run_exact)
 
 
 def forward_float64(model: Reference, pixel_values: Tensor, output: Output | None = None) -> Tensor:
@@ -102,7 +102,8 @@ def _as_it_is(module: nn.Module, *args: object) -> Tensor:
     return result
 
 
-def _exact(module: nn.Module, *args: object) -> Tensor:
+def run_exact(module: nn.Module, *args: object) -> Tensor:
+    """Run a module with its parameters in float64, which it does not keep."""
     parameters = {name: p.double() for name, p in module.named_parameters()}
     result: Tensor = torch.func.functional_call(module, parameters, args)
     return result

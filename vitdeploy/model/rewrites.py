@@ -144,7 +144,7 @@ def _rotate(attn: Attention) -> Rotate | None:
     return Rotate(*(table.to(attn.q.weight) for table in rotation(attn.config)))
 
 
-def _score_bias(attn: Attention, queries: int | None = None) -> ScoreBias | None:
+def score_bias_of(attn: Attention, queries: int | None = None) -> ScoreBias | None:
     """The table of relative positions read out once: (h, T, T), or (Q h, T) of the first Q queries."""
     bias = attn.bias()
     if bias is None:
@@ -166,7 +166,7 @@ def merge_qkv(block: Block) -> DeployedBlock:
         attn.heads,
         attn.scale,
         _rotate(attn),
-        _score_bias(attn),
+        score_bias_of(attn),
     )
     return DeployedBlock(_norm(block.norm1), merged, _norm(block.norm2), _mlp(block.mlp))
 
@@ -196,7 +196,7 @@ def absorb_last_block(block: Block, queries: int) -> AbsorbedBlock:
         _linear(attn.proj),
         attn.scale,
         queries,
-        _score_bias(attn, queries),
+        score_bias_of(attn, queries),
     )
     return AbsorbedBlock(_norm(block.norm1), absorbed, _norm(block.norm2), _mlp(block.mlp))
 

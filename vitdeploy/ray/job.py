@@ -61,11 +61,11 @@ class Summary:
     """How a job ended."""
 
     images: int = 0
-    """Classified now."""
+    """Classified, or embedded, now."""
     earlier: int = 0
     """Found done."""
     failed: int = 0
-    """Given an error instead of labels, now."""
+    """Given an error instead, now."""
     missing: int = 0
     """Paths that name nothing."""
     seconds: float = 0.0
@@ -92,12 +92,17 @@ def make_plan(request: JobRequest) -> tuple[ActorPlan, str]:
     """What every actor will run, and one line on why, where the bundle says so.
 
     Raises:
-        UsageError: no such backend or artifact, a batch that it does not take, no classes to predict.
+        UsageError: no such backend or artifact, a batch that it does not take, neither classes nor vectors.
         BundleError: it is no bundle.
     """
     bundle = Bundle.open(request.bundle)
-    if not bundle.manifest.classifies:
-        raise UsageError(f"{bundle.root}: gives {bundle.manifest.gives}, which are no classes to predict")
+    classes = bundle.manifest.classifies
+    vectors = None if classes else bundle.manifest.vectors
+    if not classes and vectors is None:
+        raise UsageError(
+            f"{bundle.root}: gives {bundle.manifest.gives}, neither classes nor a vector of each image",
+            hint="export with --output logits or --output embedding",
+        )
     if bundle.manifest.refuses_images:
         raise UsageError(f"{bundle.root}: {bundle.manifest.refuses_images}, so it cannot take images")
     if request.top_k < 1:
@@ -115,6 +120,7 @@ def make_plan(request: JobRequest) -> tuple[ActorPlan, str]:
         threads=request.threads or 1,
         batch=request.batch,
         top_k=request.top_k,
+        vector=None if vectors is None else int(vectors.shape[1]),
     )
     note = ""
     if request.backend is None and request.artifact is None and request.provider is None:
@@ -186,10 +192,10 @@ def cut(items: Sequence[Item], workers: int, batch: int) -> Iterator[list[Item]]
 
 
 def run_job(request: JobRequest, progress: Progress | None = None) -> Summary:
-    """Classify images on Ray and write the results as Parquet; images that are done already are left out.
+    """Classify or embed images on Ray and write Parquet; images that are done already are left out.
 
     Raises:
-        UsageError: a flag, the inputs or the output folder; the bundle gives no classes.
+        UsageError: a flag, the inputs or the output folder; the bundle gives neither classes nor vectors.
         BundleError: the bundle cannot be opened, or its runtime fails.
         MissingDependency: Ray is not installed.
         VitdeployError: what the backend says on the machine where it runs.
@@ -212,7 +218,7 @@ def run_job(request: JobRequest, progress: Progress | None = None) -> Summary:
         todo = sum(item.left for item in items)
         summary.earlier = sum(item.rows for item in inputs.items) - todo
         if items:
-            with progress.stage("classify") as stage:
+            with progress.stage("classify" if plan.vector is None else "embed") as stage:
                 _compute(request, plan, items, folder, summary, Reporter(progress, stage, todo, summary))
     return summary
 

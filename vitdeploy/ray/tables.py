@@ -5,18 +5,20 @@ The only file that imports pyarrow.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from vitdeploy.backends.base import Array
 from vitdeploy.errors import ImageError, MissingDependency, UsageError, did_you_mean
 from vitdeploy.images.decode import find_images
 from vitdeploy.images.kinds import unread_line
 from vitdeploy.machine.atomic import atomic_write
-from vitdeploy.ray.work import COLUMNS, Item, Result, Stamp
+from vitdeploy.ray.work import Item, Result, Stamp
 
 Table = Any
 """A ``pyarrow.Table``."""
@@ -25,26 +27,43 @@ _FAILURE = "failure"
 """A column on the way from an actor only: why the whole job cannot go on, as JSON."""
 
 
-def _arrow() -> Any:
+def _arrow(extra: str = "ray") -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise MissingDependency("pyarrow", extra="ray", purpose="reading and writing Parquet") from error
+        raise MissingDependency("pyarrow", extra=extra, purpose="reading and writing Parquet") from error
     return pyarrow
 
 
-def results(rows: Sequence[Result]) -> Table:
-    """Rows of results as a table with ``COLUMNS``, and one for failures."""
-    best = [row.predictions[0] if row.predictions else None for row in rows]
+@contextlib.contextmanager
+def vectors_parquet(file: BinaryIO, columns: int) -> Iterator[Callable[[Sequence[str], Array], None]]:
+    """Context manager: writes names and (n, columns) float32 rows as Parquet, ``path`` and ``embedding``.
+
+    Raises:
+        MissingDependency: pyarrow is not installed.
+    """
+    pa = _arrow("parquet")
+    schema = pa.schema([("path", pa.string()), ("embedding", pa.list_(pa.float32(), columns))])
+    with pa.parquet.ParquetWriter(file, schema) as writer:
+
+        def write(names: Sequence[str], rows: Array) -> None:
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), columns)
+            writer.write_table(pa.Table.from_arrays([pa.array(names, pa.string()), vectors], schema=schema))
+
+        yield write
+
+
+def results(rows: Sequence[Result], vector: int | None = None) -> Table:
+    """Rows of results as a table, and a column for failures.
+
+    Args:
+        vector: columns of the vectors that were computed; None is classes.
+    """
+    answers = _classes(rows) if vector is None else {"embedding": [row.embedding for row in rows]}
     columns: dict[str, list[Any]] = {
         "path": [row.path for row in rows],
-        "label": [p and p.label for p in best],
-        "index": [p and p.index for p in best],
-        "score": [p and p.score for p in best],
-        "labels": [[p.label for p in row.predictions] for row in rows],
-        "indices": [[p.index for p in row.predictions] for row in rows],
-        "scores": [[p.score for p in row.predictions] for row in rows],
+        **answers,
         "error": [row.error for row in rows],
         "source": [row.source for row in rows],
         "row": [None if row.row < 0 else row.row for row in rows],
@@ -52,34 +71,50 @@ def results(rows: Sequence[Result]) -> Table:
         "modified": [row.stamp.modified for row in rows],
         _FAILURE: [None] * len(rows),
     }
-    return _arrow().Table.from_pydict(columns, schema=_schema())
+    return _arrow().Table.from_pydict(columns, schema=_schema(vector))
 
 
-def failure(reason: str) -> Table:
+def _classes(rows: Sequence[Result]) -> dict[str, list[Any]]:
+    best = [row.predictions[0] if row.predictions else None for row in rows]
+    return {
+        "label": [p and p.label for p in best],
+        "index": [p and p.index for p in best],
+        "score": [p and p.score for p in best],
+        "labels": [[p.label for p in row.predictions] for row in rows],
+        "indices": [[p.index for p in row.predictions] for row in rows],
+        "scores": [[p.score for p in row.predictions] for row in rows],
+    }
+
+
+def failure(reason: str, vector: int | None = None) -> Table:
     """A row that is no result, but says why there are no more."""
-    schema = _schema()
+    schema = _schema(vector)
     columns = {name: [reason if name == _FAILURE else None] for name in schema.names}
     return _arrow().Table.from_pydict(columns, schema=schema)
 
 
 def split(table: Table) -> tuple[Table, str | None]:
-    """What an actor gave: its results, with ``COLUMNS``, and its failure."""
+    """What an actor gave: its results, and its failure."""
     reasons = table.column(_FAILURE)
     failed = next((reason for reason in reasons.to_pylist() if reason is not None), None)
-    return table.filter(reasons.is_null()).select(COLUMNS), failed
+    return table.filter(reasons.is_null()).drop_columns([_FAILURE]), failed
 
 
-def _schema() -> Any:
+def _schema(vector: int | None) -> Any:
+    """The columns of results, in their order; docs/ray.md says what they are."""
     pa = _arrow()
     text, whole, real = pa.string(), pa.int32(), pa.float64()
-    types = {
-        "path": text,
+    classes = {
         "label": text,
         "index": whole,
         "score": real,
         "labels": pa.list_(text),
         "indices": pa.list_(whole),
         "scores": pa.list_(real),
+    }
+    types = {
+        "path": text,
+        **(classes if vector is None else {"embedding": pa.list_(pa.float32(), vector)}),
         "error": text,
         "source": text,
         "row": pa.int64(),

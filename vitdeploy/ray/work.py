@@ -6,13 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vitdeploy.backends.base import Array
 from vitdeploy.predictor import Prediction
-
-COLUMNS = (
-    *("path", "label", "index", "score", "labels", "indices", "scores", "error"),
-    *("source", "row", "size", "modified"),
-)
-"""Of the results, in this order; docs/ray.md says what they are."""
 
 
 class Stamp(NamedTuple):
@@ -56,8 +51,10 @@ class Result:
     path: str | None = None
     """The image's name: its file, or what the Parquet file says."""
     predictions: Sequence[Prediction] = ()
+    embedding: Array | None = None
+    """(columns,) float32, where vectors are computed."""
     error: str | None = None
-    """Why it has no predictions."""
+    """Why it has neither."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,8 @@ class ActorPlan:
     top_k: int
     column: str | None = None
     """Where a Parquet file has its images."""
+    vector: int | None = None
+    """Columns of the vectors that come out; None where classes do."""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from vitdeploy.backends.base import Options, get_backend
+import numpy as np
+
+from vitdeploy.backends.base import Array, Options, get_backend
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import BundleError, ImageError, VitdeployError
-from vitdeploy.predictor import Predictor
+from vitdeploy.predictor import Prediction, Predictor
 from vitdeploy.ray import tables
 from vitdeploy.ray.work import ActorPlan, Item, Result
 
@@ -32,9 +35,9 @@ class Classifier:
         try:
             self._predictor = self._predictor or open_predictor(self._plan)
             for rows in self._work(list(tables.items_of(pieces)), self._predictor):
-                yield tables.results(rows)
+                yield tables.results(rows, self._plan.vector)
         except VitdeployError as error:
-            yield tables.failure(json.dumps(error.as_dict()))
+            yield tables.failure(json.dumps(error.as_dict()), self._plan.vector)
 
     def _work(self, items: Sequence[Item], predictor: Predictor) -> Iterator[list[Result]]:
         files = [item for item in items if item.group < 0]
@@ -58,13 +61,22 @@ class Classifier:
     def _classify(
         self, predictor: Predictor, items: Sequence[Item], images: Sequence[_Image]
     ) -> list[Result]:
-        answers = predictor.stream([image for _, _, image in images], self._plan.top_k)
-        return [
-            Result(item.source, item.stamp, row, name, error=answer.message)
-            if isinstance(answer, ImageError)
-            else Result(item.source, item.stamp, row, name, answer)
-            for item, (row, name, _), answer in zip(items, images, answers, strict=True)
-        ]
+        pictures = [image for _, _, image in images]
+        answers: Iterator[Sequence[Prediction] | Array | ImageError]
+        if self._plan.vector is None:
+            answers = predictor.stream(pictures, self._plan.top_k)
+        else:
+            answers = predictor.stream_vectors(pictures)
+        results = []
+        for item, (row, name, _), answer in zip(items, images, answers, strict=True):
+            blank = Result(item.source, item.stamp, row, name)
+            if isinstance(answer, ImageError):
+                results.append(replace(blank, error=answer.message))
+            elif isinstance(answer, np.ndarray):
+                results.append(replace(blank, embedding=answer))
+            else:
+                results.append(replace(blank, predictions=answer))
+        return results
 
 
 def open_predictor(plan: ActorPlan) -> Predictor:

@@ -6,7 +6,6 @@ the extensions of ``service.EXTENSIONS``. Statuses and messages are those of the
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,15 +19,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitdeploy._version import __version__
 from vitdeploy.errors import VitdeployError
-from vitdeploy.server import http_images, pages
+from vitdeploy.server import http_embeddings, http_images, pages
 from vitdeploy.server.codec import parse_json, parse_request, render_response
-from vitdeploy.server.http_io import compressed, error_response, json_response, read_body, until_disconnect
+from vitdeploy.server.http_io import (
+    compressed,
+    error_response,
+    json_response,
+    parsed,
+    read_body,
+    until_disconnect,
+)
 from vitdeploy.server.messages import RequestError
 from vitdeploy.server.service import EXTENSIONS, Service
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
-_IN_A_WORKER = 1 << 18
-"""Bytes of a body from which on it is parsed away from the event loop."""
 
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
@@ -48,6 +52,7 @@ def starlette_application(service: Service) -> Starlette:
     table: list[tuple[str, str, Handler]] = [
         *(("POST", f"{base}/infer", _infer) for base in (model, version)),
         *http_images.ROUTES,
+        *http_embeddings.ROUTES,
         ("GET", "/v2/health/live", _live),
         ("GET", "/v2/health/ready", _ready),
         *(("GET", path, _server) for path in ("/v2", "/v2/")),  # the protocol's documents have both
@@ -179,13 +184,9 @@ async def _all_statistics(request: Request, service: Service) -> Response:
 async def _infer(request: Request, service: Service) -> Response:
     service.require_open()
     service.repository.get(*_where(request))  # before a long body is read for nothing
-    body = memoryview(await read_body(request, service.limits))
-    length = _header_length(request)
-    if len(body) < _IN_A_WORKER:
-        parsed = parse_request(body, length)
-    else:
-        parsed = await asyncio.to_thread(parse_request, body, length)
-    answer = await until_disconnect(request, service.infer(*_where(request), parsed))
+    body = await read_body(request, service.limits)
+    asked = await parsed(parse_request, body, _header_length(request))
+    answer = await until_disconnect(request, service.infer(*_where(request), asked))
     parts, json_length = render_response(answer)
     content, encoding = compressed(b"".join(parts), request.headers.get("accept-encoding", ""))
     headers = {} if json_length is None else {_HEADER_LENGTH: str(json_length)}

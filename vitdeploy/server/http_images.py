@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -39,17 +38,6 @@ async def _predict(request: Request, service: Service) -> Response:
     return json_response(document)
 
 
-async def _models(request: Request, service: Service) -> Response:
-    """The names of all models that are ready."""
-    return json_response({"models": sorted({model.name for model in service.repository.models})})
-
-
-async def _model_ready(request: Request, service: Service) -> Response:
-    """Whether a model is ready, in the words of KServe's protocol v1."""
-    model = service.repository.get(request.path_params["model"])
-    return json_response({"name": model.name, "ready": True})
-
-
 def register_names() -> None:
     """Tell starlette what a model's name looks like in a path: it ends where ``:predict`` begins."""
 
@@ -60,8 +48,6 @@ def register_names() -> None:
 
 
 ROUTES = [
-    ("GET", "/v1/models", _models),
-    ("GET", "/v1/models/{model:name}", _model_ready),
     ("POST", "/v1/models/{model:name}:predict", _predict),
     ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", _predict),
 ]
@@ -131,8 +117,17 @@ def _instances(document: dict[str, Any], most: int) -> list[tuple[str, bytes]]:
         text = instance.get("b64") if isinstance(instance, dict) else None
         if not isinstance(text, str):
             raise RequestError("invalid", f'instances[{index}] is not {{"b64": "..."}}')
-        try:
-            images.append((f"instances[{index}]", base64.b64decode(text, validate=True)))
-        except (binascii.Error, ValueError) as error:
-            raise RequestError("invalid", f"instances[{index}] is not base64: {error}") from error
+        images.append((f"instances[{index}]", bytes_of_base64(text, f"instances[{index}]")))
     return images
+
+
+def bytes_of_base64(text: str, where: str, param: str | None = None) -> bytes:
+    """What a client sent as base64.
+
+    Raises:
+        RequestError: it is none; ``where`` and ``param`` say what.
+    """
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise RequestError("invalid", f"{where} is not base64: {error}", param=param) from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import Awaitable, Mapping
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Concatenate, ParamSpec, TypeVar
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
@@ -16,6 +16,9 @@ from vitdeploy.server.messages import ErrorKind, RequestError
 from vitdeploy.server.service import RequestLimits
 
 _T = TypeVar("_T")
+_More = ParamSpec("_More")
+_IN_A_WORKER = 1 << 18
+"""Bytes of a body from which on it is parsed away from the event loop."""
 _PATIENCE = 0.02
 """Seconds: what is answered sooner is answered whether the client is there or not."""
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
@@ -66,6 +69,18 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
     return _decompressed(body, encoding, limits)
 
 
+async def parsed(
+    parse: Callable[Concatenate[memoryview, _More], _T],
+    body: bytes,
+    *more: _More.args,
+    **named: _More.kwargs,
+) -> _T:
+    """What ``parse`` makes of a body, in a worker where it is long."""
+    if len(body) < _IN_A_WORKER:
+        return parse(memoryview(body), *more, **named)
+    return await asyncio.to_thread(parse, memoryview(body), *more, **named)
+
+
 def compressed(body: bytes, accept: str) -> tuple[bytes, str]:
     """The body as the client's ``Accept-Encoding`` asks for it, and the encoding; "" is as it is."""
     offered = [part.partition(";") for part in accept.lower().split(",")]
@@ -82,12 +97,12 @@ def json_response(document: object, status: int = 200, headers: Mapping[str, str
     return Response(orjson.dumps(document), status, dict(headers or {}), "application/json")
 
 
-def error_response(error: RequestError) -> Response:
-    """A refusal as the protocol has it."""
+def error_response(error: RequestError, content: object = None) -> Response:
+    """A refusal as the protocol has it; another protocol has another ``content`` than the message."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    return json_response({"error": error.message}, _STATUS[error.kind], headers)
+    return json_response({"error": content or error.message}, _STATUS[error.kind], headers)
 
 
 async def until_disconnect(request: Request, work: Awaitable[_T]) -> _T:

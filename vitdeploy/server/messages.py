@@ -26,9 +26,12 @@ class RequestError(Exception):
         kind: whose fault it is, and whether trying again may help.
         message: one line, for the client.
         retry_after: seconds after which trying again makes sense; None where it does not.
+        param: the field of the request that is at fault, where the protocol tells it.
     """
 
-    def __init__(self, kind: ErrorKind, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(
+        self, kind: ErrorKind, message: str, *, retry_after: float | None = None, param: str | None = None
+    ) -> None:
         message = " ".join(message[: 2 * _LONGEST].split())
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST - 3]}..."
@@ -36,6 +39,7 @@ class RequestError(Exception):
         self.kind = kind
         self.message = message
         self.retry_after = retry_after
+        self.param = param
 
 
 @dataclass(frozen=True)

@@ -213,14 +213,36 @@ class ServedModel:
             RequestError: the model gives no classes, or cannot run them now.
         """
         self._require_classes()
+        if top_k < 1:
+            raise RequestError("invalid", f"top_k must be at least 1, not {top_k}")
+        rows = await self._run_images(images, "logits")
+        best = self._predictors[0].best
+        return [row if isinstance(row, ImageError) else best(row, top_k) for row in rows]
+
+    async def embed(self, images: Sequence[bytes]) -> list[Array | ImageError]:
+        """The vectors (columns,) float32 of image files; an image that cannot be decoded has its error.
+
+        Raises:
+            RequestError: the model gives no vectors, or cannot run them now.
+        """
+        if (vectors := self.bundle.manifest.vectors) is None:
+            raise RequestError(
+                "invalid",
+                f"model '{self.name}' gives {self.bundle.manifest.gives}, no vector of each image: "
+                "vitdeploy export --output embedding makes a bundle that does",
+                param="model",
+            )
+        return await self._run_images(images, vectors.name)
+
+    async def _run_images(self, images: Sequence[bytes], output: str) -> list[Array | ImageError]:
+        """One output for each of some image files, through the queue."""
         if reason := self.bundle.manifest.refuses_images:
             raise RequestError(
                 "invalid",
                 f"model '{self.name}' takes no images: its bundle {reason}; tensors go to "
                 f"/v2/models/{self.name}/infer",
+                param="model",
             )
-        if top_k < 1:
-            raise RequestError("invalid", f"top_k must be at least 1, not {top_k}")
         waiting = self._preparing + self._batcher.waiting
         if waiting + len(images) > self.rules.max_queue:
             raise RequestError(
@@ -233,15 +255,16 @@ class ServedModel:
             tensors = await asyncio.gather(*decoding)
         finally:
             self._preparing -= len(images)
-        return await asyncio.gather(*(self._classify(tensor, top_k) for tensor in tensors))
+        return await asyncio.gather(*(self._run_image(tensor, output) for tensor in tensors))
 
-    async def _classify(self, tensor: Array | ImageError, top_k: int) -> list[Prediction] | ImageError:
+    async def _run_image(self, tensor: Array | ImageError, output: str) -> Array | ImageError:
         if isinstance(tensor, ImageError):
             return tensor
         answer = await self._batcher.submit({self.facts.inputs[0].name: tensor[None]})
         self.statistics.answered(answer)
         self._require_finite(answer)
-        return self._predictors[0].best(answer.outputs["logits"][0], top_k)
+        row: Array = answer.outputs[output][0]
+        return row
 
     def _decode(self, data: bytes) -> Array | ImageError:
         try:
@@ -283,7 +306,8 @@ class ServedModel:
     def _require_classes(self) -> None:
         manifest = self.bundle.manifest
         if not manifest.classifies:
-            message = f"model '{self.name}' gives {manifest.gives}, which are no classes"
+            where = "" if manifest.vectors is None else ": its vectors are at /v1/embeddings"
+            message = f"model '{self.name}' gives {manifest.gives}, which are no classes{where}"
             raise RequestError("invalid", message)
 
     def _classes(self, logits: Array, count: int) -> Array:

@@ -205,6 +205,7 @@ def test_a_table_as_it_lies_in_the_file_is_noticed_at_a_size_that_is_not_square(
     opened = agree(model, save(model))
     table = "relative_position_bias.relative_position_bias_table"
     in_file = model.float().state_dict()
+    assert "positions interpolated at their own 24x48 pixels, as beit does" in opened.notes
     plain = {f"blocks.{i}.attn.score_bias": in_file[f"beit.layers.{i}.{table}"] for i in range(3)}
     assert _differs(opened, plain) > 1e-3
 

@@ -203,7 +203,7 @@ def test_arguments_that_change_the_rotation_are_followed(tmp_path: Path) -> None
             "rope_grid_offset 1.0, rope_grid",
         ),
         ("eva02", {"use_rot_pos_emb": False}, None, "use_rot_pos_emb False"),
-        ("eva02", {"global_pool": "map"}, None, "pooling by 'map' is not supported"),
+        ("eva02", {"global_pool": "map"}, None, "attention pooling of the patches alone"),
         ("eva02_apart", {}, "eva02_base_patch16_clip_224", "eva02_base_patch16_clip_224 \\(other rotary"),
         ("eva02_apart", {}, "vit_large_patch16_sapiens2", "sapiens2 \\(keys shared by several heads\\)"),
     ],

@@ -302,7 +302,7 @@ def test_an_absolute_bound_holds_here_too(tmp_path: Path) -> None:
 
 def test_a_model_with_the_features_for_output(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "linear.bundle", output="features", labels=None)
-    with V2Server({"linear": served()}) as server:
+    with V2Server({"linear": served(output=("features", "FP32", [-1, 5]))}) as server:
         report = verify_live(made, LiveRequest(server.url, calls=5))
     assert report.passed, report.failures
     assert report.labels == 0

@@ -58,15 +58,14 @@ FAMILIES: tuple[Family, ...] = (
 _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 
-_OWN = (
-    *(f.name for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS)),
-    *(f.name for f in (beit.FAMILY, blip.FAMILY)),
-    "blip_vision_model",
+_OWN = tuple(
+    f.name
+    for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS, beit.FAMILY)
 )
 """Families of transformers, whose names begin so where a base model is below a head."""
 _PREFIXES = (*_OWN, image_text.PREFIX, open_clip.PREFIX)
 """What belongs to a family's names, even where all of them begin so."""
-_TYPES = (*_OWN, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
+_TYPES = (*_OWN, *blip.MODEL_TYPES, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
 """Model types of transformers that are read."""
 _OTHERS = frozenset(
     (

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Foreign:
     """The image size that the user asks for: it settles the shape of a position table that no file states."""
     heads: int | None = None
     """The heads that the user states."""
+    folder: Path | None = None
+    """Where its files lie; None where there are none."""
 
 
 _MOST = 400
@@ -304,11 +307,11 @@ def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Ten
             state[ours] = tensor
         else:
             have = tuple(reading.state[theirs].shape)
-            got = "" if have == tuple(tensor.shape) else f", giving {_size(tensor.shape)}"
-            wrong.setdefault(theirs, f"is {_size(have)}{got}, must be {_size(shape)}")
+            got = "" if have == tuple(tensor.shape) else f", giving {shape_text(tensor.shape)}"
+            wrong.setdefault(theirs, f"is {shape_text(have)}{got}, must be {shape_text(shape)}")
     notes, unexpected = _left_over(reading, used)
     _refuse_misfit(reading, f"{source} does not fit a {family} model", list(missing), unexpected, wrong)
-    _check_values({reading.in_file(name): reading.state[name] for name in sorted(used)}, source)
+    check_values({reading.in_file(name): reading.state[name] for name in sorted(used)}, source)
     return {ours: _unshared(tensor) for ours, tensor in state.items()}, notes
 
 
@@ -398,11 +401,12 @@ def _joined(names: Sequence[list[str]], place: int) -> list[str]:
     return [*first[:place], "{" + listed + "}", *first[place + 1 :]]
 
 
-def _size(shape: Iterable[int]) -> str:
+def shape_text(shape: Iterable[int]) -> str:
+    """A tensor's shape, as errors have it."""
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
+def check_values(tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuse tensors that hold no usable weights: integers, NaN, infinities."""
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     dtypes = {

@@ -21,10 +21,12 @@ from vitdeploy.checkpoint.families.base import (
     merged_qkv,
     rename_tensors,
 )
+from vitdeploy.checkpoint.families.image_text import PREFIX
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import ViTConfig
 
-_TOWER = "vision_model"
+MODEL_TYPES = ("blip", "blip_vision_model")
+
 _BLOCK = "encoder.layers.{i}"
 _LAYOUT: Layout = {
     **linear("patch_embed", "embeddings.patch_embedding"),
@@ -48,16 +50,16 @@ _IGNORED = {
 
 def _claims(foreign: Foreign) -> bool:
     if foreign.config is not None and "model_type" in foreign.config:
-        return foreign.config["model_type"] in ("blip", "blip_vision_model")
+        return foreign.config["model_type"] in MODEL_TYPES
     return any(
         {f"{prefix}embeddings.class_embedding", f"{prefix}encoder.layers.0.self_attn.qkv.weight"}
         <= foreign.state.keys()
-        for prefix in ("", f"{_TOWER}.")
+        for prefix in ("", f"{PREFIX}.")
     )
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
-    state, originals = rename_tensors(foreign.state, lambda name: name.removeprefix(f"{_TOWER}."))
+    state, originals = rename_tensors(foreign.state, lambda name: name.removeprefix(f"{PREFIX}."))
     given = foreign.config
     if given is not None:
         tower = config_object(given, "vision_config") if given.get("model_type") == "blip" else given
@@ -80,7 +82,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         state=state,
         originals=originals,
         headless=("visual_projection.",),
-        prefix=_TOWER,
+        prefix=PREFIX,
         ignored=_IGNORED,
     )
 

@@ -163,7 +163,7 @@ def config_of(
         **{
             "qkv_bias": bool(config.get("qkv_bias", True)),
             "mlp_width": config_integer(config, "intermediate_size", 3072),
-            "activation": _activation(config),
+            "activation": activation_of(config, "gelu"),
             "classes": _classes(config, find_tensor(layout, state, "head.weight")),
             **fields,
             "norm_eps": config_number(config, "layer_norm_eps", fields["norm_eps"]),
@@ -191,8 +191,13 @@ def _classes(config: Mapping[str, object], head: Tensor | None) -> int:
     return len(labels) if isinstance(labels, (Mapping, tuple)) else 0
 
 
-def _activation(config: Mapping[str, object]) -> Activation:
-    name = config.get("hidden_act", "gelu")
+def activation_of(config: Mapping[str, object], default: str) -> Activation:
+    """The activation by its name in transformers.
+
+    Raises:
+        CheckpointError: it is none that is known.
+    """
+    name = config.get("hidden_act", default)
     if not isinstance(name, str) or name not in ACTIVATIONS:
         guess = did_you_mean(str(name), ACTIVATIONS)
         raise CheckpointError(

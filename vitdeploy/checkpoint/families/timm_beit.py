@@ -99,8 +99,9 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     if table is not None and table.ndim == 2 and table.shape[1]:
         columns = table.shape[1]
         heads = known_heads(architecture, arguments) or (lambda width: columns)
-        if "pos_embed" not in state and not architecture:
-            fields["image_size"] = _own_size(foreign.source, len(table), state, sizes)
+        weight = state["patch_embed.proj.weight"]
+        if "pos_embed" not in state and not architecture and weight.ndim == 4 and weight.shape[-1]:
+            fields["image_size"] = _own_size(foreign.source, len(table), weight.shape[-1], sizes)
     if "pos_embed" not in state:
         fields |= {"position": "none", "position_prefix": 0}
     reading = reading_of(foreign, template, _layout(state), state, originals, heads=heads, **fields)
@@ -112,13 +113,12 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     )
 
 
-def _own_size(source: str, rows: int, state: Mapping[str, Tensor], sizes: Sequence[Size]) -> Size:
+def _own_size(source: str, rows: int, patch: int, sizes: Sequence[Size]) -> Size:
     """The image size that a table of relative positions is for: one of ``sizes``, or a square.
 
     Raises:
         CheckpointError: it is for none of them.
     """
-    patch = state["patch_embed.proj.weight"].shape[-1]
     side = (math.isqrt(max(rows - 3, 0)) + 1) // 2 * patch
     for height, width in (*sizes, (side, side)):
         if (2 * (height // patch) - 1) * (2 * (width // patch) - 1) == rows - 3:

@@ -27,9 +27,9 @@ from vitdeploy.checkpoint.families.base import (
     height_and_width,
     join_halves,
     linear,
-    part,
     rename_tensors,
     sole_head,
+    third,
 )
 from vitdeploy.checkpoint.families.infer import heads_of_64, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
@@ -118,7 +118,7 @@ def _layout(state: Mapping[str, Tensor], interleaved: int | None) -> Layout:
         weight, bias = (
             (f"{name}_proj.weight", f"{name}_proj.bias") if apart else ("qkv.weight", f"{name}_bias")
         )
-        pick = order if apart else _then(part(index), order)
+        pick = order if apart else _then(third(index), order)
         attention[f"blocks.{{i}}.attn.{name}.weight"] = Source(f"blocks.{{i}}.attn.{weight}", pick)
         attention[f"blocks.{{i}}.attn.{name}.bias"] = Source(f"blocks.{{i}}.attn.{bias}", order)
     return {
