@@ -102,6 +102,17 @@ def test_weights_alone_take_any_batch_size(weights_bundle: Make, compiler: Compi
 
 
 @pytest.mark.slow
+def test_several_outputs(weights_bundle: Make, compiler: Compiler) -> None:
+    others = ("tokens", "layer_0")
+    for outputs in (("logits", *others), ("logits",)):  # one is not taken for the other
+        with AotInductor().load(weights_bundle(outputs=outputs), None, Options()) as session:
+            records = check_session(session, golden(others=others), batches=[3])
+        assert [record.output or "logits" for record in records] == list(outputs)
+        assert all(record.passed for record in records), records
+    assert len(compiler.calls) == 2
+
+
+@pytest.mark.slow
 def test_uint8_images_are_normalised_by_the_session(weights_bundle: Make, compiler: Compiler) -> None:
     images = np.random.default_rng(0).integers(0, 256, size=(5, *CONFIG.image_size, 3), dtype=np.uint8)
     exact = (images / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)

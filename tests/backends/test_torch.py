@@ -48,6 +48,19 @@ def test_every_output(weights_bundle: Make, output: str) -> None:
     assert shape[1:] == spec.shape[1:]
 
 
+@pytest.mark.parametrize("backend", [Torch(), TorchCompile()])
+def test_several_outputs(weights_bundle: Make, monkeypatch: pytest.MonkeyPatch, backend: Torch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, fullgraph, options: compile_(f, fullgraph=fullgraph, backend="eager")
+    )
+    outputs, others = ("logits", "tokens", "layer_1"), ("tokens", "layer_1")
+    with backend.load(weights_bundle(outputs=outputs), None, Options()) as session:
+        records = check_session(session, golden(others=others), batches=[1, 3])
+    assert [record.output for record in records] == 2 * list(outputs)
+    assert all(record.passed for record in records), records
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_artifacts_precision(weights_bundle: Make, precision: ArtifactPrecision) -> None:
     with Torch().load(weights_bundle(), artifact(precision), Options()) as session:

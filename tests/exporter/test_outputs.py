@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tests.exporter.test_run import Recorder, folder
@@ -196,3 +197,26 @@ def test_islands_are_searched_for_all_outputs_together(tmp_path: Path) -> None:
     assert not {"head", "blocks.0.attn.qkv", "blocks.1.mlp.fc1"} & set(artifact.islands)
     assert "onnx-fp16 on emulation, batch 8, embedding" in (artifact.fallback or "")
     assert all(record.passed for record in made.manifest.parity)
+
+
+@pytest.mark.slow
+def test_outputs_of_a_clip_are_transformers_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=24)
+    theirs = transformers.CLIPVisionModelWithProjection(config).eval()
+    theirs.save_pretrained(tmp_path / "clip")
+    asked = ExportRequest(
+        model=tmp_path / "clip", batch=RANGE, formats=("onnx",), output="embedding,tokens,layers:0"
+    )
+    made = run_export(asked, tmp_path / "out.bundle")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found = theirs.double()(pixels.double(), output_hidden_states=True)
+    embedding = found.image_embeds / found.image_embeds.norm(dim=-1, keepdim=True)
+    expected = {"embedding": embedding, "tokens": found.last_hidden_state, "layer_0": found.hidden_states[1]}
+    with get_backend("onnxruntime").load(made, made.artifact("fp32"), Options()) as session:
+        outputs = session.run({"pixel_values": pixels.numpy()})
+    assert outputs.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(outputs[name], tensor.numpy(), atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,11 @@ def artifact(precision: ArtifactPrecision) -> Artifact:
     )
 
 
-def golden(config: ViTConfig = CONFIG, output: str | None = None) -> dict[str, np.ndarray[Any, Any]]:
-    images = pixels(config, 5)
-    reference = forward_float64(random_vit(config), images, output)
-    return {"pixel_values": images.numpy(), "reference": reference.numpy()}
+def golden(
+    config: ViTConfig = CONFIG, output: str | None = None, others: Sequence[str] = ()
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs and the reference's answers for an output, and for ``others`` beside it."""
+    images, vit = pixels(config, 5), random_vit(config)
+    wanted = {"reference": output} | {f"reference.{other}": other for other in others}
+    answers = {key: forward_float64(vit, images, name).numpy() for key, name in wanted.items()}
+    return {"pixel_values": images.numpy(), **answers}

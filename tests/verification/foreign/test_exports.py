@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,9 @@ import transformers
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 import vitdeploy
-from tests.helpers.models import CONFIGS, random_state
 from tests.helpers.strangers import TORCHSCRIPT_OPSETS, Plain, Strangers, edited, export_torchscript, in_fp16
-from vitdeploy.checkpoint.opening import Checkpoint, save_folder
 from vitdeploy.config import Preprocess
 from vitdeploy.errors import UsageError
-from vitdeploy.model.reference import Reference
-from vitdeploy.model.registry import build_reference
 from vitdeploy.verification.foreign.onnx_file import OnnxFile
 from vitdeploy.verification.foreign.report import ForeignReport
 
@@ -297,31 +292,32 @@ def test_the_tokens_of_a_model_without_a_head(tmp_path: Path, strangers: Strange
 
 
 class Embedding(torch.nn.Module):
-    """A model that gives what it projects to, as transformers' CLIPModel does, or its vision tower alone."""
+    """What a vision tower projects to: of length 1, as CLIPModel gives it, or as the tower alone does."""
 
-    def __init__(self, vit: Reference, *, normalise: bool, shift: float = 0.0) -> None:
+    def __init__(self, tower: torch.nn.Module, *, normalise: bool, shift: float) -> None:
         super().__init__()
-        self.vit, self.normalise, self.shift = vit, normalise, shift
-        self.projection = vit.state_dict()["readout.projection.weight"]
+        self.tower, self.normalise, self.shift = tower, normalise, shift
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.vit(pixel_values, "tokens")
-        embeds = self.vit(pixel_values, "features") @ self.projection.t() + self.shift
-        return tokens, embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds
+        given = self.tower(pixel_values)
+        embeds = given.image_embeds + self.shift
+        if self.normalise:
+            embeds = embeds / embeds.norm(dim=-1, keepdim=True)
+        return given.last_hidden_state, embeds
 
 
 @pytest.mark.parametrize("normalise", [True, False])
 def test_embeddings_of_length_1_or_as_projected(tmp_path: Path, normalise: bool) -> None:
-    config = replace(CONFIGS["clip"], classes=0, depth=1)
-    state = random_state(config, spread=0.2)
-    save_folder(
-        Checkpoint(config, state, Preprocess(size=config.image_size), None, "vit", "clip"), tmp_path / "clip"
-    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=24)
+    tower = transformers.CLIPVisionModelWithProjection._from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    tower.save_pretrained(tmp_path / "clip")
     for name, shift in (("right", 0.0), ("wrong", 0.05)):
-        module = Embedding(build_reference(config, state), normalise=normalise, shift=shift)
-        names = ["last_hidden_state", "image_embeds"]
-        path = tmp_path / f"{name}.onnx"
-        export_torchscript(module, path, 17, names, "b", shape=(3, *config.image_size))
+        path, names = tmp_path / f"{name}.onnx", ["last_hidden_state", "image_embeds"]
+        export_torchscript(Embedding(tower, normalise=normalise, shift=shift), path, 17, names, "b")
         report = vitdeploy.verify(path, model=tmp_path / "clip")
         said = "image_embeds, of length 1 at batch" if normalise else "image_embeds, not of length 1 at batch"
         assert said in detail(report, "parity")
