@@ -48,6 +48,7 @@ def test_every_output(weights_bundle: Make, output: str) -> None:
     assert shape[1:] == spec.shape[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [Torch(), TorchCompile()])
 def test_several_outputs(weights_bundle: Make, monkeypatch: pytest.MonkeyPatch, backend: Torch) -> None:
     compile_ = torch.compile

@@ -239,6 +239,7 @@ def test_a_timm_base(tmp_path: Path) -> None:
     assert model.labels == opened(str(tmp_path / "base")).labels
 
 
+@pytest.mark.slow
 def test_no_wrong_shape_or_setting_escapes_as_another_error(tmp_path: Path) -> None:
     dice = random.Random(3)
     shapes = [(), (0,), (1,), (4, 0), (16,), (16, 16), (4, 16), (16, 4, 1, 1), (2, 3, 4, 5)]

@@ -114,7 +114,7 @@ def test_what_fails_on_the_way_leaves_the_file_as_it_was(
     made, out = write_bundle(tmp_path / "v", output="features", labels=None), tmp_path / f"v.{kind}"
     out.write_text("earlier")
 
-    def fails(self: Predictor, rows: np.ndarray[Any, Any]) -> None:
+    def fails(self: Predictor, rows: np.ndarray[Any, Any], output: str) -> None:
         raise BundleError("the session died")
 
     monkeypatch.setattr(Predictor, "_require_finite", fails)

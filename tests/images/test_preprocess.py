@@ -127,6 +127,7 @@ def test_pixels_are_those_of_transformers_at_any_size(name: str, width: int, hei
     assert np.array_equal(apply(image, from_huggingface(config)), expected.astype(np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUGGINGFACE)
 def test_settings_left_out_have_the_default_of_their_class(name: str) -> None:
     kind, options = HUGGINGFACE[name]

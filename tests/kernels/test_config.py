@@ -96,6 +96,7 @@ def test_no_entry_is_nearer_than_the_one_that_is_found(entries: list[Entry], sha
     assert distance(found) == min(map(distance, entries))
 
 
+@pytest.mark.slow
 def test_a_known_shape_finds_itself() -> None:
     for capability in CAPABILITIES:
         table = shipped_table(capability)

@@ -75,6 +75,7 @@ def test_every_setting(bundle: Bundle) -> None:
     assert document["applications"][0]["deployments"][0]["autoscaling_config"]["max_replicas"] == 9
 
 
+@pytest.mark.slow
 def test_a_gpu(bundle: Bundle) -> None:
     _, document = packaged(bundle, device="gpu")
     (app,) = document["applications"]

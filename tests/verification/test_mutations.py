@@ -154,8 +154,8 @@ def transposed_positions(patch: pytest.MonkeyPatch) -> None:
 def dropped_head_bias(patch: pytest.MonkeyPatch) -> None:
     real = rewrites.read_out
 
-    def read_out(readout: Readout, output: Any) -> DeployedReadout:
-        deployed = real(readout, output)
+    def read_out(readout: Readout, outputs: Any, *, absorbed: bool) -> DeployedReadout:
+        deployed = real(readout, outputs, absorbed=absorbed)
         assert deployed.head is not None
         deployed.head.bias = None
         return deployed

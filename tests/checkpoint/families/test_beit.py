@@ -49,6 +49,7 @@ def masked(**changes: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, (48, 16)])
 @pytest.mark.parametrize(
     "changes",
