@@ -254,6 +254,7 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@pytest.mark.slow
 def test_imports_go_one_way() -> None:
     done = run(Path(sys.executable).with_name("lint-imports"), "--no-cache", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

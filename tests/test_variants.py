@@ -63,6 +63,7 @@ ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
 EVA02 = {"Ti": 5_695_144, "S": 22_006_120, "B": 86_527_720, "L": 304_293_800}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", variant_names())
 def test_every_listed_variant_decodes(name: str) -> None:
     variant = find_variant(name)

@@ -106,6 +106,7 @@ def test_the_action_passes_a_good_bundle(backend: str, tmp_path: Path) -> None:
     assert "comparisons passed" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_action_fails_where_there_is_no_bundle(tmp_path: Path) -> None:
     assert step("Verify", tmp_path, bundle="missing").returncode == 2
 

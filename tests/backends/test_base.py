@@ -109,6 +109,7 @@ def test_the_first_that_reads_an_artifact() -> None:
         reader_of(made.model_copy(update={"format": "other"}))
 
 
+@pytest.mark.slow
 def test_one_backends_traits_import_no_other() -> None:
     script = (
         "import sys; from vitdeploy.backends.base import get_backend\n"
@@ -124,6 +125,7 @@ def test_unknown_backends_get_a_suggestion() -> None:
         get_backend("onnxruntim")
 
 
+@pytest.mark.slow
 def test_looking_a_backend_up_imports_no_runtime() -> None:
     script = (
         "import sys; from vitdeploy.backends.base import all_backends\n"

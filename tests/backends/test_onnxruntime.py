@@ -167,6 +167,7 @@ def test_batches_beyond_the_range_are_refused(make_bundle: Any) -> None:
         session.run({"pixel_values": np.zeros((9, 3, 4, 4), np.float32)})
 
 
+@pytest.mark.slow
 def test_prediction_needs_no_torch(make_bundle: Any) -> None:
     script = f"""
 import sys, numpy as np

@@ -84,6 +84,7 @@ def test_the_table_goes_into_the_bundle_and_is_used(
     assert _Kernels.of(opened, artifact("fp16"), "cuda:0").table is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("a_gpu")
 def test_the_table_goes_into_a_folder(tmp_path: Path) -> None:
     made = write_weights(tmp_path / "b")

@@ -111,6 +111,7 @@ def test_stretches_in_which_something_is_in_the_way_change_nothing(share: float)
     assert {verdict for (backend, _), verdict in found.items() if backend == "beta"} == {"slower"}
 
 
+@pytest.mark.slow
 def test_a_slower_machine_is_taken_out() -> None:
     slow, fast = run(0, machine=1.12), run(1)
     found = compare_results(slow, fast)
@@ -187,6 +188,7 @@ def test_beyond_the_tolerance_but_within_noise() -> None:
     assert (row.verdict, row.reason) == ("same", "beyond the tolerance, but within noise: measure longer")
 
 
+@pytest.mark.slow
 def test_markdown() -> None:
     text = comparison_markdown(compare_results(run(0, "beta", 1.12), run(1)))
     assert text.startswith("❌ **5 slower, 15 same.** Tolerance 5%.")

@@ -150,6 +150,7 @@ def test_the_same_measurement_gives_the_same_page(sample: str) -> None:
     assert html_text(sample_results()) == sample
 
 
+@pytest.mark.slow
 def test_one_cell_without_a_baseline() -> None:
     page = checked(html_text(sample_results(cells=(cell(p50_ms=80.0),))))
     assert page.of("p")[2] == (
@@ -159,6 +160,7 @@ def test_one_cell_without_a_baseline() -> None:
     assert len(page.of("figcaption")) == 4
 
 
+@pytest.mark.slow
 def test_different_choices_and_none() -> None:
     cells = (
         cell(backend="torch", artifact="weights", p50_ms=10.0),
@@ -179,6 +181,7 @@ def test_all_failed() -> None:
     assert "failed: no memory" in page.of("div")
 
 
+@pytest.mark.slow
 def test_names_are_strangers_text() -> None:
     bad = "<script>alert(1)</script>"
     cells = tuple(
@@ -192,6 +195,7 @@ def test_names_are_strangers_text() -> None:
     assert f"onnxruntime {bad}\"'&1" in page.of("text")
 
 
+@pytest.mark.slow
 def test_labels_are_neither_mathematics_nor_cut_off() -> None:
     names = ("$x_1^2$", "日本語", "x" * 300)
     page = checked(html_text(sample_results(cells=tuple(cell(artifact=n, p50_ms=5.0) for n in names))))
@@ -226,6 +230,7 @@ def compared(label: str, verdict: SpeedVerdict, *ratio: float, reason: str = "")
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_comparison_is_shown(sample: str) -> None:
     rows = (
         compared("openvino onnx-bf16", "same", 0.984, 0.97, 1.0),

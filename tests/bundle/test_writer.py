@@ -225,6 +225,7 @@ class TestRefusals:
             raise ValueError("mine")
         assert not target.parent.exists()
 
+    @pytest.mark.slow
     def test_a_real_limit_on_file_size(self, target: Path) -> None:
         script = f"""
             import resource

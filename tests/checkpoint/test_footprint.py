@@ -96,6 +96,7 @@ def test_a_machine_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     footprint.require_memory(dataclasses.replace(decode_variant("B/16"), image_size=(16000, 16000)))
 
 
+@pytest.mark.slow
 def test_a_batch_that_no_memory_holds(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitdeploy.exporter.subject.total_memory", lambda: 64 * GB)
     result = run("export", "-m", "Ti/16", "--batch", "1,200000,200000", "-o", tmp_path / "x")

@@ -94,6 +94,7 @@ def test_every_misfit_is_listed_in_one_error(folder: Path) -> None:
     assert "did you mean 'vit.encoder.layer.{0,1}.layernorm_befor.weight'?" in message
 
 
+@pytest.mark.slow
 def test_of_many_names_some_are_told_and_the_rest_counted(folder: Path) -> None:
     """Every tensor of a 12-layer model under another name once took 5,940 characters."""
 

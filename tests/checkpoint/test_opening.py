@@ -64,6 +64,7 @@ def test_random_weights_leave_no_part_of_the_model_out() -> None:
     every_part_shows(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["CLIP-B/32", "SigLIP-B/16", "DINOv3-S+/16", "BEiT-B/16", "EVA02-B/14", "BLIP-B/16"]
 )

@@ -240,6 +240,7 @@ def test_labels_that_do_not_fit_the_file_are_replaced(tmp_path: Path) -> None:
 # --- heads and activation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_heads_that_no_tensor_tells(tmp_path: Path) -> None:
     """timm's model with 8 heads of 16 columns: its weights alone are taken for 2 heads of 64."""
     case = ORACLES / "timm" / "vit"

@@ -87,6 +87,7 @@ def test_flags(
     assert not options["force"]
 
 
+@pytest.mark.slow
 def test_engines_are_added_and_shown(run: Run, bundle: Bundle, machine: Machine) -> None:
     result = run("engine", bundle.root, "--format", "tensorrt")
     assert result.code == 0, result.err

@@ -256,6 +256,7 @@ def test_dry_run_of_several_outputs(run: Run, tmp_path: Path) -> None:
     assert plan["files"]["golden.safetensors"] > tokens
 
 
+@pytest.mark.slow
 def test_random_weights_are_announced(run: Run, tmp_path: Path) -> None:
     result = run("export", "-m", "Ti/16", "--seed", 3, "--dry-run", "-o", tmp_path / "x")
     assert [line for line in result.err.splitlines() if "random" in line] == [
@@ -263,6 +264,7 @@ def test_random_weights_are_announced(run: Run, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_existing_folder_needs_force(run: Run, bundle: Bundle) -> None:
     before = sorted(path.stat().st_mtime_ns for path in bundle.root.iterdir())
     result = run("export", "-m", "digits", "-o", bundle.root)

@@ -46,6 +46,7 @@ def test_json(run: Run) -> None:
     assert sorted(named) == sorted(variant_names())
 
 
+@pytest.mark.slow
 def test_without_pytorch_it_says_what_to_install() -> None:
     script = (
         "import sys; sys.modules['torch'] = None\n"

@@ -39,6 +39,7 @@ def test_a_right_server(run: Run, single: Bundle) -> None:
     assert "6 comparisons, 5 labels, 4 image files" in result.out
 
 
+@pytest.mark.slow
 def test_a_wrong_server_exits_5(run: Run, single: Bundle) -> None:
     with V2Server({"linear": served(lambda x: linear()(x[:, ::-1]))}) as server:
         result = run("verify", single.root, "--url", server.url)

@@ -168,6 +168,7 @@ def test_what_does_not_go_together(run: Run, tmp_path: Path, arguments: tuple[st
     assert not (tmp_path / "out.bundle").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_the_head(run: Run, tmp_path: Path) -> None:
     save_clip(tmp_path / "model")
     done = run(

@@ -34,6 +34,7 @@ def small_model(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> ir.Model:
     return ir.Model(graph, ir_version=10, producer_name="test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("shapes", [[(3, 5), (1,)], [()], [(300, 300)], []])
 def test_the_file_says_what_the_ordinary_writer_says(

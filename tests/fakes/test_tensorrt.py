@@ -42,6 +42,7 @@ def test_a_vision_transformers_network_is_that_of_the_real_parser(digits_onnx: P
             assert list(layers(Built(make_tensorrt(version), model, shapes=shapes).network)) == real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
 def test_the_network_is_that_of_the_real_parser(dtype: int) -> None:
     shapes = [(size, 3, 4) for size in (1, 2, 8)]

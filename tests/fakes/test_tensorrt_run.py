@@ -89,6 +89,7 @@ def test_a_compatible_engine_runs_elsewhere() -> None:
     assert runtime.deserialize_cuda_engine(plan) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", FULL)
 def test_without_a_gpu_nothing_can_be_made(version: str) -> None:
     library = make_tensorrt(version, gpu=None)

@@ -475,6 +475,7 @@ def test_published_msn_and_mae_take_imagenet(model_type: str) -> None:
 # --- models of other channels than three -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "vit_384", "deit_crop_beyond", "deit_nearest", "bit_number", "clip"])
 def test_grey_pixels_are_those_of_transformers(name: str, photographs: list[Image.Image]) -> None:
     """Its processors take grey images as they are; Pillow makes them grey, as a user does before."""

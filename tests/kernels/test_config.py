@@ -86,6 +86,7 @@ def test_the_nearest_shape_is_nearest_in_ratios() -> None:
     assert table.config("linear_residual", (0, 768, 768)) == small.config
 
 
+@pytest.mark.slow
 @given(st.lists(ENTRIES, min_size=1, max_size=6), st.tuples(*[st.integers(1, 10**6)] * 3))
 def test_no_entry_is_nearer_than_the_one_that_is_found(entries: list[Entry], shape: tuple[int, ...]) -> None:
     def distance(entry: Entry) -> float:

@@ -120,6 +120,7 @@ def test_a_first_norm_a_bias_and_a_norm_in_the_mlp(device: torch.device, route: 
         assert any(line.startswith("attention: 1/2 blocks fused") for line in lines), lines
 
 
+@pytest.mark.slow
 def test_queries_and_keys_are_turned_in_torch(device: torch.device) -> None:
     shape = replace(SHAPE, rotary=True, queries=None, classes=0)
     weights = random_weights(shape, torch.float16, device)

@@ -125,6 +125,7 @@ def test_a_death_is_one_line(body: str, message: str, killed: bool) -> None:
         child.ask("more")
 
 
+@pytest.mark.slow
 def test_a_child_that_says_nothing_is_given_up() -> None:
     with worker("time.sleep(600)") as child, pytest.raises(WorkerFailure, match="no answer within 0 s"):
         child.answer(0.2)

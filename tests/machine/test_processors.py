@@ -88,6 +88,7 @@ def test_ours_are_those_of_affinity_and_quota(
     assert default_threads() == (ours if ours < 4 else None)
 
 
+@pytest.mark.slow
 def test_sessions_take_the_quota_s_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(base, "default_threads", lambda: 1)
     bundle = write_bundle(tmp_path / "linear.bundle")

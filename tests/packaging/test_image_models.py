@@ -182,6 +182,7 @@ def test_pixels_are_vitdeploy_s_own(
             assert found.tobytes() == expected.tobytes(), (name, label)
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_images(tmp_path: Path, run_models: Callable[[list[Task]], list[list[Any]]]) -> None:
     made = packaged(tmp_path / "p")
     images = list(files().values())
@@ -190,6 +191,7 @@ def test_a_batch_is_its_images(tmp_path: Path, run_models: Callable[[list[Task]]
     assert together["pixel_values"].tobytes() == expected.tobytes()
 
 
+@pytest.mark.slow
 def test_what_is_no_image_gets_an_error_of_its_own(
     tmp_path: Path, run_models: Callable[[list[Task]], list[list[Any]]]
 ) -> None:

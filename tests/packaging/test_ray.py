@@ -83,6 +83,7 @@ def test_a_gpu(bundle: Bundle) -> None:
     assert app["deployments"][0]["ray_actor_options"]["num_gpus"] == 1
 
 
+@pytest.mark.slow
 def test_every_backend_brings_its_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in all_backends():
         monkeypatch.setattr(type(backend), "supports", lambda *_: None)

@@ -201,6 +201,7 @@ def test_a_cancelled_request_frees_its_place() -> None:
     assert session.sizes == [1, 4]
 
 
+@pytest.mark.slow
 def test_a_request_that_is_cancelled_while_it_runs_changes_nothing_for_the_others() -> None:
     session = Session()
 

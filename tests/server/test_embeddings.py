@@ -243,6 +243,7 @@ def test_the_only_model_need_not_be_named(features: Path) -> None:
     asking(features, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content, param, words", [
     (b"junk", None, "failed to parse the request JSON"),
     (b"[]", None, "failed to parse the request JSON: not an object"),

@@ -238,6 +238,7 @@ def test_versions(http: Any, grpc: Any) -> None:
             assert (name, number) == ("both", told)
 
 
+@pytest.mark.slow
 def test_async_http(http: Any) -> None:
     arrays = [pixels(seed, rows=1 + seed % 4) for seed in range(20)]
     waiting = [http.async_infer("linear", [tensor(HTTP, array)]) for array in arrays]

@@ -208,6 +208,7 @@ def test_other_engines_may_bring_no_code_for_the_host(machine: MakeMachine, targ
     assert not here.assigned("engine_host_code_allowed")
 
 
+@pytest.mark.slow
 def test_a_runtime_that_refuses(machine: MakeMachine, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(NEW)
     engines(target)

@@ -74,6 +74,7 @@ def test_a_header_of_rtx_says_what_was_written(
     assert parse_version(header.version_text) == version
 
 
+@pytest.mark.slow
 @given(versions)
 def test_a_header_of_the_full_one_says_its_version(version: tuple[int, ...]) -> None:
     header = read_header(full_header(version), "engine")

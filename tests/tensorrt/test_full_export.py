@@ -207,6 +207,7 @@ def test_a_fixed_batch_size(machine: MakeMachine, target: Path) -> None:
     assert engine.batch == BatchRange(4, 4, 4)
 
 
+@pytest.mark.slow
 def test_auto_takes_what_is_here_and_says_what_is_not(machine: MakeMachine) -> None:
     machine(RTX)
     machine(NEW)

@@ -110,6 +110,7 @@ def test_workspace_and_level(version: str, machine: MakeMachine, job: MakeJob) -
     assert here.assigned("builder_optimization_level") == [5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "version, hardware, known",
     [(version, "ampere_plus", True) for version in FULL]

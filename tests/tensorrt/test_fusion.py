@@ -42,6 +42,7 @@ PRODUCT, SOFTMAX, SCALE = "MATRIX_MULTIPLY", "SOFTMAX", "ELEMENTWISE"
 ATTENTION = (PRODUCT, SOFTMAX, PRODUCT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [*FULL, RTX])
 @pytest.mark.parametrize(
     "dtype, first",

@@ -94,6 +94,7 @@ def test_a_type_that_the_gpu_lacks_is_an_error_that_names_it(
     assert not (tmp_path / f"{target}.plan").exists()
 
 
+@pytest.mark.slow
 def test_every_operator_that_tensorrt_lacks_is_named_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         build(tmp_path, foreign(), "sm_89")
@@ -115,6 +116,7 @@ def test_a_file_that_is_no_graph(tmp_path: Path, data: bytes) -> None:
         build_engines(job(path, "sm_89"), quiet)
 
 
+@pytest.mark.slow
 def test_a_graph_in_another_precision_is_refused_before_it_is_built(tmp_path: Path) -> None:
     with pytest.raises(PrecisionError, match=r"would not be fp32 everywhere: fc/MatMul \(bfloat16\)"):
         build(tmp_path, in_bfloat16(), "sm_89", precision="fp32")
@@ -140,6 +142,7 @@ def test_engines_are_raw_deterministic_and_relocatable(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_runtime_itself_accepts_the_header_where_it_is(tmp_path: Path) -> None:
     """Without a GPU it gets as far as CUDA with our bytes, and no further than the header with others."""
     build(tmp_path, quantised(TensorProto.INT8), "sm_89")

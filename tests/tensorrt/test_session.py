@@ -238,6 +238,7 @@ def test_nothing_is_executed_after_a_refusal(failing: str, monkeypatch: pytest.M
     assert not loaded.calls("execute_async_v3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "owner, method, result",
     [

@@ -38,6 +38,7 @@ STAGES: Layout = {
 }
 
 
+@pytest.mark.slow
 @given(first=WORDS, second=WORDS, leaf=LEAVES, numbers=st.tuples(NUMBERS, NUMBERS))
 def test_numbers_leave_a_name_and_return_to_it(
     first: str, second: str, leaf: str, numbers: tuple[int, int]

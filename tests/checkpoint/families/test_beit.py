@@ -72,6 +72,7 @@ def test_logits_equal_transformers(
     assert opened.config.pool == ("mean" if changes.get("use_mean_pooling", True) else "cls")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (16, 16), (24, 56)])
 def test_resized_tables_equal_transformers(save: Save, agree: Agree, size: tuple[int, int]) -> None:
     model = classifier(**SHARED, **ABSOLUTE)

@@ -50,6 +50,7 @@ def whole(kind: str) -> Any:
     return getattr(transformers, kind)(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["features", "tokens"])
 @pytest.mark.parametrize("size", [None, (24, 40)])
 @pytest.mark.parametrize("changes", [{}, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-3}])

@@ -173,6 +173,7 @@ def test_naflex_is_refused_by_its_name(save: Save, alone: bool) -> None:
     assert "SigLIP 2 NaFlex" in refusal(checkpoint=folder / "model.safetensors").message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["vision_model.head.probe", "vision_model.embeddings.patch_embedding.bias"])
 def test_what_is_missing_is_never_taken_for_another_model(save: Save, lost: str) -> None:
     folder = save(whole())

@@ -268,6 +268,7 @@ def test_names_that_are_no_text(tmp_path: Path, place: str) -> None:
     assert "names in it are no text: it is damaged" in refusal(path)
 
 
+@pytest.mark.slow
 def test_any_byte_may_be_another(tmp_path: Path) -> None:
     """What is damaged is refused or held against the checkpoint, and never a traceback."""
     model = classifier([("x", FLOAT, DIGITS)])

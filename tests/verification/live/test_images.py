@@ -70,6 +70,7 @@ def test_squeezed_instead_of_cropped(tmp_path: Path) -> None:
     assert "squeezed to the model's size, not cropped" in report.causes[0]
 
 
+@pytest.mark.slow
 def test_mean_and_std_swapped(tmp_path: Path) -> None:
     spec = Preprocess(size=(SIZE, SIZE), mean=tuple(IMAGENET[0]), std=tuple(IMAGENET[1]))
     made = write_bundle(tmp_path / "linear.bundle", preprocess=spec)
@@ -129,6 +130,7 @@ def test_errors(bundle: Bundle) -> None:
     assert report.failures[0] == "image.0 as PNG sent to linear at :predict: HTTP 400: no images today"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sigmoid", "none"])
 def test_other_scores_are_compared_with_what_the_bundle_makes_of_logits(tmp_path: Path, kind: Scores) -> None:
     made = write_bundle(tmp_path / "linear.bundle", scores=kind)

@@ -26,6 +26,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_a_trusted_server(bundle: Bundle, certificate: tuple[Path, Path]) -> None:
     facts = {"name": "vitdeploy", "predict": predict(), "tls": certificate}
     with V2Server({"linear": served()}, **facts) as server:
