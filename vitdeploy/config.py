@@ -25,6 +25,8 @@ Output = str
 OUTPUTS: tuple[Output, ...] = ("logits", "codes", "features", "embedding", "tokens")
 """Logits of classes; logits of every patch's code; the pooled vector; that vector projected, where the model
 projects, and of length 1; every token."""
+POOLED: frozenset[Output] = frozenset(("logits", "features", "embedding"))
+"""Those that are computed of the pooled vector."""
 InputKind = Literal["float", "uint8"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Scores = Literal["softmax", "sigmoid", "none"]

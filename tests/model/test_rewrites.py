@@ -173,13 +173,13 @@ def test_several_outputs_of_one_graph_are_each_alone(config: ViTConfig) -> None:
 def test_a_layer_is_all_that_is_read() -> None:
     config = CONFIGS["vit"]
     vit, x = random_vit(config), pixels(config).double()
-    assert (
-        worst(deploy(vit, PrecisionPlan.exact(), outputs=("layer_1",))(x), forward_float64(vit, x, "layer_1"))
-        < EXACT
-    )
+    deployed = deploy(vit, PrecisionPlan.exact(), outputs=("layer_1",))
+    assert len(deployed.blocks) == 2
+    assert not list(deployed.readout.parameters())
+    assert worst(deployed(x), forward_float64(vit, x, "layer_1")) < EXACT
 
 
-@pytest.mark.parametrize("output", ["logits", "features", "tokens"])
+@pytest.mark.parametrize("output", ["logits", "features", "tokens", "layer_1"])
 @pytest.mark.parametrize("name", ["vit", "distilled", "dinov2", "mean", "clip", "siglip", "dinov3", "beit"])
 def test_reported_flops_are_those_pytorch_counts(name: str, output: Output) -> None:
     config = CONFIGS[name]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdeploy.config import Activation, FinalNorm, Output, ViTConfig, layer_of
+from vitdeploy.config import POOLED, Activation, FinalNorm, Output, ViTConfig, layer_of
 from vitdeploy.model.reference import ACTIVATIONS
 
 
@@ -386,7 +386,7 @@ class DeployedReadout(nn.Module):
         self.config, self.outputs, self.absorbed = config, outputs, absorbed
         self.norm, self.probe_pool, self.projection = norm, probe_pool, projection
         self.representation, self.head, self.code_head = representation, head, code_head
-        pools = not {"logits", "features", "embedding"}.isdisjoint(outputs)
+        pools = not POOLED.isdisjoint(outputs)
         self.pool = Pool(config) if pools and config.pool in ("mean", "cls_mean") else None
         embeds = "embedding" in outputs or ("logits" in outputs and config.head_on == "embedding")
         self.normalise = Normalise() if embeds else None

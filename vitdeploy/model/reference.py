@@ -94,6 +94,8 @@ def _run(
         for output in outputs:
             if (layer := layer_of(output)) is not None and name == f"blocks.{layer}":
                 results[output] = x
+        if len(results) == len(set(outputs)):
+            return results
     return results | {output: call(model.readout, x, output) for output in outputs if output not in results}
 
 

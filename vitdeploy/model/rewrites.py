@@ -8,14 +8,14 @@ once, when :func:`deploy` puts them into the dtypes of a precision plan.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig, layer_of
+from vitdeploy.config import POOLED, InputKind, Output, Preprocess, ViTConfig, layer_of
 from vitdeploy.model.deployed import (
     AbsorbedAttention,
     AbsorbedBlock,
@@ -261,7 +261,7 @@ def read_out(readout: Readout, outputs: tuple[Output, ...], *, absorbed: bool) -
                 torch.cat([readout.head.weight, readout.head_dist.weight], dim=1).t() / 2
             )  # (2 D, classes)
             head = Linear(weight, (readout.head.bias + readout.head_dist.bias) / 2)
-    pools = not {"logits", "features", "embedding"}.isdisjoint(wanted)
+    pools = not POOLED.isdisjoint(wanted)
     embeds = "embedding" in wanted or (head is not None and config.head_on == "embedding")
 
     def linear(layer: nn.Linear | None, needed: bool) -> Linear | None:
@@ -271,7 +271,7 @@ def read_out(readout: Readout, outputs: tuple[Output, ...], *, absorbed: bool) -
         config,
         outputs,
         absorbed=absorbed,
-        norm=_norm(readout.norm) if readout.norm is not None and _reads_norm(config, pools) else None,
+        norm=_norm(readout.norm) if readout.norm is not None and _reads_norm(config, wanted) else None,
         probe_pool=absorb_probe(readout.probe_pool) if pools and readout.probe_pool is not None else None,
         projection=linear(readout.projection, embeds),
         representation=linear(readout.representation, head is not None),
@@ -280,28 +280,36 @@ def read_out(readout: Readout, outputs: tuple[Output, ...], *, absorbed: bool) -
     )
 
 
-def _reads_norm(config: ViTConfig, pools: bool) -> bool:
+def _reads_norm(config: ViTConfig, wanted: Set[Output]) -> bool:
     """Whether the final LayerNorm is computed: tokens alone have none where it is the pooled vector's."""
-    return pools or config.final_norm != "pooled"
+    return not POOLED.isdisjoint(wanted) or (bool(wanted) and config.final_norm != "pooled")
 
 
 def queries_read(config: ViTConfig, outputs: Iterable[Output]) -> int | None:
     """How many leading tokens of the last block the outputs depend on; None where they read every token."""
     every = {"tokens", "codes", f"layer_{config.depth - 1}"}
-    if not every.isdisjoint(outputs) or config.pool in ("mean", "cls_mean", "probe"):
+    if POOLED.isdisjoint(outputs) or not every.isdisjoint(outputs):
+        return None
+    if config.pool in ("mean", "cls_mean", "probe"):
         return None
     return 2 if config.pool == "both_heads" else 1
+
+
+def blocks_read(config: ViTConfig, outputs: Iterable[Output]) -> int:
+    """How many blocks the outputs depend on: all of them, unless each is a layer before the last."""
+    layers = [layer_of(output) for output in outputs]
+    return max(config.depth if layer is None else layer + 1 for layer in layers)
 
 
 def applied_rewrites(
     config: ViTConfig, outputs: tuple[Output, ...], input_kind: InputKind
 ) -> tuple[Rewrite, ...]:
     """The rewrites :func:`deploy` applies to this configuration, with the FLOPs each saves per image."""
-    d, t, depth = config.width, config.tokens, config.depth
+    d, t, depth = config.width, config.tokens, blocks_read(config, outputs)
     queries = queries_read(config, outputs)
-    pools = not {"logits", "features", "embedding"}.isdisjoint(outputs)
+    pools = not POOLED.isdisjoint(outputs)
     key_bias = config.qkv_bias and config.key_bias and config.rotary is None
-    rows_read = depth * config.heads * t * t
+    scores = depth * config.heads * t * t
     merged = depth - bool(queries)
     rows = [
         (
@@ -311,7 +319,7 @@ def applied_rewrites(
             True,
         ),
         ("merge_qkv", f"{3 * merged} projections in {merged} GEMMs", 0, merged > 0),
-        ("fold_attention_scale", "attention scale in the query weights", rows_read, True),
+        ("fold_attention_scale", "attention scale in the query weights", scores, True),
         ("drop_key_bias", "cancels in the softmax", depth * t * d, key_bias),
         ("move_value_bias", "in the projection's bias", depth * t * d, config.qkv_bias),
         ("fold_layer_scale", "in the projections before it", 2 * depth * t * d, config.layer_scale),
@@ -401,7 +409,7 @@ def deploy(
         embedding = fold_normalisation(embedding, preprocess)
     assign_dtypes(embedding, "embedding", plan)
     blocks = []
-    for i, part in enumerate(vit.blocks):
+    for i, part in enumerate(vit.blocks[: blocks_read(config, outputs)]):
         block = cast(Block, doubled(part))
         for rewrite in BLOCK_REWRITES:
             block = rewrite(block)
