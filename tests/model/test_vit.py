@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers.models import CONFIGS, SMALL, pixels, random_state, random_vit
 from vitdeploy.config import ViTConfig
+from vitdeploy.model import vit
 from vitdeploy.model.positions import sincos2d
 from vitdeploy.model.reference import forward_float64, state_of
 from vitdeploy.model.registry import build_reference
@@ -98,6 +99,16 @@ def test_building_shares_the_weights() -> None:
     held = state_of(build_reference(CONFIGS["vit"], state))
     assert set(held) == set(state)
     assert all(held[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ["dinov3", "eva02", "beit"])
+def test_fused_attention_computes_positions_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS[name]
+    fused = build_reference(config, random_state(config), fused_attention=True)
+    expected = fused(pixels(config))
+    for function in ("rotation", "relative_positions"):
+        monkeypatch.setattr(vit, function, None)
+    assert torch.equal(fused(pixels(config)), expected)
 
 
 def test_a_headless_model_has_no_logits() -> None:

@@ -33,6 +33,9 @@ class Reference(nn.Module, ABC):
     def stages(self) -> list[tuple[str, nn.Module]]:
         """The parts a forward pass goes through before the readout, in order, by their names here."""
 
+    def fix_positions(self) -> None:
+        """Compute once what forward passes need of positions, where attention is fused; weights are there."""
+
     def forward(self, pixel_values: Tensor, output: Output | None = None) -> Tensor:
         """Return an output (N, ...); ``config.output_shape`` has its shape.
 

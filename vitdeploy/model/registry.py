@@ -105,4 +105,5 @@ def build_reference(
         model: Reference = architecture_of(config).reference(config, fused_attention=fused_attention)
     tensors = {name: state[public_name(name)] for name, _ in model.named_parameters()}
     model.load_state_dict(tensors, assign=True)
+    model.fix_positions()
     return model.eval().requires_grad_(False)

@@ -105,10 +105,16 @@ class Attention(nn.Module):
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, T, D) to three of (N, h, T, d)."""
         q, k, v = (self.split_heads(linear(x)) for linear in (self.q, self.k, self.v))
-        if self.config.rotary is not None:
-            cos, sin = (table.to(x) for table in rotation(self.config))  # (T, d) each
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if (turns := self.turns()) is not None:
+            q, k = rotate(q, *turns), rotate(k, *turns)
         return q, k, v
+
+    def turns(self) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines by which queries and keys are rotated, (T, d) each."""
+        if self.config.rotary is None:
+            return None
+        cos, sin = rotation(self.config)
+        return cos.to(self.q.weight), sin.to(self.q.weight)
 
     def bias(self) -> Tensor | None:
         """What is added to the scores, (h, T, T)."""
@@ -125,7 +131,27 @@ class Attention(nn.Module):
 
 
 class FusedAttention(Attention):
-    """The same function by PyTorch's fused kernels, which never hold the scores of all pairs of tokens."""
+    """The same function by PyTorch's fused kernels, which never hold the scores of all pairs of tokens.
+
+    What positions add is computed once, by :meth:`fix_positions`, and not in every call.
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    scores: Tensor | None
+
+    @torch.no_grad()
+    def fix_positions(self) -> None:
+        """Hold the rotation and the score bias of the weights that are there; to be called once they are."""
+        cos, sin = super().turns() or (None, None)
+        for name, table in (("cos", cos), ("sin", sin), ("scores", super().bias())):
+            self.register_buffer(name, table, persistent=False)
+
+    def turns(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.cos is None or self.sin is None else (self.cos, self.sin)
+
+    def bias(self) -> Tensor | None:
+        return self.scores
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.queries_keys_values(x)
@@ -272,6 +298,11 @@ class ViT(Reference):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
         self.readout = Readout(config)
+
+    def fix_positions(self) -> None:
+        for block in self.modules():
+            if isinstance(block, FusedAttention):
+                block.fix_positions()
 
     def stages(self) -> list[tuple[str, nn.Module]]:
         return [("embedding", self.embedding), *((f"blocks.{i}", b) for i, b in enumerate(self.blocks))]
