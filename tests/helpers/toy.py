@@ -14,16 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitdeploy import config as configurations
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, random_state
-from vitdeploy.config import ModelConfig, Output, Preprocess, Size
+from vitdeploy.config import ModelConfig, Output, Preprocess, Size, kinds
 from vitdeploy.model import registry
 from vitdeploy.model.architecture import Architecture
 from vitdeploy.model.deployed import Add, DeployedModel, Linear, Norm, Site
+from vitdeploy.model.folds import doubled
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
 from vitdeploy.model.reference import Reference
-from vitdeploy.model.rewrites import doubled
 
 
 @dataclass(frozen=True)
@@ -196,8 +195,8 @@ SPEC = Preprocess(size=CONFIG.image_size)
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    configs: dict[str, Any] = {**configurations.CONFIGS, "toy": ToyConfig}
-    monkeypatch.setattr(configurations, "CONFIGS", configs)
+    configs: dict[str, Any] = {**kinds.CONFIGS, "toy": ToyConfig}
+    monkeypatch.setattr(kinds, "CONFIGS", configs)
     monkeypatch.setattr(registry, "ARCHITECTURES", {**registry.ARCHITECTURES, "toy": ToyArchitecture()})
 
 

@@ -13,7 +13,7 @@ from tests.helpers import interpreter
 from tests.helpers.models import CONFIGS, SMALL, pixels, random_vit
 from vitdeploy.config import Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
-from vitdeploy.model import fused, rewrites
+from vitdeploy.model import folds, fused, rewrites
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.vit import Block
 
@@ -36,7 +36,7 @@ def test_rewritten_blocks_over_a_centred_stream_give_the_same_output(config: ViT
     vit = random_vit(config)
     before = {name: p.clone() for name, p in vit.named_parameters()}
     images = pixels(config).double()
-    embedding = rewrites.patches_to_gemm(rewrites.doubled(vit.embedding))
+    embedding = rewrites.patches_to_gemm(folds.doubled(vit.embedding))
     x = fused.centre_embedding(embedding)(images)
     if embedding.pre_norm is not None:
         first = fused.centre_norm(embedding.pre_norm)
@@ -44,7 +44,7 @@ def test_rewritten_blocks_over_a_centred_stream_give_the_same_output(config: ViT
     assert x.mean(dim=-1).abs().max() < EXACT
     for part in vit.blocks:
         assert isinstance(part, Block)
-        x = fused.rewrite(rewrites.doubled(part))(x)
+        x = fused.rewrite(folds.doubled(part))(x)
         assert x.mean(dim=-1).abs().max() < EXACT * 100
     for output in config.outputs:
         if config.beyond_kernels(output):
@@ -56,7 +56,7 @@ def test_rewritten_blocks_over_a_centred_stream_give_the_same_output(config: ViT
 
 @torch.no_grad()
 def test_folded_norms_leave_nothing_to_the_norm() -> None:
-    block = rewrites.doubled(random_vit(CONFIGS["deit3"]).blocks[0])
+    block = folds.doubled(random_vit(CONFIGS["deit3"]).blocks[0])
     assert isinstance(block, Block)
     folded = fused.fold_norms(block)
     x = torch.randn(2, 5, 48, dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_pixels_that_count_from_128_give_the_same_tokens() -> None:
         Preprocess(size=config.image_size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
     )
     images = torch.randint(0, 256, (2, *config.image_size, 3), dtype=torch.uint8)
-    exact = rewrites.fold_normalisation(rewrites.patches_to_gemm(rewrites.doubled(vit.embedding)), spec)
+    exact = rewrites.fold_normalisation(rewrites.patches_to_gemm(folds.doubled(vit.embedding)), spec)
     projected = fused._projection(fused.centre_embedding(exact), torch.float64)
     rows = exact(images.double()) - exact(images.double()).mean(dim=-1, keepdim=True)
     patches = images.double().reshape(2, 4, 8, 6, 8, 3).transpose(2, 3).reshape(2, 24, -1) - 128

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers.models import CONFIGS, SMALL, pixels, random_vit
 from vitdeploy.config import Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
-from vitdeploy.model import rewrites
+from vitdeploy.model import folds, rewrites
 from vitdeploy.model.precision import PrecisionPlan, island_names, sites
 from vitdeploy.model.reference import forward_float64, outputs_float64
 from vitdeploy.model.rewrites import deploy
@@ -44,7 +44,7 @@ def worst(a: Tensor, b: Tensor) -> float:
 BLOCKS = {name: c for name, c in CONFIGS.items() if name not in ("mean", "no_position")}
 
 
-@pytest.mark.parametrize("rewrite", [*rewrites.BLOCK_REWRITES, rewrites.merge_qkv], ids=lambda r: r.__name__)
+@pytest.mark.parametrize("rewrite", [*folds.BLOCK_REWRITES, rewrites.merge_qkv], ids=lambda r: r.__name__)
 @pytest.mark.parametrize("config", BLOCKS.values(), ids=BLOCKS)
 @torch.no_grad()
 def test_each_block_rewrite_alone_is_exact(rewrite: object, config: ViTConfig) -> None:
@@ -52,7 +52,7 @@ def test_each_block_rewrite_alone_is_exact(rewrite: object, config: ViTConfig) -
     before = {name: p.clone() for name, p in block.named_parameters()}
     expected = block(x)
     if rewrite is rewrites.merge_qkv:  # builds on a block whose layer scale is already folded
-        rewritten: nn.Module = rewrites.merge_qkv(rewrites.fold_layer_scale(block))
+        rewritten: nn.Module = rewrites.merge_qkv(folds.fold_layer_scale(block))
     else:
         rewritten = rewrite(block)  # type: ignore[operator]
     assert worst(rewritten(x), expected) < EXACT
@@ -67,17 +67,17 @@ def test_each_block_rewrite_alone_is_exact(rewrite: object, config: ViTConfig) -
 def test_absorbed_block_gives_the_tokens_that_are_read(name: str, queries: int) -> None:
     config = BLOCKS[name]
     block, x = double_block(config), tokens(config)
-    absorbed = rewrites.absorb_last_block(rewrites.fold_layer_scale(block), queries)
+    absorbed = rewrites.absorb_last_block(folds.fold_layer_scale(block), queries)
     assert worst(absorbed(x), block(x)[:, :queries].flatten(0, 1)) < EXACT
 
 
-@given(chosen=st.sets(st.sampled_from(rewrites.BLOCK_REWRITES)), name=st.sampled_from(sorted(BLOCKS)))
+@given(chosen=st.sets(st.sampled_from(folds.BLOCK_REWRITES)), name=st.sampled_from(sorted(BLOCKS)))
 @settings(deadline=None, max_examples=40)
 @torch.no_grad()
 def test_any_set_of_block_rewrites_is_exact(chosen: set[object], name: str) -> None:
     block, x = double_block(BLOCKS[name]), tokens(BLOCKS[name])
     expected = block(x)
-    for rewrite in rewrites.BLOCK_REWRITES:
+    for rewrite in folds.BLOCK_REWRITES:
         if rewrite in chosen:
             block = rewrite(block)
     assert worst(block(x), expected) < EXACT

@@ -35,17 +35,12 @@ from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
 from vitdeploy.images import preprocess
 from vitdeploy.images.preprocess import apply
-from vitdeploy.model import rewrites
-from vitdeploy.model.deployed import (
-    AbsorbedBlock,
-    DeployedBlock,
-    DeployedEmbedding,
-    DeployedMlp,
-    DeployedReadout,
-    Norm,
-)
+from vitdeploy.model import folds, rewrites
+from vitdeploy.model.deployed import DeployedBlock, DeployedMlp, Norm
+from vitdeploy.model.parts import Mlp
 from vitdeploy.model.registry import build_reference
-from vitdeploy.model.vit import Block, Embedding, Mlp, Readout
+from vitdeploy.model.vit import Block, Embedding, Readout
+from vitdeploy.model.vit_deployed import AbsorbedBlock, DeployedEmbedding, DeployedReadout
 from vitdeploy.verification import parity
 from vitdeploy.verification.local import verify_bundle
 
@@ -89,7 +84,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def replace_rewrite(name: str, faulty: Callable[[Block], Block]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
-        real = tuple(faulty if r.__name__ == name else r for r in rewrites.BLOCK_REWRITES)
+        real = tuple(faulty if r.__name__ == name else r for r in folds.BLOCK_REWRITES)
         patch.setattr(rewrites, "BLOCK_REWRITES", real)
         if name == "move_value_bias":
             patch.setattr(rewrites, name, faulty)
@@ -123,18 +118,18 @@ def lost_value_bias(block: Block) -> Block:
 
 
 def wrong_eps(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(rewrites, "_norm", lambda norm: Norm(norm.weight, norm.bias, 1e-3))
+    patch.setattr(rewrites, "deployed_norm", lambda norm: Norm(norm.weight, norm.bias, 1e-3))
 
 
 def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
-    real = rewrites._mlp
+    real = folds.deployed_mlp
 
     def mlp(part: Mlp) -> DeployedMlp:
         deployed = real(part)
         deployed.activation = "gelu_tanh"
         return deployed
 
-    patch.setattr(rewrites, "_mlp", mlp)
+    patch.setattr(rewrites, "deployed_mlp", mlp)
 
 
 def transposed_positions(patch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.user_module import island_norms, rehearse, wrap
 from vitdeploy.machine.memory import total_memory
 from vitdeploy.model.deployed import DeployedModel
+from vitdeploy.model.folds import normalisation
 from vitdeploy.model.precision import PrecisionPlan, island_names
 from vitdeploy.model.reference import outputs_float64, state_of
 from vitdeploy.model.registry import architecture_of, build_reference
-from vitdeploy.model.rewrites import normalisation
 from vitdeploy.model.user_module import module_float64
 
 _MANY = 1024

@@ -19,21 +19,18 @@ from torch.nn import functional as F
 from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError, UsageError
 from vitdeploy.model import deployed
+from vitdeploy.model.folds import BLOCK_REWRITES, bias_of, doubled, edited, parameter
 from vitdeploy.model.positions import rotation
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
 from vitdeploy.model.rewrites import (
-    BLOCK_REWRITES,
-    bias_of,
-    doubled,
-    edited,
     fold_normalisation,
-    parameter,
     patches_to_gemm,
     queries_read,
     read_out,
     score_bias_of,
 )
 from vitdeploy.model.vit import Block, Readout, ViT
+from vitdeploy.model.vit_deployed import DeployedEmbedding
 from vitdeploy_kernels import planner
 from vitdeploy_kernels import vit as kernels
 from vitdeploy_kernels.layernorm_linear import Folded, fold_layernorm
@@ -80,14 +77,14 @@ def centre_block(block: Block) -> Block:
     return block
 
 
-def centre_embedding(embedding: deployed.DeployedEmbedding) -> deployed.DeployedEmbedding:
+def centre_embedding(embedding: DeployedEmbedding) -> DeployedEmbedding:
     """The same for what the embedding writes first."""
     weight, tokens = (
         value - value.mean(dim=1, keepdim=True)
         for value in (embedding.patch_embed.weight, embedding.tokens.value)
     )
     linear = deployed.Linear(weight, None)
-    return deployed.DeployedEmbedding(linear, tokens, embedding.config, channels_last=embedding.channels_last)
+    return DeployedEmbedding(linear, tokens, embedding.config, channels_last=embedding.channels_last)
 
 
 def centre_norm(norm: deployed.Norm) -> deployed.Linear:
@@ -240,7 +237,7 @@ def _rotation(config: ViTConfig) -> Tensor:
     return torch.stack([turns.cos, turns.sin]).float()
 
 
-def _projection(embedding: deployed.DeployedEmbedding, dtype: torch.dtype) -> kernels.Embedding:
+def _projection(embedding: DeployedEmbedding, dtype: torch.dtype) -> kernels.Embedding:
     """Pixels in steps of 1/255 have weights that fp16 would hold as subnormals: a power of two goes apart."""
     weight, tokens = embedding.patch_embed.weight.detach(), embedding.tokens.value.detach().clone()
     scale = 1.0

@@ -7,35 +7,44 @@ once, when :func:`deploy` puts them into the dtypes of a precision plan.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.config import POOLED, InputKind, Output, Preprocess, ViTConfig, layer_of
 from vitdeploy.model.deployed import (
-    AbsorbedAttention,
-    AbsorbedBlock,
     DeployedAttention,
     DeployedBlock,
-    DeployedEmbedding,
-    DeployedMlp,
     DeployedModel,
-    DeployedProbePool,
-    DeployedReadout,
     HeadLinear,
     Linear,
-    Norm,
     Rotate,
-    RotatedKey,
     ScoreBias,
 )
+from vitdeploy.model.folds import (
+    BLOCK_REWRITES,
+    deployed_linear,
+    deployed_mlp,
+    deployed_norm,
+    doubled,
+    merged_linear,
+    move_value_bias,
+    normalisation,
+)
 from vitdeploy.model.positions import rotation
-from vitdeploy.model.precision import Part, PrecisionPlan, assign_dtypes
-from vitdeploy.model.vit import Attention, Block, Embedding, Mlp, ProbePool, Readout, ViT
+from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
+from vitdeploy.model.vit import Attention, Block, Embedding, ProbePool, Readout, ViT
+from vitdeploy.model.vit_deployed import (
+    AbsorbedAttention,
+    AbsorbedBlock,
+    DeployedEmbedding,
+    DeployedProbePool,
+    DeployedReadout,
+    RotatedKey,
+)
 
 
 def forward_flops(config: ViTConfig) -> int:
@@ -59,84 +68,6 @@ def _probe_flops(config: ViTConfig) -> int:
     return 4 * t * d * d + 4 * d * d + 4 * t * d + 4 * d * config.mlp_width
 
 
-# Rewrites of a block's weights: the block stays a reference block.
-
-
-def edited(block: Block) -> Block:
-    """A copy whose modules can be changed while tensors stay shared."""
-    memo = {id(tensor): tensor for tensor in block.parameters()}
-    return copy.deepcopy(block, memo)
-
-
-def parameter(value: Tensor) -> nn.Parameter:
-    """A constant."""
-    return nn.Parameter(value, requires_grad=False)
-
-
-def fold_attention_scale(block: Block) -> Block:
-    """softmax(s q k') = softmax((s q) k'): the scale becomes part of the query projection."""
-    block = edited(block)
-    attn = block.attn
-    attn.q.weight = parameter(attn.q.weight * attn.scale)
-    if attn.q.bias is not None:
-        attn.q.bias = parameter(attn.q.bias * attn.scale)
-    attn.scale = 1.0
-    return block
-
-
-def drop_key_bias(block: Block) -> Block:
-    """q (k + b)' adds the same q b' to a whole row of scores, and softmax does not see it.
-
-    Where keys are rotated, the bias is turned with each of them and adds something else to every score.
-    """
-    if block.attn.config.rotary is not None:
-        return block
-    block = edited(block)
-    block.attn.k.register_parameter("bias", None)
-    return block
-
-
-def move_value_bias(block: Block) -> Block:
-    """Rows of a softmax sum to one, so the value bias passes through attention into the projection's bias."""
-    block = edited(block)
-    attn = block.attn
-    if attn.v.bias is not None:
-        attn.proj.bias = parameter(attn.proj.bias + attn.proj.weight @ attn.v.bias)
-        attn.v.register_parameter("bias", None)
-    return block
-
-
-def fold_layer_scale(block: Block) -> Block:
-    """Layer scale multiplies the rows of the linear layer before it (its bias too)."""
-    block = edited(block)
-    for linear, scale in ((block.attn.proj, block.scale1), (block.mlp.fc2, block.scale2)):
-        if scale is not None:
-            linear.weight = parameter(linear.weight * scale[:, None])
-            linear.bias = parameter(linear.bias * scale)
-    block.scale1 = block.scale2 = None
-    return block
-
-
-# Rewrites of structure: reference parts become deployed parts.
-
-
-def bias_of(linear: nn.Linear) -> Tensor | None:
-    return linear.bias  # typed as if it were always there
-
-
-def _linear(linear: nn.Linear) -> Linear:
-    return Linear(linear.weight.t(), linear.bias)
-
-
-def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight, norm.bias, norm.eps)
-
-
-def _mlp(mlp: Mlp) -> DeployedMlp:
-    norm = None if mlp.norm is None else _norm(mlp.norm)
-    return DeployedMlp(_linear(mlp.fc1), _linear(mlp.fc2), mlp.activation, mlp.gated, norm)
-
-
 def _rotate(attn: Attention) -> Rotate | None:
     """The turns of every token, a constant: the sizes of grid and heads are known."""
     if attn.config.rotary is None:
@@ -155,20 +86,17 @@ def score_bias_of(attn: Attention, queries: int | None = None) -> ScoreBias | No
 def merge_qkv(block: Block) -> DeployedBlock:
     """Three projections of the same rows are one GEMM with three times the columns."""
     attn = block.attn
-    parts = (attn.q, attn.k, attn.v)
-    weight = torch.cat([p.weight.detach() for p in parts]).t()
-    biases = [bias_of(p) for p in parts]
-    rows = [torch.zeros_like(p.weight[:, 0]) if b is None else b for p, b in zip(parts, biases, strict=True)]
-    bias = None if all(b is None for b in biases) else torch.cat(rows)
     merged = DeployedAttention(
-        Linear(weight, bias),
-        _linear(attn.proj),
+        merged_linear(attn.q, attn.k, attn.v),
+        deployed_linear(attn.proj),
         attn.heads,
         attn.scale,
         _rotate(attn),
         score_bias_of(attn),
     )
-    return DeployedBlock(_norm(block.norm1), merged, _norm(block.norm2), _mlp(block.mlp))
+    return DeployedBlock(
+        deployed_norm(block.norm1), merged, deployed_norm(block.norm2), deployed_mlp(block.mlp)
+    )
 
 
 def absorb_last_block(block: Block, queries: int) -> AbsorbedBlock:
@@ -186,19 +114,21 @@ def absorb_last_block(block: Block, queries: int) -> AbsorbedBlock:
     key: HeadLinear | RotatedKey = (
         HeadLinear(attn.k.weight.reshape(heads))  # (h, d, D)
         if rotate is None
-        else RotatedKey(_linear(attn.k), rotate, attn.heads)
+        else RotatedKey(deployed_linear(attn.k), rotate, attn.heads)
     )
     value = HeadLinear(attn.v.weight.reshape(heads).transpose(1, 2))  # (h, D, d)
     absorbed = AbsorbedAttention(
-        _linear(attn.q),
+        deployed_linear(attn.q),
         key,
         value,
-        _linear(attn.proj),
+        deployed_linear(attn.proj),
         attn.scale,
         queries,
         score_bias_of(attn, queries),
     )
-    return AbsorbedBlock(_norm(block.norm1), absorbed, _norm(block.norm2), _mlp(block.mlp))
+    return AbsorbedBlock(
+        deployed_norm(block.norm1), absorbed, deployed_norm(block.norm2), deployed_mlp(block.mlp)
+    )
 
 
 def patches_to_gemm(embedding: Embedding) -> DeployedEmbedding:
@@ -209,7 +139,7 @@ def patches_to_gemm(embedding: Embedding) -> DeployedEmbedding:
         patches = patches if added is None else patches + added
     tokens = torch.cat([embedding.prefix(), patches])  # (T, D)
     projection = Linear(weight.flatten(1).t(), None)  # (D, C, P, P) -> (C P P, D)
-    norm = None if embedding.pre_norm is None else _norm(embedding.pre_norm)
+    norm = None if embedding.pre_norm is None else deployed_norm(embedding.pre_norm)
     return DeployedEmbedding(projection, tokens, config, channels_last=False, pre_norm=norm)
 
 
@@ -226,12 +156,6 @@ def fold_normalisation(embedding: DeployedEmbedding, preprocess: Preprocess) -> 
     return DeployedEmbedding(Linear(weight, None), tokens, config, channels_last=True, pre_norm=norm)
 
 
-def normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
-    """Scale and shift per channel, (3) float64 each, with ``pixel_values = scale * uint8 + shift``."""
-    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (preprocess.mean, preprocess.std))
-    return preprocess.rescale / std, -mean / std
-
-
 def absorb_probe(pool: ProbePool) -> DeployedProbePool:
     """The probe's query is a constant, and so is what it looks for: u = q Wk' for every head.
 
@@ -243,7 +167,9 @@ def absorb_probe(pool: ProbePool) -> DeployedProbePool:
     key = (query @ pool.k.weight.reshape(heads)).flatten(1)  # (h, D)
     value = pool.v.weight.reshape(heads).transpose(1, 2)  # (h, D, d)
     proj = Linear(pool.proj.weight.t(), pool.proj.bias + pool.proj.weight @ pool.v.bias)
-    return DeployedProbePool(Linear(key.t(), None), HeadLinear(value), proj, _norm(pool.norm), _mlp(pool.mlp))
+    return DeployedProbePool(
+        Linear(key.t(), None), HeadLinear(value), proj, deployed_norm(pool.norm), deployed_mlp(pool.mlp)
+    )
 
 
 def read_out(readout: Readout, outputs: tuple[Output, ...], *, absorbed: bool) -> DeployedReadout:
@@ -255,7 +181,7 @@ def read_out(readout: Readout, outputs: tuple[Output, ...], *, absorbed: bool) -
     config, head = readout.config, None
     wanted = set(outputs)
     if "logits" in wanted and readout.head is not None:
-        head = _linear(readout.head)
+        head = deployed_linear(readout.head)
         if readout.head_dist is not None:
             weight = (
                 torch.cat([readout.head.weight, readout.head_dist.weight], dim=1).t() / 2
@@ -265,13 +191,15 @@ def read_out(readout: Readout, outputs: tuple[Output, ...], *, absorbed: bool) -
     embeds = "embedding" in wanted or (head is not None and config.head_on == "embedding")
 
     def linear(layer: nn.Linear | None, needed: bool) -> Linear | None:
-        return _linear(layer) if needed and layer is not None else None
+        return deployed_linear(layer) if needed and layer is not None else None
 
     return DeployedReadout(
         config,
         outputs,
         absorbed=absorbed,
-        norm=_norm(readout.norm) if readout.norm is not None and _reads_norm(config, wanted) else None,
+        norm=deployed_norm(readout.norm)
+        if readout.norm is not None and _reads_norm(config, wanted)
+        else None,
         probe_pool=absorb_probe(readout.probe_pool) if pools and readout.probe_pool is not None else None,
         projection=linear(readout.projection, embeds),
         representation=linear(readout.representation, head is not None),
@@ -367,20 +295,6 @@ def _absorbed_flops(config: ViTConfig, queries: int) -> int:
     if config.rotary is not None:  # keys are projected, and the scores are of their columns
         absorbed += 2 * t * d * d - 2 * queries * d * d - 2 * queries * (config.heads - 1) * t * d
     return full - absorbed
-
-
-BLOCK_REWRITES: tuple[Callable[[Block], Block], ...] = (
-    fold_attention_scale,
-    drop_key_bias,
-    move_value_bias,
-    fold_layer_scale,
-)
-
-
-def doubled(part: Part) -> Part:
-    """A copy in float64."""
-    memo = {id(tensor): parameter(tensor.detach().double()) for tensor in part.parameters()}
-    return copy.deepcopy(part, memo)
 
 
 @torch.no_grad()

@@ -11,13 +11,12 @@ of a head, M columns inside the MLP, E columns of the embedding.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdeploy.config import FinalNorm, Output, ViTConfig
+from vitdeploy.model.parts import Mlp
 from vitdeploy.model.positions import (
     relative_positions,
     rotate,
@@ -26,7 +25,7 @@ from vitdeploy.model.positions import (
     sincos1d,
     sincos2d,
 )
-from vitdeploy.model.reference import ACTIVATIONS, Reference
+from vitdeploy.model.reference import Reference
 
 
 class Embedding(nn.Module):
@@ -92,6 +91,7 @@ class Attention(nn.Module):
         self.config = config
         self.heads, self.head_width = config.heads, config.head_width
         self.scale = config.head_width**-0.5
+        self.rotated = config.rotary is not None
         self.q = nn.Linear(config.width, config.width, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, config.width, bias=config.qkv_bias and config.key_bias)
         self.v = nn.Linear(config.width, config.width, bias=config.qkv_bias)
@@ -159,27 +159,6 @@ class FusedAttention(Attention):
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with an activation between them, gated (SwiGLU) where the model is."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.gated = config.gated_mlp
-        self.activation = config.activation
-        self.fc1 = nn.Linear(config.width, config.mlp_width * (2 if self.gated else 1))
-        self.norm = nn.LayerNorm(config.mlp_width, eps=config.norm_eps) if config.mlp_norm else None
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)  # (N, T, D) -> (N, T, M), or 2M when gated
-        if self.gated:
-            gate, x = x.chunk(2, dim=-1)  # (N, T, M) each
-            x = ACTIVATIONS[self.activation](gate) * x
-        else:
-            x = ACTIVATIONS[self.activation](x)
-        return self.fc2(x if self.norm is None else self.norm(x))  # (N, T, D)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block, with layer scale (Touvron et al. 2021, https://arxiv.org/abs/2103.17239)."""
 
@@ -189,7 +168,13 @@ class Block(nn.Module):
         self.attn = attention(config)
         self.scale1 = nn.Parameter(torch.ones(config.width)) if config.layer_scale else None
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(
+            config.width,
+            config.mlp_width,
+            config.activation,
+            gated=config.gated_mlp,
+            norm_eps=config.norm_eps if config.mlp_norm else None,
+        )
         self.scale2 = nn.Parameter(torch.ones(config.width)) if config.layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +194,7 @@ class ProbePool(nn.Module):
         self.probe = nn.Parameter(torch.zeros(width))
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.mlp = Mlp(replace(config, gated_mlp=False, mlp_norm=False))
+        self.mlp = Mlp(width, config.mlp_width, config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(self.probe).unflatten(0, (self.heads, 1, -1))  # (h, 1, d)

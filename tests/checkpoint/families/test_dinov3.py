@@ -26,7 +26,7 @@ from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.checkpoint.stated import Stated
 from vitdeploy.config import Preprocess, Rotary, ViTConfig
 from vitdeploy.images.preprocess import apply
-from vitdeploy.model import rewrites, vit
+from vitdeploy.model import folds, rewrites, vit
 from vitdeploy.model.positions import rotation
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.model.reference import forward_float64
@@ -140,11 +140,11 @@ def test_a_key_bias_that_a_rewrite_drops_is_seen(save: Save, monkeypatch: pytest
     assert (deployed() - expected).abs().max() < 1e-12
 
     def drop(block: vit.Block) -> vit.Block:
-        block = rewrites.edited(block)
+        block = folds.edited(block)
         block.attn.k.register_parameter("bias", None)
         return block
 
-    kept = [rewrite for rewrite in rewrites.BLOCK_REWRITES if rewrite is not rewrites.drop_key_bias]
+    kept = [rewrite for rewrite in folds.BLOCK_REWRITES if rewrite is not folds.drop_key_bias]
     monkeypatch.setattr(rewrites, "BLOCK_REWRITES", (*kept, drop))
     assert (deployed() - expected).abs().max() > 1e-3
 

@@ -21,9 +21,9 @@ from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, use
 from vitdeploy.checkpoint.stated import Stated
 from vitdeploy.config import ModelConfig, Output, Preprocess, Scores, Size
 from vitdeploy.errors import UsageError
+from vitdeploy.model.folds import normalisation
 from vitdeploy.model.reference import Reference, forward_float64
 from vitdeploy.model.registry import build_reference
-from vitdeploy.model.rewrites import normalisation
 from vitdeploy.model.user_module import module_float64
 from vitdeploy.scores import usual_scores
 from vitdeploy.verification.foreign.onnx_file import Interface, Value

@@ -1,0 +1,120 @@
+"""What configurations of all architectures have in common, and the words that travel in a manifest."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+from vitdeploy.errors import UsageError
+
+Size = tuple[int, int]
+"""Height, width."""
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+Output = str
+"""What a model returns: one of ``OUTPUTS``, or ``layer_3``, the tokens behind block 3."""
+OUTPUTS: tuple[Output, ...] = ("logits", "codes", "features", "embedding", "tokens")
+"""Logits of classes; logits of every patch's code; the pooled vector; that vector projected, where the model
+projects, and of length 1; every token."""
+POOLED: frozenset[Output] = frozenset(("logits", "features", "embedding"))
+"""Those that are computed of the pooled vector."""
+InputKind = Literal["float", "uint8"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Scores = Literal["softmax", "sigmoid", "none"]
+"""What becomes of logits where classes are named: ``vitdeploy.scores``."""
+
+_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
+
+
+def is_output(name: str) -> bool:
+    """Whether some model returns something of this name."""
+    return name in OUTPUTS or _LAYER.fullmatch(name) is not None
+
+
+def layer_of(output: Output) -> int | None:
+    """The block whose tokens an output is; None where it is none of the layers."""
+    match = _LAYER.fullmatch(output)
+    return int(match[1]) if match else None
+
+
+class ModelConfig(ABC):
+    """What the configuration of every architecture states; each is a frozen dataclass derived from this."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
+    kind: ClassVar[str]
+    """The architecture, as a manifest names it; :func:`model_type` finds the class by it."""
+
+    image_size: Size
+    channels: int
+    classes: int
+    """Columns of the logits; 0 is a model without a head."""
+
+    def beyond_kernels(self, output: Output) -> tuple[str, ...]:
+        """What ``vitdeploy_kernels`` does not compute of this model on the way to an output."""
+        return (f"the structure of {self.kind!r}",)
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Blocks, of all stages together."""
+
+    @property
+    @abstractmethod
+    def output_shapes(self) -> Mapping[Output, tuple[int, ...]]:
+        """What the model can return, with the shape for one image; the first is the default."""
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The names of what the model can return, but for its layers; the first is the default."""
+        return tuple(self.output_shapes)
+
+    def output_shape(self, output: Output) -> tuple[int, ...] | None:
+        """The shape of one of ``outputs`` or of a layer, for one image; None where the model has no such."""
+        return self.output_shapes.get(output)
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """Its measures, in one line."""
+
+    @property
+    def reference_bytes(self) -> int:
+        """What the float64 reference holds at once for each image, at the least; 0 where nobody counted."""
+        return 0
+
+    def at_size(self, size: Size) -> Self:
+        """The same model for images of another height and width.
+
+        Raises:
+            ConfigError: the model cannot be built for them.
+        """
+        this: Any = self
+        resized: Self = replace(this, image_size=size)
+        return resized
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Batch sizes an artifact serves: the least, the one to optimise for, the most."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UsageError(
+                f"batch sizes must rise from 1: MIN,OPT,MAX is {self.min},{self.opt},{self.max}",
+                hint="for example --batch 1,8,32, or --batch 8 for a fixed batch",
+            )
+
+    @property
+    def fixed(self) -> bool:
+        return self.min == self.max
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(sorted({self.min, self.opt, self.max}))
