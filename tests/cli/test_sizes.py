@@ -1,4 +1,4 @@
-"""``vitdeploy predict`` on a bundle of several image sizes: which one was taken is said in every form."""
+"""Commands on a bundle of several image sizes: `predict` says in every form which one was taken."""
 
 from __future__ import annotations
 
@@ -96,3 +96,14 @@ def test_vectors(run: Run, tmp_path: Path, images: list[Path]) -> None:
     assert "3 images (1 at 8x8, 1 at 8x16, 1 at 16x16)" in said
     counted = json.loads(run("predict", bundle.root, *images, "--json", "-o", tmp_path / "w.npy").out)
     assert counted["image_sizes"] == {"8x8": 1, "8x16": 1, "16x16": 1}
+
+
+def test_the_commands_show_every_size(run: Run, tmp_path: Path) -> None:
+    bundle = several_sizes(tmp_path / "b")
+    said = run("verify", bundle.root, "--backend", "onnxruntime").out
+    assert "onnx-fp32-16x16" in said
+    assert "verified: 7 files intact" in said
+    shown = run("inspect", bundle.root).out
+    assert "8x8 (64 FLOPs), 16x16 (256 FLOPs), 8x16 (128 FLOPs)" in shown
+    document = run("inspect", bundle.root, "--json").document
+    assert [record["image_size"] for record in document["manifest"]["sizes"]] == [[16, 16], [8, 16]]
