@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, ViTConfig
-from vitdeploy.model import rewrites
+from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, SwinConfig, ViTConfig
+from vitdeploy.model import rewrites, swin
 from vitdeploy.model.architecture import Architecture
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
@@ -69,7 +69,36 @@ class ViTArchitecture(Architecture[ViTConfig, ViT]):
         )
 
 
-ARCHITECTURES: Mapping[str, Architecture[Any, Any]] = {ViTConfig.kind: ViTArchitecture()}
+class SwinArchitecture(Architecture[SwinConfig, swin.Swin]):
+    """Swin Transformers of both versions."""
+
+    def reference(self, config: SwinConfig, *, fused_attention: bool = False) -> swin.Swin:
+        return swin.Swin(config, swin.FusedAttention if fused_attention else swin.Attention)
+
+    def forward_flops(self, config: SwinConfig) -> int:
+        raise NotImplementedError
+
+    def applied_rewrites(
+        self, config: SwinConfig, outputs: tuple[Output, ...], input_kind: InputKind
+    ) -> tuple[Rewrite, ...]:
+        raise NotImplementedError
+
+    def deploy(
+        self,
+        reference: swin.Swin,
+        plan: PrecisionPlan,
+        *,
+        outputs: tuple[Output, ...],
+        input_kind: InputKind,
+        preprocess: Preprocess,
+    ) -> DeployedModel:
+        raise NotImplementedError
+
+
+ARCHITECTURES: Mapping[str, Architecture[Any, Any]] = {
+    ViTConfig.kind: ViTArchitecture(),
+    SwinConfig.kind: SwinArchitecture(),
+}
 """For every kind in ``vitdeploy.config.CONFIGS``."""
 
 
