@@ -39,7 +39,7 @@ SIZES = (SQUARE, NOT_SQUARE, PADDED, SMALL, (8, 40))
 
 # What each adds to what the others prove: its architecture, its arguments, its sizes.
 CASES: dict[str, tuple[str, dict[str, Any], tuple[tuple[int, int], ...]]] = {
-    "v1": (V1, {}, SIZES),
+    "v1": (V1, {"depths": (2, 2), "num_heads": (1, 2)}, SIZES),
     "v1_small": (V1, {"img_size": SMALL}, (SMALL, SQUARE)),
     "v1_narrow": (V1, {"img_size": (8, 40)}, ((8, 40),)),
     "v1_bare": (V1, {"num_classes": 0, "qkv_bias": False}, (SQUARE,)),
@@ -119,9 +119,9 @@ def record_architectures() -> None:
                 "image_size": list(model.patch_embed.img_size),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
             }
-        elif "patch_embed.proj.weight" in names and any(n.startswith("layers.0.blocks.0.attn.") for n in names):
-            others.append(name)
-        elif any(key.startswith("stages.0.blocks.0.attn.logit_scale") for key in names):
+        elif (
+            "patch_embed.proj.weight" in names and any(n.startswith("layers.0.blocks.0.attn.") for n in names)
+        ) or any(key.startswith("stages.0.blocks.0.attn.logit_scale") for key in names):
             others.append(name)
     (FOLDER / "architectures.json").write_text(json.dumps(known, indent=1) + "\n")
     (FOLDER / "look_alikes.json").write_text(json.dumps(others, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitdeploy.config import ModelConfig, Size, ViTConfig
+from vitdeploy.config import ModelConfig, Size, SwinConfig, ViTConfig
 
 
 def bilinear_offsets(offsets: Tensor, source: Size, target: Size) -> Tensor:
@@ -29,6 +30,10 @@ def bilinear_offsets(offsets: Tensor, source: Size, target: Size) -> Tensor:
     grid = offsets.double().reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # (1, h, rows, columns)
     grid = F.interpolate(grid, size=size, mode="bilinear")
     return grid.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+_TABLE = re.compile(r"layers\.(\d+)\..*\.score_bias\.table")
+"""A Swin's table of relative positions, and its stage."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class PositionRule:
 
     def fit(self, state: Mapping[str, Tensor], config: ModelConfig, size: Size) -> dict[str, Tensor]:
         """What of ``state``, which is for ``config.image_size``, is another tensor for images of ``size``."""
+        if isinstance(config, SwinConfig):
+            fitted = {
+                n: fit_windows(n, t, config, size, self) for n, t in state.items() if _TABLE.fullmatch(n)
+            }
+            return {name: table for name, table in fitted.items() if table is not state[name]}
         if not isinstance(config, ViTConfig):
             return {}
         fitted = {n: fit_scores(t, config, size, self) for n, t in state.items() if n.endswith(".score_bias")}
@@ -65,6 +75,14 @@ def fit_scores(table: Tensor, config: ViTConfig, size: Size, rule: PositionRule)
     offsets = table[: len(table) - extra]
     fitted = rule.offsets(offsets, config.grid, config.at_size(size).grid)
     return table if fitted is offsets else torch.cat([fitted, table[len(table) - extra :].to(fitted)])
+
+
+def fit_windows(name: str, table: Tensor, config: SwinConfig, size: Size, rule: PositionRule) -> Tensor:
+    """Return a stage's table of relative positions, (rows, h), for its windows on maps of other images."""
+    match = _TABLE.fullmatch(name)
+    assert match is not None
+    stage = int(match[1])
+    return rule.offsets(table, config.window(stage), config.at_size(size).window(stage))
 
 
 def fit_positions(table: Tensor, config: ViTConfig, size: Size, rule: PositionRule) -> Tensor:
