@@ -139,6 +139,14 @@ CATALOGUE: Mapping[str, Entry] = {
     "vit_msn": Entry(
         ("MSN",), "transformers", ("vit_msn",), "`ViTMSNForImageClassification`, `ViTMSNModel`", _CLASSES
     ),
+    "swin": Entry(
+        ("Swin",),
+        "transformers",
+        ("swin",),
+        "`SwinForImageClassification`, `SwinModel`, and the encoder of `SwinForMaskedImageModeling`",
+        _CLASSES,
+    ),
+    "swinv2": Entry(("Swin v2",), "transformers", ("swinv2",), "the same of version 2", _CLASSES),
     "timm": Entry(
         ("ViT", "DeiT", "DeiT III", "DINOv2", "CLIP", "SigLIP"),
         "timm",
