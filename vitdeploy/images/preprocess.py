@@ -289,6 +289,7 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dinov3": ("dinov3_vit", {}),
     "blip": ("vit", {**_OPENAI, "resample": 3}),
     "mae": ("vit", _IMAGENET),
+    "swin": ("swin", _SWIN),
 }
 """Preprocessing that models share, by the names that people know: a model type and its settings.
 

@@ -284,6 +284,16 @@ def test_missing_tensors_are_called_as_in_the_file(tmp_path: Path) -> None:
         load(folder)
 
 
+def test_a_variant_beside_the_file_is_checked() -> None:
+    with pytest.raises(CheckpointError, match="another architecture than the variant named") as caught:
+        open_model("Swin-T", checkpoint=RECORDED / "v1")
+    assert "width 8, not 96; depths (2, 2), not (2, 2, 6, 2)" in caught.value.message
+    with pytest.raises(CheckpointError, match="variant named: its kind swin, not vit"):
+        open_model("B/16", checkpoint=RECORDED / "v1")
+    with pytest.raises(CheckpointError, match="variant named: its kind vit, not swin"):
+        open_model("Swin-T", checkpoint=ORACLES / "timm" / "vit")
+
+
 def test_a_replaced_head(tmp_path: Path) -> None:
     folder = copy("v1", tmp_path)
     state = load_file(folder / "model.safetensors")

@@ -54,7 +54,7 @@ _KINDS: Mapping[str, str] = {
     r"_radio_|_intern300m_": "no LayerNorm at the end",
     r"^aimv2|test_vit4": "RMSNorm",
     r"^cait": "talking heads",
-    r"^swinv2_cr": "another network of relative positions, and LayerNorm without windows of its own size",
+    r"^swinv2_cr": "another network of relative positions",
     r"^(qwen|deepseek)": "the attention of a language model's image encoder",
 }
 """Patterns of other names, and what sets these models apart."""
