@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, SwinConfig, ViTConfig
-from vitdeploy.model import rewrites, swin
+from vitdeploy.model import rewrites, swin, swin_rewrites
 from vitdeploy.model.architecture import Architecture
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
@@ -76,12 +76,12 @@ class SwinArchitecture(Architecture[SwinConfig, swin.Swin]):
         return swin.Swin(config, swin.FusedAttention if fused_attention else swin.Attention)
 
     def forward_flops(self, config: SwinConfig) -> int:
-        raise NotImplementedError
+        return swin_rewrites.forward_flops(config)
 
     def applied_rewrites(
         self, config: SwinConfig, outputs: tuple[Output, ...], input_kind: InputKind
     ) -> tuple[Rewrite, ...]:
-        raise NotImplementedError
+        return swin_rewrites.applied_rewrites(config, outputs, input_kind)
 
     def deploy(
         self,
@@ -92,7 +92,9 @@ class SwinArchitecture(Architecture[SwinConfig, swin.Swin]):
         input_kind: InputKind,
         preprocess: Preprocess,
     ) -> DeployedModel:
-        raise NotImplementedError
+        return swin_rewrites.deploy(
+            reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess
+        )
 
 
 ARCHITECTURES: Mapping[str, Architecture[Any, Any]] = {

@@ -26,7 +26,7 @@ STEM_EPS = 1e-5
 COSINE_EPS = 1e-12
 """The least length that a query or a key is divided by."""
 _MOST_SCALE = math.log(100.0)
-_POSITION_WIDTH = 512
+POSITION_WIDTH = 512
 """Columns inside the MLP of offsets."""
 
 
@@ -120,8 +120,8 @@ class LogBias(nn.Module):
         self.window = config.window(stage)
         stated = config.pretrained_windows[stage] if config.pretrained_windows else (0, 0)
         self.measure = stated if min(stated) > 0 else self.window
-        self.fc1 = nn.Linear(2, _POSITION_WIDTH)
-        self.fc2 = nn.Linear(_POSITION_WIDTH, config.heads[stage], bias=False)
+        self.fc1 = nn.Linear(2, POSITION_WIDTH)
+        self.fc2 = nn.Linear(POSITION_WIDTH, config.heads[stage], bias=False)
 
     def forward(self) -> Tensor:
         offsets = log_offsets(self.window, self.measure).to(self.fc1.weight)
@@ -256,11 +256,15 @@ class Merge(nn.Module):
         self.norm = nn.LayerNorm(2 * width if self.post_norm else 4 * width, eps=STEM_EPS)
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
+        """The four side by side: (N, T, D) to (N, T/4, 4D); an odd side is padded with zeros."""
         height, width = self.map
         x = F.pad(x.unflatten(1, self.map), (0, 0, 0, width % 2, 0, height % 2))  # (N, h, w, D), both even
         four = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]  # left pair first
-        x = torch.cat(four, dim=-1).flatten(1, 2)  # (N, T/4, 4D)
+        return torch.cat(four, dim=-1).flatten(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gather(x)
         return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.helpers.checkpoints import edit_config
 from tests.helpers.exact import Exact
+from tests.helpers.swin_faults import FAULTS, of_the_wrong_block
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.checkpoint.stated import Stated
 from vitdeploy.config import SwinConfig
@@ -221,3 +222,50 @@ def test_heads_of_stages_cannot_be_stated(save: Save) -> None:
     folder = save(classifier("swin"))
     with pytest.raises(UsageError, match="kind 'swin' has no heads to choose"):
         open_model(str(folder), stated=Stated(heads=4))
+
+
+# --- faults ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_fault_of_the_reference_is_noticed(
+    save: Save,
+    agree: Agree,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    fault: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    model = classifier(version)
+    folder = save(model)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        agree(model, folder)
+    monkeypatch.undo()
+    agree(model, folder)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_biases_of_the_wrong_block_are_noticed(save: Save, agree: Agree, version: str) -> None:
+    model = classifier(version)
+    opened = agree(model, save(model))
+    pixels = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    right, faulty = (
+        forward_float64(build_reference(opened.config, state), pixels)
+        for state in (opened.state, of_the_wrong_block(opened.state))
+    )
+    assert (right - faulty).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_export_computes_the_same(
+    save: Save, exported: Callable[[Path, Tensor], Tensor], version: str
+) -> None:
+    model = classifier(version)
+    pixels = torch.randn(2, 3, 64, 64)
+    answer = exported(save(model, 0.1), pixels)
+    with torch.inference_mode():
+        theirs = model.double()(pixels.double()).logits
+    assert answer.shape == theirs.shape
+    assert torch.linalg.vector_norm(answer - theirs) <= 1e-4 * torch.linalg.vector_norm(theirs)

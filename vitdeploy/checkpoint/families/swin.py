@@ -122,8 +122,8 @@ def _config(config: Mapping[str, object], state: Mapping[str, Tensor], model_typ
     if model_type == V2:
         if config.get("use_absolute_embeddings"):
             raise CheckpointError(
-                "config.json: use_absolute_embeddings is not supported in version 2, where transformers cannot "
-                "run it either",
+                "config.json: use_absolute_embeddings is not supported in version 2, where transformers "
+                "cannot run it either",
                 hint=OTHER_MODEL,
             )
         windows = _fixed(config, size[0] // patch[0], window, depths)
