@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitdeploy_kernels.config import Table
 from vitdeploy_kernels.launch import Launch
-from vitdeploy_kernels.planner import launches
+from vitdeploy_kernels.plans import launches
 from vitdeploy_kernels.vit import VitShape
 
 

@@ -12,7 +12,7 @@ import torch
 
 from vitdeploy_kernels.config import Config, Table
 from vitdeploy_kernels.launch import Launch
-from vitdeploy_kernels.planner import launches
+from vitdeploy_kernels.plans import launches
 from vitdeploy_kernels.problems import build
 from vitdeploy_kernels.specs import Spec
 from vitdeploy_kernels.vit import VitShape
