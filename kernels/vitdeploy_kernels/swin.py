@@ -53,6 +53,12 @@ class SwinShape:
         height, width = (side // self.patch >> stage for side in self.image_size)
         return height * width
 
+    @property
+    def streams(self) -> tuple[tuple[int, int], ...]:
+        """Tokens of an image and their columns, of every stage's residual stream."""
+        stages = range(len(self.depths))
+        return tuple((self.tokens(stage), self.width * 2**stage) for stage in stages)
+
     def count(self, stage: int) -> int:
         """Windows of an image."""
         rows, columns = self.windows[stage]

@@ -172,6 +172,17 @@ class SwinConfig(ModelConfig):
         (rows, columns), (height, width) = self.window(stage), self.maps[stage]
         return -(-height // rows) * rows, -(-width // columns) * columns
 
+    def beyond_kernels(self, output: Output) -> tuple[str, ...]:
+        padded = any(self.padded(stage) != size for stage, size in enumerate(self.maps))
+        odd = any(rows % 2 or columns % 2 for rows, columns in self.maps[:-1])
+        beyond = {
+            "the cosine attention of Swin v2": self.version == 2,
+            "windows that do not divide their map, which is padded": padded,
+            "merging of a map with an odd side": odd,
+            "the tokens behind single blocks": layer_of(output) is not None,
+        }
+        return tuple(what for what, applies in beyond.items() if applies)
+
     @property
     def features(self) -> int:
         """Columns of the pooled vector."""

@@ -19,6 +19,7 @@ from vitdeploy.model.vit import Attention, FusedAttention, ViT
 
 if TYPE_CHECKING:
     from vitdeploy.model.fused import FusedModel
+    from vitdeploy_kernels.swin import SwinShape
     from vitdeploy_kernels.vit import VitShape
 
 
@@ -94,6 +95,27 @@ class SwinArchitecture(Architecture[SwinConfig, swin.Swin]):
     ) -> DeployedModel:
         return swin_rewrites.deploy(
             reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess
+        )
+
+    def kernel_shape(self, config: SwinConfig, output: Output, input_kind: InputKind) -> SwinShape:
+        from vitdeploy.model import swin_fused
+
+        return swin_fused.kernel_shape(config, output, input_kind)
+
+    def fuse(
+        self,
+        reference: swin.Swin,
+        dtype: torch.dtype,
+        *,
+        output: Output,
+        input_kind: InputKind,
+        preprocess: Preprocess | None,
+        device: torch.device | str,
+    ) -> FusedModel:
+        from vitdeploy.model import swin_fused
+
+        return swin_fused.fuse(
+            reference, dtype, output=output, input_kind=input_kind, preprocess=preprocess, device=device
         )
 
 
