@@ -30,7 +30,7 @@ from vitdeploy_kernels.aot import ARCHITECTURES, AotError, Compiled, capability_
 from vitdeploy_kernels.compile_pool import Key, Progress, compile_each
 from vitdeploy_kernels.config import Route, Table, shipped_table
 from vitdeploy_kernels.launch import Launch
-from vitdeploy_kernels.planner import launches
+from vitdeploy_kernels.plans import launches
 from vitdeploy_kernels.sass import Resources, resources
 from vitdeploy_kernels.specs import flops, size, spec_of
 from vitdeploy_kernels.vit import VitShape

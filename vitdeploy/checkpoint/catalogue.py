@@ -139,6 +139,14 @@ CATALOGUE: Mapping[str, Entry] = {
     "vit_msn": Entry(
         ("MSN",), "transformers", ("vit_msn",), "`ViTMSNForImageClassification`, `ViTMSNModel`", _CLASSES
     ),
+    "swin": Entry(
+        ("Swin",),
+        "transformers",
+        ("swin",),
+        "`SwinForImageClassification`, `SwinModel`, and the encoder of `SwinForMaskedImageModeling`",
+        _CLASSES,
+    ),
+    "swinv2": Entry(("Swin v2",), "transformers", ("swinv2",), "the same of version 2", _CLASSES),
     "timm": Entry(
         ("ViT", "DeiT", "DeiT III", "DINOv2", "CLIP", "SigLIP"),
         "timm",
@@ -160,6 +168,13 @@ CATALOGUE: Mapping[str, Entry] = {
         ("blocks.0.attn.relative_position_bias_table", "rel_pos_bias.relative_position_bias_table"),
         "`beit_*`, `beitv2_*`, and the authors' own files, of which those of the pre-training give `codes`",
         _CODES,
+    ),
+    "timm_swin": Entry(
+        ("Swin", "Swin v2"),
+        "timm",
+        ("layers.0.blocks.0.attn.qkv.weight",),
+        "`swin_*`, `swin_s3_*`, `swinv2_*`, and the authors' own files",
+        _CLASSES,
     ),
     "open_clip": Entry(
         ("CLIP",),

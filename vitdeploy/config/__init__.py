@@ -20,6 +20,7 @@ from vitdeploy.config.common import (
 )
 from vitdeploy.config.kinds import CONFIGS, model_fields, model_type
 from vitdeploy.config.preprocess import Preprocess, Resample
+from vitdeploy.config.swin import SwinConfig, WindowRule
 from vitdeploy.config.vit import FinalNorm, Pool, Position, Rotary, ViTConfig
 
 __all__ = [
@@ -40,7 +41,9 @@ __all__ = [
     "Rotary",
     "Scores",
     "Size",
+    "SwinConfig",
     "ViTConfig",
+    "WindowRule",
     "is_output",
     "layer_of",
     "model_fields",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from vitdeploy.model.fused import FusedModel
-    from vitdeploy_kernels.vit import VitShape
+    from vitdeploy_kernels.plans import Shape
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 ReferenceT = TypeVar("ReferenceT", bound=Reference)
@@ -65,7 +65,7 @@ class Architecture(ABC, Generic[ConfigT, ReferenceT]):
             PrecisionError: a weight does not fit into its dtype (each is named).
         """
 
-    def kernel_shape(self, config: ConfigT, output: Output, input_kind: InputKind) -> VitShape:
+    def kernel_shape(self, config: ConfigT, output: Output, input_kind: InputKind) -> Shape:
         """What the fused kernels have to compute.
 
         Raises:

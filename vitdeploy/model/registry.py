@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, ViTConfig
-from vitdeploy.model import rewrites
+from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, SwinConfig, ViTConfig
+from vitdeploy.model import rewrites, swin, swin_rewrites
 from vitdeploy.model.architecture import Architecture
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
@@ -19,6 +19,7 @@ from vitdeploy.model.vit import Attention, FusedAttention, ViT
 
 if TYPE_CHECKING:
     from vitdeploy.model.fused import FusedModel
+    from vitdeploy_kernels.swin import SwinShape
     from vitdeploy_kernels.vit import VitShape
 
 
@@ -69,7 +70,59 @@ class ViTArchitecture(Architecture[ViTConfig, ViT]):
         )
 
 
-ARCHITECTURES: Mapping[str, Architecture[Any, Any]] = {ViTConfig.kind: ViTArchitecture()}
+class SwinArchitecture(Architecture[SwinConfig, swin.Swin]):
+    """Swin Transformers of both versions."""
+
+    def reference(self, config: SwinConfig, *, fused_attention: bool = False) -> swin.Swin:
+        return swin.Swin(config, swin.FusedAttention if fused_attention else swin.Attention)
+
+    def forward_flops(self, config: SwinConfig) -> int:
+        return swin_rewrites.forward_flops(config)
+
+    def applied_rewrites(
+        self, config: SwinConfig, outputs: tuple[Output, ...], input_kind: InputKind
+    ) -> tuple[Rewrite, ...]:
+        return swin_rewrites.applied_rewrites(config, outputs, input_kind)
+
+    def deploy(
+        self,
+        reference: swin.Swin,
+        plan: PrecisionPlan,
+        *,
+        outputs: tuple[Output, ...],
+        input_kind: InputKind,
+        preprocess: Preprocess,
+    ) -> DeployedModel:
+        return swin_rewrites.deploy(
+            reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess
+        )
+
+    def kernel_shape(self, config: SwinConfig, output: Output, input_kind: InputKind) -> SwinShape:
+        from vitdeploy.model import swin_fused
+
+        return swin_fused.kernel_shape(config, output, input_kind)
+
+    def fuse(
+        self,
+        reference: swin.Swin,
+        dtype: torch.dtype,
+        *,
+        output: Output,
+        input_kind: InputKind,
+        preprocess: Preprocess | None,
+        device: torch.device | str,
+    ) -> FusedModel:
+        from vitdeploy.model import swin_fused
+
+        return swin_fused.fuse(
+            reference, dtype, output=output, input_kind=input_kind, preprocess=preprocess, device=device
+        )
+
+
+ARCHITECTURES: Mapping[str, Architecture[Any, Any]] = {
+    ViTConfig.kind: ViTArchitecture(),
+    SwinConfig.kind: SwinArchitecture(),
+}
 """For every kind in ``vitdeploy.config.CONFIGS``."""
 
 

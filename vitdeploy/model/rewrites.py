@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import POOLED, InputKind, Output, Preprocess, ViTConfig, layer_of
+from vitdeploy.config import POOLED, InputKind, ModelConfig, Output, Preprocess, ViTConfig, layer_of
 from vitdeploy.model.deployed import (
     DeployedAttention,
     DeployedBlock,
@@ -223,7 +223,7 @@ def queries_read(config: ViTConfig, outputs: Iterable[Output]) -> int | None:
     return 2 if config.pool == "both_heads" else 1
 
 
-def blocks_read(config: ViTConfig, outputs: Iterable[Output]) -> int:
+def blocks_read(config: ModelConfig, outputs: Iterable[Output]) -> int:
     """How many blocks the outputs depend on: all of them, unless each is a layer before the last."""
     layers = [layer_of(output) for output in outputs]
     return max(config.depth if layer is None else layer + 1 for layer in layers)

@@ -20,9 +20,11 @@ from vitdeploy.checkpoint.families import (
     open_clip,
     reference,
     siglip,
+    swin,
     timm,
     timm_beit,
     timm_eva,
+    timm_swin,
     torchvision,
     vit,
 )
@@ -45,10 +47,13 @@ FAMILIES: tuple[Family, ...] = (
     blip.FAMILY,
     clip.FAMILY,
     siglip.FAMILY,
+    swin.FAMILY,
+    swin.FAMILY_V2,
     open_clip.TOWER,
     open_clip.TRUNK,
     timm_beit.FAMILY,
     timm_eva.FAMILY,
+    timm_swin.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
     google.FAMILY,
@@ -60,7 +65,10 @@ _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 _OWN = tuple(
     f.name
-    for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS, beit.FAMILY)
+    for f in (
+        *(vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS, beit.FAMILY),
+        *(swin.FAMILY, swin.FAMILY_V2),
+    )
 )
 """Families of transformers, whose names begin so where a base model is below a head."""
 _PREFIXES = (*_OWN, image_text.PREFIX, open_clip.PREFIX)
@@ -69,8 +77,8 @@ _TYPES = (*_OWN, *blip.MODEL_TYPES, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
 """Model types of transformers that are read."""
 _OTHERS = frozenset(
     (
-        *("convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit", "mobilevit", "pvt", "swin"),
-        *("swinv2", "vit_hybrid", "yolos"),
+        *("convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit", "mobilevit", "pvt"),
+        *("vit_hybrid", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""

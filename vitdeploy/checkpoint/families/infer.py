@@ -33,7 +33,7 @@ def infer_config(
     Raises:
         CheckpointError: a tensor everything depends on is missing or has an impossible shape.
     """
-    shapes = _Shapes(layout, state, source)
+    shapes = Shapes(layout, state, source)
     width, channels, patch, across = shapes.of("patch_embed.weight", 4)
     if patch != across:
         raise CheckpointError(
@@ -74,7 +74,7 @@ def infer_config(
     return ViTConfig(**(fields | stated))
 
 
-def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]:
+def _table(shapes: Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]:
     """What the position table tells: the image size, and how many of its rows are not patches.
 
     Raises:
@@ -146,7 +146,7 @@ def heads_note(config: ViTConfig) -> str:
     return f"the file does not tell the number of heads: {guess}"
 
 
-class _Shapes:
+class Shapes:
     """Shapes of our parameters, as far as the foreign checkpoint has them; blocks are judged by the first."""
 
     def __init__(self, layout: Layout, state: Mapping[str, Tensor], source: str) -> None:
@@ -159,9 +159,14 @@ class _Shapes:
         """Rows of a matrix that not every model has."""
         return self.of(ours, 2)[0] if self.have(ours) else 0
 
-    def of(self, ours: str, dimensions: int) -> tuple[int, ...]:
-        tensor = find_tensor(self.layout, self.state, ours.format(i=0, j=0))
-        name = self.layout[ours].name.format(i=0, j=0)
+    def of(self, ours: str, dimensions: int, stage: int = 0) -> tuple[int, ...]:
+        """The shape of a tensor that has so many dimensions.
+
+        Raises:
+            CheckpointError: it is missing, or has others.
+        """
+        tensor = find_tensor(self.layout, self.state, ours.format(i=stage, j=0))
+        name = self.layout[ours].name.format(i=stage, j=0)
         if tensor is None:
             raise CheckpointError(
                 f"{self.source}: the tensor {name} is missing{_instead(name, self.state)}", hint=OTHER_MODEL
@@ -173,7 +178,7 @@ class _Shapes:
         return tuple(tensor.shape)
 
 
-def _pool(shapes: _Shapes, width: int) -> Pool:
+def _pool(shapes: Shapes, width: int) -> Pool:
     if shapes.have("head_dist.weight"):
         return "both_heads"
     if shapes.have("head.weight") and shapes.of("head.weight", 2)[1] == 2 * width:
