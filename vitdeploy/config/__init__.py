@@ -19,6 +19,7 @@ from vitdeploy.config.common import (
 )
 from vitdeploy.config.kinds import CONFIGS, model_fields, model_type
 from vitdeploy.config.preprocess import Preprocess, Resample
+from vitdeploy.config.stem import Stem
 from vitdeploy.config.vit import FinalNorm, Pool, Position, Rotary, ViTConfig
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Rotary",
     "Scores",
     "Size",
+    "Stem",
     "ViTConfig",
     "is_output",
     "layer_of",

@@ -73,7 +73,7 @@ def fit_positions(table: Tensor, config: ViTConfig, size: Size, rule: PositionRu
     Args:
         table: in the checkpoint's dtype, for ``config.image_size``; the first ``config.position_prefix`` rows
             are kept.
-        size: height and width in pixels, divisible by the patch.
+        size: height and width in pixels that the model can be built for.
 
     Returns:
         ``table`` itself, or a table in ``rule.dtype``.
@@ -84,7 +84,7 @@ def fit_positions(table: Tensor, config: ViTConfig, size: Size, rule: PositionRu
     side = math.isqrt(config.patches)
     if rule.square_source and side * side == config.patches:
         source = side, side
-    target = size[0] // config.patch_size, size[1] // config.patch_size
+    target = config.at_size(size).grid
     if source == target or (rule.by_count and math.prod(target) == config.patches):
         return table
     prefix, patches = table[: config.position_prefix], table[config.position_prefix :]
