@@ -18,7 +18,20 @@ from vitdeploy.tensorrt.records import BuildJob
 
 TARGETS = (("sm_89",), ("sm_120",))
 BATCH = BatchRange(1, 4, 8)
-FAMILIES = ("clip", "zero_shot", "siglip", "dinov3", "eva02", "beit", "beit_codes", "blip")
+FAMILIES = (
+    *(
+        "clip",
+        "zero_shot",
+        "siglip",
+        "dinov3",
+        "eva02",
+        "beit",
+        "beit_codes",
+        "blip",
+        "hybrid",
+        "hybrid_root",
+    ),
+)
 
 
 @pytest.mark.slow

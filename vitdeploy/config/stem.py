@@ -44,7 +44,7 @@ class Stem:
     @property
     def stride(self) -> int:
         """Pixels along one side of a cell of the last map."""
-        return 4 * 2 ** max(0, len(self.stages) - 1)
+        return 4 << max(0, len(self.stages) - 1)
 
     @property
     def channels(self) -> int:
@@ -53,7 +53,7 @@ class Stem:
 
     def channels_of(self, stage: int) -> int:
         """What a stage writes; the root, where the stage is -1."""
-        return self.width if stage < 0 else self.width * 4 * 2**stage
+        return self.width if stage < 0 else 4 * self.width << stage
 
     @property
     def summary(self) -> str:

@@ -49,7 +49,7 @@ class StandardisedConv(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions beside a shortcut, which is projected in a stage's first block; ReLU behind the sum."""
+    """Three convolutions beside a shortcut, which a stage's first block projects; ReLU behind the sum."""
 
     def __init__(self, config: Stem, inputs: int, outputs: int, stride: int, *, first: bool) -> None:
         super().__init__()

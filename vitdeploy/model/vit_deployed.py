@@ -121,7 +121,8 @@ class Tokens(Site):
 class DeployedEmbedding(nn.Module):
     """Pixels to tokens by one GEMM; prefix tokens, positions and bias are one constant (T, D).
 
-    Behind a stem, its last map takes the pixels' place, channels first whatever the stem reads. The prefix rows enter as rows of zeros below which the constant lies, so no token is expanded at run time.
+    Behind a stem, its last map takes the pixels' place, channels first whatever the stem reads. The prefix
+    rows enter as rows of zeros below which the constant lies, so no token is expanded at run time.
     """
 
     def __init__(

@@ -23,6 +23,7 @@ from vitdeploy.checkpoint.families import (
     timm,
     timm_beit,
     timm_eva,
+    timm_hybrid,
     torchvision,
     vit,
 )
@@ -49,6 +50,7 @@ FAMILIES: tuple[Family, ...] = (
     open_clip.TRUNK,
     timm_beit.FAMILY,
     timm_eva.FAMILY,
+    timm_hybrid.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
     google.FAMILY,
