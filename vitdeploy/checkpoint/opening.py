@@ -35,7 +35,7 @@ from vitdeploy.checkpoint.stated import SHAPELESS, Stated
 from vitdeploy.checkpoint.texts import tokenizer
 from vitdeploy.checkpoint.texts.head import zero_shot_head
 from vitdeploy.checkpoint.texts.prompts import ZeroShot
-from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_fields
+from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, Stem, ViTConfig, model_fields
 from vitdeploy.data import DIGITS, digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, UsageError, did_you_mean
 from vitdeploy.images.preprocess import at_size, preset
@@ -319,6 +319,7 @@ def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> No
     compared = [
         *((name, getattr(config, name, None), getattr(template, name)) for name in sizes),
         *((name, bool(getattr(config, name, None)), bool(getattr(template, name))) for name in marks),
+        ("stages", _stages(config), _stages(template)),
     ]
     differing = [f"{name} {theirs}, not {ours}" for name, theirs, ours in compared if theirs != ours]
     if differing:
@@ -328,7 +329,13 @@ def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> No
         )
 
 
-_MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias")
+def _stages(config: ModelConfig) -> tuple[int, ...]:
+    """The blocks in each stage of the ResNet before the patches."""
+    stem = getattr(config, "stem", None)
+    return stem.stages if isinstance(stem, Stem) else ()
+
+
+_MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias", "stem")
 """Where families' variants differ from a plain ViT, whose name may stand beside any family's file."""
 
 
