@@ -64,6 +64,8 @@ SWINS = {"Swin-T": (28.3, 4.5), "Swin-S": (49.6, 8.7), "Swin-B": (87.8, 15.4), "
 
 # timm 1.0.31: the parameters of create_model("eva02_..._patch14_224.mim_in22k", num_classes=1000).
 EVA02 = {"Ti": 5_695_144, "S": 22_006_120, "B": 86_527_720, "L": 304_293_800}
+# And of create_model("vit_small_r26_s32_224").
+R26 = 36_431_912
 
 
 @pytest.mark.slow
@@ -76,7 +78,7 @@ def test_every_listed_variant_decodes(name: str) -> None:
     larger = {"SigLIP-L/16": (256, 256), "BLIP-B/16": (384, 384), "SwinV2-T": (256, 256)}
     assert config.image_size == larger.get(name, (224, 224))
     if isinstance(config, ViTConfig):
-        assert f"{config.patch_size}" in name
+        assert f"{config.step}" in name
         assert config.head_width == 64 or config.width in (1152, 1280)
     else:
         assert all(width == 32 * heads for width, heads in zip(config.widths, config.heads, strict=True))
@@ -111,6 +113,7 @@ def test_a_name_takes_any_resolution_its_patch_divides() -> None:
         ("swin-t", "Swin-T"),
         ("swin-b", "Swin-B"),
         ("SwinV2-S", "SwinV2-T"),
+        ("R26-S/16", "R26-S/32"),
     ],
 )
 def test_unknown_names_get_a_suggestion(name: str, meant: str) -> None:
@@ -140,6 +143,7 @@ def test_hub_ids_are_no_variants(name: str) -> None:
         *(("BEiT-B/16", 86.5), ("BEiT-L/16", 304)),
         *((name, millions) for name, (millions, _) in SWINS.items()),
         *(("EVA02-Ti/14", 5.7), ("EVA02-S/14", 22), ("EVA02-B/14", 86), ("EVA02-L/14", 304)),
+        ("R26-S/32", 36.4),
     ],
 )
 def test_parameter_counts_are_the_papers(name: str, millions: float) -> None:
@@ -182,6 +186,12 @@ def test_eva02_has_timms_parameters(size: str) -> None:
     assert parameter_count(decode_variant(f"EVA02-{size}/14")) == EVA02[size]
 
 
+def test_the_hybrid_has_timms_parameters() -> None:
+    config = decode_variant("R26-S/32")
+    assert parameter_count(config) == R26
+    assert (config.grid, config.tokens, config.heads) == ((7, 7), 50, 6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_variant_has_the_sizes_and_settings_of_transformers(name: str) -> None:
@@ -211,7 +221,7 @@ USUAL = ("patches_to_gemm", "merge_qkv", "fold_attention_scale", "move_value_bia
 """Rewrites of every family, which the documents' table leaves out."""
 SHOWN = (
     *("B/16", "deit_base_distilled_patch16_224", "CLIP-B/32", "SigLIP-B/16", "DINOv3-S/16", "EVA02-S/14"),
-    *("BEiT-B/16", "BLIP-B/16", "MAE-B/16", "MSN-S/16"),
+    *("BEiT-B/16", "BLIP-B/16", "MAE-B/16", "MSN-S/16", "R26-S/32"),
 )
 
 
@@ -233,6 +243,7 @@ def test_the_page_on_families_says_which_rewrites_hold() -> None:
 
 def test_every_family_is_at_hand() -> None:
     families = {name.partition("-")[0] for name in variant_names() if "-" in name}
-    assert families == {*(name.partition("-")[0] for name in (*PUBLISHED, *SWINS)), "EVA02"}
-    others = {name for name in variant_names() if "-" in name and "EVA" not in name}
+    of_timm = ("EVA02", "R26")
+    assert families == {*(name.partition("-")[0] for name in (*PUBLISHED, *SWINS)), *of_timm}
+    others = {name for name in variant_names() if "-" in name and not name.startswith(of_timm)}
     assert others == PUBLISHED.keys() | SWINS.keys()

@@ -123,7 +123,7 @@ SIGNS = [
     ("blocks.0.attn.rel_pos_h", "SAM"),
     ("blocks.0.attn.norm.weight", "norms inside its branches"),
     ("blocks.0.mlp.fc1_g.weight", "another gated MLP"),
-    ("patch_embed.backbone.stem.conv.weight", "a hybrid"),
+    ("patch_embed.backbone.conv1.0.weight", "a hybrid, with another ResNet"),
     ("blocks_token_only.0.norm1.weight", "CaiT"),
     ("decoder_blocks.0.norm1.weight", "MAE's pretraining"),
 ]

@@ -180,7 +180,12 @@ def test_a_layer_is_all_that_is_read() -> None:
 
 
 @pytest.mark.parametrize("output", ["logits", "features", "tokens", "layer_1"])
-@pytest.mark.parametrize("name", ["vit", "distilled", "dinov2", "mean", "clip", "siglip", "dinov3", "beit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vit", "distilled", "dinov2", "mean", "clip", "siglip", "dinov3", "beit", "hybrid", "hybrid_root"),
+    ],
+)
 def test_reported_flops_are_those_pytorch_counts(name: str, output: Output) -> None:
     config = CONFIGS[name]
     vit, x = random_vit(config), pixels(config, 1)

@@ -19,7 +19,10 @@ from vitdeploy.tensorrt.records import BuildJob
 
 TARGETS = (("sm_89",), ("sm_120",))
 BATCH = BatchRange(1, 4, 8)
-FAMILIES = ("clip", "zero_shot", "siglip", "dinov3", "eva02", "beit", "beit_codes", "blip")
+FAMILIES = (
+    *("clip", "zero_shot", "siglip", "dinov3", "eva02", "beit", "beit_codes", "blip"),
+    *("hybrid", "hybrid_root"),
+)
 MODELS: dict[str, ModelConfig] = {
     **{name: CONFIGS[name] for name in FAMILIES},
     **{f"swin_{name}": SWINS[name] for name in ("v1", "padded_late", "v2", "v2_padded")},

@@ -162,6 +162,13 @@ CATALOGUE: Mapping[str, Entry] = {
         "`vit_*_dinov3`, `eva02_*_patch14_*`",
         _CLASSES,
     ),
+    "timm_hybrid": Entry(
+        ("ViT hybrids",),
+        "timm",
+        ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight"),
+        "`vit_*_r26_s32_*`, `vit_*_r50_s*_*`, `vit_tiny_r_s16_p8_*`",
+        _CLASSES,
+    ),
     "timm_beit": Entry(
         ("BEiT", "BEiT v2"),
         "timm",
@@ -198,10 +205,11 @@ CATALOGUE: Mapping[str, Entry] = {
         _CLASSES,
     ),
     "google": Entry(
-        ("ViT",),
+        ("ViT", "ViT hybrids"),
         "google",
         ("embedding/kernel",),
-        "`.npz` of the ViT paper and vit_jax, `opt/target/` of training checkpoints, the `pre_logits` layer",
+        "`.npz` of the ViT paper and vit_jax, hybrids too, `opt/target/` of training checkpoints, the "
+        "`pre_logits` layer",
         _CLASSES,
     ),
     "vitdeploy": Entry(

@@ -35,7 +35,7 @@ from vitdeploy.checkpoint.stated import SHAPELESS, Stated
 from vitdeploy.checkpoint.texts import tokenizer
 from vitdeploy.checkpoint.texts.head import zero_shot_head
 from vitdeploy.checkpoint.texts.prompts import ZeroShot
-from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, SwinConfig, ViTConfig, model_fields
+from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, Stem, SwinConfig, ViTConfig, model_fields
 from vitdeploy.data import DIGITS, digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, UsageError, did_you_mean
 from vitdeploy.images.preprocess import at_size, preset
@@ -367,6 +367,7 @@ def _check_template(source: str, config: ModelConfig, template: ViTConfig | Swin
     compared: list[tuple[str, object, object]] = [
         *((name, getattr(config, name, None), getattr(template, name)) for name in sizes),
         *((name, bool(getattr(config, name, None)), bool(getattr(template, name))) for name in marks),
+        ("stages", _stages(config), _stages(template)),
     ]
     if config.kind != template.kind:
         compared = [("its kind", config.kind, template.kind)]
@@ -378,11 +379,17 @@ def _check_template(source: str, config: ModelConfig, template: ViTConfig | Swin
         )
 
 
+def _stages(config: ModelConfig) -> tuple[int, ...]:
+    """The blocks in each stage of the ResNet before the patches."""
+    stem = getattr(config, "stem", None)
+    return stem.stages if isinstance(stem, Stem) else ()
+
+
 _SIZES: Mapping[str, tuple[str, ...]] = {
     ViTConfig.kind: ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token"),
     SwinConfig.kind: ("version", "patch_size", "width", "depths", "heads", "windows", "mlp_ratio"),
 }
-_MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias")
+_MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias", "stem")
 """Where families' variants differ from a plain ViT, whose name may stand beside any family's file."""
 
 

@@ -57,7 +57,7 @@ _NORM_AFTER_POOL = "norm_after_pool"
 _NEWER = frozenset(
     (
         *("mlp_norm", "head_on", "projection", "codes", "patch_bias", "pre_norm", "rotary", "key_bias"),
-        *("score_bias", "final_norm"),
+        *("score_bias", "final_norm", "stem"),
     )
 )
 """Fields that bundles of 0.1.0 do not have."""

@@ -86,7 +86,7 @@ def fit_positions(table: Tensor, config: ViTConfig | SwinConfig, size: Size, rul
 
     Args:
         table: in the checkpoint's dtype, for ``config.image_size``; rows of prefix tokens are kept.
-        size: height and width in pixels, divisible by the patch.
+        size: height and width in pixels that the model can be built for.
 
     Returns:
         ``table`` itself, or a table in ``rule.dtype``.
@@ -97,7 +97,7 @@ def fit_positions(table: Tensor, config: ViTConfig | SwinConfig, size: Size, rul
     side = math.isqrt(config.patches)
     if rule.square_source and side * side == config.patches:
         source = side, side
-    target = size[0] // config.patch_size, size[1] // config.patch_size
+    target = config.at_size(size).grid
     if source == target or (rule.by_count and math.prod(target) == config.patches):
         return table
     first = config.position_prefix if isinstance(config, ViTConfig) else 0

@@ -43,7 +43,7 @@ from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
 from vitdeploy.images.preprocess import from_timm
 
 
-def _layout(norm: str) -> Layout:
+def layout_of(norm: str) -> Layout:
     """``norm`` is where the final LayerNorm lies: before pooling, or after it (``fc_norm``)."""
     return {
         **linear("patch_embed", "patch_embed.proj"),
@@ -114,8 +114,8 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     architecture, arguments = architecture_of(config), config_object(config, "model_args")
     _refuse_unsupported(foreign.source, architecture, arguments)
     head = sole_head(foreign.state, "head")
-    state, originals = rename_tensors(foreign.state, lambda name: _modern_name(name, head))
-    layout = _layout("fc_norm" if "fc_norm.weight" in state else "norm")
+    state, originals = rename_tensors(foreign.state, lambda name: modern_name(name, head))
+    layout = layout_of("fc_norm" if "fc_norm.weight" in state else "norm")
     stated = stated_fields(foreign.source, architecture, config, state)
     heads = known_heads(architecture, arguments) or what_is_open(template, foreign.wanted)[0]
     reading = reading_of(foreign, template, layout, state, originals, heads=heads, **stated)
@@ -146,7 +146,7 @@ def reading_of(
     arguments, pretrained = config_object(config, "model_args"), pretrained_of(config)
     architecture, head = architecture_of(config), sole_head(foreign.state, "head")
     _, sizes = what_is_open(template, foreign.wanted)
-    own_sizes = sizes_of(arguments, pretrained)
+    own_sizes = own_sizes_of(config)
     result = infer_config(layout, state, foreign.source, heads=heads, sizes=[*own_sizes, *sizes], **stated)
     if own_sizes and foreign.wanted is None:
         refuse_indivisible("timm", foreign.source, own_sizes[0], result.patch_size)
@@ -250,14 +250,17 @@ def pretrained_of(config: Mapping[str, object]) -> Mapping[str, object]:
 
 def _refuse_unsupported(source: str, architecture: str, arguments: Mapping[str, object]) -> None:
     unsupported = [] if not architecture or is_plain(architecture) else [called(architecture)]
-    if arguments.get("pool_include_prefix"):
-        unsupported.append("pool_include_prefix")
+    refuse(source, unsupported + unsupported_arguments(arguments))
+
+
+def unsupported_arguments(arguments: Mapping[str, object]) -> list[str]:
+    """Arguments of the class VisionTransformer that make another model of it."""
+    unsupported = ["pool_include_prefix"] if arguments.get("pool_include_prefix") else []
     if arguments.get("norm_layer") not in _NORMS:
         unsupported.append(f"norm_layer {shown(arguments['norm_layer'])}")
-    unsupported += [
+    return unsupported + [
         f"{key} {shown(arguments[key])}" for key in ("attn_layer", "block_fn") if arguments.get(key)
     ]
-    refuse(source, unsupported)
 
 
 def called(architecture: str) -> str:
@@ -275,7 +278,7 @@ def refuse(source: str, unsupported: Sequence[str]) -> None:
         )
 
 
-def _modern_name(name: str, head: str | None) -> str:
+def modern_name(name: str, head: str | None) -> str:
     """The name that timm gives it today; ``head`` is the linear layer in the head's place."""
     if head is not None and name.rpartition(".")[0] == head:
         return f"head.{name.rpartition('.')[2]}"
@@ -306,8 +309,9 @@ def activation_by_argument(arguments: Mapping[str, object]) -> Activation | None
     return _ACTIVATIONS[name]
 
 
-def sizes_of(arguments: Mapping[str, object], pretrained: Mapping[str, object]) -> list[Size]:
-    sizes = []
+def own_sizes_of(config: Mapping[str, object]) -> list[Size]:
+    """The image sizes that a configuration states, the model's first."""
+    sizes, arguments, pretrained = [], config_object(config, "model_args"), pretrained_of(config)
     if arguments.get("img_size") is not None:
         sizes.append(height_and_width(arguments["img_size"], "img_size"))
     shape = pretrained.get("input_size")

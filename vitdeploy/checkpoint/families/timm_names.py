@@ -34,6 +34,11 @@ _PLAIN = re.compile(
         )
     )
 )
+_HYBRID = re.compile(
+    r"vit_(tiny_r_s16_p8|(small|base)_r26_s32|base_r50_s16|large_r50_s32)_(224|384)"
+    # What timm called vit_base_r50_s16_* at first.
+    r"|vit_base_resnet50_(224|384)"
+)
 _BEIT = re.compile(r"beit(v2)?_(base|large)_patch16_(224|384|512)(_in22k)?")
 _SWIN = re.compile(
     r"swin_(tiny|small|base|large)_patch4_window(?P<first>\d+)_\d+(_in22k)?|swin_s3_(tiny|small|base)_224"
@@ -49,7 +54,8 @@ _KINDS: Mapping[str, str] = {
     r"_d(wee|little)_": "differential attention",
     r"pwee_|_\d+x2_": "parallel branches",
     r"_rpn_": "LayerNorm after the branches",
-    r"^vit_.*(_r\d*_|_resnet)": "a ResNet before the blocks",
+    r"^vit_.*(_r\d*_|_resnet)": "another ResNet before the blocks",
+    r"_mci_": "convolutions before the blocks",
     r"^samvit|hiera": "attention in windows",
     r"_radio_|_intern300m_": "no LayerNorm at the end",
     r"^aimv2|test_vit4": "RMSNorm",
@@ -75,6 +81,11 @@ _TANH_GELU = re.compile(
 def is_plain(architecture: str) -> bool:
     """Whether timm builds this name from the blocks that the family computes."""
     return _PLAIN.fullmatch(_TAGS.sub("", architecture)) is not None
+
+
+def is_hybrid(architecture: str) -> bool:
+    """Whether timm builds this name from a ResNetV2 and a plain ViT's blocks."""
+    return _HYBRID.fullmatch(_TAGS.sub("", architecture)) is not None
 
 
 def is_beit(architecture: str) -> bool:

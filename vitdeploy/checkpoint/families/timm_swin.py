@@ -45,10 +45,10 @@ from vitdeploy.checkpoint.families.timm import (
     called,
     is_wrapped,
     labels_of,
+    own_sizes_of,
     preprocess_of,
     pretrained_of,
     refuse,
-    sizes_of,
 )
 from vitdeploy.checkpoint.families.timm_beit import stretched
 from vitdeploy.checkpoint.families.timm_names import is_swin, swin_windows, trained_windows
@@ -113,7 +113,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         return f"head.{leaf}" if layer == head else name if late else _moved(name, -1)
 
     state, originals = rename_tensors(foreign.state, rename)
-    model, notes = _config(foreign, state, architecture, arguments, sizes_of(arguments, pretrained))
+    model, notes = _config(foreign, state, architecture, arguments, own_sizes_of(config))
     if head not in (None, "head", "head.fc"):
         notes = (*notes, f"the head is the linear layer {head!r}")
     default = "no config.json of timm: preprocessing is timm's default for Swin"
