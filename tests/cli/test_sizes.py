@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers.commands import Run
 from tests.helpers.several_sizes import LABELS, SIZES, answer_image, several_sizes
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.cli import parse
+from vitdeploy.errors import UsageError
 
 SMALL, LARGE, WIDE = SIZES
 PICTURES = {"small.png": (9, 9), "wide.png": (40, 20), "large.png": (50, 50)}
@@ -107,3 +111,22 @@ def test_the_commands_show_every_size(run: Run, tmp_path: Path) -> None:
     assert "8x8 (64 FLOPs), 16x16 (256 FLOPs), 8x16 (128 FLOPs)" in shown
     document = run("inspect", bundle.root, "--json").document
     assert [record["image_size"] for record in document["manifest"]["sizes"]] == [[16, 16], [8, 16]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 99_999), st.integers(1, 99_999)), min_size=1, max_size=5))
+def test_image_sizes_are_read_as_they_are_written(sizes: list[tuple[int, int]]) -> None:
+    words = [str(h) if h == w else f"{h}x{w}" for h, w in sizes]
+    assert parse.image_sizes(",".join(words)) == tuple(sizes)
+    assert parse.image_sizes(" , ".join(word.replace("x", "X") for word in words)) == tuple(sizes)
+
+
+@given(st.text("0123456789xX,. -", max_size=12))
+def test_any_text_is_image_sizes_or_one_line(text: str) -> None:
+    message = ""
+    try:
+        sizes = parse.image_sizes(text)
+    except UsageError as error:
+        sizes, message = (), error.message
+    assert bool(sizes) != message.startswith("--image-size ")
+    assert len(message.splitlines()) <= 1
+    assert all(min(size) > 0 for size in sizes)
