@@ -1,8 +1,8 @@
 """The deployed form of what only a Swin has: its orders of tokens, attention in windows, merging.
 
 :mod:`vitdeploy.model.swin_rewrites` makes it from :mod:`vitdeploy.model.swin`. Tokens stay in the order in
-which windows want them, window by window; a change of order is one Gather by a constant. Between its parts a model
-has rows, (N T, D), so that every linear layer is one Gemm.
+which windows want them, window by window; a change of order is one Gather by a constant. What goes from part to
+part is rows, (N T, D), so that every linear layer is one Gemm.
 
 Shapes in comments: N images, C channels, P patch, T tokens of a map, D columns, n windows, A tokens of
 a window, k heads, d columns of a head.
@@ -156,7 +156,7 @@ class DeployedSwinBlock(nn.Module):
 
 
 class DeployedPatches(nn.Module):
-    """Pixels to rows (N T, D) by one GEMM, window by window: that order is free, pixels are permuted anyhow."""
+    """Pixels to rows (N T, D) by one GEMM, window by window: pixels are permuted for it anyhow."""
 
     def __init__(
         self,
