@@ -1,8 +1,8 @@
 """The deployed form of what only a Swin has: its orders of tokens, attention in windows, merging.
 
 :mod:`vitdeploy.model.swin_rewrites` makes it from :mod:`vitdeploy.model.swin`. Tokens stay in the order in
-which windows want them, window by window; a change of order is one Gather by a constant. What goes from part to
-part is rows, (N T, D), so that every linear layer is one Gemm.
+which windows want them, window by window; a change of order is one Gather by a constant. What goes from part
+to part is rows, (N T, D), so that every linear layer is one Gemm.
 
 Shapes in comments: N images, C channels, P patch, T tokens of a map, D columns, n windows, A tokens of
 a window, k heads, d columns of a head.
@@ -94,11 +94,8 @@ class WindowAttention(nn.Module):
         heads, width = self.heads, x.shape[1]
         # Windows that have no mask are images of their own.
         masks, area = self.score_bias.value.shape[:-3], self.score_bias.value.shape[-1]
-        x = (
-            self.qkv(reordered(x, self.cut))
-            .reshape(-1, *masks, area, 3 * heads, width // heads)
-            .transpose(-3, -2)
-        )
+        x = self.qkv(reordered(x, self.cut))
+        x = x.reshape(-1, *masks, area, 3 * heads, width // heads).transpose(-3, -2)
         if self.cosine is None:
             q, k, v = x.split(heads, dim=-3)  # (N, n, k, A, d) each, or (N n, k, A, d)
         else:
