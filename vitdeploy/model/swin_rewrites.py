@@ -43,8 +43,8 @@ from vitdeploy.model.swin_deployed import (
 from vitdeploy.model.vit_deployed import Tokens
 
 NARROW = 384
-"""Columns from which on queries, keys and values are one GEMM. Below, to split its result is dear on a CPU: with
-three, Swin-T is 2 to 5 % faster."""
+"""Columns from which on queries, keys and values are one GEMM. Below, to split its result is dear on a CPU:
+Swin-T is 2 to 5 % faster with three."""
 
 
 def numbers(tokens: int) -> Tensor:
