@@ -1,7 +1,8 @@
 """The deployed form of what only a Swin has: its orders of tokens, attention in windows, merging.
 
 :mod:`vitdeploy.model.swin_rewrites` makes it from :mod:`vitdeploy.model.swin`. Tokens stay in the order in
-which windows want them, window by window; a change of order is one Gather by a constant.
+which windows want them, window by window; a change of order is one Gather by a constant. What goes from part
+to part is rows, (N T, D), so that every linear layer is one Gemm.
 
 Shapes in comments: N images, C channels, P patch, T tokens of a map, D columns, n windows, A tokens of
 a window, k heads, d columns of a head.
@@ -30,17 +31,23 @@ from vitdeploy.model.vit_deployed import Tokens
 
 
 class Reorder(nn.Module):
-    """Tokens in another order, (N, T, D) to (N, rows, D); number T stands for a row of zeros."""
+    """Tokens in another order, (N T, D) to (N, R, D); number T stands for a token of zeros."""
 
     index: Tensor
 
     def __init__(self, index: Tensor, tokens: int) -> None:
         super().__init__()
-        self.register_buffer("index", index)  # (rows)
-        self.pads = int(index.max()) == tokens
+        self.register_buffer("index", index)  # (R)
+        self.tokens, self.pads = tokens, int(index.max()) == tokens
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, self.tokens, x.shape[1])
         return torch.index_select(F.pad(x, (0, 0, 0, 1)) if self.pads else x, 1, self.index)
+
+
+def reordered(x: Tensor, reorder: Reorder | None) -> Tensor:
+    """Rows in another order, as rows."""
+    return x if reorder is None else reorder(x).reshape(-1, x.shape[1])
 
 
 class Cosine(Site):
@@ -59,7 +66,7 @@ class Cosine(Site):
 
 
 class WindowAttention(nn.Module):
-    """Self-attention inside windows: (N, T, D) to the same; ``qkv`` has columns (3, k, d).
+    """Self-attention inside windows: rows (N T, D) to the same; ``qkv`` has columns (3, k, d).
 
     Args:
         score_bias: (k, A, A), or (n, k, A, A) with the mask of shifted windows in it.
@@ -84,11 +91,11 @@ class WindowAttention(nn.Module):
         self.join, self.proj, self.heads = join, proj, heads
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.cut is None else self.cut(x)
-        heads, tokens, width = self.heads, x.shape[1], x.shape[2]
+        heads, width = self.heads, x.shape[1]
         # Windows that have no mask are images of their own.
         masks, area = self.score_bias.value.shape[:-3], self.score_bias.value.shape[-1]
-        x = self.qkv(x).reshape(-1, *masks, area, 3 * heads, width // heads).transpose(-3, -2)
+        x = self.qkv(reordered(x, self.cut))
+        x = x.reshape(-1, *masks, area, 3 * heads, width // heads).transpose(-3, -2)
         if self.cosine is None:
             q, k, v = x.split(heads, dim=-3)  # (N, n, k, A, d) each, or (N n, k, A, d)
         else:
@@ -96,12 +103,13 @@ class WindowAttention(nn.Module):
             q, k = self.cosine(both).to(v.dtype).split(heads, dim=-3)
         scores = self.score_bias(q @ k.transpose(-2, -1))  # (N, n, k, A, A)
         x = self.softmax(scores).to(v.dtype) @ v
-        x = x.transpose(-3, -2).reshape(-1, tokens, width)  # (N, T, D)
-        return self.proj(x if self.join is None else self.join(x))
+        x = x.transpose(-3, -2).reshape(-1, width)  # (N T, D)
+        projected: Tensor = self.proj(reordered(x, self.join))
+        return projected
 
 
 class DeployedMerge(nn.Module):
-    """Four neighbours become one token: (N, T, D) to (N, T/4, 2D), in the order of the next stage."""
+    """Four neighbours become one token: rows (N T, D) to (N T/4, 2D), in the order of the next stage."""
 
     def __init__(self, four: Reorder, norm: Norm, reduction: Linear, *, post_norm: bool) -> None:
         super().__init__()
@@ -109,7 +117,7 @@ class DeployedMerge(nn.Module):
         self.post_norm = post_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.four(x).reshape(-1, self.four.index.shape[0] // 4, 4 * x.shape[2])
+        x = self.four(x).reshape(-1, 4 * x.shape[1])  # (N T/4, 4D)
         if self.post_norm:
             return self.norm(self.reduction(x))
         return self.reduction(self.norm(x))
@@ -136,7 +144,7 @@ class DeployedSwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.merge is None else self.merge(x)
-        x = x if self.reorder is None else self.reorder(x)
+        x = reordered(x, self.reorder)
         if self.post_norm:
             x = self.add1(x, self.norm1(self.attn(x)))
             return self.add2(x, self.norm2(self.mlp(x)))
@@ -145,7 +153,7 @@ class DeployedSwinBlock(nn.Module):
 
 
 class DeployedPatches(nn.Module):
-    """Pixels to tokens by one GEMM, window by window: the permutation of pixels is that of patches anyhow."""
+    """Pixels to rows (N T, D) by one GEMM, window by window: pixels are permuted for it anyhow."""
 
     def __init__(
         self,
@@ -172,9 +180,11 @@ class DeployedPatches(nn.Module):
             x = pixel_values.reshape(-1, *sides, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
         else:
             x = pixel_values.reshape(-1, channels, *sides).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        x = x.reshape(-1, height * width, channels * patch * patch)  # (N, T, C P P)
-        x = self.patch_norm(self.patch_embed(x))  # (N, T, D)
-        return x if self.positions is None else self.positions(x)
+        x = x.reshape(-1, channels * patch * patch)  # (N T, C P P)
+        x = self.patch_norm(self.patch_embed(x))  # (N T, D)
+        if self.positions is None:
+            return x
+        return self.positions(x.reshape(-1, height * width, x.shape[1])).reshape(-1, x.shape[1])
 
 
 class Mean(Site):
@@ -190,20 +200,27 @@ class DeployedSwinReadout(nn.Module):
     """Final LayerNorm, pooling and head: one tensor for each output, in their order."""
 
     def __init__(
-        self, outputs: tuple[Output, ...], norm: Norm | None, rows: Reorder | None, head: Linear | None
+        self,
+        outputs: tuple[Output, ...],
+        tokens: int,
+        norm: Norm | None,
+        rows: Reorder | None,
+        head: Linear | None,
     ) -> None:
         super().__init__()
-        self.outputs, self.norm, self.rows, self.head = outputs, norm, rows, head
+        self.outputs, self.tokens = outputs, tokens
+        self.norm, self.rows, self.head = norm, rows, head
         self.pool = None if POOLED.isdisjoint(outputs) else Mean()
         self.normalise = Normalise() if "embedding" in outputs else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = x if self.norm is None else self.norm(x)
+        maps = x.reshape(-1, self.tokens, x.shape[1])  # (N, T, D)
         results: dict[Output, Tensor] = {}
         if "tokens" in self.outputs:
-            results["tokens"] = x if self.rows is None else self.rows(x)
+            results["tokens"] = maps if self.rows is None else self.rows(x)
         if self.pool is not None:
-            features = self.pool(x)
+            features = self.pool(maps)
             results["features"] = features
             if self.normalise is not None:
                 results["embedding"] = self.normalise(features)
@@ -227,5 +244,4 @@ class DeployedSwin(DeployedModel):
         self.rows = nn.ModuleDict({str(block): reorder for block, reorder in rows.items()})
 
     def layer(self, block: int, x: Tensor) -> Tensor:
-        name = str(block)
-        return self.rows[name](x) if name in self.rows else x
+        return self.rows[str(block)](x)

@@ -164,6 +164,7 @@ def read_out(readout: Readout, outputs: tuple[Output, ...], order: Tensor) -> De
     head = readout.head if "logits" in wanted else None
     return DeployedSwinReadout(
         outputs,
+        len(order),
         deployed_norm(readout.norm) if wanted else None,
         reorder(order, torch.arange(len(order))) if "tokens" in wanted else None,
         None if head is None else deployed_linear(head),
@@ -292,9 +293,8 @@ def deploy(
             change = reorder(order, then)
         order = then
         blocks.append(assign_dtypes(deployed_block(block, merge, change), f"blocks.{number}", plan))
-        back = reorder(order, torch.arange(len(order))) if number in wanted else None
-        if back is not None:
-            rows[number] = back
+        if number in wanted:
+            rows[number] = Reorder(places_of(order, len(order))[:-1], len(order))
     read = tuple(output for output in outputs if layer_of(output) is None)
     readout = assign_dtypes(read_out(doubled(swin.readout), read, order), "readout", plan)
     result = DeployedSwin(assign_dtypes(embedding, "embedding", plan), blocks, readout, outputs, rows)

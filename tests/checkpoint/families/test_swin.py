@@ -14,10 +14,14 @@ from torch import Tensor
 from tests.helpers.checkpoints import edit_config
 from tests.helpers.exact import Exact
 from tests.helpers.swin_faults import FAULTS, of_the_wrong_block
+from vitdeploy.backends.base import Options
+from vitdeploy.backends.torch import Torch
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
 from vitdeploy.checkpoint.stated import Stated
-from vitdeploy.config import SwinConfig
+from vitdeploy.config import BatchRange, SwinConfig
 from vitdeploy.errors import CheckpointError, ConfigError, UsageError
+from vitdeploy.exporter.request import ExportRequest
+from vitdeploy.exporter.run import run_export
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import build_reference
 
@@ -269,3 +273,24 @@ def test_an_export_computes_the_same(
         theirs = model.double()(pixels.double()).logits
     assert answer.shape == theirs.shape
     assert torch.linalg.vector_norm(answer - theirs) <= 1e-4 * torch.linalg.vector_norm(theirs)
+
+
+@pytest.mark.slow
+def test_reduced_precisions_and_eager_pytorch(save: Save, tmp_path: Path) -> None:
+    """Version 2 with padded maps: every precision passes the gate, its cosines are declared islands."""
+    model = classifier("swinv2", image_size=72)
+    request = ExportRequest(
+        model=save(model, 0.1), precisions=("fp16", "bf16"), batch=BatchRange(1, 2, 4), opset=17
+    )
+    bundle = run_export(request, tmp_path / "out.bundle")
+    assert all(record.passed for record in bundle.manifest.parity)
+    for artifact in bundle.manifest.artifacts:
+        assert {f"blocks.{i}.attn.cosine" for i in range(5)} <= set(artifact.islands)
+        assert not any(name.endswith((".qkv", ".fc1", ".add1")) for name in artifact.islands)
+    pixels = torch.randn(3, 3, 72, 72)
+    with torch.inference_mode():
+        theirs = model.double()(pixels.double()).logits
+    for artifact, tolerance in ((None, 1e-4), (bundle.artifact("bf16"), 0.1)):
+        with Torch().load(bundle, artifact, Options()) as session:
+            answer = torch.from_numpy(session.run({"pixel_values": pixels.numpy()})["logits"])
+        assert torch.linalg.vector_norm(answer - theirs) <= tolerance * torch.linalg.vector_norm(theirs)
