@@ -107,8 +107,8 @@ def fuse(
         merges=tuple(merges),
     )
     check_range(weights, dtype)
-    readout = read_out(doubled(swin.readout), (output,), order)
-    return FusedModel(shape, moved(weights, device), readout_of(readout, dtype, device))
+    readout = readout_of(read_out(doubled(swin.readout), (output,), order), dtype, device)
+    return FusedModel(shape, moved(weights, device), lambda x: readout(x.flatten(0, 1)))
 
 
 def _projection(patches: DeployedPatches) -> tuple[Tensor, Tensor, bool]:
