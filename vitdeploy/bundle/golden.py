@@ -35,7 +35,10 @@ def golden_images(size: Size, channels: int = 3) -> list[NDArray[np.uint8]]:
 
 
 def golden_inputs(spec: Preprocess, size: Size, kind: InputKind) -> NDArray[Any]:
-    """The same images as a model reads them: (K, C, H, W) float32 normalised, or (K, H, W, C) uint8."""
+    """The same images as a model reads them: (K, C, H, W) float32 normalised, or (K, H, W, C) uint8.
+
+    Patches are made of the former, by the model's architecture.
+    """
     images = np.stack(golden_images(size, spec.channels))
     if kind == "uint8":
         return images

@@ -103,11 +103,10 @@ class TensorSpec(_Record):
 
 
 def input_spec(config: ModelConfig, kind: InputKind) -> TensorSpec:
-    """What a model takes: pixel values (N, C, H, W) float32, or images (N, H, W, C) uint8."""
-    height, width = config.image_size
-    if kind == "uint8":
-        return TensorSpec(name="pixel_values", dtype="uint8", shape=("N", height, width, config.channels))
-    return TensorSpec(name="pixel_values", dtype="float32", shape=("N", config.channels, height, width))
+    """What a model takes: float32 pixel values (N, C, H, W) or patches (N, T, columns), or uint8 images
+    (N, H, W, C)."""
+    dtype: DType = "uint8" if kind == "uint8" else "float32"
+    return TensorSpec(name="pixel_values", dtype=dtype, shape=("N", *config.inputs[kind]))
 
 
 def output_specs(config: ModelConfig, outputs: Sequence[Output]) -> tuple[TensorSpec, ...]:
@@ -361,10 +360,18 @@ class Manifest(_Record):
     """sha256 of this manifest's canonical form with ``digest`` empty."""
 
     @property
+    def grid_thw(self) -> tuple[int, int, int] | None:
+        """Frames, rows and columns of patches, of a vision-language model's tower; written for those who read
+        the manifest alone."""
+        return None if self.model is None else self.model.grid_thw
+
+    @property
     def refuses_images(self) -> str | None:
         """Why no image files can go in; None where they can."""
         if self.preprocess is None:
             return "says nothing of preprocessing"
+        if self.input == "patches":
+            return "reads patches as its own image processor makes them, not images"
         if not self.preprocess.takes_images:
             return f"reads tensors of {self.preprocess.channels} channels, not images"
         return None
@@ -416,7 +423,15 @@ class Manifest(_Record):
             fields.pop("choices", None)
         if self.scores == "softmax":
             fields.pop("scores", None)
+        if self.grid_thw is not None:
+            fields["grid_thw"] = list(self.grid_thw)
         return fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_grid(cls, fields: Any) -> Any:
+        """``grid_thw`` follows from the model; that it is the same, the manifest's canonical form tells."""
+        return {n: v for n, v in fields.items() if n != "grid_thw"} if isinstance(fields, dict) else fields
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

@@ -19,6 +19,7 @@ from vitdeploy.config.common import (
 )
 from vitdeploy.config.kinds import CONFIGS, model_fields, model_type
 from vitdeploy.config.preprocess import Preprocess, Resample
+from vitdeploy.config.qwen import QwenVisionConfig
 from vitdeploy.config.vit import FinalNorm, Pool, Position, Rotary, ViTConfig
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Position",
     "Precision",
     "Preprocess",
+    "QwenVisionConfig",
     "Resample",
     "Rotary",
     "Scores",

@@ -57,15 +57,13 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
     target = folder or request.default_folder
     orders, impossible = orders_of(request.engines)
     opened, subject = open_subject(request)
-    size, channels = subject.image_size, subject.preprocess.channels
-    channels_last = subject.input == "uint8"
-    shape = ("N", *size, channels) if channels_last else ("N", channels, *size)
     return ExportPlan(
         source=opened.source,
         config=model_fields(subject.config) if subject.config else {},
         parameters=subject.parameters,
         flops=subject.flops,
-        input=f"{INPUT} {'uint8' if channels_last else 'float32'} ({', '.join(map(str, shape))})",
+        input=f"{INPUT} {'uint8' if subject.input == 'uint8' else 'float32'} "
+        f"({', '.join(map(str, ('N', *subject.input_shape)))})",
         output=", ".join(f"{output} float32" for output in subject.outputs),
         rewrites=subject.rewrites,
         folder=target,
@@ -107,9 +105,8 @@ def _engine_files(request: ExportRequest, orders: Sequence[Order], subject: Subj
 
 
 def _files(request: ExportRequest, subject: Subject) -> dict[str, int]:
-    height, width = subject.image_size
-    raw = [image.nbytes for image in raw_images()] if subject.preprocess.takes_images else []
-    pixels = (len(GOLDEN_NAMES) + len(raw)) * subject.preprocess.channels * height * width
+    raw = [image.nbytes for image in raw_images()] if subject.takes_images else []
+    pixels = (len(GOLDEN_NAMES) + len(raw)) * math.prod(subject.input_shape)
     files = {
         WEIGHTS: sum(tensor.nbytes for tensor in subject.state.values()),
         GOLDEN: sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels) + _answers(subject),

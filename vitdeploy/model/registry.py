@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, ViTConfig
+from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, QwenVisionConfig, ViTConfig
 from vitdeploy.model import rewrites
 from vitdeploy.model.architecture import Architecture
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
+from vitdeploy.model.qwen_deployed import QwenArchitecture
 from vitdeploy.model.reference import Reference, public_name
 from vitdeploy.model.vit import Attention, FusedAttention, ViT
 
@@ -69,7 +70,10 @@ class ViTArchitecture(Architecture[ViTConfig, ViT]):
         )
 
 
-ARCHITECTURES: Mapping[str, Architecture[Any, Any]] = {ViTConfig.kind: ViTArchitecture()}
+ARCHITECTURES: Mapping[str, Architecture[Any, Any]] = {
+    ViTConfig.kind: ViTArchitecture(),
+    QwenVisionConfig.kind: QwenArchitecture(),
+}
 """For every kind in ``vitdeploy.config.CONFIGS``."""
 
 
