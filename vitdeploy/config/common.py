@@ -89,6 +89,11 @@ class ModelConfig(ABC):
         """The names of what the model can return, but for its layers; the first is the default."""
         return tuple(self.output_shapes)
 
+    @property
+    def usual_outputs(self) -> tuple[Output, ...]:
+        """What is returned where the user names nothing."""
+        return self.outputs[:1]
+
     def output_shape(self, output: Output) -> tuple[int, ...] | None:
         """The shape of one of ``outputs`` or of a layer, for one image; None where the model has no such."""
         return self.output_shapes.get(output)

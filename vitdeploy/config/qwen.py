@@ -146,6 +146,11 @@ class QwenVisionConfig(ModelConfig):
         return shapes
 
     @property
+    def usual_outputs(self) -> tuple[Output, ...]:
+        # The language model was trained with all of them.
+        return self.outputs
+
+    @property
     def reference_bytes(self) -> int:
         # Attention holds the scores of all pairs of patches twice: before the softmax and behind it.
         return 8 * (2 * self.heads * self.patches**2 + 2 * self.patches * self.width)

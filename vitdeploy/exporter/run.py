@@ -184,7 +184,7 @@ class _Job:
         config, name = self.subject.config, f"{AOT}-{precision}"
         if config is None:
             raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
-        (output,) = self.subject.outputs
+        output = self.subject.outputs[0]
         if beyond := config.beyond_kernels(output):
             raise UsageError(f"there are no fused kernels for {', '.join(beyond)}")
         onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]

@@ -127,7 +127,7 @@ class CheckpointSubject(Subject):
             )
         self.config: ModelConfig = config
         self.preprocess = checkpoint.preprocess
-        self.outputs = outputs or config.outputs[:1]
+        self.outputs = outputs or config.usual_outputs
         self.labels = checkpoint.labels if "logits" in self.outputs else None
         if "logits" in self.outputs:
             self.scores = checkpoint.scores

@@ -261,9 +261,9 @@ class QwenArchitecture(Architecture[QwenVisionConfig, QwenVision]):
         """Windows are counted as windows, however the reference masks them."""
         t, d, hidden = config.patches, config.width, config.width * config.merged
         mlp = config.mlp_width * (3 if config.gated_mlp else 2)
-        merger = 2 * config.feature_rows * hidden * (hidden + config.out_width)
+        mergers = 2 * config.feature_rows * hidden * (hidden + config.out_width) * (1 + len(config.taps))
         scores = sum(_scores(config, block) for block in range(config.depth))
-        return 2 * t * d * (config.patch_columns + config.depth * (4 * d + mlp)) + 4 * d * scores + merger
+        return 2 * t * d * (config.patch_columns + config.depth * (4 * d + mlp)) + 4 * d * scores + mergers
 
     def applied_rewrites(
         self, config: QwenVisionConfig, outputs: tuple[Output, ...], input_kind: InputKind
