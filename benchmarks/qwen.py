@@ -1,12 +1,12 @@
-"""Qwen2.5-VL's vision tower: our graph against the one that the old exporter makes of transformers' own model.
+"""Qwen2.5-VL's vision tower: our graph against that of the old exporter and transformers' own model.
 
     python -m benchmarks.qwen                       # a minute or two; writes results/qwen_cpu.json
     python -m benchmarks.qwen --rounds 5 --output /tmp/qwen.json
 
-Four blocks of the published structure, half as wide, on 448 x 448 pixels: 32 x 32 patches, 16 windows, the last
-block over the whole image. ``torch.onnx.export(dynamo=True)`` cannot trace transformers' tower; the old exporter
-can, for one image of one grid. Both graphs have the same random weights and read the same patches, as the image
-processor gives them. The rest is as in :mod:`benchmarks.families`.
+Four blocks of the published structure, half as wide, on 448 x 448 pixels: 32 x 32 patches, 16 windows, the
+last block over the whole image. ``torch.onnx.export(dynamo=True)`` cannot trace transformers' tower; the old
+exporter can, for one image of one grid. Both graphs have the same random weights and read the same patches, as
+the image processor gives them. The rest is as in :mod:`benchmarks.families`.
 """
 
 from __future__ import annotations
