@@ -5,8 +5,8 @@
 
 Four blocks of the published structure, half as wide, on 448 x 448 pixels: 32 x 32 patches, 16 windows, the
 last block over the whole image. ``torch.onnx.export(dynamo=True)`` cannot trace transformers' tower; the old
-exporter can, for one image of one grid. Both graphs have the same random weights and read the same patches, as
-the image processor gives them. The rest is as in :mod:`benchmarks.families`.
+exporter can, for one image of one grid. Both graphs have the same random weights and read the same patches,
+as the image processor gives them. The rest is as in :mod:`benchmarks.families`.
 """
 
 from __future__ import annotations

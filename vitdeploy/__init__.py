@@ -38,7 +38,7 @@ def export(
     precision: str | Sequence[str] = "fp32",
     format: str | Sequence[str] = "auto",
     arch: str | Sequence[str] = (),
-    image_size: int | Size | None = None,
+    image_size: int | Size | list[int | Size] | None = None,
     batch: int | tuple[int, int, int] | BatchRange = (1, 8, 32),
     opset: int = 20,
     input: Literal["float", "uint8", "patches"] = "float",
@@ -77,7 +77,8 @@ def export(
         format: ``"onnx"``; ``"tensorrt"``, engines for the GPU that is here; ``"tensorrt-rtx"``, engines for
             ``arch``; ``"triton-aot"``, fused kernels for ``arch``; ``"auto"``: ONNX and what engines it can.
         arch: GPUs to build for, ``"sm_89"``; ``"sm_80+sm_89"`` is one engine for both.
-        image_size: (height, width), or one number for both; the checkpoint's own when omitted.
+        image_size: (height, width), or one number for both; the checkpoint's own when omitted. A list of such
+            makes one bundle for all: the first is the default, and each image goes where it fits.
         batch: (min, opt, max) batch sizes that the artifacts serve; one number for a fixed batch.
         opset: the ONNX operator set, 17 to 23.
         input: ``"float"`` reads (N, C, H, W) float32 pixel values; ``"uint8"`` reads (N, H, W, C) uint8
@@ -130,13 +131,16 @@ def export(
         from vitdeploy.exporter.request import ExportRequest
         from vitdeploy.exporter.run import run_export
 
+    wanted = image_size if isinstance(image_size, list) else [] if image_size is None else [image_size]
+    sizes = [(size, size) if isinstance(size, int) else size for size in wanted]
     request = ExportRequest(
         model=pathlib.Path(model) if isinstance(model, os.PathLike) else model,
         checkpoint=None if checkpoint is None else pathlib.Path(checkpoint),
         precisions=_names(precision),
         formats=_names(format),
         architectures=_names(arch),
-        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        image_size=next(iter(sizes), None),
+        further_sizes=tuple(sizes[1:]),
         batch=_batch_range(batch),
         opset=opset,
         input=input,
@@ -242,6 +246,8 @@ def load(
     threads: int | None = None,
     provider: str | None = None,
     device: str | None = None,
+    size: int | Size | None = None,
+    fit: Literal["aspect", "area"] = "aspect",
 ) -> Predictor:
     """Open a bundle for predictions on images; a context manager.
 
@@ -255,17 +261,22 @@ def load(
         threads: CPU threads; the runtime's own choice when omitted.
         provider: ONNX Runtime's execution provider: ``"cpu"``, ``"cuda"`` or ``"tensorrt"``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, for backends that have the choice.
+        size: of a bundle of several image sizes, (height, width) of the only one to run, or one number for
+            both; when omitted, each image goes where it fits, and a tensor to the size of its shape.
+        fit: how that is judged: ``"aspect"``, the nearest aspect ratio and of several such the nearest area;
+            or ``"area"`` alone.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
-        UsageError: an unknown backend or artifact, or a combination that cannot run.
+        UsageError: an unknown backend, artifact or size, or a combination that cannot run.
         MissingDependency, DeviceUnavailable: the runtime or the device is not there.
     """
     from vitdeploy.backends.base import Options
     from vitdeploy.predictor import Predictor
 
     options = Options(threads=threads, provider=provider, device=device)
-    return Predictor.open(bundle, backend=backend, artifact=artifact, options=options)
+    pinned = (size, size) if isinstance(size, int) else size
+    return Predictor.open(bundle, backend=backend, artifact=artifact, options=options, size=pinned, fit=fit)
 
 
 @overload

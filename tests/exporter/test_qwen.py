@@ -42,16 +42,16 @@ def folder(tower: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundles(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Bundle]:
+def buckets(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tower for the processor's patches, at two sizes."""
-    root = tmp_path_factory.mktemp("bundles")
-    precisions: dict[Any, Any] = {BUCKETS[0]: ("fp32", "fp16", "bf16"), BUCKETS[1]: ("fp32",)}
-    return {
-        size: exported(
-            folder, root / f"{size[0]}.bundle", image_size=size, input="patches", precisions=precisions[size]
-        )
-        for size in BUCKETS
-    }
+    return exported(
+        folder,
+        tmp_path_factory.mktemp("buckets") / "out.bundle",
+        image_size=BUCKETS[0],
+        further_sizes=tuple(BUCKETS[1:]),
+        input="patches",
+        precisions=("fp32", "fp16", "bf16"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def relative(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> flo
 @pytest.mark.slow
 @pytest.mark.parametrize("size", BUCKETS)
 def test_a_bucket_answers_as_transformers_does_through_its_own_processor(
-    size: tuple[int, int], tower: Any, bundles: dict[tuple[int, int], Bundle]
+    size: tuple[int, int], tower: Any, buckets: Bundle
 ) -> None:
-    bundle = bundles[size]
+    bundle = buckets.at_size(size)
     pictures = [qwen_models.photograph(size, seed) for seed in range(3)]
     seen = qwen_models.processor()(pictures, return_tensors="np")
     grid = (size[0] // qwen_models.PATCH, size[1] // qwen_models.PATCH)
@@ -93,8 +93,8 @@ def test_a_bucket_answers_as_transformers_does_through_its_own_processor(
 
 
 @pytest.mark.slow
-def test_every_precision_passed_its_gate(bundles: dict[tuple[int, int], Bundle]) -> None:
-    manifest = bundles[BUCKETS[0]].manifest
+def test_every_precision_passed_its_gate(buckets: Bundle) -> None:
+    manifest = buckets.at_size(BUCKETS[0]).manifest
     assert [artifact.name for artifact in manifest.artifacts] == ["onnx-fp32", "onnx-fp16", "onnx-bf16"]
     assert all(record.passed for record in manifest.parity)
     assert {record.batch for record in manifest.parity if record.artifact == "onnx-fp32"} == {1, 2, 4}
@@ -105,26 +105,31 @@ def test_every_precision_passed_its_gate(bundles: dict[tuple[int, int], Bundle])
 
 
 @pytest.mark.slow
-def test_a_bundle_of_patches_says_what_it_reads(bundles: dict[tuple[int, int], Bundle]) -> None:
-    bundle = bundles[BUCKETS[1]]
+def test_a_bundle_of_patches_says_what_it_reads(buckets: Bundle) -> None:
+    bundle = buckets.at_size(BUCKETS[1])
     written = json.loads((bundle.root / "manifest.json").read_text())
-    assert written["grid_thw"] == [1, 16, 16]
+    assert written["grid_thw"] == [1, 20, 28]
+    assert written["sizes"][0]["grid_thw"] == [1, 16, 16]
     assert written["input"] == "patches"
     artifact = bundle.manifest.artifacts[0]
     assert artifact.inputs[0].shape == ("N", 256, 96)
-    assert bundle.golden()["pixel_values"].shape == (8, 256, 96)
+    assert bundle.golden()["pixel_values"].shape[1:] == (256, 96)
+    assert buckets.golden()["pixel_values"].shape == (8, 560, 96)
     assert not any(name.startswith("image.") for name in bundle.golden())
     assert bundle.manifest.refuses_images == "reads patches as its own image processor makes them, not images"
     with Predictor.open(bundle) as predictor, pytest.raises(UsageError, match="reads patches"):
         predictor.preprocess(qwen_models.photograph((64, 64)))
-    with Predictor.open(bundle, backend="torch") as predictor:
-        found = predictor.outputs(bundle.golden()["pixel_values"])["image_features"]
-    assert relative(found, bundle.golden()["reference"]) < 1e-5
+    # Tensors go to the size of their shape.
+    with Predictor.open(buckets, backend="torch") as predictor:
+        for size in BUCKETS:
+            golden = buckets.at_size(size).golden()
+            found = predictor.outputs(golden["pixel_values"])["image_features"]
+            assert relative(found, golden["reference"]) < 1e-5
 
 
 @pytest.mark.slow
-def test_it_is_verified_like_any_other(bundles: dict[tuple[int, int], Bundle]) -> None:
-    report = verify_bundle(bundles[BUCKETS[1]].root, backends=("onnxruntime", "torch"))
+def test_it_is_verified_like_any_other(buckets: Bundle) -> None:
+    report = verify_bundle(buckets.root, backends=("onnxruntime", "torch"))
     assert report.passed
 
 

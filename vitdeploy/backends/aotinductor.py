@@ -21,7 +21,7 @@ from vitdeploy.backends.compiled_cache import load_or_compile
 from vitdeploy.backends.torch import Forward, Torch, forward_of, load_reference, torch_dtype
 from vitdeploy.backends.torch_compile import with_compiler
 from vitdeploy.bundle.dtypes import ArtifactPrecision
-from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import input_spec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError
@@ -82,7 +82,7 @@ class _Job:
         manifest = self.bundle.manifest
         described = manifest.model_dump(mode="json", include={"model", "input", "preprocess"})
         return {
-            "weights": manifest.files[WEIGHTS].sha256,
+            "weights": [manifest.files[name].sha256 for name in self.bundle.weights],
             "manifest": described,
             "outputs": manifest.outputs,
             "precision": self.precision,

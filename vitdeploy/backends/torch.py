@@ -64,8 +64,9 @@ class Torch(Backend):
         refuse(self.name, provider=options.provider)
         torch = import_torch(self.traits)
         require_support(self, bundle, artifact)
+        bundle = bundle.of(artifact)
         device = cuda_device(torch, options.device or "cpu")
-        bundle.verify_hashes([WEIGHTS])
+        bundle.verify_hashes(bundle.weights)
         precision: ArtifactPrecision = artifact.precision if artifact else "fp32"
         manifest = bundle.manifest
         assert manifest.model is not None
@@ -102,7 +103,8 @@ def reference_session(bundle: Bundle) -> Session:
     """
     torch = import_torch(Torch.traits)
     require_support(Torch(), bundle, None)
-    bundle.verify_hashes([WEIGHTS])
+    bundle = bundle.of(None)
+    bundle.verify_hashes(bundle.weights)
     model, manifest = load_reference(bundle, torch.float64), bundle.manifest
     facts = SessionFacts(
         backend=Torch.traits.name,
@@ -237,7 +239,10 @@ def load_reference(
     config, path = bundle.manifest.model, bundle.path(WEIGHTS)
     assert config is not None
     try:
-        state = {name: tensor.to(device, dtype) for name, tensor in load_file(path).items()}
+        stored = {
+            name: tensor for file in bundle.weights for name, tensor in load_file(bundle.path(file)).items()
+        }
+        state = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
         return build_reference(config, state, fused_attention=fused_attention)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise BundleError(f"{path}: not the weights of this model: {one_line(error)}") from error

@@ -33,7 +33,9 @@ from vitdeploy.bundle.manifest import (
     safe_path,
     seal,
 )
+from vitdeploy.bundle.sizes import counterpart, further, of_size, sized, sizes_of
 from vitdeploy.bundle.staging import StagedFolder
+from vitdeploy.config import Size
 from vitdeploy.errors import BundleError, UsageError, VitdeployError, did_you_mean
 
 WEIGHTS = "weights.safetensors"
@@ -44,11 +46,18 @@ class Bundle:
     """An opened bundle. Get one from :meth:`open` or from a :class:`BundleWriter`.
 
     Files whose hash was checked once are not read again by the same object while they stay unchanged.
+
+    Where it has several image sizes, ``manifest``, the weights and the golden tensors are those of the first,
+    beside the artifacts of all; :meth:`at_size` looks at one size alone.
     """
 
     def __init__(self, root: Path, manifest: Manifest, checked: Mapping[str, Signature]) -> None:
         self.root = root
         self.manifest = manifest
+        self._whole = manifest
+        """The manifest on the disk."""
+        self._size: Size | None = None
+        """As artifacts name it: None is the first."""
         self._checked = dict(checked)
 
     @classmethod
@@ -64,6 +73,35 @@ class Bundle:
         bundle._report(problems)
         return bundle
 
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The image sizes, the default first; none where the manifest does not tell the only one."""
+        return sizes_of(self.manifest)
+
+    def at_size(self, size: Size) -> Bundle:
+        """This bundle as if it had one size only: that one's manifest, artifacts, weights, golden tensors.
+
+        What is verified, edited or added through it is the whole bundle.
+
+        Raises:
+            UsageError: it has no such size; names those that it has.
+        """
+        view = Bundle(self.root, of_size(self._whole, size), {})
+        view._whole, view._checked = self._whole, self._checked
+        view._size = further(self._whole, size)
+        return view
+
+    def of(self, artifact: Artifact | None) -> Bundle:
+        """The view of an artifact's size; without an artifact, this bundle of the size that it speaks of."""
+        size = artifact.image_size if artifact else self._size
+        return self if not self._whole.sizes else self.at_size(size or sizes_of(self._whole)[0])
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The files of the reference weights: a tensor of a later one takes the place of an earlier one's."""
+        names = dict.fromkeys((WEIGHTS, sized(WEIGHTS, self._size)))
+        return tuple(name for name in names if name in self.manifest.files)
+
     def path(self, name: str) -> Path:
         """Where the listed file ``name`` is.
 
@@ -77,14 +115,22 @@ class Bundle:
     def artifact(self, wanted: str) -> Artifact:
         """The artifact of this name; else the first of this precision; else the first built for it.
 
+        Of several sizes, a precision is the first one's. At one size alone, the name of an artifact of the
+        first size stands for what was built as that was.
+
         Raises:
             UsageError: there is none.
         """
         artifacts = self.manifest.artifacts
-        for key in ("name", "precision", "requested"):
-            for artifact in artifacts:
+        mine = [artifact for artifact in artifacts if artifact.image_size == self._size]
+        for key, among in (("name", artifacts), ("precision", mine), ("requested", mine)):
+            for artifact in among:
                 if getattr(artifact, key) == wanted:
                     return artifact
+        first = (a for a in self._whole.artifacts if a.name == wanted and a.image_size is None)
+        for artifact in first:
+            if same := counterpart(artifact, artifacts):
+                return same
         names = [artifact.name for artifact in artifacts]
         raise UsageError(
             f"{self.root}: has no artifact {wanted!r}{did_you_mean(wanted, names)}",
@@ -98,13 +144,14 @@ class Bundle:
         (of several the first; ``reference.NAME`` is another), ``image.i`` (H, W, 3) uint8 and
         ``image.i.pixel_values`` are for comparing the preprocessing, where images can go in.
         """
-        if GOLDEN not in self.manifest.files:
+        name = sized(GOLDEN, self._size)
+        if name not in self.manifest.files:
             return {}
-        self.verify_hashes([GOLDEN])
+        self.verify_hashes([name])
         try:
-            return load_file(self.path(GOLDEN))
+            return load_file(self.path(name))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise BundleError(f"{self.path(GOLDEN)}: cannot be read: {error}") from error
+            raise BundleError(f"{self.path(name)}: cannot be read: {error}") from error
 
     def verify(self) -> None:
         """Check every byte: the manifest on disk, each file's hash, and that nothing else is there.
@@ -112,7 +159,7 @@ class Bundle:
         Raises:
             BundleError: names every file that is missing, changed or not listed.
         """
-        if parse(_read_manifest(self.root), str(self.root / MANIFEST)) != self.manifest:
+        if parse(_read_manifest(self.root), str(self.root / MANIFEST)) != self._whole:
             raise BundleError(f"{self.root / MANIFEST}: changed since it was opened")
         self._checked.clear()
         problems = [problem for name in self.manifest.files if (problem := self._hash_problem(name))]
@@ -146,7 +193,7 @@ class Bundle:
         Raises:
             BundleError: the additions do not fit, or somebody else changed the bundle meanwhile.
         """
-        old = self.manifest
+        old = self._whole
         update = {"artifacts": (*old.artifacts, *artifacts), "parity": (*old.parity, *parity)}
         with self.edit() as writer:
             for name, source in (files or {}).items():
@@ -291,7 +338,7 @@ class BundleWriter:
             raise BundleError(f"{target}: is not a bundle, so --force does not replace it")
 
     def _check_unchanged(self, base: Bundle) -> None:
-        if parse(_read_manifest(self.target), str(self.target / MANIFEST)) != base.manifest:
+        if parse(_read_manifest(self.target), str(self.target / MANIFEST)) != base._whole:
             raise BundleError(f"{self.target}: somebody else changed it meanwhile", hint="run it again")
 
     def _take_over(self, base: Bundle) -> None:

@@ -33,9 +33,11 @@ from vitdeploy.config import (
     Output,
     Preprocess,
     Scores,
+    Size,
     is_output,
     model_fields,
     model_type,
+    size_name,
 )
 from vitdeploy.errors import BundleError, VitdeployError
 
@@ -171,6 +173,8 @@ class Artifact(_Record):
     islands: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     """GPU architectures an engine was built for, ``sm_89``; ``sm_80+`` is that one and all later ones."""
+    image_size: Size | None = None
+    """The size of ``Manifest.sizes`` that it is for; None is the bundle's first."""
     fallback: str | None = None
     proof: PrecisionProof | None = None
     build_seconds: float = Field(default=0.0, ge=0)
@@ -184,10 +188,13 @@ class Artifact(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``targets`` where there are none: bundles from before it keep their digest."""
+        """Without ``targets`` and ``image_size`` where there are none: bundles from before them keep their
+        digest."""
         fields: dict[str, Any] = dump(self)
         if not self.targets:
             fields.pop("targets", None)
+        if self.image_size is None:
+            fields.pop("image_size", None)
         return fields
 
     @model_validator(mode="after")
@@ -324,6 +331,24 @@ class Provenance(_Record):
         return fields
 
 
+class SizeRecord(_Record):
+    """A further image size of a bundle, with what the manifest itself says of the first."""
+
+    image_size: Size
+    preprocess: Preprocess | None = None
+    flops: Count | None = None
+    grid_thw: tuple[int, int, int] | None = None
+    """Of a vision-language model's tower, as the manifest's."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a grid where there is none."""
+        fields: dict[str, Any] = dump(self)
+        if self.grid_thw is None:
+            fields.pop("grid_thw", None)
+        return fields
+
+
 class Manifest(_Record):
     """A bundle's table of contents.
 
@@ -354,6 +379,8 @@ class Manifest(_Record):
     parity: tuple[ParityRecord, ...] = ()
     choices: tuple[Choice, ...] = ()
     """At most one per machine."""
+    sizes: tuple[SizeRecord, ...] = ()
+    """Image sizes beside the first, of which ``model``, ``preprocess`` and ``flops`` are."""
     provenance: Provenance
     files: dict[SafePath, FileRecord] = Field(default_factory=dict)
     digest: str = ""
@@ -364,6 +391,13 @@ class Manifest(_Record):
         """Frames, rows and columns of patches, of a vision-language model's tower; written for those who read
         the manifest alone."""
         return None if self.model is None else self.model.grid_thw
+
+    @property
+    def image_size(self) -> Size | None:
+        """The first, or only, height and width; None where nothing here tells it."""
+        if self.model is not None:
+            return self.model.image_size
+        return self.preprocess.size if self.preprocess else None
 
     @property
     def refuses_images(self) -> str | None:
@@ -414,13 +448,15 @@ class Manifest(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out no ``choices``, the usual ``scores`` and a single output among ``outputs``: bundles from
-        before them keep their digest."""
+        """Leave out no ``choices`` or ``sizes``, the usual ``scores`` and a single output among ``outputs``:
+        bundles from before them keep their digest."""
         fields: dict[str, Any] = dump(self)
         if len(self.outputs) == 1:
             fields.pop("outputs", None)
         if not self.choices:
             fields.pop("choices", None)
+        if not self.sizes:
+            fields.pop("sizes", None)
         if self.scores == "softmax":
             fields.pop("scores", None)
         if self.grid_thw is not None:
@@ -448,12 +484,33 @@ class Manifest(_Record):
                 f"preprocess.mean has {self.preprocess.channels} numbers, but model.channels is "
                 f"{self.model.channels}"
             )
+        self._check_sizes()
         if MANIFEST in self.files:
             raise ValueError(f"{MANIFEST} lists itself")
         for artifact in self.artifacts if self.digest else ():
             if missing := set(artifact.files) - set(self.files):
                 raise ValueError(f"artifact {artifact.name!r} uses an unlisted file {min(missing)!r}")
         return self
+
+    def _check_sizes(self) -> None:
+        further = [record.image_size for record in self.sizes]
+        sizes = [self.image_size, *further]
+        if further and (self.image_size is None or len(set(sizes)) < len(sizes)):
+            raise ValueError(f"sizes {list(map(size_name, further))} do not differ from the first, each once")
+        for record in self.sizes:
+            if self.model and self.model.at_size(record.image_size).grid_thw != record.grid_thw:
+                raise ValueError(f"grid_thw of {size_name(record.image_size)} is not the model's")
+            if (record.preprocess is None) != (self.preprocess is None):
+                raise ValueError(f"only some sizes have a preprocess: see {size_name(record.image_size)}")
+            if self.preprocess and record.preprocess and record.preprocess.mean != self.preprocess.mean:
+                raise ValueError(
+                    f"preprocess.mean of {size_name(record.image_size)} is another than of the first"
+                )
+        for artifact in self.artifacts:
+            if (size := artifact.image_size) is not None and size not in further:
+                raise ValueError(
+                    f"artifact {artifact.name!r} is of {size_name(size)}, which sizes does not list"
+                )
 
 
 def canonical(manifest: Manifest) -> bytes:

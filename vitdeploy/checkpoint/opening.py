@@ -50,6 +50,16 @@ _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
+class Resized:
+    """What of a checkpoint is different for images of another size."""
+
+    config: ModelConfig
+    state: Mapping[str, Tensor]
+    """Only the tensors that are: positions, interpolated by the family's own rule from those of the file."""
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model ready for export: configuration, weights, preprocessing, labels, and where they are from."""
 
@@ -70,6 +80,13 @@ class Checkpoint:
     """File names to sha256."""
     seed: int | None = None
     """The seed of random weights; None where the weights are from a file."""
+    further: tuple[Resized, ...] = ()
+    """The same for other image sizes, as they were asked for."""
+
+    def at(self, resized: Resized) -> Checkpoint:
+        """One of ``further`` as a checkpoint of its own, which shares all other tensors."""
+        state = {**self.state, **resized.state}
+        return replace(self, config=resized.config, state=state, preprocess=resized.preprocess, further=())
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,8 @@ class UserModule:
     """None is what is usual for as many outputs as it has."""
     facts: Mapping[str, FactSource] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    further: tuple[Preprocess, ...] = ()
+    """The preprocessing for other image sizes, as they were asked for."""
 
 
 def open_model(
@@ -91,6 +110,7 @@ def open_model(
     *,
     checkpoint: Path | str | None = None,
     image_size: Size | None = None,
+    further_sizes: Sequence[Size] = (),
     classes: int | None = None,
     seed: int = 0,
     stated: Stated | None = None,
@@ -106,6 +126,7 @@ def open_model(
             heads and image size, or ``timm:<name>``, which gives timm's own configuration; the file gives the
             rest.
         image_size: height and width to build for; position embeddings interpolate by the family's own rule.
+        further_sizes: others to build for, beside it; the checkpoint is read once.
         classes: how many classes the model is expected to have; of a variant with random weights, how many it
             gets.
         seed: of random weights, where a named variant comes without a checkpoint.
@@ -138,22 +159,28 @@ def open_model(
             foreign = replace(foreign, config=config)
     elif name is None or is_variant(name):
         variant = name or DEFAULT_MODEL
-        drawn = _random(variant, image_size, classes, seed, said)
+        drawn = _random(variant, image_size, further_sizes, classes, seed, said)
         return _with_head(drawn, Foreign(variant, {}), zero_shot, said)
     elif name == DIGITS:
         foreign, files = from_path(digits_folder(), DIGITS)
     elif name.startswith(_TIMM):
         foreign, files = from_library(name.removeprefix(_TIMM), cache_dir=cache_dir), Weights({}, {})
     elif _ENTRY.fullmatch(name) and not Path(name).exists():
-        return user_module(_called(name), name, image_size, said)
+        return user_module(_called(name), name, image_size, said, further_sizes)
     elif on_hub:
         foreign, files = from_hub(name, revision, cache_dir, () if zero_shot is None else tokenizer.FILES)
     else:
         foreign, files = from_path(Path(name), name)
-    return _convert(foreign, files, template, image_size, classes, said, zero_shot)
+    return _convert(foreign, files, template, image_size, further_sizes, classes, said, zero_shot)
 
 
-def user_module(module: nn.Module, source: str, image_size: Size | None, stated: Stated) -> UserModule:
+def user_module(
+    module: nn.Module,
+    source: str,
+    image_size: Size | None,
+    stated: Stated,
+    further_sizes: Sequence[Size] = (),
+) -> UserModule:
     """A module of the user's, with what the user says of it.
 
     Raises:
@@ -178,6 +205,9 @@ def user_module(module: nn.Module, source: str, image_size: Size | None, stated:
         stated.scores,
         facts,
         notes,
+        tuple(
+            stated.prepare_another(Preprocess(size=other), preprocess, channels) for other in further_sizes
+        ),
     )
 
 
@@ -225,6 +255,7 @@ def _convert(
     files: Weights,
     template: ViTConfig | None,
     image_size: Size | None,
+    further_sizes: Sequence[Size],
     classes: int | None,
     stated: Stated,
     zero_shot: ZeroShot | None,
@@ -242,11 +273,15 @@ def _convert(
         )
     size = image_size or (template.image_size if template else reading.default_size) or native.image_size
     config = native.at_size(size)
-    require_memory(config)
-    state, notes = take_over(reading, family.name, foreign.source)
-    if fitted := family.positions.fit(state, native, size):
-        state |= fitted
-        notes = (*notes, _interpolation_note(reading, size, family.name))
+    others = [native.at_size(other) for other in further_sizes]
+    for one in (config, *others):
+        require_memory(one)
+    taken, notes = take_over(reading, family.name, foreign.source)
+    fitted = [family.positions.fit(taken, native, one.image_size) for one in (config, *others)]
+    for one, tensors in zip((config, *others), fitted, strict=True):
+        if tensors:
+            notes = (*notes, _interpolation_note(reading, one.image_size, family.name))
+    state = {**taken, **fitted[0]}
     labels = stated.name_classes(config.classes, reading.labels)
     assumed = {**reading.assumed, **({} if reading.scores else {"scores": None})}
     known = ("preprocess", "scores", *_shapeless(config), *(("labels",) if labels else ()))
@@ -255,6 +290,11 @@ def _convert(
         facts["heads"] = "user"
     guesses = [note for name, note in assumed.items() if note and facts[name] == "default"]
     preprocess, seen = stated.prepare(reading.preprocess(size), config.channels)
+    further = []
+    for other, tensors in zip(others, fitted[1:], strict=True):
+        differing = {name: tensors.get(name, taken[name]) for name in fitted[0].keys() | tensors.keys()}
+        spec = stated.prepare_another(reading.preprocess(other.image_size), preprocess, other.channels)
+        further.append(Resized(other, differing, spec))
     checkpoint = Checkpoint(
         config=config,
         state=state,
@@ -266,6 +306,7 @@ def _convert(
         facts=facts,
         notes=(*files.notes, *dropped, *reading.notes, *guesses, *notes, *seen),
         provenance=files.files,
+        further=tuple(further),
     )
     return _with_head(checkpoint, foreign, zero_shot, stated)
 
@@ -278,6 +319,7 @@ def _with_head(
         return checkpoint
     head = zero_shot_head(zero_shot, checkpoint.config, foreign)
     config: Any = checkpoint.config
+    others: list[tuple[Any, Resized]] = [(resized.config, resized) for resized in checkpoint.further]
     facts: dict[str, FactSource] = {**checkpoint.facts, "labels": "user"}
     if stated.scores is None:
         facts["scores"] = head.scores_from
@@ -287,6 +329,10 @@ def _with_head(
     return replace(
         checkpoint,
         config=replace(config, classes=len(head.labels), head_on="embedding"),
+        further=tuple(
+            replace(resized, config=replace(other, classes=len(head.labels), head_on="embedding"))
+            for other, resized in others
+        ),
         state={**checkpoint.state, "head.weight": head.weight, "head.bias": head.bias},
         labels=head.labels,
         scores=stated.scores or head.scores,
@@ -339,20 +385,36 @@ def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
     return f"positions interpolated from {old_height}x{old_width} to {height}x{width} pixels as {family} does"
 
 
-def _random(name: str, image_size: Size | None, classes: int | None, seed: int, stated: Stated) -> Checkpoint:
+def _random(
+    name: str,
+    image_size: Size | None,
+    further_sizes: Sequence[Size],
+    classes: int | None,
+    seed: int,
+    stated: Stated,
+) -> Checkpoint:
+    """Random weights of a named variant; for further sizes, positions are interpolated from the first's."""
     if classes is not None and classes < 0:
         raise UsageError(f"classes must be at least 0, not {classes}")
     variant = find_variant(name)
     config = variant.config.at_size(image_size or variant.config.image_size)
     config = config if classes is None else replace(config, classes=classes)
-    require_memory(config)
+    others = [config.at_size(other) for other in further_sizes]
+    for one in (config, *others):
+        require_memory(one)
     deployed = stated.configure(config)
     usual = replace(at_size(preset(variant.preset), config.image_size), exif=False)
     preprocess, _ = stated.prepare(usual, config.channels)
     labels = stated.name_classes(config.classes, None)
+    state = random_state(config, seed)
+    further = []
+    for other in others:
+        spec = stated.prepare_another(at_size(usual, other.image_size), preprocess, config.channels)
+        fitted = reference.FAMILY.positions.fit(state, config, other.image_size)
+        further.append(Resized(deployed.at_size(other.image_size), fitted, spec))
     return Checkpoint(
         config=deployed,
-        state=random_state(config, seed),
+        state=state,
         preprocess=preprocess,
         labels=labels,
         family="vitdeploy",
@@ -361,6 +423,7 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int, 
         facts=stated.facts(("preprocess", "scores"), ("preprocess", "scores")),
         notes=(f"no checkpoint: the weights of {name} are random (seed {seed})",),
         seed=seed,
+        further=tuple(further),
     )
 
 

@@ -16,6 +16,7 @@ from vitdeploy.config.common import (
     Size,
     is_output,
     layer_of,
+    size_name,
 )
 from vitdeploy.config.kinds import CONFIGS, model_fields, model_type
 from vitdeploy.config.preprocess import Preprocess, Resample
@@ -46,4 +47,5 @@ __all__ = [
     "layer_of",
     "model_fields",
     "model_type",
+    "size_name",
 ]

@@ -35,6 +35,11 @@ Scores = Literal["softmax", "sigmoid", "none"]
 _LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
 
 
+def size_name(size: Size) -> str:
+    """``384x224``, as it is written in names, words and on the command line: height x width."""
+    return f"{size[0]}x{size[1]}"
+
+
 def is_output(name: str) -> bool:
     """Whether some model returns something of this name."""
     return name in OUTPUTS or _LAYER.fullmatch(name) is not None

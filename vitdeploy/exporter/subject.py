@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -49,6 +50,8 @@ class Subject(ABC):
     flops: int | None = None
     notes: tuple[str, ...] = ()
     """What the user should know about how this model is taken."""
+    own: frozenset[str] = frozenset()
+    """Of a further image size, the names in ``state`` whose tensors are others than the first size's."""
 
     @property
     @abstractmethod
@@ -72,8 +75,12 @@ class Subject(ABC):
         """The sites of the deployed module that the plan keeps in fp32."""
 
     @abstractmethod
-    def reload(self, path: Path) -> None:
-        """Go on with the weights in this file, the same ones, mapped instead of held in memory."""
+    def reload(self, paths: Sequence[Path]) -> None:
+        """Go on with the weights in these files, the same ones, mapped instead of held in memory.
+
+        Args:
+            paths: a tensor of a later one takes the place of an earlier one's.
+        """
 
     @property
     def image_size(self) -> Size:
@@ -92,9 +99,9 @@ class Subject(ABC):
         """Whether image files can become what artifacts read."""
         return self.input != "patches" and self.preprocess.takes_images
 
-    def golden_inputs(self) -> Tensor:
-        """The golden images as artifacts read them, (K, ...)."""
-        return torch.from_numpy(golden_inputs(self.preprocess, self.image_size, self.input))
+    def golden_inputs(self, names: Sequence[str] | None = None) -> Tensor:
+        """The golden images as artifacts read them, (K, ...); some of them only, by their names."""
+        return torch.from_numpy(golden_inputs(self.preprocess, self.image_size, self.input, names))
 
     @property
     def parameters(self) -> int:
@@ -141,8 +148,9 @@ class CheckpointSubject(Subject):
     def state(self) -> Mapping[str, Tensor]:
         return state_of(self._reference)
 
-    def reload(self, path: Path) -> None:
-        self._reference = build_reference(self.config, load_file(path))
+    def reload(self, paths: Sequence[Path]) -> None:
+        state = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        self._reference = build_reference(self.config, state)
 
     def reference(self, inputs: Tensor) -> Mapping[Output, Tensor]:
         if self.input == "uint8":
@@ -150,8 +158,8 @@ class CheckpointSubject(Subject):
             inputs = (inputs.double() * scale + shift).permute(0, 3, 1, 2)
         return outputs_float64(self._reference, inputs, self.outputs)
 
-    def golden_inputs(self) -> Tensor:
-        pixels = super().golden_inputs()
+    def golden_inputs(self, names: Sequence[str] | None = None) -> Tensor:
+        pixels = super().golden_inputs(names)
         return self._architecture.patches(self.config, pixels) if self.input == "patches" else pixels
 
     def deployed(self, plan: PrecisionPlan) -> DeployedModel:
@@ -193,7 +201,7 @@ class ModuleSubject(Subject):
         # A safetensors file holds no two names for one memory.
         return {name: tensor.detach().clone() for name, tensor in self._module.state_dict().items()}
 
-    def reload(self, path: Path) -> None:
+    def reload(self, paths: Sequence[Path]) -> None:
         # Only the module itself knows what its weights mean: it keeps them.
         return
 
@@ -211,7 +219,7 @@ class ModuleSubject(Subject):
 
 
 def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subject]:
-    """Load the model that is asked for.
+    """Load the model that is asked for, for the first of its sizes.
 
     Raises:
         UsageError, CheckpointError, MissingDependency: it cannot be opened, or not so.
@@ -219,12 +227,14 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
     opened: Checkpoint | UserModule
     if isinstance(request.model, nn.Module):
         name = type(request.model).__name__
-        opened = user_module(request.model, name, request.image_size, request.stated)
+        sizes = request.image_size, request.stated, request.further_sizes
+        opened = user_module(request.model, name, *sizes)
     else:
         opened = open_model(
             None if request.model is None else str(request.model),
             checkpoint=request.checkpoint,
             image_size=request.image_size,
+            further_sizes=request.further_sizes,
             seed=request.seed,
             stated=request.stated,
             zero_shot=request.zero_shot,
@@ -241,6 +251,27 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
             raise UsageError(message, hint=f"leave {flag} out, or take a model with a head")
     subject.notes = (*subject.notes, *_batch_notes(subject, request.batch))
     return opened, subject
+
+
+def further_subjects(opened: Checkpoint | UserModule, request: ExportRequest) -> tuple[Subject, ...]:
+    """The same model for the other sizes that are asked for, sharing its weights.
+
+    Raises:
+        UsageError: a batch at such a size does not fit into this machine.
+    """
+    subjects: list[Subject] = []
+    if isinstance(opened, UserModule):
+        for spec in opened.further:
+            user = replace(opened, preprocess=spec, further=())
+            subjects.append(subject_of(user, request.outputs, request.input))
+    else:
+        for resized in opened.further:
+            subject = subject_of(opened.at(resized), request.outputs, request.input)
+            subject.own = frozenset(resized.state)
+            subjects.append(subject)
+    for subject in subjects:
+        _batch_notes(subject, request.batch)
+    return tuple(subjects)
 
 
 def _batch_notes(subject: Subject, batch: BatchRange) -> tuple[str, ...]:
