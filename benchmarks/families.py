@@ -52,7 +52,7 @@ TOLERANCE = 1e-4
 """Largest difference of the two graphs' outputs, relative to the largest output."""
 CONTROL = frozenset({"Shape", "If", "Tile", "Loop", "Scan"})
 """Operators that no graph of ours has: what they compute is known at export."""
-_TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "threads": THREADS,
         "rounds": options.rounds,
-        "environment": find_environment(ROOT, _TITLES).model_dump(mode="json"),
+        "environment": find_environment(ROOT, TITLES).model_dump(mode="json"),
         "graphs": {},
         "cells": [],
     }
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record["graphs"][name] = {"ours": graph_facts(ours), "plain": graph_facts(plain)}
         for cell in cells(name, ours, plain, options.rounds):
             record["cells"].append(cell)
-            print(name, cell["runtime"], cell["batch"], _said(cell), flush=True)
+            print(name, cell["runtime"], cell["batch"], said(cell), flush=True)
         write_whole(options.output, json.dumps(record, indent=2) + "\n")
     PART.publish(table(record), broken_claims(record), write=False)
     return 0
@@ -279,16 +279,16 @@ def table(record: Mapping[str, Any]) -> str:
     ]
     for name, graphs in record["graphs"].items():
         ours, plain = graphs["ours"], graphs["plain"]
-        for runtime, title in _TITLES.items():
+        for runtime, title in TITLES.items():
             found = {c["batch"]: c for c in record["cells"] if (c["model"], c["runtime"]) == (name, runtime)}
-            cells = " | ".join(_said(found[batch]) for batch in batches)
+            cells = " | ".join(said(found[batch]) for batch in batches)
             nodes = f"{plain['nodes']}, {ours['nodes']} | {ours['block']}"
             lines.append(f"| {name} | {title} | {cells} | {nodes} |")
     lines += ["", f"`{record['command']}`"]
     return "\n".join(lines)
 
 
-def _said(cell: Mapping[str, Any]) -> str:
+def said(cell: Mapping[str, Any]) -> str:
     ratio, busy = cell["ratio"], cell["processor_ratio"]
     spread = f"{ratio['median']:.2f} × ({ratio['q1']:.2f} to {ratio['q3']:.2f})"
     return f"**{cell['ours_ms']:.0f}**, {cell['plain_ms']:.0f}, {spread}, {busy['median']:.2f} ×"
@@ -300,7 +300,7 @@ def broken_claims(record: Mapping[str, Any]) -> list[str]:
     for cell in record["cells"]:
         least, ratio = FAMILIES[cell["model"]].least, cell["ratio"]["median"]
         if ratio < least:
-            where = f"{cell['model']} on {_TITLES[cell['runtime']]}, batch {cell['batch']}"
+            where = f"{cell['model']} on {TITLES[cell['runtime']]}, batch {cell['batch']}"
             found.append(f"{where}: {ratio:.3f} × instead of {least} ×")
     for name, graphs in record["graphs"].items():
         ours, most = graphs["ours"], FAMILIES[name].nodes

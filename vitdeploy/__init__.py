@@ -41,7 +41,7 @@ def export(
     image_size: int | Size | list[int | Size] | None = None,
     batch: int | tuple[int, int, int] | BatchRange = (1, 8, 32),
     opset: int = 20,
-    input: Literal["float", "uint8"] = "float",
+    input: Literal["float", "uint8", "patches"] = "float",
     output: str | Sequence[str] | None = None,
     labels: Sequence[str] | Path | None = None,
     zero_shot: Sequence[str] | Path | None = None,
@@ -82,9 +82,11 @@ def export(
         batch: (min, opt, max) batch sizes that the artifacts serve; one number for a fixed batch.
         opset: the ONNX operator set, 17 to 23.
         input: ``"float"`` reads (N, C, H, W) float32 pixel values; ``"uint8"`` reads (N, H, W, C) uint8
-            images, with the normalisation folded into the first projection.
+            images, with the normalisation folded into the first projection; ``"patches"`` reads (N, T,
+            columns) float32, what the image processor of a Qwen tower gives for images of ``image_size``.
         output: ``"logits"`` (N, classes), ``"features"`` (N, D), ``"embedding"`` (N, D), projected where the
-            model projects and of length 1, ``"tokens"`` (N, T, D), ``"codes"`` (N, patches, vocabulary), or
+            model projects and of length 1, ``"tokens"`` (N, T, D), ``"codes"`` (N, patches, vocabulary),
+            ``"image_features"`` (N, T, E), ``"deepstack_features"`` (N, taps, T, E), or
             ``"layers:3,7"`` (N, T, D each); float32. Several, as a list or with commas, come from one graph.
             The logits where the model has a head when omitted.
         labels: one for each class, or a file with them; the checkpoint's own when omitted.

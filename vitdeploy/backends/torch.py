@@ -260,7 +260,7 @@ def forward_of(model: Reference, manifest: Manifest) -> Forward:
         outputs = outputs_of(model, pixels.to(weight.dtype), names)
         return tuple(outputs[name].to(torch.float32) for name in names)
 
-    if manifest.input == "float" or manifest.preprocess is None:
+    if manifest.input != "uint8" or manifest.preprocess is None:
         return forward
     spec = manifest.preprocess
     mean, std = (torch.tensor(v, dtype=torch.float32, device=weight.device) for v in (spec.mean, spec.std))

@@ -40,11 +40,12 @@ class BenchTarget:
     def record(self) -> MeasuredBundle:
         """What the results say of it."""
         manifest, shape = self.bundle.manifest, self.pixels.shape
+        size = (shape[1], shape[2]) if manifest.input == "uint8" else (shape[-2], shape[-1])
         return MeasuredBundle(
             name=self.name,
             model=manifest.name,
             digest=manifest.digest,
-            image_size=(shape[1], shape[2]) if manifest.input == "uint8" else (shape[2], shape[3]),
+            image_size=manifest.model.image_size if manifest.model else size,
             parameters=manifest.parameters,
         )
 

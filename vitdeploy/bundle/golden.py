@@ -42,7 +42,10 @@ def golden_images(
 def golden_inputs(
     spec: Preprocess, size: Size, kind: InputKind, names: Sequence[str] | None = None
 ) -> NDArray[Any]:
-    """The same images as a model reads them: (K, C, H, W) float32 normalised, or (K, H, W, C) uint8."""
+    """The same images as a model reads them: (K, C, H, W) float32 normalised, or (K, H, W, C) uint8.
+
+    Patches are made of the former, by the model's architecture.
+    """
     images = np.stack(golden_images(size, spec.channels, names))
     if kind == "uint8":
         return images

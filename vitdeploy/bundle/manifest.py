@@ -105,11 +105,10 @@ class TensorSpec(_Record):
 
 
 def input_spec(config: ModelConfig, kind: InputKind) -> TensorSpec:
-    """What a model takes: pixel values (N, C, H, W) float32, or images (N, H, W, C) uint8."""
-    height, width = config.image_size
-    if kind == "uint8":
-        return TensorSpec(name="pixel_values", dtype="uint8", shape=("N", height, width, config.channels))
-    return TensorSpec(name="pixel_values", dtype="float32", shape=("N", config.channels, height, width))
+    """What a model takes: float32 pixel values (N, C, H, W) or patches (N, T, columns), or uint8 images
+    (N, H, W, C)."""
+    dtype: DType = "uint8" if kind == "uint8" else "float32"
+    return TensorSpec(name="pixel_values", dtype=dtype, shape=("N", *config.inputs[kind]))
 
 
 def output_specs(config: ModelConfig, outputs: Sequence[Output]) -> tuple[TensorSpec, ...]:
@@ -338,6 +337,16 @@ class SizeRecord(_Record):
     image_size: Size
     preprocess: Preprocess | None = None
     flops: Count | None = None
+    grid_thw: tuple[int, int, int] | None = None
+    """Of a vision-language model's tower, as the manifest's."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a grid where there is none."""
+        fields: dict[str, Any] = dump(self)
+        if self.grid_thw is None:
+            fields.pop("grid_thw", None)
+        return fields
 
 
 class Manifest(_Record):
@@ -378,6 +387,12 @@ class Manifest(_Record):
     """sha256 of this manifest's canonical form with ``digest`` empty."""
 
     @property
+    def grid_thw(self) -> tuple[int, int, int] | None:
+        """Frames, rows and columns of patches, of a vision-language model's tower; written for those who read
+        the manifest alone."""
+        return None if self.model is None else self.model.grid_thw
+
+    @property
     def image_size(self) -> Size | None:
         """The first, or only, height and width; None where nothing here tells it."""
         if self.model is not None:
@@ -389,6 +404,8 @@ class Manifest(_Record):
         """Why no image files can go in; None where they can."""
         if self.preprocess is None:
             return "says nothing of preprocessing"
+        if self.input == "patches":
+            return "reads patches as its own image processor makes them, not images"
         if not self.preprocess.takes_images:
             return f"reads tensors of {self.preprocess.channels} channels, not images"
         return None
@@ -442,7 +459,15 @@ class Manifest(_Record):
             fields.pop("sizes", None)
         if self.scores == "softmax":
             fields.pop("scores", None)
+        if self.grid_thw is not None:
+            fields["grid_thw"] = list(self.grid_thw)
         return fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_grid(cls, fields: Any) -> Any:
+        """``grid_thw`` follows from the model; that it is the same, the manifest's canonical form tells."""
+        return {n: v for n, v in fields.items() if n != "grid_thw"} if isinstance(fields, dict) else fields
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -473,8 +498,8 @@ class Manifest(_Record):
         if further and (self.image_size is None or len(set(sizes)) < len(sizes)):
             raise ValueError(f"sizes {list(map(size_name, further))} do not differ from the first, each once")
         for record in self.sizes:
-            if self.model:
-                self.model.at_size(record.image_size)
+            if self.model and self.model.at_size(record.image_size).grid_thw != record.grid_thw:
+                raise ValueError(f"grid_thw of {size_name(record.image_size)} is not the model's")
             if (record.preprocess is None) != (self.preprocess is None):
                 raise ValueError(f"only some sizes have a preprocess: see {size_name(record.image_size)}")
             if self.preprocess and record.preprocess and record.preprocess.mean != self.preprocess.mean:

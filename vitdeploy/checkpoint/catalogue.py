@@ -129,6 +129,13 @@ CATALOGUE: Mapping[str, Entry] = {
         "retrieval",
         _POOLED,
     ),
+    "qwen_vl": Entry(
+        ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3.5"),
+        "transformers",
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        "the vision tower of the whole model, of which nothing else is read, or alone (`..._vision`); stills",
+        ("image_features", "deepstack_features"),
+    ),
     "vit_mae": Entry(
         ("MAE",),
         "transformers",

@@ -12,7 +12,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -61,8 +61,11 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, part: tuple[str, ...] = ()) -> Weights:
     """Read one weights file, of the kind that its first bytes say.
+
+    Args:
+        part: what the names begin with that are wanted; where some do, no others are read.
 
     Raises:
         CheckpointError: the file is missing, unreadable, damaged, unsafe, or of another kind.
@@ -76,16 +79,18 @@ def read_weights(path: Path) -> Weights:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=PERMISSIONS) from error
     notes: tuple[str, ...] = ()
+    every: Collection[str]
     for first, (what, hint) in _FOREIGN.items():
         if start.startswith(first) and start[8:9] != b"{":
             raise CheckpointError(f"{path} {what}", hint=hint)
     suffix = path.suffix.lower()
     if suffix == ".safetensors" or start[8:9] == b"{":
-        state = _read_safetensors(path, start)
+        state, every = _read_safetensors(path, start, part)
     elif suffix == ".npz" or _is_npz(path, start):
-        state = _read_npz(path)
+        state = every = _read_npz(path)
     elif start.startswith((_ZIP, _PICKLE)):
         state, notes = _read_pickle(path, start)
+        every = state
     else:
         raise CheckpointError(
             f"{path} is neither safetensors nor a PyTorch file nor .npz",
@@ -93,18 +98,58 @@ def read_weights(path: Path) -> Weights:
         )
     if not state:
         raise CheckpointError(f"{path} holds no tensors", hint="give the file with the weights")
-    return Weights(state, {path.name: digest}, notes)
+    chosen = {name: state[name] for name in of_part(state, part)}
+    return Weights(chosen, {path.name: digest}, (*notes, *_part_note(part, len(chosen), len(every))))
 
 
-def read_shards(index: Path) -> Weights:
-    """Read every shard that a ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json`` lists.
+def of_part(names: Iterable[str], part: tuple[str, ...]) -> list[str]:
+    """The names that begin so; all of them where none does, or nothing is asked for."""
+    every = list(names)
+    return [name for name in every if name.startswith(part)] or every if part else every
+
+
+def _part_note(part: tuple[str, ...], chosen: int, every: int) -> tuple[str, ...]:
+    """What to say where a part was read."""
+    if chosen == every:
+        return ()
+    prefixes = " or ".join(map(repr, part))
+    return (
+        f"read: the {chosen} tensors whose names begin with {prefixes}; {every - chosen} others left out",
+    )
+
+
+def shards_of(index: Path, part: tuple[str, ...] = ()) -> dict[str, str]:
+    """In which shard each tensor is, of those whose names begin so.
+
+    Args:
+        index: a ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json``.
 
     Raises:
-        CheckpointError: the index is malformed, or a shard is missing, damaged or lacks a tensor.
+        CheckpointError: the index is malformed.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must map tensor names to file names", hint=AGAIN)
+    return {name: weight_map[name] for name in of_part(weight_map, part)}
+
+
+def _shards_note(index: Path, chosen: Mapping[str, str], part: tuple[str, ...]) -> tuple[str, ...]:
+    every = shards_of(index)
+    needed, there = len(set(chosen.values())), len(set(every.values()))
+    unopened = (f"{there - needed} of {there} shards are not needed",) if needed < there else ()
+    return (*_part_note(part, len(chosen), len(every)), *unopened)
+
+
+def read_shards(index: Path, part: tuple[str, ...] = ()) -> Weights:
+    """Read every shard that an index lists, see :func:`shards_of`.
+
+    Args:
+        part: what the names begin with that are wanted; shards without them are not opened.
+
+    Raises:
+        CheckpointError: the index is malformed, or a shard is missing, damaged or lacks a tensor.
+    """
+    weight_map = shards_of(index, part)
     state: dict[str, Tensor] = {}
     files = {index.name: sha256(index)}
     for file in sorted(set(weight_map.values())):
@@ -115,7 +160,7 @@ def read_shards(index: Path) -> Weights:
             )
         if not (index.parent / file).is_file():
             raise CheckpointError(f"{index}: shard {file} is missing", hint=AGAIN)
-        shard = read_weights(index.parent / file)
+        shard = read_weights(index.parent / file, part)
         absent = sorted(name for name, home in weight_map.items() if home == file and name not in shard.state)
         if absent:
             raise CheckpointError(
@@ -124,10 +169,13 @@ def read_shards(index: Path) -> Weights:
             )
         state |= shard.state
         files |= shard.files
-    return Weights(state, files)
+    return Weights(state, files, _shards_note(index, weight_map, part))
 
 
-def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
+def _read_safetensors(
+    path: Path, start: bytes, part: tuple[str, ...]
+) -> tuple[dict[str, Tensor], Collection[str]]:
+    """The tensors of a part, and the names of all."""
     # A header may well be 128 bytes long, and then starts like a pickle; but its JSON follows.
     if start.startswith((_ZIP, _PICKLE)) and start[8:9] != b"{":
         raise CheckpointError(
@@ -143,7 +191,8 @@ def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            every = list(file.keys())
+            return {name: file.get_tensor(name) for name in of_part(every, part)}, every
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or not safetensors: {_line(error)}", hint=AGAIN) from error
 

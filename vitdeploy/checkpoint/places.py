@@ -10,9 +10,9 @@ from pathlib import Path
 from vitdeploy.bundle.files import sha256
 from vitdeploy.checkpoint import lora
 from vitdeploy.checkpoint.documents import read_json
-from vitdeploy.checkpoint.families import reference
+from vitdeploy.checkpoint.families import qwen, reference
 from vitdeploy.checkpoint.families.base import Foreign
-from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_shards, read_weights
+from vitdeploy.checkpoint.files import SUFFIXES, Weights, read_shards, read_weights, shards_of
 from vitdeploy.checkpoint.refusals import no_weights, not_there, refuse_quantised, refuse_shard
 from vitdeploy.data import DIGITS
 from vitdeploy.errors import CheckpointError, MissingDependency, UsageError, did_you_mean
@@ -24,13 +24,13 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _HUB_FILES = ("config.json", *_PROCESSORS, _OPEN_CLIP_CONFIG, lora.CONFIG, *lora.WEIGHTS)
+_INDEX = ".index.json"
 _HUB_WEIGHTS = (
-    ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+    ("model.safetensors", f"model.safetensors{_INDEX}"),
+    ("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
     *((name,) for name in _OPEN_CLIP),
 )
-"""What is downloaded: the second where the first is not there, and so on."""
-_INDEX = ".index.json"
+"""What is downloaded: the second where the first is not there, and so on; behind an index, its shards."""
 _IN_FOLDERS = (
     *("model.safetensors", f"model.safetensors{_INDEX}", "weights.safetensors"),
     *("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
@@ -50,10 +50,10 @@ def from_path(path: Path, source: str) -> tuple[Foreign, Weights]:
     if path.is_dir():
         folder, weights = path, _folder_weights(path, source)
     elif path.name.endswith(_INDEX):
-        folder, weights = path.parent, read_shards(path)
+        folder, weights = path.parent, read_shards(path, _part(path.parent))
     else:
         refuse_shard(path, source)
-        folder, weights = path.parent, read_weights(path)
+        folder, weights = path.parent, read_weights(path, _part(path.parent))
     of_open_clip = not weights.files.keys().isdisjoint(_OPEN_CLIP)
     config, files = _description(folder, whole=path.is_dir(), of_open_clip=of_open_clip)
     processor, read = (None, {}) if config is None or of_open_clip else _processor(folder)
@@ -104,7 +104,14 @@ def _folder_weights(folder: Path, source: str) -> Weights:
         others = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
         raise no_weights(folder, source, _IN_FOLDERS, others)
     first = folder / there[0]
-    return read_shards(first) if first.name.endswith(_INDEX) else read_weights(first)
+    read = read_shards if first.name.endswith(_INDEX) else read_weights
+    return read(first, _part(folder))
+
+
+def _part(folder: Path) -> tuple[str, ...]:
+    """What is read of the weights in a folder, as its config.json says: see ``qwen.part_of``."""
+    config = folder / "config.json"
+    return qwen.part_of(read_json(config)) if config.is_file() else ()
 
 
 def _description(
@@ -155,14 +162,23 @@ def from_hub(
     except ImportError as error:
         purpose = f"{name!r} is no local path; getting it from the hub"
         raise MissingDependency("huggingface-hub", extra="hub", purpose=purpose) from error
+
+    def fetch(*files: str) -> Path:
+        wanted = [*_HUB_FILES, *also, *files]
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted))
+
     try:
         for weights in _HUB_WEIGHTS:
-            wanted = [*_HUB_FILES, *also, *weights]
-            folder = Path(
-                snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
-            )
-            if any(path for pattern in weights for path in folder.glob(pattern)):
+            folder = fetch(*weights)
+            there = [file for file in weights if (folder / file).is_file()]
+            if there and there[0].endswith(_INDEX):
+                # The shards that hold what is read of this model, and no others.
+                shards = set(shards_of(folder / there[0], _part(folder)).values())
+                folder = fetch(*weights, *sorted(shards))
+            if there:
                 break
+    except CheckpointError:
+        raise
     except Exception as error:  # the library raises HTTP, cache and validation errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

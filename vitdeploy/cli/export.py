@@ -87,9 +87,9 @@ Opset = Annotated[int, typer.Option(metavar="N", help="The ONNX operator set, 17
 Input = Annotated[
     str,
     typer.Option(
-        metavar="float|uint8",
+        metavar="float|uint8|patches",
         help="What the artifacts read: float, (N,C,H,W) pixel values; uint8, (N,H,W,C) images, with the "
-        "normalisation folded in.",
+        "normalisation folded in; patches, what Qwen's image processor gives.",
     ),
 ]
 Output = Annotated[

@@ -20,6 +20,7 @@ from vitdeploy.config.common import (
 )
 from vitdeploy.config.kinds import CONFIGS, model_fields, model_type
 from vitdeploy.config.preprocess import Preprocess, Resample
+from vitdeploy.config.qwen import QwenVisionConfig
 from vitdeploy.config.stem import Stem
 from vitdeploy.config.swin import SwinConfig, WindowRule
 from vitdeploy.config.vit import FinalNorm, Pool, Position, Rotary, ViTConfig
@@ -38,6 +39,7 @@ __all__ = [
     "Position",
     "Precision",
     "Preprocess",
+    "QwenVisionConfig",
     "Resample",
     "Rotary",
     "Scores",

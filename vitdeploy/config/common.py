@@ -16,12 +16,18 @@ Size = tuple[int, int]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 Output = str
 """What a model returns: one of ``OUTPUTS``, or ``layer_3``, the tokens behind block 3."""
-OUTPUTS: tuple[Output, ...] = ("logits", "codes", "features", "embedding", "tokens")
+OUTPUTS: tuple[Output, ...] = (
+    *("logits", "codes", "features", "embedding", "tokens"),
+    *("image_features", "deepstack_features"),
+)
 """Logits of classes; logits of every patch's code; the pooled vector; that vector projected, where the model
-projects, and of length 1; every token."""
+projects, and of length 1; every token. Of a vision-language model's tower: what its language model reads in
+place of the image's tokens, and what it adds behind its first blocks."""
 POOLED: frozenset[Output] = frozenset(("logits", "features", "embedding"))
 """Those that are computed of the pooled vector."""
-InputKind = Literal["float", "uint8"]
+InputKind = Literal["float", "uint8", "patches"]
+"""Pixels normalised, (C, H, W); as they are, (H, W, C); or normalised and in patches, (T, columns), as the
+image processor of a vision-language model gives them."""
 Precision = Literal["fp32", "fp16", "bf16"]
 Scores = Literal["softmax", "sigmoid", "none"]
 """What becomes of logits where classes are named: ``vitdeploy.scores``."""
@@ -62,9 +68,30 @@ class ModelConfig(ABC):
         return (f"the structure of {self.kind!r}",)
 
     @property
+    def step(self) -> int:
+        """Pixels: both sides of an image are multiples of it."""
+        return 1
+
+    def nearest(self, pixels: int) -> int:
+        """The side of an image next to that many pixels."""
+        return max(1, round(pixels / self.step)) * self.step
+
+    @property
     @abstractmethod
     def depth(self) -> int:
         """Blocks, of all stages together."""
+
+    @property
+    def inputs(self) -> Mapping[InputKind, tuple[int, ...]]:
+        """What the model can be built to read, with the shape for one image."""
+        height, width = self.image_size
+        return {"float": (self.channels, height, width), "uint8": (height, width, self.channels)}
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int] | None:
+        """Frames, rows, columns of patches, as processors of vision-language models count them; None of any
+        other model."""
+        return None
 
     @property
     @abstractmethod
@@ -75,6 +102,11 @@ class ModelConfig(ABC):
     def outputs(self) -> tuple[Output, ...]:
         """The names of what the model can return, but for its layers; the first is the default."""
         return tuple(self.output_shapes)
+
+    @property
+    def usual_outputs(self) -> tuple[Output, ...]:
+        """What is returned where the user names nothing."""
+        return self.outputs[:1]
 
     def output_shape(self, output: Output) -> tuple[int, ...] | None:
         """The shape of one of ``outputs`` or of a layer, for one image; None where the model has no such."""

@@ -7,11 +7,14 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from vitdeploy.config.common import ModelConfig
+from vitdeploy.config.qwen import QwenVisionConfig
 from vitdeploy.config.swin import SwinConfig
 from vitdeploy.config.vit import ViTConfig
 from vitdeploy.errors import ConfigError, did_you_mean
 
-CONFIGS: Mapping[str, type[ModelConfig]] = {config.kind: config for config in (ViTConfig, SwinConfig)}
+CONFIGS: Mapping[str, type[ModelConfig]] = {
+    config.kind: config for config in (ViTConfig, SwinConfig, QwenVisionConfig)
+}
 """The configuration of every kind."""
 
 

@@ -83,9 +83,7 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
 
 
 def _input_shape(subject: Subject) -> str:
-    size, channels = subject.image_size, subject.preprocess.channels
-    shape = (*size, channels) if subject.input == "uint8" else (channels, *size)
-    return f"(N, {', '.join(map(str, shape))})"
+    return f"(N, {', '.join(map(str, subject.input_shape))})"
 
 
 def _places(subjects: Sequence[Subject]) -> list[Size | None]:
@@ -143,9 +141,8 @@ def _files(request: ExportRequest, subjects: Sequence[Subject]) -> dict[str, int
 
 def _golden(subject: Subject, names: Sequence[str]) -> int:
     """Bytes of the golden tensors."""
-    height, width = subject.image_size
-    raw = [image.nbytes for image in raw_images()] if subject.preprocess.takes_images else []
-    pixels = (len(names) + len(raw)) * subject.preprocess.channels * height * width
+    raw = [image.nbytes for image in raw_images()] if subject.takes_images else []
+    pixels = (len(names) + len(raw)) * math.prod(subject.input_shape)
     return sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels) + len(names) * _answer(subject)
 
 

@@ -107,13 +107,12 @@ def golden_arrays(subject: Subject, names: Sequence[str] | None = None) -> Golde
     Args:
         names: of golden images, all when omitted.
     """
-    spec = subject.preprocess
-    inputs = golden.golden_inputs(spec, subject.image_size, subject.input, names)
-    arrays: Golden = {INPUT: inputs}
-    for output, reference in subject.reference(torch.from_numpy(inputs)).items():
+    inputs = subject.golden_inputs(names)
+    arrays: Golden = {INPUT: inputs.numpy()}
+    for output, reference in subject.reference(inputs).items():
         # Two outputs may be one tensor, and no file of tensors holds one memory twice.
         arrays[golden.reference_key(subject.outputs, output)] = reference.numpy().copy()
-    for i, raw in enumerate(golden.raw_images() if spec.takes_images else ()):
+    for i, raw in enumerate(golden.raw_images() if subject.takes_images else ()):
         arrays[f"image.{i}"] = raw
         arrays[f"image.{i}.{INPUT}"] = _preprocessed(raw, subject)
     return arrays
@@ -244,7 +243,12 @@ class _Whole:
             artifacts=tuple(sorted((*self.artifacts, *more), key=lambda a: places.index(a.image_size))),
             parity=tuple(self.parity),
             sizes=tuple(
-                SizeRecord(image_size=other.image_size, preprocess=other.preprocess, flops=other.flops)
+                SizeRecord(
+                    image_size=other.image_size,
+                    preprocess=other.preprocess,
+                    flops=other.flops,
+                    grid_thw=other.config.grid_thw if other.config else None,
+                )
                 for other in (job.subject for job in self.jobs[1:])
             ),
             provenance=self.provenance,
@@ -336,7 +340,7 @@ class _Job:
         source = named(f"onnx-{precision}", self.place)
         if config is None:
             raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
-        (output,) = self.subject.outputs
+        output = self.subject.outputs[0]
         if beyond := config.beyond_kernels(output):
             raise UsageError(f"there are no fused kernels for {', '.join(beyond)}")
         onnx = [r for r in self.whole.parity if r.backend == EMULATION and r.artifact == source]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vitdeploy.bundle.golden import golden_inputs
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
 from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, Scores, Size
@@ -95,6 +97,22 @@ class Subject(ABC):
         return self.preprocess.size if self.config is None else self.config.image_size
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of what artifacts read, for one image."""
+        if self.config is None:
+            return (self.preprocess.channels, *self.image_size)
+        return self.config.inputs[self.input]
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether image files can become what artifacts read."""
+        return self.input != "patches" and self.preprocess.takes_images
+
+    def golden_inputs(self, names: Sequence[str] | None = None) -> Tensor:
+        """The golden images as artifacts read them, (K, ...); some of them only, by their names."""
+        return torch.from_numpy(golden_inputs(self.preprocess, self.image_size, self.input, names))
+
+    @property
     def parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.state.values())
 
@@ -116,9 +134,16 @@ class CheckpointSubject(Subject):
             layers = f"layer_0 to layer_{config.depth - 1}"
             hint = f"it has: {', '.join(config.outputs)}, {layers}"
             raise UsageError(f"{checkpoint.source} has no {missing[0]}", hint=hint)
+        if input_kind not in config.inputs:
+            known = ", ".join(config.inputs)
+            raise UsageError(
+                f"{checkpoint.source} reads no {input_kind}: they are what the image processors of "
+                "vision-language models make",
+                hint=f"it reads: {known}",
+            )
         self.config: ModelConfig = config
         self.preprocess = checkpoint.preprocess
-        self.outputs = outputs or config.outputs[:1]
+        self.outputs = outputs or config.usual_outputs
         self.labels = checkpoint.labels if "logits" in self.outputs else None
         if "logits" in self.outputs:
             self.scores = checkpoint.scores
@@ -148,6 +173,10 @@ class CheckpointSubject(Subject):
         self._first = first if isinstance(first, CheckpointSubject) else None
         self._kept = None
 
+    def golden_inputs(self, names: Sequence[str] | None = None) -> Tensor:
+        pixels = super().golden_inputs(names)
+        return self._architecture.patches(self.config, pixels) if self.input == "patches" else pixels
+
     def deployed(self, plan: PrecisionPlan) -> DeployedModel:
         settings: dict[str, Any] = {
             "outputs": self.outputs,
@@ -176,6 +205,8 @@ class ModuleSubject(Subject):
     """A user's module: no rewrites, the same proof."""
 
     def __init__(self, user: UserModule, outputs: tuple[Output, ...], input_kind: InputKind) -> None:
+        if input_kind == "patches":
+            raise UsageError("a module of your own reads (N, C, H, W) tensors, not patches")
         if input_kind == "uint8":
             raise UsageError(
                 "uint8 input folds the normalisation into a patch projection that vitdeploy knows"
@@ -276,8 +307,7 @@ def _batch_notes(subject: Subject, batch: BatchRange) -> tuple[str, ...]:
     Raises:
         UsageError: its pixels alone are more than this machine's memory.
     """
-    height, width = subject.image_size
-    pixels = batch.max * subject.preprocess.channels * height * width * (1 if subject.input == "uint8" else 4)
+    pixels = batch.max * math.prod(subject.input_shape) * (1 if subject.input == "uint8" else 4)
     there = total_memory()
     if there is not None and pixels > there:
         raise UsageError(
@@ -298,7 +328,7 @@ def subject_of(opened: Checkpoint | UserModule, outputs: tuple[Output, ...], inp
     inputs: dict[str, InputKind] = {name: name for name in get_args(InputKind)}
     if input_kind not in inputs:
         raise UsageError(
-            f"unknown input {input_kind!r}{did_you_mean(input_kind, inputs)}", hint="float or uint8"
+            f"unknown input {input_kind!r}{did_you_mean(input_kind, inputs)}", hint="float, uint8 or patches"
         )
     kind = ModuleSubject if isinstance(opened, UserModule) else CheckpointSubject
     return kind(opened, outputs, inputs[input_kind])  # type: ignore[arg-type]

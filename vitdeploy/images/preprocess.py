@@ -43,7 +43,9 @@ _FLOAT_FILTERS: Mapping[Resample, Image.Resampling] = {
 _FLOAT_CODES: Mapping[int, Resample] = {int(code): name for name, code in _FLOAT_FILTERS.items()}
 
 
-def pixel_values(image: Image.Image, spec: Preprocess, kind: Literal["float", "uint8"]) -> NDArray[Any]:
+def pixel_values(
+    image: Image.Image, spec: Preprocess, kind: Literal["float", "uint8", "patches"]
+) -> NDArray[Any]:
     """Return the network's input for one image: what ``apply`` gives, or ``apply_uint8`` for uint8 input.
 
     Raises:
@@ -227,6 +229,7 @@ _PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "BeitImageProcessor": {**_INCEPTION, "resample": 3},
     "BlipImageProcessor": {**_OPENAI, "size": 384, "resample": 3},
     "DINOv3ViTImageProcessor": {**_IMAGENET, "size": {"height": 224, "width": 224}},
+    "Qwen2VLImageProcessor": {**_OPENAI, "resample": 3},
 }
 _COMMON_DEFAULTS: Mapping[str, Any] = {
     "size": 224,
@@ -254,6 +257,7 @@ _PROCESSOR_OF_MODEL: Mapping[str, str] = {
     "swin": "ViTImageProcessor",
     "swinv2": "ViTImageProcessor",
     "dinov3_vit": "DINOv3ViTImageProcessor",
+    "qwen2_vl": "Qwen2VLImageProcessor",
 }
 _RESCALES_FIRST = frozenset(("DINOv3ViTImageProcessor",))
 """Classes that resize what they have rescaled, so that nothing is rounded in between."""
@@ -307,8 +311,9 @@ def from_huggingface(config: Mapping[str, Any], model_type: str = "vit", channel
     """Return what a ``preprocessor_config.json`` of transformers says, defaults of its class included.
 
     Args:
-        config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP, BEiT, BLIP and DINOv3 are known, under
-            their older and ``Fast`` names too, and the one that wraps timm's transforms.
+        config: the file's content. ViT, DeiT, BiT, CLIP, SigLIP, BEiT, BLIP, DINOv3 and, with a size
+            of its own, Qwen2-VL are known, under their older and ``Fast`` names too, and the one that wraps
+            timm's transforms.
         model_type: the model's, from ``config.json``; decides where the file names no processor.
         channels: the model's. Where they are not three, the file has to say mean and std for them.
 

@@ -78,6 +78,36 @@ class Norm(Site):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class RmsNorm(Site):
+    """RMSNorm over the last axis (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
+
+    Its weight is part of the linear layer behind it.
+    """
+
+    always_fp32 = True
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype or x.dtype)
+        return x / torch.sqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+
+
+class Reorder(nn.Module):
+    """Rows of the second axis in another order, a constant."""
+
+    order: Tensor
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.index_select(x, 1, self.order)
+
+
 class Add(Site):
     """A residual addition, a module of its own so that it has a name and a dtype."""
 
@@ -100,9 +130,9 @@ class Rotate(Site):
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         super().__init__()
-        half = sin.shape[1] // 2
-        self.cos = nn.Parameter(cos, requires_grad=False)  # (T, d)
-        self.sin = nn.Parameter(torch.cat([-sin[:, :half], sin[:, half:]], dim=1), requires_grad=False)
+        first, second = sin.chunk(2, dim=-1)
+        self.cos = nn.Parameter(cos, requires_grad=False)  # (T, d), or what else broadcasts over heads
+        self.sin = nn.Parameter(torch.cat([-first, second], dim=-1), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.cos.dtype)
@@ -179,7 +209,9 @@ class DeployedMlp(nn.Module):
 class DeployedBlock(nn.Module):
     """Pre-norm block; layer scale is already part of ``attn.proj`` and ``mlp.fc2``."""
 
-    def __init__(self, norm1: Norm, attn: nn.Module, norm2: Norm, mlp: DeployedMlp) -> None:
+    def __init__(
+        self, norm1: Norm | RmsNorm, attn: nn.Module, norm2: Norm | RmsNorm, mlp: DeployedMlp
+    ) -> None:
         super().__init__()
         self.norm1, self.attn, self.add1 = norm1, attn, Add()
         self.norm2, self.mlp, self.add2 = norm2, mlp, Add()
@@ -207,6 +239,7 @@ class DeployedModel(nn.Module):
 
     Args:
         readout: returns a tuple, of a tensor for each of its own ``outputs``; layers are taken before it.
+        taps: numbers of blocks behind which the readout is given the tokens, too, in their order.
     """
 
     def __init__(
@@ -215,23 +248,27 @@ class DeployedModel(nn.Module):
         blocks: Iterable[nn.Module],
         readout: nn.Module,
         outputs: tuple[Output, ...],
+        taps: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.embedding, self.blocks, self.readout = embedding, nn.ModuleList(blocks), readout
-        self.outputs = outputs
+        self.outputs, self.taps = outputs, taps
         self.output_dtype = torch.float32
 
     def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, ...]:
         layers = {layer_of(output): output for output in self.outputs}
         results: dict[Output, Tensor] = {}
+        tapped: list[Tensor] = []
         x = self.embedding(pixel_values)
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in layers:
                 results[layers[i]] = self.layer(i, x)
+            if i in self.taps:
+                tapped.append(x)
         rest = [output for output in self.outputs if output not in results]
         if rest:
-            results |= dict(zip(rest, self.readout(x), strict=True))
+            results |= dict(zip(rest, self.readout(x, *tapped), strict=True))
         tensors = tuple(results[output].to(self.output_dtype) for output in self.outputs)
         return tensors[0] if len(tensors) == 1 else tensors
 

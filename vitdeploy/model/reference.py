@@ -24,7 +24,8 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class Reference(nn.Module, ABC):
-    """A reference model: stages, and a readout that is given the name of the output beside the tokens."""
+    """A reference model: stages, and a readout that is given the tokens, the name of the output, and what
+    :meth:`taps` name."""
 
     config: ModelConfig
     readout: nn.Module
@@ -32,6 +33,10 @@ class Reference(nn.Module, ABC):
     @abstractmethod
     def stages(self) -> list[tuple[str, nn.Module]]:
         """The parts a forward pass goes through before the readout, in order, by their names here."""
+
+    def taps(self) -> tuple[str, ...]:
+        """The stages behind which the readout is given the tokens, too, in their order."""
+        return ()
 
     def fix_positions(self) -> None:
         """Compute once what forward passes need of positions, where attention is fused; weights are there."""
@@ -91,15 +96,18 @@ def forward_float64(model: Reference, pixel_values: Tensor, output: Output | Non
 def _run(
     model: Reference, x: Tensor, outputs: Sequence[Output], call: Callable[..., Tensor]
 ) -> dict[Output, Tensor]:
-    results = {}
+    results, tapped, taps = {}, [], model.taps()
     for name, stage in model.stages():
         x = call(stage, x)
+        if name in taps:
+            tapped.append(x)
         for output in outputs:
             if (layer := layer_of(output)) is not None and name == f"blocks.{layer}":
                 results[output] = x
         if len(results) == len(set(outputs)):
             return results
-    return results | {output: call(model.readout, x, output) for output in outputs if output not in results}
+    rest = [output for output in outputs if output not in results]
+    return results | {output: call(model.readout, x, output, *tapped) for output in rest}
 
 
 def _as_it_is(module: nn.Module, *args: object) -> Tensor:

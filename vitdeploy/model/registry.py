@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, SwinConfig, ViTConfig
+from vitdeploy.config import (
+    InputKind,
+    ModelConfig,
+    Output,
+    Preprocess,
+    QwenVisionConfig,
+    SwinConfig,
+    ViTConfig,
+)
 from vitdeploy.model import rewrites, swin, swin_rewrites
 from vitdeploy.model.architecture import Architecture
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
+from vitdeploy.model.qwen_deployed import QwenArchitecture
 from vitdeploy.model.reference import Reference, public_name
 from vitdeploy.model.vit import Attention, FusedAttention, ViT
 
@@ -136,6 +145,7 @@ class SwinArchitecture(Architecture[SwinConfig, swin.Swin]):
 ARCHITECTURES: Mapping[str, Architecture[Any, Any]] = {
     ViTConfig.kind: ViTArchitecture(),
     SwinConfig.kind: SwinArchitecture(),
+    QwenVisionConfig.kind: QwenArchitecture(),
 }
 """For every kind in ``vitdeploy.config.CONFIGS``."""
 

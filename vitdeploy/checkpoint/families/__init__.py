@@ -18,6 +18,7 @@ from vitdeploy.checkpoint.families import (
     google,
     image_text,
     open_clip,
+    qwen,
     reference,
     siglip,
     swin,
@@ -48,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     blip.FAMILY,
     clip.FAMILY,
     siglip.FAMILY,
+    qwen.FAMILY,
     swin.FAMILY,
     swin.FAMILY_V2,
     open_clip.TOWER,
@@ -75,7 +77,7 @@ _OWN = tuple(
 """Families of transformers, whose names begin so where a base model is below a head."""
 _PREFIXES = (*_OWN, image_text.PREFIX, open_clip.PREFIX)
 """What belongs to a family's names, even where all of them begin so."""
-_TYPES = (*_OWN, *blip.MODEL_TYPES, *clip.MODEL_TYPES, *siglip.MODEL_TYPES)
+_TYPES = (*_OWN, *blip.MODEL_TYPES, *clip.MODEL_TYPES, *siglip.MODEL_TYPES, *qwen.MODEL_TYPES)
 """Model types of transformers that are read."""
 _OTHERS = frozenset(
     (

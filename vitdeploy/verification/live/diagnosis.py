@@ -202,6 +202,9 @@ def tensor_mistakes(kind: InputKind, spec: Preprocess | None) -> Iterator[tuple[
     The phrase fits behind "the answers are what the model gives for".
     """
     channels = 3 if spec is None else spec.channels
+    if kind == "patches":
+        yield "patches divided by 255: the server scales what is scaled", lambda x: x / np.float32(255)
+        return
     if kind == "uint8":
         if channels == 3:
             yield "BGR images: the server swaps red and blue", lambda x: x[..., ::-1]
