@@ -156,8 +156,8 @@ _FAMILIES: Mapping[str, _Family] = {
     "MAE": _Family("mae", {"classes": 0, "norm_eps": 1e-12}, {"B/16": {}}),
     # Assran et al. 2022 (https://arxiv.org/abs/2204.07141); the same of facebook/vit-msn-small.
     "MSN": _Family("mae", {"classes": 0}, {"S/16": {}}),
-    # Steiner et al. 2022 (https://arxiv.org/abs/2106.10270), table 2; timm's vit_small_r26_s32_224. The name's
-    # patch is in pixels: one cell of the ResNet's last map.
+    # Steiner et al. 2022 (https://arxiv.org/abs/2106.10270), table 2; timm's vit_small_r26_s32_224. The
+    # name's patch is in pixels: one cell of the ResNet's last map.
     "R26": _Family("inception", {"patch_size": 1, "stem": Stem((2, 2, 2, 2))}, {"S/32": {}}),
 }
 _OF_FAMILY = re.compile(rf"(?P<family>{'|'.join(_FAMILIES)})-(?P<member>(?P<size>\w+)\+?/(?P<patch>\d+))")
