@@ -6,6 +6,7 @@ Shapes in comments: N images, C channels, H x W the map's height and width, G gr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,8 @@ class DeployedStem(nn.Module):
         self.centre: Centre | None = None
         self.conv, self.norm = standardise_weights(stem.conv), GroupNorm(stem.norm)
         self.stages = nn.ModuleList(
-            nn.ModuleList(DeployedBottleneck(block) for block in stage) for stage in stem.stages
+            nn.Sequential(*(DeployedBottleneck(cast(Bottleneck, block)) for block in stage.children()))
+            for stage in stem.stages
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,8 +120,7 @@ class DeployedStem(nn.Module):
         # A window that begins inside and ends outside of a map of even sides is what SAME pads: one behind.
         x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
         for stage in self.stages:
-            for block in stage:
-                x = block(x)
+            x = stage(x)
         return x
 
 
