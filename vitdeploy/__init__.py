@@ -60,6 +60,7 @@ def export(
     atol: float | None = None,
     fallback: bool = True,
     seed: int = 0,
+    random: bool = False,
     force: bool = False,
     engine: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -68,11 +69,11 @@ def export(
 
     Args:
         model: a named variant (``"vit_base_patch16_224"``, ``"CLIP-B/32"``, ``"digits"``), a folder or hub id
-            of transformers, ``"timm:<name>"``, ``"module:function"``, or a module of your own that takes one
-            (N, C, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is given; a named variant
-            without a checkpoint has seeded random weights.
+            of transformers, ``"timm:<name>"``, ``"torchvision:<name>"``, ``"module:function"``, or a module
+            of your own that takes one (N, C, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is
+            given; a named variant without a checkpoint has seeded random weights.
         output_dir: the bundle's folder; named after the model, in the working directory, when omitted.
-        checkpoint: a file or folder with the weights of a named variant, or of ``"timm:<name>"``.
+        checkpoint: a file or folder with the weights of a named variant, or of what a library builds.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, or several of them: one artifact each.
         format: ``"onnx"``; ``"tensorrt"``, engines for the GPU that is here; ``"tensorrt-rtx"``, engines for
             ``arch``; ``"triton-aot"``, fused kernels for ``arch``; ``"auto"``: ONNX and what engines it can.
@@ -108,6 +109,7 @@ def export(
         atol: an absolute tolerance on top of the table in ``vitdeploy.verification.parity``.
         fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16; else raise.
         seed: of random weights.
+        random: random weights of ``"timm:<name>"`` or ``"torchvision:<name>"``, without a download.
         force: replace an existing bundle.
         engine: of engines: ``profiles``, a list of (min, opt, max) batch sizes; and the fields of
             ``vitdeploy.tensorrt.records.BuildSettings``.
@@ -157,6 +159,7 @@ def export(
         atol=atol,
         fallback=fallback,
         seed=seed,
+        random=random,
         **_engine_fields(engine or {}),
         command="vitdeploy.export",
     )
