@@ -38,7 +38,7 @@ def export(
     precision: str | Sequence[str] = "fp32",
     format: str | Sequence[str] = "auto",
     arch: str | Sequence[str] = (),
-    image_size: int | Size | None = None,
+    image_size: int | Size | list[int | Size] | None = None,
     batch: int | tuple[int, int, int] | BatchRange = (1, 8, 32),
     opset: int = 20,
     input: Literal["float", "uint8"] = "float",
@@ -78,7 +78,8 @@ def export(
         format: ``"onnx"``; ``"tensorrt"``, engines for the GPU that is here; ``"tensorrt-rtx"``, engines for
             ``arch``; ``"triton-aot"``, fused kernels for ``arch``; ``"auto"``: ONNX and what engines it can.
         arch: GPUs to build for, ``"sm_89"``; ``"sm_80+sm_89"`` is one engine for both.
-        image_size: (height, width), or one number for both; the checkpoint's own when omitted.
+        image_size: (height, width), or one number for both; the checkpoint's own when omitted. A list of such
+            makes one bundle for all: the first is the default, and each image goes where it fits.
         batch: (min, opt, max) batch sizes that the artifacts serve; one number for a fixed batch.
         opset: the ONNX operator set, 17 to 23.
         input: ``"float"`` reads (N, C, H, W) float32 pixel values; ``"uint8"`` reads (N, H, W, C) uint8
@@ -130,13 +131,16 @@ def export(
         from vitdeploy.exporter.request import ExportRequest
         from vitdeploy.exporter.run import run_export
 
+    wanted = image_size if isinstance(image_size, list) else [] if image_size is None else [image_size]
+    sizes = [(size, size) if isinstance(size, int) else size for size in wanted]
     request = ExportRequest(
         model=pathlib.Path(model) if isinstance(model, os.PathLike) else model,
         checkpoint=None if checkpoint is None else pathlib.Path(checkpoint),
         precisions=_names(precision),
         formats=_names(format),
         architectures=_names(arch),
-        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        image_size=next(iter(sizes), None),
+        further_sizes=tuple(sizes[1:]),
         batch=_batch_range(batch),
         opset=opset,
         input=input,

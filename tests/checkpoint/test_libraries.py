@@ -171,6 +171,20 @@ def test_a_look_alike_of_a_vit_is_a_module_and_says_why(monkeypatch: pytest.Monk
         opened("timm:vit_dwee_patch16_reg1_gap_256", image_size=(100, 128))
 
 
+def test_several_sizes_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_timm(monkeypatch)
+    sizes = {"image_size": (224, 224), "further_sizes": ((160, 192),)}
+    (other,) = opened("timm:resnet50", **sizes).further
+    assert (other.size, other.resize, other.resize_to, other.mean[0]) == (
+        (160, 192),
+        "cover",
+        (168, 201),
+        0.485,
+    )
+    with pytest.raises(UsageError, match="made for one image size at a time"):
+        open_model("timm:vit_dwee_patch16_reg1_gap_256", **sizes)
+
+
 def test_what_has_no_head_gives_features(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_timm(monkeypatch)
     model = opened("timm:convnext_tiny.dinov3_lvd1689m")

@@ -64,6 +64,7 @@ class Torch(Backend):
         refuse(self.name, provider=options.provider)
         torch = import_torch(self.traits)
         require_support(self, bundle, artifact)
+        bundle = bundle.of(artifact)
         device = cuda_device(torch, options.device or "cpu")
         bundle.verify_hashes(bundle.weights)
         precision: ArtifactPrecision = artifact.precision if artifact else "fp32"
@@ -102,6 +103,7 @@ def reference_session(bundle: Bundle) -> Session:
     """
     torch = import_torch(Torch.traits)
     require_support(Torch(), bundle, None)
+    bundle = bundle.of(None)
     bundle.verify_hashes(bundle.weights)
     model, manifest = load_reference(bundle, torch.float64), bundle.manifest
     facts = SessionFacts(

@@ -96,6 +96,7 @@ class Triton(Backend):
         if importlib.util.find_spec("triton") is None:
             raise self.traits.missing("triton")
         require_support(self, bundle, artifact)
+        bundle = bundle.of(artifact)
         device = self._device(torch, options.device)
         bundle.verify_hashes(bundle.weights)
         precision: ArtifactPrecision = artifact.precision if artifact else "fp16"

@@ -91,6 +91,11 @@ class Bundle:
         view._size = further(self._whole, size)
         return view
 
+    def of(self, artifact: Artifact | None) -> Bundle:
+        """The view of an artifact's size; without an artifact, this bundle of the size that it speaks of."""
+        size = artifact.image_size if artifact else self._size
+        return self if not self._whole.sizes else self.at_size(size or sizes_of(self._whole)[0])
+
     @property
     def weights(self) -> tuple[str, ...]:
         """The files of the reference weights: a tensor of a later one takes the place of an earlier one's."""

@@ -26,17 +26,24 @@ _UNIT = 4096
 """Scenes are drawn in coordinates from 0 to this, whatever the size."""
 
 
-def golden_images(size: Size, channels: int = 3) -> list[NDArray[np.uint8]]:
+def golden_images(
+    size: Size, channels: int = 3, names: Sequence[str] | None = None
+) -> list[NDArray[np.uint8]]:
     """Return one (H, W, channels) uint8 image per name in ``GOLDEN_NAMES``, in that order; RGB where it is 3.
+
+    Args:
+        names: some of them only.
 
     From 8x8 pixels on, no two are the same.
     """
-    return [_with_channels(draw(size), channels) for draw in _DRAWINGS.values()]
+    return [_with_channels(_DRAWINGS[name](size), channels) for name in names or GOLDEN_NAMES]
 
 
-def golden_inputs(spec: Preprocess, size: Size, kind: InputKind) -> NDArray[Any]:
+def golden_inputs(
+    spec: Preprocess, size: Size, kind: InputKind, names: Sequence[str] | None = None
+) -> NDArray[Any]:
     """The same images as a model reads them: (K, C, H, W) float32 normalised, or (K, H, W, C) uint8."""
-    images = np.stack(golden_images(size, spec.channels))
+    images = np.stack(golden_images(size, spec.channels, names))
     if kind == "uint8":
         return images
     mean, std = (np.array(values, np.float64) for values in (spec.mean, spec.std))
@@ -192,3 +199,6 @@ _DRAWINGS: dict[str, Callable[[Size], NDArray[np.uint8]]] = {
 
 GOLDEN_NAMES: tuple[str, ...] = tuple(_DRAWINGS)
 """What ``golden_images`` draws, in its order."""
+FEWER_NAMES = ("landscape", "noise", "checkerboard")
+"""What stands for all of them at a further image size, whose weights are those of the first: a photograph,
+every frequency, and the largest contrast."""

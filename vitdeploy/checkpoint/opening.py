@@ -50,6 +50,16 @@ _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
+class Resized:
+    """What of a checkpoint is different for images of another size."""
+
+    config: ModelConfig
+    state: Mapping[str, Tensor]
+    """Only the tensors that are: positions, interpolated by the family's own rule from those of the file."""
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model ready for export: configuration, weights, preprocessing, labels, and where they are from."""
 
@@ -70,6 +80,13 @@ class Checkpoint:
     """File names to sha256."""
     seed: int | None = None
     """The seed of random weights; None where the weights are from a file."""
+    further: tuple[Resized, ...] = ()
+    """The same for other image sizes, as they were asked for."""
+
+    def at(self, resized: Resized) -> Checkpoint:
+        """One of ``further`` as a checkpoint of its own, which shares all other tensors."""
+        state = {**self.state, **resized.state}
+        return replace(self, config=resized.config, state=state, preprocess=resized.preprocess, further=())
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,8 @@ class UserModule:
     """File names to sha256."""
     seed: int | None = None
     """The seed of random weights."""
+    further: tuple[Preprocess, ...] = ()
+    """The preprocessing for other image sizes, as they were asked for."""
 
 
 def open_model(
@@ -98,6 +117,7 @@ def open_model(
     *,
     checkpoint: Path | str | None = None,
     image_size: Size | None = None,
+    further_sizes: Sequence[Size] = (),
     classes: int | None = None,
     seed: int = 0,
     random: bool = False,
@@ -114,6 +134,7 @@ def open_model(
             heads and image size, or ``timm:<name>`` or ``torchvision:<name>``, which gives the library's own
             configuration; the file gives the rest.
         image_size: height and width to build for; position embeddings interpolate by the family's own rule.
+        further_sizes: others to build for, beside it; the checkpoint is read once.
         classes: how many classes the model is expected to have; of a variant with random weights, how many it
             gets.
         seed: of random weights, where a named variant comes without a checkpoint, or ``random`` is asked for.
@@ -146,23 +167,24 @@ def open_model(
         )
     if named is not None:
         drawn = seed if random else None
-        return _of_library(*named, checkpoint, image_size, classes, drawn, said, zero_shot, cache_dir)
+        sizes = image_size, further_sizes
+        return _of_library(*named, checkpoint, *sizes, classes, drawn, said, zero_shot, cache_dir)
     if checkpoint is not None:
         template = None if name is None else _template(name)
         foreign, files = from_path(Path(checkpoint), str(checkpoint))
     elif name is None or is_variant(name):
         variant = name or DEFAULT_MODEL
-        untrained = _random(variant, image_size, classes, seed, said)
+        untrained = _random(variant, image_size, further_sizes, classes, seed, said)
         return _with_head(untrained, Foreign(variant, {}), zero_shot, said)
     elif name == DIGITS:
         foreign, files = from_path(digits_folder(), DIGITS)
     elif _ENTRY.fullmatch(name) and not Path(name).exists():
-        return user_module(_called(name), name, image_size, said)
+        return user_module(_called(name), name, image_size, said, further_sizes)
     elif on_hub:
         foreign, files = from_hub(name, revision, cache_dir, () if zero_shot is None else tokenizer.FILES)
     else:
         foreign, files = from_path(Path(name), name)
-    return _convert(foreign, files, template, image_size, classes, said, zero_shot)
+    return _convert(foreign, files, template, image_size, further_sizes, classes, said, zero_shot)
 
 
 def user_module(
@@ -170,6 +192,7 @@ def user_module(
     source: str,
     image_size: Size | None,
     stated: Stated,
+    further_sizes: Sequence[Size] = (),
     known: Preprocess | None = None,
     labels: tuple[str, ...] | None = None,
 ) -> UserModule:
@@ -186,7 +209,8 @@ def user_module(
     assumed = ("scores",) if known else ("preprocess", "scores")
     facts = stated.facts(assumed, ("preprocess", "scores", *(("labels",) if labels else ())))
     channels = len(stated.mean) if isinstance(stated.mean, Sequence) else input_channels(module, size)
-    preprocess, notes = stated.prepare(known or Preprocess(size=size), channels)
+    usual = known or Preprocess(size=size)
+    preprocess, notes = stated.prepare(usual, channels)
     if known is None and not any(
         facts.get(name) == "user" for name in ("preprocess", "mean", "std", "resize", "crop")
     ):
@@ -203,6 +227,9 @@ def user_module(
         scores=stated.scores,
         facts=facts,
         notes=notes,
+        further=tuple(
+            stated.prepare_another(at_size(usual, other), preprocess, channels) for other in further_sizes
+        ),
     )
 
 
@@ -250,6 +277,7 @@ def _convert(
     files: Weights,
     template: ViTConfig | None,
     image_size: Size | None,
+    further_sizes: Sequence[Size],
     classes: int | None,
     stated: Stated,
     zero_shot: ZeroShot | None,
@@ -267,11 +295,15 @@ def _convert(
         )
     size = image_size or (template.image_size if template else reading.default_size) or native.image_size
     config = native.at_size(size)
-    require_memory(config)
-    state, notes = take_over(reading, family.name, foreign.source)
-    if fitted := family.positions.fit(state, native, size):
-        state |= fitted
-        notes = (*notes, _interpolation_note(reading, size, family.name))
+    others = [native.at_size(other) for other in further_sizes]
+    for one in (config, *others):
+        require_memory(one)
+    taken, notes = take_over(reading, family.name, foreign.source)
+    fitted = [family.positions.fit(taken, native, one.image_size) for one in (config, *others)]
+    for one, tensors in zip((config, *others), fitted, strict=True):
+        if tensors:
+            notes = (*notes, _interpolation_note(reading, one.image_size, family.name))
+    state = {**taken, **fitted[0]}
     labels = stated.name_classes(config.classes, reading.labels)
     assumed = {**reading.assumed, **({} if reading.scores else {"scores": None})}
     known = ("preprocess", "scores", *_shapeless(config), *(("labels",) if labels else ()))
@@ -280,6 +312,11 @@ def _convert(
         facts["heads"] = "user"
     guesses = [note for name, note in assumed.items() if note and facts[name] == "default"]
     preprocess, seen = stated.prepare(reading.preprocess(size), config.channels)
+    further = []
+    for other, tensors in zip(others, fitted[1:], strict=True):
+        differing = {name: tensors.get(name, taken[name]) for name in fitted[0].keys() | tensors.keys()}
+        spec = stated.prepare_another(reading.preprocess(other.image_size), preprocess, other.channels)
+        further.append(Resized(other, differing, spec))
     checkpoint = Checkpoint(
         config=config,
         state=state,
@@ -291,6 +328,7 @@ def _convert(
         facts=facts,
         notes=(*files.notes, *dropped, *reading.notes, *guesses, *notes, *seen),
         provenance=files.files,
+        further=tuple(further),
     )
     return _with_head(checkpoint, foreign, zero_shot, stated)
 
@@ -303,6 +341,7 @@ def _with_head(
         return checkpoint
     head = zero_shot_head(zero_shot, checkpoint.config, foreign)
     config: Any = checkpoint.config
+    others: list[tuple[Any, Resized]] = [(resized.config, resized) for resized in checkpoint.further]
     facts: dict[str, FactSource] = {**checkpoint.facts, "labels": "user"}
     if stated.scores is None:
         facts["scores"] = head.scores_from
@@ -312,6 +351,10 @@ def _with_head(
     return replace(
         checkpoint,
         config=replace(config, classes=len(head.labels), head_on="embedding"),
+        further=tuple(
+            replace(resized, config=replace(other, classes=len(head.labels), head_on="embedding"))
+            for other, resized in others
+        ),
         state={**checkpoint.state, "head.weight": head.weight, "head.bias": head.bias},
         labels=head.labels,
         scores=stated.scores or head.scores,
@@ -364,20 +407,36 @@ def _interpolation_note(reading: Reading, size: Size, family: str) -> str:
     return f"positions interpolated from {old_height}x{old_width} to {height}x{width} pixels as {family} does"
 
 
-def _random(name: str, image_size: Size | None, classes: int | None, seed: int, stated: Stated) -> Checkpoint:
+def _random(
+    name: str,
+    image_size: Size | None,
+    further_sizes: Sequence[Size],
+    classes: int | None,
+    seed: int,
+    stated: Stated,
+) -> Checkpoint:
+    """Random weights of a named variant; for further sizes, positions are interpolated from the first's."""
     if classes is not None and classes < 0:
         raise UsageError(f"classes must be at least 0, not {classes}")
     variant = find_variant(name)
     config = variant.config.at_size(image_size or variant.config.image_size)
     config = config if classes is None else replace(config, classes=classes)
-    require_memory(config)
+    others = [config.at_size(other) for other in further_sizes]
+    for one in (config, *others):
+        require_memory(one)
     deployed = stated.configure(config)
     usual = replace(at_size(preset(variant.preset), config.image_size), exif=False)
     preprocess, _ = stated.prepare(usual, config.channels)
     labels = stated.name_classes(config.classes, None)
+    state = random_state(config, seed)
+    further = []
+    for other in others:
+        spec = stated.prepare_another(at_size(usual, other.image_size), preprocess, config.channels)
+        fitted = reference.FAMILY.positions.fit(state, config, other.image_size)
+        further.append(Resized(deployed.at_size(other.image_size), fitted, spec))
     return Checkpoint(
         config=deployed,
-        state=random_state(config, seed),
+        state=state,
         preprocess=preprocess,
         labels=labels,
         family="vitdeploy",
@@ -386,6 +445,7 @@ def _random(name: str, image_size: Size | None, classes: int | None, seed: int, 
         facts=stated.facts(("preprocess", "scores"), ("preprocess", "scores")),
         notes=(f"no checkpoint: the weights of {name} are random (seed {seed})",),
         seed=seed,
+        further=tuple(further),
     )
 
 
@@ -413,6 +473,7 @@ def _of_library(
     name: str,
     checkpoint: Path | str | None,
     image_size: Size | None,
+    further_sizes: Sequence[Size],
     classes: int | None,
     seed: int | None,
     stated: Stated,
@@ -438,7 +499,7 @@ def _of_library(
         foreign = library.described(name, module, trained=trained)
         if given is not None:
             foreign = replace(given, config=foreign.config)
-        read = _convert(foreign, files, None, image_size, classes, stated, zero_shot)
+        read = _convert(foreign, files, None, image_size, further_sizes, classes, stated, zero_shot)
         return replace(read, seed=seed)
     except ArchitectureError as error:
         why = f"{error.message}: it is exported as it is, with the same proof but no rewrites and no kernels"
@@ -450,9 +511,13 @@ def _of_library(
     if image_size is not None and image_size != usual.size:
         resized(library, name, module, image_size)
         usual = at_size(usual, image_size)
-    own = user_module(
-        module.eval(), source, image_size, stated, usual, library.labels(name, module) if trained else None
-    )
+    if further_sizes and library.is_of_one_size(module):
+        raise UsageError(
+            f"{source} is made for one image size at a time: one bundle cannot hold several",
+            hint="a bundle for each size",
+        )
+    labels = library.labels(name, module) if trained else None
+    own = user_module(module.eval(), source, image_size, stated, further_sizes, usual, labels)
     return replace(
         own,
         family=library.name,

@@ -157,6 +157,18 @@ class Stated:
         said = self.preprocess is not None or self.mean is not None
         return spec, channel_notes(spec if said else read, channels)
 
+    def prepare_another(self, read: Preprocess, first: Preprocess, channels: int) -> Preprocess:
+        """The preprocessing for a further image size, ``read.size``.
+
+        What is stated in pixels is meant for the first size: another one keeps its share.
+
+        Args:
+            read: as of :meth:`prepare`.
+            first: what that returned for the first size.
+        """
+        in_pixels = isinstance(self.resize, int | tuple) or isinstance(self.crop, int | tuple)
+        return at_size(first, read.size) if in_pixels else self.prepare(read, channels)[0]
+
     def facts(self, assumed: Collection[str], known: Sequence[str]) -> Facts:
         """Where each of the ``known`` facts is from, and each single setting of the user's.
 

@@ -20,6 +20,7 @@ SUMMARY = "A model becomes a bundle, every artifact proven."
 EXAMPLES = (
     "vitdeploy export -m ./my-finetuned-vit -o vit.bundle --fp32 --fp16",
     "vitdeploy export -m B/16 --checkpoint weights.safetensors --image-size 384",
+    "vitdeploy export -m B/16 --fp16 --image-size 224,384,518x336",
     "vitdeploy export -m digits --batch 8 --input uint8",
     "vitdeploy export -m B/16 --output logits,embedding,layers:3,7,11",
     "vitdeploy export -m B/16 --fp16 --format onnx,triton-aot --arch sm_89,sm_90",
@@ -76,7 +77,11 @@ Bf16 = Annotated[bool, typer.Option("--bf16", help="Add a bf16 artifact.")]
 Precisions = Annotated[str | None, typer.Option(metavar="P,...", help="The same as a list: fp32,fp16,bf16.")]
 ImageSize = Annotated[
     str | None,
-    typer.Option(metavar="N|HxW", help="Height and width in pixels.  [default: the checkpoint's own]"),
+    typer.Option(
+        metavar="N|HxW,...",
+        help="Height and width in pixels; of several, the first is the default, and each image goes where it "
+        "fits.  [default: the checkpoint's own]",
+    ),
 ]
 Batch = Annotated[
     str, typer.Option(metavar="MIN,OPT,MAX|N", help="Batch sizes to serve; one number fixes the batch size.")
@@ -237,13 +242,15 @@ def command(
     from vitdeploy.checkpoint.texts.prompts import zero_shot_of
     from vitdeploy.exporter.request import ExportRequest
 
+    sizes = parse.image_sizes(image_size)
     request = ExportRequest(
         model=model,
         checkpoint=checkpoint,
         precisions=tuple(dict.fromkeys((*flags, *(parse.names(precision) or ())))) or ("fp32",),
         formats=parse.names(format) or (),
         architectures=parse.names(arch) or (),
-        image_size=parse.image_size(image_size),
+        image_size=next(iter(sizes), None),
+        further_sizes=sizes[1:],
         batch=parse.batch_range(batch),
         opset=opset,
         input=input,

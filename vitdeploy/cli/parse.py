@@ -92,16 +92,16 @@ def byte_count(text: str | None, flag: str) -> int | None:
     return int(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[(match[2] or "").upper()]
 
 
-def image_size(text: str | None) -> Size | None:
-    """``"384"`` or ``"224x384"`` (height, width) in pixels.
+def image_sizes(text: str | None) -> tuple[Size, ...]:
+    """``"384"``, ``"224x384"`` (height, width) or several, ``"224,384"``, in pixels; none where not given.
 
     Raises:
-        UsageError: neither.
+        UsageError: one is neither.
     """
     if text is None:
-        return None
-    pixels = _pixels(text, "--image-size", "384, or 224x384 (HxW)")
-    return (pixels, pixels) if isinstance(pixels, int) else pixels
+        return ()
+    found = [_pixels(part, "--image-size", "384, 224x384 (HxW), or 224,384") for part in text.split(",")]
+    return tuple((pixels, pixels) if isinstance(pixels, int) else pixels for pixels in found)
 
 
 def numbers(text: str | None, flag: str) -> tuple[float, ...] | float | None:

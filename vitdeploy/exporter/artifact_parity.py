@@ -10,6 +10,7 @@ import numpy as np
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, ParityRecord
+from vitdeploy.config import Size
 from vitdeploy.errors import MissingDependency, ParityError
 from vitdeploy.progress import Progress
 from vitdeploy.verification import parity
@@ -18,9 +19,16 @@ Golden = Mapping[str, np.ndarray[Any, Any]]
 
 
 def onnx_parity(
-    bundle: Bundle, artifact: Artifact, golden: Golden, max_abs: float | None
+    bundle: Bundle,
+    artifact: Artifact,
+    golden: Golden,
+    max_abs: float | None,
+    batches: Sequence[int] | None = None,
 ) -> list[ParityRecord]:
-    """Run an ONNX artifact at each of its batch sizes.
+    """Run an ONNX artifact.
+
+    Args:
+        batches: at these batch sizes; at the least, the optimal and the most when omitted.
 
     Raises:
         MissingDependency: no runtime here takes its precision.
@@ -29,14 +37,21 @@ def onnx_parity(
         backend = get_backend(name)
         if backend.supports(bundle.manifest, artifact) is None and backend.availability().ok:
             with backend.load(bundle, artifact, Options()) as session:
-                return parity.check_session(session, golden, max_abs=max_abs)
+                return parity.check_session(session, golden, batches=batches, max_abs=max_abs)
     raise MissingDependency("openvino", extra="openvino", purpose=f"proving {artifact.path} on this machine")
 
 
 def engines_parity(
-    bundle: Bundle, engines: Sequence[Artifact], golden: Golden, max_abs: float | None, progress: Progress
+    bundle: Bundle,
+    engines: Sequence[Artifact],
+    golden: Mapping[Size | None, Golden],
+    max_abs: float | None,
+    progress: Progress,
 ) -> list[ParityRecord]:
     """Run every engine that this machine can run; note those that it cannot.
+
+    Args:
+        golden: of each image size, as artifacts name it.
 
     Raises:
         ParityError: an engine is wrong.
@@ -50,7 +65,7 @@ def engines_parity(
             continue
         with progress.stage(f"parity {engine.precision}") as stage:
             with backend.load(bundle, artifact, Options()) as session:
-                measured = parity.check_session(session, golden, max_abs=max_abs)
+                measured = parity.check_session(session, golden[engine.image_size], max_abs=max_abs)
             stage.detail = f"{engine.name}, {worst(measured)}"
         if trouble := first_failure(measured):
             raise ParityError(trouble, hint="build it from another precision")

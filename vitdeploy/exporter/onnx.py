@@ -14,10 +14,12 @@ from vitdeploy._version import __version__
 from vitdeploy.bundle.manifest import Artifact, TensorSpec
 from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, undeclared
 from vitdeploy.bundle.onnx_metadata import properties
-from vitdeploy.config import BatchRange, Precision
+from vitdeploy.bundle.sizes import named, sized
+from vitdeploy.config import BatchRange, Precision, Size
 from vitdeploy.errors import ExportError, PrecisionError
 from vitdeploy.exporter.graph import trace
 from vitdeploy.exporter.request import NEWEST_OPSET
+from vitdeploy.exporter.shared_weights import SharedWeights
 from vitdeploy.exporter.subject import Subject
 from vitdeploy.machine.memory import release
 from vitdeploy.model.precision import DTYPES, PrecisionPlan
@@ -54,12 +56,16 @@ def write_onnx(
     example: torch.Tensor,
     requested: Precision,
     fallback: str | None = None,
+    place: Size | None = None,
+    shared: SharedWeights | None = None,
 ) -> Artifact:
     """Trace, name, save, check and prove one artifact; return its record.
 
     Args:
         example: golden inputs, for their shape and dtype.
         requested: the precision the user asked for; ``fallback`` says why it is another one.
+        place: the image size as artifacts name it; None is the first.
+        shared: where weights go that other sizes have, too; None keeps all of them in the file.
 
     Raises:
         PrecisionError: weights overflow, or a GEMM is not in the precision of the plan.
@@ -72,8 +78,8 @@ def write_onnx(
     precision = plan.name
     graph = trace(deployed, example, batch=batch, opset=opset, names=(INPUT, *subject.outputs))
     _describe(graph, subject, precision)
-    path = writer.file(FILES[precision])
-    files = _save(graph, path)
+    path = writer.file(sized(FILES[precision], place))
+    files = _save(graph, path, shared)
     inputs, outputs = (
         tuple(_spec(value) for value in values) for values in (graph.graph.inputs, graph.graph.outputs)
     )
@@ -90,7 +96,7 @@ def write_onnx(
         )
         raise PrecisionError(f"{path.name} is not {default} everywhere: {names}")
     return Artifact(
-        name=f"onnx-{precision}",
+        name=named(f"onnx-{precision}", place),
         format="onnx",
         precision=precision,
         requested=requested,
@@ -103,6 +109,7 @@ def write_onnx(
         islands=islands,
         fallback=fallback,
         proof=proof,
+        image_size=place,
         build_seconds=round(time.perf_counter() - begin, 3),
         nodes=nodes,
     )
@@ -127,10 +134,13 @@ def _describe(model: ir.Model, subject: Subject, precision: str) -> None:
     )
 
 
-def _save(model: ir.Model, path: Path) -> list[Path]:
+def _save(model: ir.Model, path: Path, shared: SharedWeights | None) -> list[Path]:
     """Write the graph; it loses its weights, which the exporter's pattern matchers would hold on to."""
     values = list(model.graph.initializers.values())
-    if sum(value.const_value.nbytes for value in values if value.const_value) <= EXTERNAL_ABOVE:
+    if shared is not None:
+        files = [path, shared.path] if shared.take(model) else [path]
+        save_streaming(model, path)
+    elif sum(value.const_value.nbytes for value in values if value.const_value) <= EXTERNAL_ABOVE:
         save_streaming(model, path)
         files = [path]
     else:
@@ -159,17 +169,19 @@ def _check(path: Path) -> None:
 
 
 def save_streaming(model: ir.Model, path: Path) -> None:
-    """Write ``model`` to ``path``, weights inside, with one tensor in memory at a time.
+    """Write ``model`` to ``path``, weights inside, with one tensor in memory at a time; external ones stay.
 
     The usual way builds a protobuf that holds every weight, then its bytes, then writes them: three models in
     memory. A protobuf message is the concatenation of its fields, so the weights can follow one by one, once
     the length of the graph that they belong to is known (https://protobuf.dev/programming-guides/encoding/).
     The model loses its initialisers on the way.
     """
-    tensors = [
-        value.const_value for value in model.graph.initializers.values() if value.const_value is not None
-    ]
-    model.graph.initializers.clear()
+    tensors = []
+    for name, value in list(model.graph.initializers.items()):
+        if not isinstance(value.const_value, ir.ExternalTensor):
+            del model.graph.initializers[name]
+            if value.const_value is not None:
+                tensors.append(value.const_value)
     proto = ir.to_proto(model)
     graph = proto.graph.SerializeToString()
     proto.ClearField("graph")

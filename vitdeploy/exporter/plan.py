@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, BundleWriter
-from vitdeploy.bundle.golden import GOLDEN_NAMES, raw_images
+from vitdeploy.bundle.golden import FEWER_NAMES, GOLDEN_NAMES, raw_images
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import model_fields
+from vitdeploy.bundle.sizes import sized
+from vitdeploy.config import Size, model_fields
 from vitdeploy.errors import BundleError
 from vitdeploy.exporter.onnx import FILES, INPUT
 from vitdeploy.exporter.request import ExportRequest, Order, engines_of, orders_of
-from vitdeploy.exporter.subject import Subject, open_subject
+from vitdeploy.exporter.subject import Subject, further_subjects, open_subject
 from vitdeploy.tensorrt.flavours import FLAVOURS
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_GRAPH = 200_000
+"""Bytes of a graph without its weights, about."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,18 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
     target = folder or request.default_folder
     orders, impossible = orders_of(request.engines)
     opened, subject = open_subject(request)
-    size, channels = subject.image_size, subject.preprocess.channels
-    channels_last = subject.input == "uint8"
-    shape = ("N", *size, channels) if channels_last else ("N", channels, *size)
+    subjects = (subject, *further_subjects(opened, request))
+    shapes = " or ".join(map(_input_shape, subjects))
     return ExportPlan(
         source=opened.source,
         config=model_fields(subject.config) if subject.config else {},
         parameters=subject.parameters,
         flops=subject.flops,
-        input=f"{INPUT} {'uint8' if channels_last else 'float32'} ({', '.join(map(str, shape))})",
+        input=f"{INPUT} {'uint8' if subject.input == 'uint8' else 'float32'} {shapes}",
         output=", ".join(f"{output} float32" for output in subject.outputs),
         rewrites=subject.rewrites,
         folder=target,
-        files=_files(request, subject) | _engine_files(request, orders, subject),
+        files=_files(request, subjects) | _engine_files(request, orders, subjects),
         notes=(
             *opened.notes,
             *subject.notes,
@@ -77,6 +80,17 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
             *_objections(target, force),
         ),
     )
+
+
+def _input_shape(subject: Subject) -> str:
+    size, channels = subject.image_size, subject.preprocess.channels
+    shape = (*size, channels) if subject.input == "uint8" else (channels, *size)
+    return f"(N, {', '.join(map(str, shape))})"
+
+
+def _places(subjects: Sequence[Subject]) -> list[Size | None]:
+    """Their sizes, as artifacts name them."""
+    return [subject.image_size if index else None for index, subject in enumerate(subjects)]
 
 
 def _objections(target: Path, force: bool) -> tuple[str, ...]:
@@ -97,29 +111,45 @@ def engines_note(orders: Sequence[Order], impossible: Sequence[str]) -> tuple[st
     return (f"no engines for {' and '.join(left_out)}: `vitdeploy engine BUNDLE` says what they need",)
 
 
-def _engine_files(request: ExportRequest, orders: Sequence[Order], subject: Subject) -> dict[str, int]:
+def _engine_files(
+    request: ExportRequest, orders: Sequence[Order], subjects: Sequence[Subject]
+) -> dict[str, int]:
     """An engine has about the size of its weights."""
     files: dict[str, int] = {}
-    for precision in request.precisions:
-        size = _BYTES[precision] * subject.parameters
-        files |= {engine.path: size for order in orders for engine in engines_of(order, precision)}
+    for precision, place in itertools.product(request.precisions, _places(subjects)):
+        size = _BYTES[precision] * subjects[0].parameters
+        files |= {engine.path: size for order in orders for engine in engines_of(order, precision, place)}
     return files
 
 
-def _files(request: ExportRequest, subject: Subject) -> dict[str, int]:
+def _files(request: ExportRequest, subjects: Sequence[Subject]) -> dict[str, int]:
+    files: dict[str, int] = {}
+    precisions = request.precisions if request.wants_onnx else ()
+    for subject, place in zip(subjects, _places(subjects), strict=True):
+        state = subject.state
+        own = sum(state[name].nbytes for name in (subject.own if place else state))
+        if own:
+            files[sized(WEIGHTS, place)] = own
+        files[sized(GOLDEN, place)] = _golden(subject, GOLDEN_NAMES if place is None else FEWER_NAMES)
+        for precision in precisions:
+            weights, file = _BYTES[precision] * subject.parameters, FILES[precision]
+            if len(subjects) > 1:
+                files[sized(file, place)] = _GRAPH + (own if place else 0)
+                files[f"{file}.data"] = weights
+            else:
+                files[file] = weights
+    return files
+
+
+def _golden(subject: Subject, names: Sequence[str]) -> int:
+    """Bytes of the golden tensors."""
     height, width = subject.image_size
     raw = [image.nbytes for image in raw_images()] if subject.preprocess.takes_images else []
-    pixels = (len(GOLDEN_NAMES) + len(raw)) * subject.preprocess.channels * height * width
-    files = {
-        WEIGHTS: sum(tensor.nbytes for tensor in subject.state.values()),
-        GOLDEN: sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels) + _answers(subject),
-    }
-    for precision in request.precisions if request.wants_onnx else ():
-        files[FILES[precision]] = _BYTES[precision] * subject.parameters
-    return files
+    pixels = (len(names) + len(raw)) * subject.preprocess.channels * height * width
+    return sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels) + len(names) * _answer(subject)
 
 
-def _answers(subject: Subject) -> int:
-    """Bytes of the reference's answers to the golden images, in float64; of a user's module nobody knows."""
+def _answer(subject: Subject) -> int:
+    """Bytes of the reference's answers to an image, in float64; of a user's module nobody knows."""
     shapes = [subject.config.output_shape(output) for output in subject.outputs] if subject.config else []
-    return 8 * len(GOLDEN_NAMES) * sum(math.prod(shape) for shape in shapes if shape is not None)
+    return 8 * sum(math.prod(shape) for shape in shapes if shape is not None)

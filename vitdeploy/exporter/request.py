@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vitdeploy.bundle.manifest import AOT
+from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.checkpoint.stated import Stated
 from vitdeploy.checkpoint.texts.prompts import ZeroShot
-from vitdeploy.config import OUTPUTS, BatchRange, Output, Precision, Size, is_output, layer_of
+from vitdeploy.config import OUTPUTS, BatchRange, Output, Precision, Size, is_output, layer_of, size_name
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus
 from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets
@@ -92,6 +93,9 @@ class ExportRequest:
     precisions: tuple[str, ...] = ("fp32",)
     formats: tuple[str, ...] = (AUTO,)
     image_size: Size | None = None
+    """The first, the default one of the bundle; the checkpoint's own when None."""
+    further_sizes: tuple[Size, ...] = ()
+    """Others, each with artifacts of its own in the same bundle."""
     batch: BatchRange = field(default_factory=BatchRange)
     opset: int = 20
     input: str = "float"
@@ -129,6 +133,11 @@ class ExportRequest:
                         f"unknown {what} {name!r}{did_you_mean(name, choices)}",
                         hint=f"known: {', '.join(choices)}",
                     )
+        sizes = (self.image_size, *self.further_sizes)
+        if twice := next((size for size in self.further_sizes if sizes.count(size) > 1), None):
+            raise UsageError(f"the image size {size_name(twice)} is named twice", hint="name each once")
+        if self.further_sizes and self.image_size is None:
+            raise UsageError("further image sizes go with a first one", hint="--image-size 224,384")
         if self.zero_shot is not None and self.stated.labels is not None:
             raise UsageError("--zero-shot names the classes, and --labels does, too", hint="leave one out")
         if self.atol is not None and not self.atol > 0:
@@ -360,7 +369,9 @@ class PlannedEngine:
     order: Order
     group: Group
     kind: str
-    """What its ONNX artifact is called behind ``onnx-``: ``fp16``."""
+    """What ONNX artifacts of its precision are called behind ``onnx-``: ``fp16``."""
+    size: Size | None = None
+    """The image size as artifacts name it; None is the first."""
 
     @property
     def targets(self) -> Group:
@@ -374,7 +385,7 @@ class PlannedEngine:
     @property
     def name(self) -> str:
         """Of its artifact: ``tensorrt-rtx-fp16-sm_89``."""
-        return f"{self.order.flavour.name}-{self.kind}-{'+'.join(self.targets)}"
+        return named(f"{self.order.flavour.name}-{self.kind}-{'+'.join(self.targets)}", self.size)
 
     @property
     def folder(self) -> str:
@@ -383,13 +394,13 @@ class PlannedEngine:
 
     @property
     def path(self) -> str:
-        return f"{self.folder}/model.{self.kind.replace('-', '.')}.plan"
+        return sized(f"{self.folder}/model.{self.kind.replace('-', '.')}.plan", self.size)
 
     @property
     def record(self) -> str:
-        return f"{self.folder}/model.{self.kind.replace('-', '.')}.json"
+        return sized(f"{self.folder}/model.{self.kind.replace('-', '.')}.json", self.size)
 
 
-def engines_of(order: Order, kind: str) -> tuple[PlannedEngine, ...]:
+def engines_of(order: Order, kind: str, size: Size | None = None) -> tuple[PlannedEngine, ...]:
     """What an order makes of one ONNX artifact."""
-    return tuple(PlannedEngine(order, group, kind) for group in order.groups)
+    return tuple(PlannedEngine(order, group, kind, size) for group in order.groups)

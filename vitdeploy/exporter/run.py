@@ -18,18 +18,28 @@ from safetensors.torch import save_file
 from vitdeploy._version import __version__
 from vitdeploy.bundle import golden
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, Bundle, BundleWriter
-from vitdeploy.bundle.manifest import AOT, Artifact, Manifest, ParityRecord, Provenance, Tolerance
+from vitdeploy.bundle.manifest import (
+    AOT,
+    Artifact,
+    Manifest,
+    ParityRecord,
+    Provenance,
+    SizeRecord,
+    Tolerance,
+)
+from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule
 from vitdeploy.checkpoint.stated import check_labels
-from vitdeploy.config import Precision
+from vitdeploy.config import Precision, Size, size_name
 from vitdeploy.errors import ParityError, PrecisionError, UsageError
 from vitdeploy.exporter import triton_aot
 from vitdeploy.exporter.artifact_parity import engines_parity, first_failure, onnx_parity, worst
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
-from vitdeploy.exporter.onnx import INPUT, write_onnx
+from vitdeploy.exporter.onnx import FILES, INPUT, write_onnx
 from vitdeploy.exporter.plan import engines_note
 from vitdeploy.exporter.request import ExportRequest, Order, orders_of
-from vitdeploy.exporter.subject import Subject, open_subject
+from vitdeploy.exporter.shared_weights import SharedWeights
+from vitdeploy.exporter.subject import Subject, further_subjects, open_subject
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.memory import release
@@ -69,30 +79,36 @@ def run_export(
     with BundleWriter(target, force=force) as writer:
         with progress.stage("load") as stage:
             opened, subject = open_subject(request)
+            subjects = (subject, *further_subjects(opened, request))
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
         for note in (*opened.notes, *subject.notes):
             progress.note(note)
         provenance = _provenance(request, opened)
         del opened  # and its weights, once they are in the bundle
-        with progress.stage("reference") as stage:
-            arrays = golden_arrays(subject)
-            stage.detail = f"{len(arrays['reference'])} golden images in float64"
+        whole = _Whole(request, provenance, writer, progress, subjects)
+        for job in whole.jobs:
+            with progress.stage(job.titled("reference")) as stage:
+                job.golden = golden_arrays(job.subject, None if job.place is None else golden.FEWER_NAMES)
+                stage.detail = f"{len(job.golden['reference'])} golden images in float64"
         if subject.labels is not None:
-            check_labels(subject.labels, golden.reference_of(arrays, "logits").shape[-1])
+            check_labels(subject.labels, whole.classes)
         with progress.stage("weights") as stage:
-            stage.size = _write_tensors(writer, subject, arrays)
-        subject.reload(writer.directory / WEIGHTS)
-        release()
-        left_out = engines_note(orders, impossible)
-        job = _Job(request, provenance, subject, arrays, writer, progress, orders, left_out)
-        job.build()
+            stage.size = sum(job.write_tensors() for job in whole.jobs)
+        del subjects, subject
+        for job in whole.jobs:
+            job.reload()
+        whole.build(orders, engines_note(orders, impossible))
         return writer.commit()
 
 
-def golden_arrays(subject: Subject) -> Golden:
-    """Golden inputs with float64 outputs, and raw images with their preprocessed form where images go in."""
+def golden_arrays(subject: Subject, names: Sequence[str] | None = None) -> Golden:
+    """Golden inputs with float64 outputs, and raw images with their preprocessed form where images go in.
+
+    Args:
+        names: of golden images, all when omitted.
+    """
     spec = subject.preprocess
-    inputs = golden.golden_inputs(spec, subject.image_size, subject.input)
+    inputs = golden.golden_inputs(spec, subject.image_size, subject.input, names)
     arrays: Golden = {INPUT: inputs}
     for output, reference in subject.reference(torch.from_numpy(inputs)).items():
         # Two outputs may be one tensor, and no file of tensors holds one memory twice.
@@ -110,58 +126,182 @@ def _preprocessed(raw: np.ndarray[Any, Any], subject: Subject) -> np.ndarray[Any
     return pixel_values(image, subject.preprocess, subject.input)
 
 
-def _write_tensors(writer: BundleWriter, subject: Subject, arrays: Golden) -> int:
-    weights, examples = writer.file(WEIGHTS), writer.file(GOLDEN)
-    save_file({name: tensor.contiguous() for name, tensor in subject.state.items()}, weights)
-    save_file({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, examples)
-    for path in (weights, examples):
-        path.chmod(_MODE)
-    return weights.stat().st_size + examples.stat().st_size
+class _Whole:
+    """One export: what all of its image sizes have in common, and a job for each."""
 
+    def __init__(
+        self,
+        request: ExportRequest,
+        provenance: Provenance,
+        writer: BundleWriter,
+        progress: Progress,
+        subjects: Sequence[Subject],
+    ) -> None:
+        self.request, self.provenance = request, provenance
+        self.writer, self.progress = writer, progress
+        self.jobs = [
+            _Job(self, subject, subject.image_size if index else None)
+            for index, subject in enumerate(subjects)
+        ]
+        self.artifacts: list[Artifact] = []
+        self.parity: list[ParityRecord] = []
+        self.shared: dict[str, SharedWeights] = {}
+        """Of every precision with a file of weights that sizes share."""
 
-@dataclass
-class _Job:
-    """The artifacts of one export, as they are built and held against the reference."""
+    @property
+    def classes(self) -> int:
+        """Columns of the logits, or of what stands first."""
+        return int(golden.reference_of(self.jobs[0].golden, "logits").shape[-1])
 
-    request: ExportRequest
-    provenance: Provenance
-    subject: Subject
-    golden: Golden
-    writer: BundleWriter
-    progress: Progress
-    orders: tuple[Order, ...] = ()
-    """Engines to build of each ONNX artifact."""
-    impossible: tuple[str, ...] = ()
-    """What cannot be built here, and why."""
-    artifacts: list[Artifact] = field(default_factory=list)
-    parity: list[ParityRecord] = field(default_factory=list)
+    def build(self, orders: Sequence[Order], impossible: Sequence[str]) -> None:
+        """Build everything.
 
-    def build(self) -> None:
-        for precision in dict.fromkeys(self.request.precisions if self.request.wants_onnx else ()):
-            requested: Precision = precision  # type: ignore[assignment]
-            if any(artifact.name == f"onnx-{precision}" for artifact in self.artifacts):
-                continue  # another precision fell back to this one
-            self._build_one(requested)
-        self._build_engines()
-        for precision in self.request.kernel_precisions:
-            self._build_kernels(precision)
-        self.writer.seal(self._manifest())
+        Args:
+            orders: engines to build of each ONNX artifact.
+            impossible: what cannot be built here, and why.
+        """
+        for job in self.jobs:
+            job.build()
+        self._build_engines(orders)
+        for note in impossible:
+            self.progress.note(note)
+        for job in self.jobs:
+            for precision in self.request.kernel_precisions:
+                job.build_kernels(precision)
+        self.writer.seal(self.manifest())
 
-    def _build_engines(self) -> None:
+    def _build_engines(self, orders: Sequence[Order]) -> None:
         """Engines of every ONNX artifact; held against the reference where they run here."""
         onnx = [artifact for artifact in self.artifacts if artifact.format == "onnx"]
         built = [
             engine
-            for order in self.orders
+            for order in orders
             for source in onnx
             for engine in write_engines(order, source, self.writer, self.progress)
         ]
-        for note in self.impossible:
-            self.progress.note(note)
         if built:
-            bundle = self.writer.seal(self._manifest([*self.artifacts, *built]))
-            records = engines_parity(bundle, built, self.golden, self.request.atol, self.progress)
-            self._accept(built, records)
+            bundle = self.writer.seal(self.manifest(built))
+            goldens = {job.place: job.golden for job in self.jobs}
+            records = engines_parity(bundle, built, goldens, self.request.atol, self.progress)
+            self.accept(built, records)
+
+    def has(self, name: str) -> bool:
+        """Whether there is an artifact of this name."""
+        return any(artifact.name == name for artifact in self.artifacts)
+
+    def accept(self, artifacts: Sequence[Artifact], records: Sequence[ParityRecord]) -> None:
+        self.artifacts.extend(artifacts)
+        self.parity.extend(records)
+
+    def drop(self, artifact: Artifact) -> None:
+        """Remove the files of an artifact that was not accepted, but for those that others use."""
+        used = {name for other in self.artifacts for name in other.files}
+        for name in set(artifact.files) - used:
+            (self.writer.directory / name).unlink()
+        self.shared = {key: shared for key, shared in self.shared.items() if shared.path.exists()}
+
+    def shared_weights(self, precision: str, requested: str) -> SharedWeights | None:
+        """Where an artifact's weights go that other sizes have, too; None where there are no others.
+
+        Where islands are needed at some sizes only, the rest is what the requested precision has.
+        """
+        if len(self.jobs) == 1:
+            return None
+        if precision == "mixed" and precision not in self.shared and requested in self.shared:
+            precision = requested
+        if precision not in self.shared:
+            self.shared[precision] = SharedWeights(self.writer.file(f"{FILES[precision]}.data"))
+        return self.shared[precision]
+
+    def manifest(self, more: Sequence[Artifact] = ()) -> Manifest:
+        """What the bundle holds so far, and ``more``."""
+        subject = self.jobs[0].subject
+        return Manifest(
+            name=self.request.default_folder.stem,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            generator=f"vitdeploy {__version__}",
+            model=subject.config,
+            output=subject.outputs[0],
+            outputs=subject.outputs,
+            input=subject.input,
+            preprocess=subject.preprocess,
+            labels=subject.labels,
+            scores=subject.scores or usual_scores(self.classes),
+            parameters=subject.parameters,
+            flops=subject.flops,
+            rewrites=subject.rewrites,
+            artifacts=(*self.artifacts, *more),
+            parity=tuple(self.parity),
+            sizes=tuple(
+                SizeRecord(image_size=other.image_size, preprocess=other.preprocess, flops=other.flops)
+                for other in (job.subject for job in self.jobs[1:])
+            ),
+            provenance=self.provenance,
+        )
+
+
+@dataclass
+class _Job:
+    """The artifacts of one image size, as they are built and held against its reference."""
+
+    whole: _Whole
+    subject: Subject
+    place: Size | None
+    """The size as artifacts name it; None is the first."""
+    golden: Golden = field(default_factory=dict)
+
+    @property
+    def request(self) -> ExportRequest:
+        return self.whole.request
+
+    @property
+    def progress(self) -> Progress:
+        return self.whole.progress
+
+    @property
+    def writer(self) -> BundleWriter:
+        return self.whole.writer
+
+    @property
+    def batches(self) -> Sequence[int] | None:
+        """Batch sizes at which artifacts are proven; all where None.
+
+        The largest one is the bulk of an export. A further size has the same weights and the same operations,
+        so there it is left to `vitdeploy verify`.
+        """
+        batch = self.request.batch
+        return None if self.place is None else tuple(dict.fromkeys((batch.min, batch.opt)))
+
+    def titled(self, stage: str) -> str:
+        return stage if self.place is None else f"{stage} {size_name(self.place)}"
+
+    def write_tensors(self) -> int:
+        """Write the weights (of a further size, those that differ) and golden tensors; return the bytes."""
+        state, size = self.subject.state, 0
+        weights = state if self.place is None else {name: state[name] for name in self.subject.own}
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        examples = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in self.golden.items()}
+        for file, content in ((WEIGHTS, tensors), (GOLDEN, examples)):
+            if content or self.place is None:
+                path = self.writer.file(sized(file, self.place))
+                save_file(content, path)
+                path.chmod(_MODE)
+                size += path.stat().st_size
+        return size
+
+    def reload(self) -> None:
+        """Let go of the memory that the weights take, or that was mapped to read them."""
+        names = dict.fromkeys((WEIGHTS, sized(WEIGHTS, self.place)))
+        paths = [self.writer.directory / name for name in names]
+        self.subject.reload([path for path in paths if path.exists()])
+        release()
+
+    def build(self) -> None:
+        for precision in dict.fromkeys(self.request.precisions if self.request.wants_onnx else ()):
+            requested: Precision = precision  # type: ignore[assignment]
+            if self.whole.has(named(f"onnx-{precision}", self.place)):
+                continue  # another precision fell back to this one
+            self._build_one(requested)
 
     def _build_one(self, precision: Precision) -> None:
         plan = PrecisionPlan.of(precision)
@@ -170,8 +310,8 @@ class _Job:
             artifact, records = self._attempt(plan, precision)
             trouble = first_failure(records)
             if trouble is None:
-                return self._accept([artifact], [*rehearsed, *records])
-            self._drop(artifact)
+                return self.whole.accept([artifact], [*rehearsed, *records])
+            self.whole.drop(artifact)
         failure = f"{precision} does not compute what the checkpoint computes: {trouble}"
         if precision == "fp32" or not self.request.fallback:
             raise ParityError(
@@ -180,22 +320,23 @@ class _Job:
         self.progress.note(failure)
         return self._fall_back(plan, precision, trouble)
 
-    def _build_kernels(self, precision: Precision) -> None:
+    def build_kernels(self, precision: Precision) -> None:
         """The fused kernels; what they compute is rehearsed here, and measured where the GPU is."""
-        config, name = self.subject.config, f"{AOT}-{precision}"
+        config, name = self.subject.config, named(f"{AOT}-{precision}", self.place)
+        source = named(f"onnx-{precision}", self.place)
         if config is None:
             raise UsageError("the kernels are for ViTs that vitdeploy knows, not for modules of your own")
         (output,) = self.subject.outputs
         if beyond := config.beyond_kernels(output):
             raise UsageError(f"there are no fused kernels for {', '.join(beyond)}")
-        onnx = [r for r in self.parity if r.backend == EMULATION and r.artifact == f"onnx-{precision}"]
+        onnx = [r for r in self.whole.parity if r.backend == EMULATION and r.artifact == source]
         rehearsed, trouble = (
             (onnx, first_failure(onnx)) if onnx else self._try_out(PrecisionPlan.of(precision))
         )
         records = [record.model_copy(update={"artifact": name}) for record in rehearsed]
         if trouble:
             failure = f"{precision} does not compute what the checkpoint computes: {trouble}"
-            if not self.request.fallback or not self.artifacts:
+            if not self.request.fallback or not self.whole.artifacts:
                 raise ParityError(failure, hint="--bf16 has more range")
             return self.progress.note(f"no {name}, kernels have no fp32 islands: {failure}")
         artifact = triton_aot.write_kernels(
@@ -207,9 +348,10 @@ class _Job:
             output=output,
             input_kind=self.subject.input,
             progress=self.progress,
+            place=self.place,
         )
         self.progress.note(f"{name}: no cubin has run yet; on such a GPU: vitdeploy verify --backend triton")
-        return self._accept([artifact], records)
+        return self.whole.accept([artifact], records)
 
     def _fall_back(self, plan: PrecisionPlan, precision: Precision, trouble: str) -> None:
         """The smallest set of islands that passes; where there is none, bf16."""
@@ -220,15 +362,15 @@ class _Job:
             reason = f"{precision} failed ({trouble}); {proposal.reason}"
             attempts.insert(0, (plan.with_islands(proposal.islands), reason))
         for wider, reason in attempts:
-            name = "onnx-mixed" if wider.islands else "onnx-bf16"
-            if wider == plan or any(artifact.name == name for artifact in self.artifacts):
+            name = named("onnx-mixed" if wider.islands else "onnx-bf16", self.place)
+            if wider == plan or self.whole.has(name):
                 continue
             rehearsed = self._rehearse(wider)
             artifact, records = self._attempt(wider, precision, reason)
             if first_failure([*rehearsed, *records]) is None:
                 self.progress.note(f"{artifact.path} instead: {reason}")
-                return self._accept([artifact], [*rehearsed, *records])
-            self._drop(artifact)
+                return self.whole.accept([artifact], [*rehearsed, *records])
+            self.whole.drop(artifact)
         raise ParityError(
             f"{precision} does not compute what the checkpoint computes: {trouble}", hint="--fp32"
         )
@@ -256,7 +398,7 @@ class _Job:
         if plan.default == torch.float32:
             return []
         precision = plan.name
-        with self.progress.stage(f"round as {precision}") as stage:
+        with self.progress.stage(self.titled(f"round as {precision}")) as stage:
             results = self.subject.rehearse(plan, torch.from_numpy(self.golden[INPUT]))
             release()
             outputs, tolerance = self.subject.outputs, self._tolerance(plan)
@@ -266,7 +408,7 @@ class _Job:
                 metrics = parity.measure_parity(reference, result.numpy(), tolerance, output)
                 failures = parity.tolerance_failures(metrics, tolerance)
                 record = ParityRecord(
-                    artifact=f"onnx-{precision}",
+                    artifact=named(f"onnx-{precision}", self.place),
                     backend=EMULATION,
                     batch=len(result),
                     provider="PyTorch, every result rounded",
@@ -287,7 +429,7 @@ class _Job:
     def _search(self, plan: PrecisionPlan) -> Proposal | None:
         if not self.subject.searches_islands:
             return None
-        with self.progress.stage("bisect") as stage:
+        with self.progress.stage(self.titled("bisect")) as stage:
             deployed = self.subject.deployed(PrecisionPlan.of("fp32"))
             outputs, tolerance = self.subject.outputs, self._tolerance(plan)
 
@@ -306,7 +448,7 @@ class _Job:
     ) -> tuple[Artifact, list[ParityRecord]]:
         """Build one artifact and hold it against the reference on a runtime of this machine."""
         example = torch.from_numpy(self.golden[INPUT][:1])
-        with self.progress.stage(f"onnx {plan.name}") as stage:
+        with self.progress.stage(self.titled(f"onnx {plan.name}")) as stage:
             artifact = write_onnx(
                 self.subject,
                 plan,
@@ -316,47 +458,19 @@ class _Job:
                 example=example,
                 requested=requested,
                 fallback=fallback,
+                place=self.place,
+                shared=self.whole.shared_weights(plan.name, requested),
             )
             stage.size = sum((self.writer.directory / name).stat().st_size for name in artifact.files)
             stage.detail = f"{artifact.path}, {artifact.nodes} nodes"
-        with self.progress.stage(f"parity {plan.name}") as stage:
-            draft = self._manifest([*self.artifacts, artifact])
-            bundle = self.writer.seal(draft)
-            self.subject.reload(self.writer.directory / WEIGHTS)  # unmaps what the rewrites have read
-            release()
-            records = onnx_parity(bundle, bundle.artifact(artifact.name), self.golden, self.request.atol)
+        with self.progress.stage(self.titled(f"parity {plan.name}")) as stage:
+            bundle = self.writer.seal(self.whole.manifest([artifact]))
+            self.reload()  # unmaps what the rewrites have read
+            built = bundle.artifact(artifact.name)
+            records = onnx_parity(bundle, built, self.golden, self.request.atol, self.batches)
             release()
             stage.detail = worst(records)
         return artifact, records
-
-    def _accept(self, artifacts: Sequence[Artifact], records: Sequence[ParityRecord]) -> None:
-        self.artifacts.extend(artifacts)
-        self.parity.extend(records)
-
-    def _drop(self, artifact: Artifact) -> None:
-        for name in artifact.files:
-            (self.writer.directory / name).unlink()
-
-    def _manifest(self, artifacts: Sequence[Artifact] | None = None) -> Manifest:
-        subject = self.subject
-        return Manifest(
-            name=self.request.default_folder.stem,
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            generator=f"vitdeploy {__version__}",
-            model=subject.config,
-            output=subject.outputs[0],
-            outputs=subject.outputs,
-            input=subject.input,
-            preprocess=subject.preprocess,
-            labels=subject.labels,
-            scores=subject.scores or usual_scores(golden.reference_of(self.golden, "logits").shape[-1]),
-            parameters=subject.parameters,
-            flops=subject.flops,
-            rewrites=subject.rewrites,
-            artifacts=tuple(self.artifacts if artifacts is None else artifacts),
-            parity=tuple(self.parity),
-            provenance=self.provenance,
-        )
 
 
 def _provenance(request: ExportRequest, opened: Checkpoint | UserModule) -> Provenance:

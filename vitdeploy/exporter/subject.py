@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -47,6 +48,8 @@ class Subject(ABC):
     flops: int | None = None
     notes: tuple[str, ...] = ()
     """What the user should know about how this model is taken."""
+    own: frozenset[str] = frozenset()
+    """Of a further image size, the names in ``state`` whose tensors are others than the first size's."""
 
     @property
     @abstractmethod
@@ -70,8 +73,12 @@ class Subject(ABC):
         """The sites of the deployed module that the plan keeps in fp32."""
 
     @abstractmethod
-    def reload(self, path: Path) -> None:
-        """Go on with the weights in this file, the same ones, mapped instead of held in memory."""
+    def reload(self, paths: Sequence[Path]) -> None:
+        """Go on with the weights in these files, the same ones, mapped instead of held in memory.
+
+        Args:
+            paths: a tensor of a later one takes the place of an earlier one's.
+        """
 
     @property
     def image_size(self) -> Size:
@@ -116,8 +123,9 @@ class CheckpointSubject(Subject):
     def state(self) -> Mapping[str, Tensor]:
         return state_of(self._reference)
 
-    def reload(self, path: Path) -> None:
-        self._reference = build_reference(self.config, load_file(path))
+    def reload(self, paths: Sequence[Path]) -> None:
+        state = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        self._reference = build_reference(self.config, state)
 
     def reference(self, inputs: Tensor) -> Mapping[Output, Tensor]:
         if self.input == "uint8":
@@ -163,7 +171,7 @@ class ModuleSubject(Subject):
         # A safetensors file holds no two names for one memory.
         return {name: tensor.detach().clone() for name, tensor in self._module.state_dict().items()}
 
-    def reload(self, path: Path) -> None:
+    def reload(self, paths: Sequence[Path]) -> None:
         # Only the module itself knows what its weights mean: it keeps them.
         return
 
@@ -181,7 +189,7 @@ class ModuleSubject(Subject):
 
 
 def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subject]:
-    """Load the model that is asked for.
+    """Load the model that is asked for, for the first of its sizes.
 
     Raises:
         UsageError, CheckpointError, MissingDependency: it cannot be opened, or not so.
@@ -189,12 +197,14 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
     opened: Checkpoint | UserModule
     if isinstance(request.model, nn.Module):
         name = type(request.model).__name__
-        opened = user_module(request.model, name, request.image_size, request.stated)
+        sizes = request.image_size, request.stated, request.further_sizes
+        opened = user_module(request.model, name, *sizes)
     else:
         opened = open_model(
             None if request.model is None else str(request.model),
             checkpoint=request.checkpoint,
             image_size=request.image_size,
+            further_sizes=request.further_sizes,
             seed=request.seed,
             stated=request.stated,
             zero_shot=request.zero_shot,
@@ -212,6 +222,27 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
             raise UsageError(message, hint=f"leave {flag} out, or take a model with a head")
     subject.notes = (*subject.notes, *_batch_notes(subject, request.batch))
     return opened, subject
+
+
+def further_subjects(opened: Checkpoint | UserModule, request: ExportRequest) -> tuple[Subject, ...]:
+    """The same model for the other sizes that are asked for, sharing its weights.
+
+    Raises:
+        UsageError: a batch at such a size does not fit into this machine.
+    """
+    subjects: list[Subject] = []
+    if isinstance(opened, UserModule):
+        for spec in opened.further:
+            user = replace(opened, preprocess=spec, further=())
+            subjects.append(subject_of(user, request.outputs, request.input))
+    else:
+        for resized in opened.further:
+            subject = subject_of(opened.at(resized), request.outputs, request.input)
+            subject.own = frozenset(resized.state)
+            subjects.append(subject)
+    for subject in subjects:
+        _batch_notes(subject, request.batch)
+    return tuple(subjects)
 
 
 def _batch_notes(subject: Subject, batch: BatchRange) -> tuple[str, ...]:

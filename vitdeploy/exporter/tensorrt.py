@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vitdeploy.bundle.files import sha256
 from vitdeploy.bundle.folder import Bundle, BundleWriter
 from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.bundle.sizes import named
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import BundleError, UsageError
 from vitdeploy.exporter.artifact_parity import engines_parity
@@ -26,7 +27,7 @@ def write_engines(
         PrecisionError, ExportError: an engine could not be built, or not as declared.
         MissingDependency, DeviceUnavailable: the library does not load, or the GPU is gone.
     """
-    engines = engines_of(order, kind_of(source))
+    engines = _engines(order, source)
     job = BuildJob(
         flavour=order.flavour.name,
         onnx=str(writer.directory / source.path),
@@ -38,7 +39,7 @@ def write_engines(
         outputs=tuple(str(writer.file(engine.path)) for engine in engines),
         settings=order.request.settings,
     )
-    with progress.stage(f"{order.flavour.name} {kind_of(source)}") as stage:
+    with progress.stage(f"{order.flavour.name} {source.name.removeprefix('onnx-')}") as stage:
 
         def report(phase: str, fraction: float) -> None:
             stage.detail = f"{phase}, {100 * fraction:.0f} %"
@@ -96,6 +97,7 @@ def _keep(
         outputs=source.outputs,
         islands=source.islands,
         targets=engine.targets,
+        image_size=source.image_size,
         fallback=source.fallback,
         proof=result.proof,
         build_seconds=built.seconds,
@@ -128,14 +130,12 @@ def add_engines(
     if not orders:
         raise UsageError("no engine can be built here", hint="vitdeploy doctor shows what is installed")
     sources = _sources(bundle, request.precisions)
-    ordered = [
-        engine.name for order in orders for source in sources for engine in engines_of(order, kind_of(source))
-    ]
+    ordered = [engine.name for order in orders for source in sources for engine in _engines(order, source)]
     present = [artifact.name for artifact in bundle.manifest.artifacts if artifact.name in ordered]
     if present and not force:
         raise BundleError(f"{bundle.root}: already has {', '.join(present)}", hint="--force replaces it")
     bundle.verify_hashes(name for source in sources for name in source.files)
-    manifest, golden = bundle.manifest, bundle.golden()
+    manifest, golden = bundle.manifest, {a.image_size: bundle.of(a).golden() for a in sources}
     kept = tuple(artifact for artifact in manifest.artifacts if artifact.name not in ordered)
     parity = tuple(record for record in manifest.parity if record.artifact not in ordered)
     with bundle.edit() as writer:
@@ -146,9 +146,11 @@ def add_engines(
         return writer.commit()
 
 
-def kind_of(source: Artifact) -> str:
-    """How engines of an ONNX artifact are called."""
-    return source.name.removeprefix("onnx-")
+def _engines(order: Order, source: Artifact) -> tuple[PlannedEngine, ...]:
+    """The engines of an ONNX artifact."""
+    size = source.image_size
+    kind = source.name.removeprefix("onnx-").removesuffix(named("", size))
+    return engines_of(order, kind, size)
 
 
 def default_precision(artifact: Artifact) -> Precision:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from vitdeploy.backends.triton import TABLE
 from vitdeploy.bundle.folder import BundleWriter
 from vitdeploy.bundle.manifest import AOT, Artifact, OpPrecision, PrecisionProof, input_spec, output_spec
-from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Precision
+from vitdeploy.bundle.sizes import named, sized
+from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Precision, Size
 from vitdeploy.errors import ExportError
 from vitdeploy.exporter.request import kernels_library
 from vitdeploy.model.precision import DTYPES
@@ -37,8 +38,12 @@ def write_kernels(
     output: Output,
     input_kind: InputKind,
     progress: Progress,
+    place: Size | None = None,
 ) -> Artifact:
     """Compile every kernel of the model's plans, for each batch bucket and architecture.
+
+    Args:
+        place: the image size as artifacts name it; None is the first.
 
     Raises:
         ExportError: a kernel cannot be compiled.
@@ -51,12 +56,13 @@ def write_kernels(
     for arch, table in chosen.items():
         plan = _launches(config, precision, batch, output, input_kind, table)
         needed[arch] = [launch for _, launch in plan]
-    root = writer.file(f"{_FOLDER}/{precision}/{TABLE}").parent
-    with progress.stage(f"{AOT} {precision}") as stage:
+    name = named(f"{AOT}-{precision}", place)
+    root = writer.file(f"{_FOLDER}/{sized(precision, place)}/{TABLE}").parent
+    with progress.stage(name.replace(f"{AOT}-", f"{AOT} ")) as stage:
         try:
             files = package.write_package(root, needed)
         except aot.AotError as error:
-            raise ExportError(f"{AOT} {precision}: {error}") from error
+            raise ExportError(f"{name}: {error}") from error
         for arch, table in chosen.items():
             path = root / arch / TABLE
             path.write_text(tables.format_table(table), encoding="utf-8")
@@ -66,7 +72,7 @@ def write_kernels(
         stage.detail = f"{cubins} kernels for {', '.join(architectures)}"
     proof = _proof(plan, precision)
     return Artifact(
-        name=f"{AOT}-{precision}",
+        name=name,
         format=AOT,
         precision=precision,
         requested=precision,
@@ -76,6 +82,7 @@ def write_kernels(
         inputs=(input_spec(config, input_kind),),
         outputs=(output_spec(config, output),),
         proof=proof,
+        image_size=place,
         build_seconds=round(time.perf_counter() - begin, 3),
         nodes=len(proof.ops),
     )

@@ -69,9 +69,13 @@ class Library(ABC):
     def classifier(self, module: nn.Module) -> str | None:
         """The name of the layer that gives the logits; None where there is none, or none alone."""
 
-    @abstractmethod
+    def is_of_one_size(self, module: nn.Module) -> bool:
+        """Whether a model is made for one image size; others take what comes."""
+        return False
+
     def resize(self, module: nn.Module, size: Size) -> None:
-        """Make a model for another image size where it is made for one; others take what comes."""
+        """Make a model of one size for another."""
+        raise NotImplementedError
 
 
 def randomised(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -147,11 +151,13 @@ def _inside(foreign: Foreign, module: nn.Module) -> tuple[Foreign, tuple[str, ..
 
 
 def resized(library: Library, name: str, module: nn.Module, size: Size) -> None:
-    """Make a model for an image size.
+    """Make a model for an image size, where it is of one.
 
     Raises:
         UsageError: it cannot be made for it.
     """
+    if not library.is_of_one_size(module):
+        return
     try:
         library.resize(module, size)
     except Exception as error:  # whatever the library says: an assertion, a division that is not even

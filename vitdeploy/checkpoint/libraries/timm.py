@@ -34,6 +34,8 @@ class Timm(Library):
         named = module.pretrained_cfg.get("classifier")  # type: ignore[union-attr, operator]
         return named if isinstance(named, str) else None
 
+    def is_of_one_size(self, module: nn.Module) -> bool:
+        return hasattr(module, "set_input_size")
+
     def resize(self, module: nn.Module, size: Size) -> None:
-        if callable(change := getattr(module, "set_input_size", None)):
-            change(size)
+        module.set_input_size(size)  # type: ignore[operator]

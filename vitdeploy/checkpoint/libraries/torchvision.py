@@ -17,7 +17,7 @@ from torch import nn
 from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.libraries.base import Library
 from vitdeploy.checkpoint.refusals import shown
-from vitdeploy.config import Preprocess, Size
+from vitdeploy.config import Preprocess
 from vitdeploy.errors import ArchitectureError, CheckpointError, MissingDependency, did_you_mean
 from vitdeploy.images.preprocess import from_torchvision
 
@@ -78,9 +78,6 @@ class Torchvision(Library):
     def classifier(self, module: nn.Module) -> str | None:
         layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
         return layers[-1] if layers else None
-
-    def resize(self, module: nn.Module, size: Size) -> None:
-        """Nothing: its other models take what comes, or fail at once."""
 
 
 @contextlib.contextmanager
