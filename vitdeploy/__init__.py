@@ -384,6 +384,7 @@ def bench(
     *,
     backends: Sequence[str] | None = None,
     artifacts: Sequence[str] | None = None,
+    image_sizes: Sequence[int | Size] | None = None,
     batches: Sequence[int] | None = None,
     threads: int | Sequence[int | None] | None = None,
     concurrency: int | Sequence[int] = 1,
@@ -402,6 +403,7 @@ def bench(
         bundle: its folder, or an opened one; several are measured in the same rounds.
         backends: names; every one here that can run this bundle when omitted, torch's included.
         artifacts: names or precisions; all when omitted.
+        image_sizes: (height, width), or one number for both, of bundles with several; all when omitted.
         batches: batch sizes; 1, 8 and 32, as far as they are served, when omitted.
         threads: CPU threads, one number or several to compare; the runtime's own choice when omitted.
         concurrency: callers at the same time, each with a session of its own; one number or several.
@@ -423,6 +425,9 @@ def bench(
     choices = Choices(
         backends=None if backends is None else tuple(backends),
         artifacts=None if artifacts is None else tuple(artifacts),
+        image_sizes=None
+        if image_sizes is None
+        else tuple((s, s) if isinstance(s, int) else s for s in image_sizes),
         batches=None if batches is None else tuple(batches),
         threads=tuple(threads) if isinstance(threads, Sequence) else (threads,),
         concurrency=(concurrency,) if isinstance(concurrency, int) else tuple(concurrency),
