@@ -7,8 +7,8 @@
 
 Each model at each size is a bundle with random weights in fp32, proven against its float64 reference at
 export. ViT and Swin are vitdeploy's own graphs; ResNet-50 is transformers', exported as it is. On each
-runtime all models and sizes are loaded in one process and take turns at batch 1, in another order every round;
-so a ratio of two sizes is of their two times in one round.
+runtime all models and sizes are loaded in one process and take turns at batch 1, in another order every
+round; so a ratio of two sizes is of their two times in one round.
 """
 
 from __future__ import annotations
