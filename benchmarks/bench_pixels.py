@@ -30,8 +30,9 @@ def test_four_times_the_pixels(
     benchmark: BenchmarkFixture, name: str, quick: bool, rounds: Rounds, tmp_path: Path
 ) -> None:
     points = [
-        prepare(name, MODELS.get(name, lambda: name), size // 6 if quick else size, tmp_path)
+        point
         for size in (SIZES[:1] if quick else SIZES)
+        if (point := prepare(name, MODELS.get(name, lambda: name), size // 6 if quick else size, tmp_path))
     ]
 
     def run() -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from vitdeploy.backends.base import Options, Session, get_backend
 from vitdeploy.benchmark.environment import find_environment
 from vitdeploy.benchmark.results import write_whole
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,8 @@ WORK = ROOT / "build" / "pixels"
 RESULTS = ROOT / "benchmarks" / "results" / "pixels_cpu.json"
 PART = Part(ROOT / "docs" / "performance.md", "benchmarks/pixels.py")
 PLOT = ROOT / "docs" / "pixels.svg"
-SIZES = (128, 192, 256, 384, 512, 768)
-"""Pixels of a side; with each its double, for what four times the pixels cost."""
+SIZES = (128, 192, 224, 256, 384, 512, 768)
+"""Pixels of a side; with most its double, for what four times the pixels cost."""
 THREADS = 2
 ROUNDS = 15
 BUSY_S, MOST_RUNS = 0.05, 20
@@ -107,9 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PART.publish(table(record), (), write=True)
         return 0
     points = [
-        prepare(name, MODELS[name], int(size), WORK, keep=options.keep)
+        point
         for name in options.models.split(",")
         for size in options.sizes.split(",")
+        if (point := prepare(name, MODELS[name], int(size), WORK, keep=options.keep))
     ]
     record = {
         "command": shlex.join(["python", "-m", "benchmarks.pixels", *words]),
@@ -129,12 +131,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(
     name: str, make: Callable[[], str | torch.nn.Module], size: int, folder: Path, *, keep: bool = False
-) -> Point:
-    """A model's bundle at a size: made anew, or that of the last time."""
+) -> Point | None:
+    """A model's bundle at a size, made anew or that of the last time; None where it does not take the size."""
     path = folder / f"{name.replace('/', '-')}-{size}.bundle"
     if not (keep and path.is_dir()):
         print(f"exporting {name} at {size} x {size}", flush=True)
-        vitdeploy.export(make(), path, image_size=size, batch=1, format="onnx", force=True)
+        try:
+            vitdeploy.export(make(), path, image_size=size, batch=1, format="onnx", force=True)
+        except ConfigError as error:
+            print(f"not measured: {error.message}", flush=True)
+            return None
     return Point(name, size, Bundle.open(path))
 
 
@@ -205,7 +211,8 @@ def table(record: Mapping[str, Any]) -> str:
         "How the cost of an image grows with its pixels: fp32, batch 1, on "
         f"{record['environment']['cpu']['name']}, {record['threads']} threads,",
         f"{record['rounds']} interleaved rounds. Median ms (quartiles over the rounds). FLOPs are of an",
-        f"image, a multiply-add counted as two; parameters: {parameters}.",
+        f"image, a multiply-add counted as two; parameters: {parameters}. Empty: the model is not made for the",
+        "size (a Swin needs as many patches as its windows have).",
         "",
         f"![Latency against image size]({PLOT.name})",
         "",

@@ -164,7 +164,7 @@ def reading_of(
         assumed |= {"heads": None if template else heads_note(result), "activation": None}
     if not pretrained:
         assumed["preprocess"] = "no config.json of timm: preprocessing is timm's default for ViT"
-    labels = _labels(config, pretrained, result.classes)
+    labels = labels_of(config, pretrained, result.classes)
     ignored: dict[str, str | None] = {"mask_token": None}
     if labels is None and _projects(state):
         result = replace(result, projection=result.classes, classes=0)
@@ -320,7 +320,7 @@ def _preprocess(
     return replace(from_timm({**settings, "input_size": (channels, *size)}), exif=_is_wrapped(config))
 
 
-def _labels(
+def labels_of(
     config: Mapping[str, object], pretrained: Mapping[str, object], classes: int
 ) -> tuple[str, ...] | None:
     """timm's ``label_names`` (``labels`` in elder files), in words where ``label_descriptions`` has them."""
@@ -404,9 +404,9 @@ def described(name: str, model: nn.Module, *, trained: bool) -> Foreign:
     return Foreign(f"timm:{name}", model.state_dict(), config)
 
 
-def labels_of(model: Any) -> tuple[str, ...] | None:
+def model_labels(model: Any) -> tuple[str, ...] | None:
     """The classes of a model of timm's, as its own settings name them, else as ImageNet does."""
-    return _labels({}, model.pretrained_cfg, model.num_classes) or _imagenet_labels(model)
+    return labels_of({}, model.pretrained_cfg, model.num_classes) or _imagenet_labels(model)
 
 
 def _imagenet_labels(model: nn.Module) -> tuple[str, ...] | None:

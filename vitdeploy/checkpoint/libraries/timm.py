@@ -28,7 +28,7 @@ class Timm(Library):
         return from_timm(module.pretrained_cfg)  # type: ignore[arg-type]
 
     def labels(self, name: str, module: nn.Module) -> tuple[str, ...] | None:
-        return family.labels_of(module)
+        return family.model_labels(module)
 
     def classifier(self, module: nn.Module) -> str | None:
         named = module.pretrained_cfg.get("classifier")  # type: ignore[union-attr, operator]
