@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare(
     name: str, make: Callable[[], str | torch.nn.Module], size: int, folder: Path, *, keep: bool = False
 ) -> Point | None:
-    """A model's bundle at a size, made anew or that of the last time; None where it does not take the size."""
+    """A model's bundle at a size, made anew or that of the last time; None where there can be none."""
     path = folder / f"{name.replace('/', '-')}-{size}.bundle"
     if not (keep and path.is_dir()):
         print(f"exporting {name} at {size} x {size}", flush=True)
@@ -202,7 +202,7 @@ def _runs(call: Callable[[], object]) -> int:
 def table(record: Mapping[str, Any]) -> str:
     """The record as it stands in the document: times by size, then what four times the pixels cost."""
     cells = record["cells"]
-    models, sizes = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("model", "size"))
+    models, sizes = list(dict.fromkeys(cell["model"] for cell in cells)), sorted({c["size"] for c in cells})
     heading = ["pixels"]
     for name in models:
         heading += [f"{name}: GFLOPs", *_TITLES.values()]
@@ -211,8 +211,8 @@ def table(record: Mapping[str, Any]) -> str:
         "How the cost of an image grows with its pixels: fp32, batch 1, on "
         f"{record['environment']['cpu']['name']}, {record['threads']} threads,",
         f"{record['rounds']} interleaved rounds. Median ms (quartiles over the rounds). FLOPs are of an",
-        f"image, a multiply-add counted as two; parameters: {parameters}. Empty: the model is not made for the",
-        "size (a Swin needs as many patches as its windows have).",
+        f"image, a multiply-add counted as two; parameters: {parameters}.",
+        "Empty: the model does not take the size (the last map of a Swin has to hold a window).",
         "",
         f"![Latency against image size]({PLOT.name})",
         "",
