@@ -151,6 +151,8 @@ def test_the_report_has_the_table_of_several_models() -> None:
     page = html_text(several())
     assert page.count('<h2 id="side-by-side">Side by side</h2>') == 1
     assert "384x384" in page
+    assert page.count("<figcaption>Latency against image size, vit-b16, batch 1</figcaption>") == 1
+    assert "Latency against image size, resnet" not in page, "it has one"
     assert "Side by side" not in html_text(sample_results())
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitdeploy.benchmark import tables
 from vitdeploy.benchmark.compare import ResultsComparison
-from vitdeploy.benchmark.plots import Plot, plots, require_matplotlib, styles, swatch
+from vitdeploy.benchmark.plots import Plot, plots, require_matplotlib, size_plots, styles, swatch
 from vitdeploy.benchmark.ranking import BestCell, best_by_batch, groups, members
 from vitdeploy.benchmark.results import Cell, MeasuredBundle, Results
 from vitdeploy.benchmark.tables import (
@@ -85,6 +85,7 @@ def html_text(results: Results, comparison: ResultsComparison | None = None) -> 
         sections=[_section(results, number) for number in range(len(groups(results)))],
         counts=_counts(results.cells),
         side_by_side=tables.side_by_side(results) if len(groups(results)) > 1 else None,
+        size_plots=size_plots(results),
         legend={name: swatch(look) for name, look in looks.items()},
         facts=(
             tables.parity_table(results),

@@ -291,7 +291,8 @@ def _print(results: Results) -> None:
     output.line(f"{results.rounds} interleaved rounds; error: relative to the float64 reference")
     for cell in results.cells:
         if cell.warnings:
-            output.line(f"disturbed: {cell.label}, batch {cell.batch}: {'; '.join(cell.warnings)}")
+            where = f"{cell.subject} at {size_name(cell.image_size)}: " if several else ""
+            output.line(f"disturbed: {where}{cell.label}, batch {cell.batch}: {'; '.join(cell.warnings)}")
     for text in results.notes:
         output.line(f"note: {text}")
     for skipped in results.skipped:
