@@ -247,6 +247,8 @@ def load(
     threads: int | None = None,
     provider: str | None = None,
     device: str | None = None,
+    size: int | Size | None = None,
+    fit: Literal["aspect", "area"] = "aspect",
 ) -> Predictor:
     """Open a bundle for predictions on images; a context manager.
 
@@ -260,17 +262,22 @@ def load(
         threads: CPU threads; the runtime's own choice when omitted.
         provider: ONNX Runtime's execution provider: ``"cpu"``, ``"cuda"`` or ``"tensorrt"``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, for backends that have the choice.
+        size: of a bundle of several image sizes, (height, width) of the only one to run, or one number for
+            both; when omitted, each image goes where it fits, and a tensor to the size of its shape.
+        fit: how that is judged: ``"aspect"``, the nearest aspect ratio and of several such the nearest area;
+            or ``"area"`` alone.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
-        UsageError: an unknown backend or artifact, or a combination that cannot run.
+        UsageError: an unknown backend, artifact or size, or a combination that cannot run.
         MissingDependency, DeviceUnavailable: the runtime or the device is not there.
     """
     from vitdeploy.backends.base import Options
     from vitdeploy.predictor import Predictor
 
     options = Options(threads=threads, provider=provider, device=device)
-    return Predictor.open(bundle, backend=backend, artifact=artifact, options=options)
+    pinned = (size, size) if isinstance(size, int) else size
+    return Predictor.open(bundle, backend=backend, artifact=artifact, options=options, size=pinned, fit=fit)
 
 
 @overload

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from PIL import Image
@@ -16,8 +17,11 @@ from PIL import Image
 from vitdeploy.backends.base import Array, Backend, Options, Session, all_backends, get_backend, runs_nothing
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Choice, TensorSpec
+from vitdeploy.bundle.sizes import size_of_shape
+from vitdeploy.config import Size
 from vitdeploy.errors import BundleError, ImageError, UsageError, VitdeployError
-from vitdeploy.images.decode import ImageSource, load_image
+from vitdeploy.images.decode import ImageSource, load_image, upright
+from vitdeploy.images.fitting import DEFAULT_RULE, Rule, fit, require_size
 from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.identity import this_machine
 from vitdeploy.scores import scores_of
@@ -45,18 +49,38 @@ class Prediction:
     """As the bundle's ``scores`` says: a softmax, a sigmoid or the logit itself, computed in float64."""
 
 
+class Answer(NamedTuple):
+    """What came out for one image."""
+
+    size: Size | None
+    """The image size that it was computed at; None where the bundle does not tell its only one."""
+    row: Array
+    """One output, (...) float32."""
+
+
 class Predictor:
     """A loaded bundle that classifies or embeds images. Get one from ``vitdeploy.load``.
+
+    Of several image sizes, each image goes where it fits, and a tensor to the size of its shape. A size is
+    loaded when something goes there for the first time; ``session`` is the default's.
 
     As safe to share between threads as its backend's sessions are.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, note: str = "", batch: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: Session,
+        note: str = "",
+        batch: int | None = None,
+        sizes: _Sizes | None = None,
+    ) -> None:
         self.bundle = bundle
         self.session = session
         self.note = note
         """Why it runs as it does, where the bundle says how: one line, for the user."""
         self._batch = batch
+        self._sizes = sizes
 
     @classmethod
     def open(
@@ -66,10 +90,31 @@ class Predictor:
         backend: str | None = None,
         artifact: str | None = None,
         options: Options | None = None,
+        size: Size | None = None,
+        fit: Rule = DEFAULT_RULE,
     ) -> Predictor:
         """Open a bundle; ``vitdeploy.load`` documents the arguments and the errors."""
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-        options = options or Options()
+        size = size or (None if isinstance(fit, str) else fit)
+        if size is None and artifact is not None:  # a name may be of one size only
+            size = opened.artifact(artifact).image_size
+        if size is not None:
+            opened = opened.at_size(size)
+
+        def open_one(bundle: Bundle) -> Predictor:
+            return cls._open_one(bundle, backend, artifact, options or Options())
+
+        if len(opened.sizes) < 2:
+            return open_one(opened)
+        sizes = _Sizes(opened.sizes, fit, lambda size: open_one(opened.at_size(size)))
+        default = sizes.at(opened.sizes[0])
+        return cls(opened, default.session, default.note, default._batch, sizes)
+
+    @classmethod
+    def _open_one(
+        cls, opened: Bundle, backend: str | None, artifact: str | None, options: Options
+    ) -> Predictor:
+        """Open a bundle of one image size."""
         if backend is None and artifact is None and options == Options(threads=options.threads):
             choice, note = choice_for_this_machine(opened)
             if choice is not None:
@@ -129,11 +174,10 @@ class Predictor:
         Raises:
             UsageError, BundleError: as :meth:`predict`, at the first result.
         """
-        self._require_logits()
         if top_k < 1:
             raise UsageError(f"top_k must be at least 1, not {top_k}")
-        for row in self._rows(images, "logits"):
-            yield row if isinstance(row, ImageError) else self.best(row, top_k)
+        for answer in self.logit_answers(images):
+            yield answer if isinstance(answer, ImageError) else self.best(answer.row, top_k)
 
     def stream_vectors(self, images: Iterable[AnyImage]) -> Iterator[Array | ImageError]:
         """As :meth:`embed`, one batch at a time: (columns,) float32 for each image, or its error.
@@ -141,10 +185,8 @@ class Predictor:
         Raises:
             UsageError, BundleError: as :meth:`embed`, at the first vector.
         """
-        for row in self._rows(images, self.vectors.name):
-            if not isinstance(row, ImageError):
-                self._require_finite(row, self.vectors.name)
-            yield row
+        for answer in self.vector_answers(images):
+            yield answer if isinstance(answer, ImageError) else answer.row
 
     def logits(self, images: AnyImage | Iterable[AnyImage]) -> Array:
         """Return the logits of one or many images: (N, classes) float32.
@@ -185,6 +227,21 @@ class Predictor:
             )
         return vectors
 
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Image sizes to choose from, the default first; none where the bundle does not tell the only one."""
+        return self._sizes.known if self._sizes else self.bundle.sizes
+
+    def at(self, size: Size) -> Predictor:
+        """The predictor of one size alone, which this one closes; itself where it has only that.
+
+        Raises:
+            UsageError: there is no such size; names those that there are.
+            BundleError, MissingDependency, DeviceUnavailable: as when a bundle is opened.
+        """
+        require_size(size, self.sizes)
+        return self._sizes.at(size) if self._sizes else self
+
     def preprocess(self, image: AnyImage) -> Array:
         """Return the model's input for one image: (C, H, W) float32, or (H, W, C) uint8 for uint8 input.
 
@@ -192,6 +249,10 @@ class Predictor:
             ImageError: it cannot be decoded.
             UsageError: the bundle takes tensors only.
         """
+        return self._prepared(image)[1]
+
+    def _prepared(self, image: AnyImage) -> tuple[Predictor, Array]:
+        """The predictor of the size that fits, and its input."""
         manifest = self.bundle.manifest
         if manifest.preprocess is None or manifest.refuses_images:
             reads = self.session.facts.inputs[0]
@@ -201,15 +262,22 @@ class Predictor:
                 f"({', '.join(map(str, reads.shape))})",
             )
         picture = load_image(_picture(image) if isinstance(image, np.ndarray) else image, heif=True)
-        return pixel_values(picture, manifest.preprocess, manifest.input)
+        one = self
+        if self._sizes is not None:
+            picture = upright(picture) if manifest.preprocess.exif else picture
+            one = self._sizes.fitting(picture)
+        spec = one.bundle.manifest.preprocess
+        assert spec is not None  # every size has one where the first has
+        return one, pixel_values(picture, spec, manifest.input)
 
     def run(self, inputs: Array) -> Array | dict[str, Array]:
         """Return the model's output (N, ...) for inputs (N, ...); of a model with several all, by name.
 
         Args:
-            inputs: as :meth:`preprocess` makes them; at least one.
+            inputs: as :meth:`preprocess` makes them, of one size; at least one.
 
         Raises:
+            UsageError: no image size takes such inputs, or several do; names the sizes.
             BundleError: the runtime fails.
         """
         outputs = self.outputs(inputs)
@@ -217,12 +285,16 @@ class Predictor:
 
     def outputs(self, inputs: Array) -> dict[str, Array]:
         """As :meth:`run`, by name however many there are; ``chunk`` inputs are computed together."""
+        if self._sizes is not None:
+            return self.at(size_of_shape(self.bundle.manifest, inputs.shape[1:])).outputs(inputs)
         begins = range(0, len(inputs), self.chunk)
         parts = [self.run_batch(inputs[begin : begin + self.chunk]) for begin in begins]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def run_batch(self, inputs: Array) -> dict[str, Array]:
         """As :meth:`outputs`, in one batch; too few for the artifact are filled up, and the rest is cut."""
+        if self._sizes is not None:
+            return self.at(size_of_shape(self.bundle.manifest, inputs.shape[1:])).run_batch(inputs)
         facts = self.session.facts
         least = facts.batch.min if facts.batch else 1
         filled = inputs if len(inputs) >= least else inputs[np.arange(least) % len(inputs)]
@@ -252,6 +324,8 @@ class Predictor:
 
     def close(self) -> None:
         """Free what the runtime holds."""
+        for one in self._sizes.opened if self._sizes else ():
+            one.close()
         self.session.close()
 
     def __enter__(self) -> Self:
@@ -281,34 +355,87 @@ class Predictor:
 
     def _output(self, images: AnyImage | Iterable[AnyImage], output: str) -> Array:
         """One output (N, ...) for one or many images."""
-        chunks = _chunks(as_many(images), self.chunk)
-        parts = [self.run_batch(np.stack([self.preprocess(image) for image in c]))[output] for c in chunks]
-        if not parts:
+        rows = []
+        for answer in self._answers(as_many(images), output):
+            if isinstance(answer, ImageError):
+                raise answer
+            rows.append(answer.row)
+        if not rows:
             raise UsageError("no image was given")
-        return np.concatenate(parts)
+        return np.stack(rows)
 
-    def _rows(self, images: Iterable[AnyImage], output: str) -> Iterator[Array | ImageError]:
-        """One output of each image, a batch at a time; the error in place of an image that has one."""
+    def logit_answers(self, images: Iterable[AnyImage]) -> Iterator[Answer | ImageError]:
+        """The logits of images, one batch at a time, each with the image size that it was computed at.
+
+        Raises:
+            UsageError, BundleError: as :meth:`logits`, at the first answer.
+        """
+        self._require_logits()
+        yield from self._answers(images, "logits")
+
+    def _answers(self, images: Iterable[AnyImage], output: str) -> Iterator[Answer | ImageError]:
+        """One output of each image, in order, a batch at a time; the error in place of one that has one."""
         for chunk in _chunks(images, self.chunk):
             prepared = [self._try(image) for image in chunk]
             good = [item for item in prepared if not isinstance(item, ImageError)]
-            rows = iter(self.run_batch(np.stack(good))[output] if good else ())
+            rows: dict[Predictor, Iterator[Array]] = {}
+            for one in dict.fromkeys(predictor for predictor, _ in good):
+                pixels = np.stack([tensor for predictor, tensor in good if predictor is one])
+                rows[one] = iter(one.outputs(pixels)[output])
             for item in prepared:
-                yield item if isinstance(item, ImageError) else next(rows)
+                if isinstance(item, ImageError):
+                    yield item
+                else:
+                    one = item[0]
+                    yield Answer(next(iter(one.bundle.sizes), None), next(rows[one]))
 
-    def _try(self, image: AnyImage) -> Array | ImageError:
+    def vector_answers(self, images: Iterable[AnyImage]) -> Iterator[Answer | ImageError]:
+        """As :meth:`stream_vectors`, with the image size that each was computed at."""
+        for answer in self._answers(images, self.vectors.name):
+            if not isinstance(answer, ImageError):
+                self._require_finite(answer.row, self.vectors.name)
+            yield answer
+
+    def _try(self, image: AnyImage) -> tuple[Predictor, Array] | ImageError:
         try:
-            return self.preprocess(image)
+            return self._prepared(image)
         except ImageError as error:
             return error
+
+
+@dataclass
+class _Sizes:
+    """The predictors of single image sizes, behind one of several."""
+
+    known: tuple[Size, ...]
+    rule: Rule
+    open: Callable[[Size], Predictor]
+    _opened: dict[Size, Predictor] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def at(self, size: Size) -> Predictor:
+        with self._lock:
+            if size not in self._opened:
+                self._opened[size] = self.open(size)
+            return self._opened[size]
+
+    def fitting(self, picture: Image.Image) -> Predictor:
+        return self.at(fit((picture.height, picture.width), self.known, self.rule))
+
+    @property
+    def opened(self) -> Sequence[Predictor]:
+        return tuple(self._opened.values())
 
 
 def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:
     """The most exact artifact that ``backend`` runs on this machine; None is the reference weights.
 
+    Of several image sizes, the first one's.
+
     Raises:
         UsageError, DeviceUnavailable: it runs none; says why for each.
     """
+    bundle = bundle.of(None)
     for artifact in sorted(
         bundle.manifest.artifacts, key=lambda artifact: EXACTNESS.index(artifact.precision)
     ):

@@ -35,6 +35,8 @@ export -m digits --batch 0
 export -m digits --image-size big
 export -m digits --image-size 0
 export -m digits --image-size 7
+export -m digits --image-size 32,32
+export -m digits --image-size 32,33x64
 export -m B/16 --image-size 32000
 export -m digits --precision fp8x
 export -m digits --format onxx
@@ -95,6 +97,8 @@ predict linear.bundle nowhere.png
 predict linear.bundle empty
 predict linear.bundle notes.txt
 predict linear.bundle ftp://example.org//x.png
+predict linear.bundle photos --fit 9x9
+predict linear.bundle photos --fit nearest
 predict linear.bundle photos --top-k 0
 predict linear.bundle photos --top-k many
 predict linear.bundle photos --threads 0

@@ -199,7 +199,7 @@ class OnnxParser(Played):
     def parse_from_file(self, model: str) -> bool:
         if not Path(model).is_file():
             return self._fail([("INVALID_VALUE", f"Input file cannot be found: {model}", -1, None)])
-        return self._parse(lambda: onnx.load(model))
+        return self._parse(lambda: _load(Path(model)))
 
     def parse(self, model: Any, path: str | None = None) -> bool:
         return self._parse(lambda: onnx.load_from_string(bytes(model)))
@@ -230,6 +230,19 @@ class OnnxParser(Played):
             self._errors.append(ParserError(self.library, code, desc, index, node))
             self.error(f"In node {index}: {code}: {desc}")
         return False
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    """The file with the data beside it, which onnx itself refuses to read through a second hard link."""
+    model = onnx.load(path, load_external_data=False)
+    for constant in model.graph.initializer:
+        if constant.data_location == TensorProto.EXTERNAL:
+            where = {entry.key: entry.value for entry in constant.external_data}
+            begin = int(where.get("offset", 0))
+            data = (path.parent / where["location"]).read_bytes()
+            constant.raw_data = data[begin : begin + int(where["length"])]
+            constant.data_location = TensorProto.DEFAULT
+    return model
 
 
 def tensor_infos(model: onnx.ModelProto) -> dict[str, tuple[str, list[int | str]]]:

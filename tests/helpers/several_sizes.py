@@ -86,10 +86,10 @@ def several_sizes(
         sizes: the first is the default; of one, the bundle is as any other.
         table_of: plants a fault: a size whose graph has the table of another one, cut or repeated to fit.
     """
-    batch = batch or BatchRange(1, 2, 8)
+    batch, output = batch or BatchRange(1, 2, 8), manifest.get("output", "logits")
     further = [None, *sizes[1:]]
     artifacts = [
-        _artifact(precision, kind, batch, size, place, several=len(sizes) > 1)
+        _artifact(precision, kind, batch, size, place, output, several=len(sizes) > 1)
         for size, place in zip(sizes, further, strict=True)
         for precision in precisions
     ]
@@ -118,7 +118,7 @@ def several_sizes(
             values = np.resize(table(used), size)
             for precision in precisions:
                 data = f"{FILES[precision]}.data" if len(sizes) > 1 else None
-                graph = _graph(precision, kind, size, values, batch, data)
+                graph = _graph(precision, kind, size, values, batch, output, data)
                 writer.file(sized(FILES[precision], place)).write_bytes(graph)
                 if data and place is None:
                     writer.file(data).write_bytes(WEIGHT.tobytes())
@@ -133,6 +133,7 @@ def _graph(
     size: Size,
     values: np.ndarray[Any, Any],
     batch: BatchRange,
+    output: str,
     data: str | None,
 ) -> bytes:
     """Normalise if the input is uint8, weigh and average the pixels, one MatMul in the given precision."""
@@ -164,7 +165,7 @@ def _graph(
         helper.make_node("Cast", ["flat"], ["narrow"], name="narrow", to=inner),
         helper.make_node("Cast", ["weight"], ["narrow_weight"], name="narrow_weight", to=inner),
         helper.make_node("MatMul", ["narrow", "narrow_weight"], ["product"], name="head"),
-        helper.make_node("Cast", ["product"], ["logits"], name="widen", to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["product"], [output], name="widen", to=TensorProto.FLOAT),
     ]
     rows = batch.min if batch.fixed else "N"
     pixels = [*size, 3] if kind == "uint8" else [3, *size]
@@ -173,7 +174,7 @@ def _graph(
         nodes,
         "classifier",
         [helper.make_tensor_value_info("pixel_values", dtype, [rows, *pixels])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [rows, len(LABELS)])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, [rows, len(LABELS)])],
         constants,
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -181,7 +182,14 @@ def _graph(
 
 
 def _artifact(
-    precision: str, kind: str, batch: BatchRange, size: Size, place: Size | None, *, several: bool
+    precision: str,
+    kind: str,
+    batch: BatchRange,
+    size: Size,
+    place: Size | None,
+    output: str,
+    *,
+    several: bool,
 ) -> Artifact:
     rows = batch.min if batch.fixed else "N"
     pixels = (*size, 3) if kind == "uint8" else (3, *size)
@@ -200,7 +208,7 @@ def _artifact(
                 name="pixel_values", dtype="uint8" if kind == "uint8" else "float32", shape=(rows, *pixels)
             ),
         ),
-        outputs=(TensorSpec(name="logits", dtype="float32", shape=(rows, len(LABELS))),),
+        outputs=(TensorSpec(name=output, dtype="float32", shape=(rows, len(LABELS))),),
         image_size=place,
         nodes=7,
     )

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vitdeploy.bundle.manifest import Artifact, Choice, Manifest
+from vitdeploy.bundle.manifest import Artifact, Choice, Manifest, TensorSpec, input_spec
 from vitdeploy.config import Size, size_name
+from vitdeploy.errors import UsageError
 from vitdeploy.images.fitting import require_size
+
+_NAMED = 12
+"""Sizes in a sentence, at most."""
 
 
 def sized(name: str, size: Size | None) -> str:
@@ -73,6 +77,35 @@ def of_size(manifest: Manifest, size: Size) -> Manifest:
             update |= {"preprocess": record.preprocess, "flops": record.flops}
             update |= {"model": manifest.model and manifest.model.at_size(size)}
     return manifest.model_copy(update=update)
+
+
+def input_of(manifest: Manifest) -> TensorSpec | None:
+    """What goes into a model of one size, the batch as its first axis; None where nothing here tells it."""
+    if manifest.artifacts:
+        return manifest.artifacts[0].inputs[0]
+    return input_spec(manifest.model, manifest.input) if manifest.model else None
+
+
+def size_of_shape(manifest: Manifest, shape: Sequence[int]) -> Size:
+    """The size that a tensor is for, by the shape of one input, without the batch.
+
+    Raises:
+        UsageError: it is for none, or for several; names the sizes.
+    """
+    sizes = sizes_of(manifest)
+    inputs = {size: input_of(of_size(manifest, size)) for size in sizes}
+    fitting = [size for size, spec in inputs.items() if spec and spec.shape[1:] == tuple(shape)]
+    if len(fitting) == 1:
+        return fitting[0]
+    what = f"an input of the shape ({', '.join(map(str, shape))})"
+    if fitting:
+        raise UsageError(f"{what} may be of {_listed(fitting, ' or ')}", hint="name the size")
+    raise UsageError(f"no image size takes {what}", hint=f"the sizes are {_listed(sizes, ', ')}")
+
+
+def _listed(sizes: Sequence[Size], between: str) -> str:
+    more = f" and {len(sizes) - _NAMED} more" if len(sizes) > _NAMED else ""
+    return between.join(map(size_name, sizes[:_NAMED])) + more
 
 
 def counterpart(artifact: Artifact, others: Sequence[Artifact]) -> Artifact | None:

@@ -100,6 +100,8 @@ def _facts(manifest: Manifest) -> None:
         rows.append(("model", config.summary))
     if manifest.flops:
         rows.append(("compute", f"{output.flops(manifest.flops)} per image"))
+    if manifest.sizes:
+        rows.append(("image sizes", _sizes(manifest)))
     rows.extend((name, _value(spec.name, (spec.dtype, spec.shape))) for name, spec in _tensors(manifest))
     if labels and getattr(config, "head_on", None) == "embedding":
         rows.append(("head", f"zero-shot, {len(labels)} labels"))
@@ -117,6 +119,17 @@ def _facts(manifest: Manifest) -> None:
     rows = [(name, text + _origin(made.facts, name)) for name, text in rows]
     rows.extend(("note", text) for text in made.notes)
     output.facts(rows)
+
+
+def _sizes(manifest: Manifest) -> str:
+    """All image sizes, the default first, each with what it costs."""
+    from vitdeploy.config import size_name
+
+    records = [(manifest.image_size, manifest.flops), *((r.image_size, r.flops) for r in manifest.sizes)]
+    return ", ".join(
+        (size_name(size) if size else "") + (f" ({output.flops(flops)})" if flops else "")
+        for size, flops in records
+    )
 
 
 def _tensors(manifest: Manifest) -> list[tuple[str, TensorSpec]]:

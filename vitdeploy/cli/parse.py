@@ -100,7 +100,8 @@ def image_sizes(text: str | None) -> tuple[Size, ...]:
     """
     if text is None:
         return ()
-    found = [_pixels(part, "--image-size", "384, 224x384 (HxW), or 224,384") for part in text.split(",")]
+    examples = "384, 224x384 (HxW), or 224,384"
+    found = [_pixels(part.strip() or text, "--image-size", examples) for part in text.split(",")]
     return tuple((pixels, pixels) if isinstance(pixels, int) else pixels for pixels in found)
 
 

@@ -16,9 +16,9 @@ from vitdeploy.cli import output
 from vitdeploy.errors import ImageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from vitdeploy.backends.base import Array
     from vitdeploy.bundle.manifest import Manifest
-    from vitdeploy.predictor import AnyImage, Prediction, Predictor
+    from vitdeploy.config import Size
+    from vitdeploy.predictor import Answer, AnyImage, Prediction, Predictor
     from vitdeploy.ray.job import JobRequest, Summary
 
 SUMMARY = "Classify images, or embed them."
@@ -27,6 +27,7 @@ EXAMPLES = (
     "vitdeploy predict vit.bundle photos/ --top-k 1 --csv > labels.csv",
     "vitdeploy predict vit.bundle cat.jpg --artifact fp16 --json",
     "vitdeploy predict vit.bundle https://example.org/cat.jpg - < dog.jpg",
+    "vitdeploy predict vit.bundle photos/ --fit 384x384",
     "vitdeploy predict clip.bundle photos/ -o vectors.npy",
     "vitdeploy predict vit.bundle photos/ --engine ray -o labels/",
 )
@@ -49,6 +50,14 @@ Out = Annotated[
         "-o",
         metavar="FILE|DIR",
         help="File for vectors: .npy (names beside it), .parquet or .jsonl. Folder for a job on Ray.",
+    ),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="aspect|area|HxW",
+        help="Where each image goes, of a bundle of several image sizes: to the nearest aspect ratio, and of "
+        "several such the nearest area; to the nearest area; or to one size.  [default: aspect]",
     ),
 ]
 Dimensions = Annotated[
@@ -116,6 +125,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per image and class.")] = False,
+    fit: Fit = None,
     dimensions: Dimensions = None,
     engine: Engine = "local",
     out: Out = None,
@@ -128,12 +138,17 @@ def command(
     An image that cannot be decoded is reported on stderr, the others are still done, and the
     exit code is 2. With --engine ray, images may be in Parquet files, and what an earlier start has
     done is left out.
+
+    Where a bundle has several image sizes, the answer says which one an image was computed at.
     """
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
     only_ray = {"--workers": workers, "--batch": batch, "--parquet-column": parquet_column}
     _check_engine(engine, only_ray, as_csv)
+    if engine == "ray" and fit is not None:
+        raise UsageError(f"--fit {fit}: --engine ray has it not", hint="leave one out")
     from vitdeploy.bundle.folder import Bundle
+    from vitdeploy.images.fitting import DEFAULT_RULE, parse_rule
 
     opened = Bundle.open(bundle)
     _check_output(opened.manifest, top_k, dimensions, as_csv)
@@ -165,16 +180,17 @@ def command(
 
     if out is not None:
         _check_file(opened.manifest, out)
-    options = Options(threads=threads, provider=provider)
-    with Predictor.open(opened, backend=backend, artifact=artifact, options=options) as predictor:
+    options, rule = Options(threads=threads, provider=provider), parse_rule(fit) if fit else DEFAULT_RULE
+    with Predictor.open(opened, backend=backend, artifact=artifact, options=options, fit=rule) as predictor:
+        several = len(opened.sizes) > 1
         sources, missing = _sources(images)
         if predictor.note:
             output.note(predictor.note)
         began = time.perf_counter()
         if classes:
-            failed = _classify(predictor, sources, top_k or _TOP_K, as_json, as_csv)
+            failed = _classify(predictor, sources, top_k or _TOP_K, as_json, as_csv, several)
         else:
-            failed = _embed(predictor, sources, missing, out, as_json)
+            failed = _embed(predictor, sources, missing, out, as_json, several)
         seconds = time.perf_counter() - began
     if sources and any(Path(argument).is_dir() for argument in images):
         done, speed = output.count(len(sources) - failed, "image"), len(sources) / max(seconds, 1e-9)
@@ -267,13 +283,25 @@ def _standard_input() -> AnyImage:
 
 
 def _classify(
-    predictor: Predictor, sources: Mapping[str, AnyImage], top_k: int, as_json: bool, as_csv: bool
+    predictor: Predictor,
+    sources: Mapping[str, AnyImage],
+    top_k: int,
+    as_json: bool,
+    as_csv: bool,
+    several: bool,
 ) -> int:
-    """Print each image's classes; returns how many images could not be read."""
+    """Print each image's classes; returns how many images could not be read.
+
+    Args:
+        several: whether the bundle has several image sizes, so that it is said which one was taken.
+    """
     images: list[dict[str, Any]] = []
-    write = images.append if as_json else _csv_writer() if as_csv else _print
-    results = predictor.stream(sources.values(), top_k)
-    broken = _each(sources, results, lambda name, result: write(_as_dict(name, result)))
+    write = images.append if as_json else _csv_writer(several) if as_csv else _print
+
+    def answer(name: str, found: Answer) -> None:
+        write(_as_dict(name, predictor.best(found.row, top_k), found.size if several else None))
+
+    broken = _each(sources, predictor.logit_answers(sources.values()), answer)
     if as_json:
         output.json_document({"images": images})
     return broken
@@ -285,31 +313,49 @@ def _embed(
     missing: int,
     out: Path | None,
     as_json: bool,
+    several: bool,
 ) -> int:
-    """Write each image's vector, or show it; returns how many images could not be read."""
+    """Write each image's vector, or show it; returns how many images could not be read.
+
+    Args:
+        several: as of :func:`_classify`.
+    """
     from vitdeploy.cli import vectors
 
     kind, columns = predictor.vectors.name, int(predictor.vectors.shape[1])
-    results = predictor.stream_vectors(sources.values())
+    results = predictor.vector_answers(sources.values())
     if out is None:
-        rows: list[tuple[str, Array]] = []
-        broken = _each(sources, results, lambda name, vector: rows.append((name, vector)))
+        rows: list[tuple[str, Answer]] = []
+        broken = _each(sources, results, lambda name, found: rows.append((name, found)))
         if as_json:
-            output.json_document({"vectors": kind, "images": [vectors.as_dict(*row) for row in rows]})
+            images = [
+                _sized(vectors.as_dict(name, found.row), found.size if several else None)
+                for name, found in rows
+            ]
+            output.json_document({"vectors": kind, "images": images})
         elif rows:
-            vectors.table(rows)
+            places = [found.size for _, found in rows] if several else []
+            vectors.table([(name, found.row) for name, found in rows], places)
         return broken
+    taken = Counter[str]()
     with vectors.vector_file(out, list(sources), columns) as write:
-        broken = _each(sources, results, write)
+
+        def keep(name: str, found: Answer) -> None:
+            write(name, found.row)
+            taken[_size_text(found.size)] += 1
+
+        broken = _each(sources, results, keep)
     done, names = len(sources) - broken, vectors.names_file(out) if out.suffix == ".npy" else None
     if as_json:
         counts = {"images": done, "failed": broken, "missing": missing}
         where = {"output": str(out), "names": names and str(names)}
         ok = not (broken or missing)
-        output.json_document({"ok": ok, **where, "vectors": kind, "columns": columns, **counts})
+        sizes = {"image_sizes": dict(taken)} if several else {}
+        output.json_document({"ok": ok, **where, "vectors": kind, "columns": columns, **counts, **sizes})
     else:
         beside = f", names in {names}" if names else ""
-        output.line(f"{kind} of {output.count(done, 'image')}, {columns} columns: {out}{beside}")
+        at = f" ({', '.join(f'{n} at {size}' for size, n in taken.items())})" if several else ""
+        output.line(f"{kind} of {output.count(done, 'image')}{at}, {columns} columns: {out}{beside}")
     return broken
 
 
@@ -376,25 +422,35 @@ def _summary(request: JobRequest, summary: Summary) -> dict[str, Any]:
     }
 
 
-def _as_dict(path: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    return {
-        "path": path,
-        "predictions": [{"label": p.label, "index": p.index, "score": p.score} for p in predictions],
-    }
+def _as_dict(path: str, predictions: Sequence[Prediction], size: Size | None) -> dict[str, Any]:
+    rows = [{"label": p.label, "index": p.index, "score": p.score} for p in predictions]
+    return _sized({"path": path, "predictions": rows}, size)
+
+
+def _sized(image: dict[str, Any], size: Size | None) -> dict[str, Any]:
+    """What is said of an image, with the size that it was computed at."""
+    return image if size is None else image | {"image_size": list(size)}
+
+
+def _size_text(size: Sequence[int] | None) -> str:
+    """``384x512``; nothing where it goes without saying."""
+    return "x".join(map(str, size or ()))
 
 
 def _print(image: dict[str, Any]) -> None:
-    output.line(image["path"])
+    size = _size_text(image.get("image_size"))
+    output.line(f"{image['path']}  ({size})" if size else image["path"])
     for row in image["predictions"]:
         output.line(f"  {row['score']:8.4f}  {row['index']:>5}  {row['label']}")
 
 
-def _csv_writer() -> Callable[[dict[str, Any]], None]:
+def _csv_writer(several: bool) -> Callable[[dict[str, Any]], None]:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(("path", "rank", "index", "label", "score"))
+    writer.writerow(("path", "rank", "index", "label", "score", *(("image_size",) if several else ())))
 
     def write(image: dict[str, Any]) -> None:
+        size = (_size_text(image["image_size"]),) if several else ()
         for rank, row in enumerate(image["predictions"], 1):
-            writer.writerow((image["path"], rank, row["index"], row["label"], f"{row['score']:.6f}"))
+            writer.writerow((image["path"], rank, row["index"], row["label"], f"{row['score']:.6f}", *size))
 
     return write

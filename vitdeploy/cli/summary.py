@@ -88,6 +88,7 @@ def artifact_dict(manifest: Manifest, artifact: Artifact) -> dict[str, Any]:
 
 
 def print_artifacts(manifest: Manifest) -> None:
+    """Print a line for each artifact; its size is that of all its files, which sizes of images may share."""
     output.table(
         ("file", "precision", ">nodes", ">size", ">relative error", ">fp32 islands"),
         [

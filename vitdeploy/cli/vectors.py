@@ -15,6 +15,7 @@ import numpy as np
 
 from vitdeploy.backends.base import Array
 from vitdeploy.cli import output
+from vitdeploy.config import Size, size_name
 from vitdeploy.errors import ImageError, UsageError
 from vitdeploy.machine.atomic import atomic_write
 
@@ -137,15 +138,22 @@ def as_dict(name: str, vector: Array) -> dict[str, Any]:
     return {"path": name, "embedding": vector.tolist()}
 
 
-def table(rows: Sequence[tuple[str, Array]]) -> None:
-    """Print what vectors look like: their columns, their length, and how they begin."""
+def table(rows: Sequence[tuple[str, Array]], sizes: Sequence[Size | None] = ()) -> None:
+    """Print what vectors look like: their columns, their length, and how they begin.
+
+    Args:
+        sizes: at which each was computed, where a bundle has several.
+    """
+    places = [(size_name(size),) if size else () for size in sizes] or [()] * len(rows)
     cells = [
         (
             name,
+            *place,
             str(len(vector)),
             f"{np.linalg.norm(vector.astype(np.float64)):.4f}",
             "  ".join(f"{number:8.4f}" for number in vector[:_SHOWN]) + "  ..." * (len(vector) > _SHOWN),
         )
-        for name, vector in rows
+        for (name, vector), place in zip(rows, places, strict=True)
     ]
-    output.table(("image", ">columns", ">norm", ">first"), cells)
+    size = ("image size",) if sizes else ()
+    output.table(("image", *size, ">columns", ">norm", ">first"), cells)

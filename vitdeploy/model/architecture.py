@@ -65,6 +65,23 @@ class Architecture(ABC, Generic[ConfigT, ReferenceT]):
             PrecisionError: a weight does not fit into its dtype (each is named).
         """
 
+    def redeploy(
+        self,
+        reference: ReferenceT,
+        like: DeployedModel,
+        plan: PrecisionPlan,
+        *,
+        outputs: tuple[Output, ...],
+        input_kind: InputKind,
+        preprocess: Preprocess,
+    ) -> DeployedModel:
+        """As :meth:`deploy`, for another image size; what does not depend on it may be taken from ``like``.
+
+        Args:
+            like: made of the same weights, at another size, with the same arguments.
+        """
+        return self.deploy(reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess)
+
     def kernel_shape(self, config: ConfigT, output: Output, input_kind: InputKind) -> VitShape:
         """What the fused kernels have to compute.
 

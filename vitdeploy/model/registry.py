@@ -47,6 +47,20 @@ class ViTArchitecture(Architecture[ViTConfig, ViT]):
     ) -> DeployedModel:
         return rewrites.deploy(reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess)
 
+    def redeploy(
+        self,
+        reference: ViT,
+        like: DeployedModel,
+        plan: PrecisionPlan,
+        *,
+        outputs: tuple[Output, ...],
+        input_kind: InputKind,
+        preprocess: Preprocess,
+    ) -> DeployedModel:
+        return rewrites.redeploy(
+            reference, like, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess
+        )
+
     def kernel_shape(self, config: ViTConfig, output: Output, input_kind: InputKind) -> VitShape:
         from vitdeploy.model import fused
 

@@ -316,12 +316,7 @@ def deploy(
     """
     config = vit.config
     queries = queries_read(config, outputs)
-    embedding = patches_to_gemm(doubled(vit.embedding))
-    if input_kind == "uint8":
-        if preprocess is None:
-            raise ValueError("uint8 input needs the preprocessing whose mean and std to fold")
-        embedding = fold_normalisation(embedding, preprocess)
-    assign_dtypes(embedding, "embedding", plan)
+    embedding = _embedding(vit, plan, input_kind, preprocess)
     blocks = []
     for i, part in enumerate(vit.blocks[: blocks_read(config, outputs)]):
         block = cast(Block, doubled(part))
@@ -335,3 +330,37 @@ def deploy(
     result = DeployedModel(embedding, blocks, assign_dtypes(part, "readout", plan), outputs)
     result.output_dtype = plan.output_dtype
     return result.eval()
+
+
+@torch.no_grad()
+def redeploy(
+    vit: ViT,
+    like: DeployedModel,
+    plan: PrecisionPlan,
+    *,
+    outputs: tuple[Output, ...] = ("logits",),
+    input_kind: InputKind = "float",
+    preprocess: Preprocess | None = None,
+) -> DeployedModel:
+    """As :func:`deploy`, for another image size than ``like`` is for: it shares blocks and readout with that.
+
+    Only the embedding depends on the size, unless blocks turn by positions or have tables of them.
+    """
+    if vit.config.rotary is not None or vit.config.score_bias:
+        return deploy(vit, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess)
+    embedding = _embedding(vit, plan, input_kind, preprocess)
+    result = DeployedModel(embedding, list(like.blocks), like.readout, outputs)
+    result.output_dtype = plan.output_dtype
+    return result.eval()
+
+
+def _embedding(
+    vit: ViT, plan: PrecisionPlan, input_kind: InputKind, preprocess: Preprocess | None
+) -> DeployedEmbedding:
+    """The deployed embedding in the dtypes of the plan."""
+    embedding = patches_to_gemm(doubled(vit.embedding))
+    if input_kind == "uint8":
+        if preprocess is None:
+            raise ValueError("uint8 input needs the preprocessing whose mean and std to fold")
+        embedding = fold_normalisation(embedding, preprocess)
+    return assign_dtypes(embedding, "embedding", plan)

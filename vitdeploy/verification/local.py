@@ -12,6 +12,8 @@ from typing import Any
 from vitdeploy.backends.base import Backend, Options, Session, all_backends, get_backend, runs_nothing
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Artifact, ParityRecord
+from vitdeploy.bundle.sizes import named
+from vitdeploy.config import Size, size_name
 from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError
 from vitdeploy.predictor import EXACTNESS, Predictor
 from vitdeploy.progress import Progress
@@ -117,7 +119,7 @@ def verify_bundle(
         opened.verify()
         stage.detail = f"{len(opened.manifest.files)} files"
     with job.progress.stage("preprocess") as stage:
-        preprocess = check_preprocess(opened)
+        preprocess = _check_preprocess(opened)
         stage.detail = f"{preprocess.images} images, difference {preprocess.max_abs:.1e}"
     if not preprocess.images and preprocess.passed:
         job.notes.append(f"the bundle {opened.manifest.refuses_images}: no pixels were compared")
@@ -142,6 +144,18 @@ def verify_bundle(
     )
 
 
+def _check_preprocess(bundle: Bundle) -> PreprocessCheck:
+    """The preprocessing for every image size, as one check."""
+    if len(bundle.sizes) < 2:
+        return check_preprocess(bundle)
+    checks = {size: check_preprocess(bundle.at_size(size)) for size in bundle.sizes}
+    return PreprocessCheck(
+        sum(check.images for check in checks.values()),
+        max(check.max_abs for check in checks.values()),
+        tuple(f"{size_name(size)}: {why}" for size, check in checks.items() for why in check.failures),
+    )
+
+
 @dataclass(frozen=True)
 class Pair:
     """An artifact (None is the reference weights) and a backend, with the reason if it cannot run it."""
@@ -153,6 +167,11 @@ class Pair:
     @property
     def name(self) -> str:
         return self.artifact.name if self.artifact else WEIGHTS
+
+    @property
+    def size(self) -> Size | None:
+        """The image size as artifacts name it; None is the first."""
+        return self.artifact.image_size if self.artifact else None
 
 
 def runnable(bundle: Bundle, backends: Sequence[str] | None, *, models: bool = False) -> list[Pair]:
@@ -210,9 +229,17 @@ class _Verification:
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fusion: list[Fusion] = field(default_factory=list)
+    references: set[str] = field(default_factory=set)
+    """What accuracy records call the reference, of each image size."""
 
     def run(self, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
-        golden = self.bundle.golden()
+        for size in dict.fromkeys(pair.size for pair in pairs):
+            mine = [pair for pair in pairs if pair.size == size]
+            self._run_size(self.bundle.of(mine[0].artifact), mine, images)
+
+    def _run_size(self, bundle: Bundle, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
+        """Run what is of one image size, of which the bundle is a view."""
+        golden = bundle.golden()
         answers: dict[str, tuple[str, TopClasses]] = {}
         for pair in pairs:
             if pair.reason is not None:
@@ -222,18 +249,19 @@ class _Verification:
             if reads:
                 self.executed.add(pair.name)
             try:
-                with pair.backend.load(self.bundle, pair.artifact, self.options) as session:
+                with pair.backend.load(bundle, pair.artifact, self.options) as session:
                     if reads and not session.facts.uses_files:
                         self.executed.remove(pair.name)
                         why = "its files are not for this machine; what was compared was compiled here"
                         self.skipped.append(SkippedArtifact(pair.name, pair.backend.name, why))
                     self._check_parity(pair, session, golden)
                     if images is not None and pair.name not in answers:
-                        answers[pair.name] = pair.backend.name, self._top_classes(session, images)
+                        classes = self._top_classes(bundle, session, images)
+                        answers[pair.name] = pair.backend.name, classes
             except BundleError as error:
                 self.failures.append(f"{pair.name} on {pair.backend.name}: {error.message}")
         if images is not None and answers:
-            reference = self._reference(answers, images)
+            reference = self._reference(bundle, answers, images, named(REFERENCE, pairs[0].size))
             for name, (backend, classes) in answers.items():
                 self.accuracy.append(score(name, backend, classes, reference, images.labels))
 
@@ -252,7 +280,7 @@ class _Verification:
     def judge_drops(self, max_drop: float) -> None:
         """Hold the accuracy of every artifact against the reference's."""
         for record in self.accuracy:
-            if record.model == REFERENCE:
+            if record.model in self.references:
                 continue
             held, said = judge_drop(record, max_drop)
             if held:
@@ -269,22 +297,29 @@ class _Verification:
         if not self.records and not self.failures:
             self.failures.append("nothing was compared: the bundle has no artifacts")
 
-    def _top_classes(self, session: Session, images: LabelledImages) -> TopClasses:
+    def _top_classes(self, bundle: Bundle, session: Session, images: LabelledImages) -> TopClasses:
         with self.progress.stage("accuracy") as stage:
-            classes = top_classes(Predictor(self.bundle, session), images)
+            classes = top_classes(Predictor(bundle, session), images)
             stage.detail = f"{session.facts.artifact}, {len(images.labels)} images"
         return classes
 
-    def _reference(self, answers: dict[str, tuple[str, TopClasses]], images: LabelledImages) -> TopClasses:
-        """What the reference model says; without torch, what the most exact artifact says."""
+    def _reference(
+        self,
+        bundle: Bundle,
+        answers: dict[str, tuple[str, TopClasses]],
+        images: LabelledImages,
+        name: str,
+    ) -> TopClasses:
+        """What the reference model says, under its name; without torch, what the most exact artifact says."""
         backend = get_backend("torch")
-        if backend.availability().ok and backend.supports(self.bundle.manifest, None) is None:
-            with backend.load(self.bundle, None, Options(threads=self.options.threads)) as session:
-                classes = self._top_classes(session, images)
-            self.accuracy.append(score(REFERENCE, backend.name, classes, classes, images.labels))
+        if backend.availability().ok and backend.supports(bundle.manifest, None) is None:
+            with backend.load(bundle, None, Options(threads=self.options.threads)) as session:
+                classes = self._top_classes(bundle, session, images)
+            self.accuracy.append(score(name, backend.name, classes, classes, images.labels))
+            self.references.add(name)
             return classes
         exact = min(
-            (a for a in self.bundle.manifest.artifacts if a.name in answers),
+            (a for a in bundle.manifest.artifacts if a.name in answers),
             key=lambda artifact: EXACTNESS.index(artifact.precision),
         )
         self.notes.append(f"agreement is with {exact.name}: the reference model itself does not run here")
