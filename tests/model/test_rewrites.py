@@ -224,8 +224,7 @@ def test_another_size_of_the_same_weights_is_exact(name: str, kind: InputKind) -
     """With what does not depend on the size taken from the first, which stays as it was."""
     config = CONFIGS[name]
     first = random_vit(config)
-    patch = config.patch_size
-    other = config.at_size((3 * patch, 2 * patch))
+    other = config.at_size((3 * config.step, 2 * config.step))
     weights = random_state(other, seed=7)
     own = {key for key in weights if key == "pos_embed" or key.endswith("score_bias")}
     shared = {key: tensor for key, tensor in random_state(config).items() if key not in own}
