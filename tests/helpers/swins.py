@@ -33,6 +33,7 @@ SWINS: dict[str, SwinConfig] = {
     "three_stages": SwinConfig(
         **SMALL | {"depths": (1, 2, 1), "heads": (1, 2, 4), "windows": ((4, 4),) * 3, "shifts": ((1, 1),) * 3}
     ),
+    "wide": SwinConfig(**SMALL | {"width": 192}),
     "oblong_windows": SwinConfig(
         **SMALL | {"windows": ((4, 2), (2, 4)), "shifts": ((2, 1), (1, 0))}, window_rule="sides"
     ),

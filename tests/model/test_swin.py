@@ -61,7 +61,7 @@ def test_fused_attention_is_the_same_function(config: SwinConfig) -> None:
 
 
 @pytest.mark.parametrize("output", ["logits", "tokens", "layer_1"])
-@pytest.mark.parametrize("name", ["v1", "padded", "odd_map", "three_stages", "v2", "v2_padded"])
+@pytest.mark.parametrize("name", ["v1", "padded", "odd_map", "three_stages", "wide", "v2", "v2_padded"])
 def test_reported_flops_are_those_pytorch_counts(name: str, output: str) -> None:
     config = SWINS[name]
     swin, x = random_swin(config), pixels(config, 1)
@@ -87,10 +87,11 @@ def test_rewrites_are_those_that_apply() -> None:
     def names(config: SwinConfig, kind: Any = "float") -> set[str]:
         return {rewrite.name for rewrite in swin_rewrites.applied_rewrites(config, ("logits",), kind)}
 
-    always = {"patches_to_gemm", "keep_window_order", "merge_by_gather", "merge_qkv", "fix_mask"}
+    always = {"patches_to_gemm", "keep_window_order", "merge_by_gather", "fix_mask"}
     always |= {"fix_relative_positions", "move_value_bias"}
     assert names(SWINS["v1"]) == always | {"fold_attention_scale", "drop_key_bias"}
-    assert names(SWINS["v2"]) == always | {"fix_attention_scale"}
+    assert names(SWINS["wide"]) == names(SWINS["v1"]) | {"merge_qkv"}
+    assert names(SWINS["v2"]) == always | {"fix_attention_scale", "merge_qkv"}
     assert names(SWINS["padded"], "uint8") - names(SWINS["v1"]) == {
         "project_without_padding",
         "fold_normalisation",
@@ -108,7 +109,7 @@ def test_tokens_change_their_order_seven_times_in_swin_t() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("name", ["v1", "v2"])
+@pytest.mark.parametrize("name", ["v1", "wide", "v2"])
 @torch.no_grad()
 def test_norms_and_cosines_are_islands(name: str, precision: str) -> None:
     config = SWINS[name]

@@ -66,7 +66,7 @@ class Cosine(Site):
 
 
 class WindowAttention(nn.Module):
-    """Self-attention inside windows: rows (N T, D) to the same; ``qkv`` has columns (3, k, d).
+    """Self-attention inside windows: rows (N T, D) to the same; how they become heads is the subclass's.
 
     Args:
         score_bias: (k, A, A), or (n, k, A, A) with the mask of shifted windows in it.
@@ -75,37 +75,80 @@ class WindowAttention(nn.Module):
     """
 
     def __init__(
+        self, proj: Linear, heads: int, score_bias: ScoreBias, cut: Reorder | None, join: Reorder | None
+    ) -> None:
+        super().__init__()
+        self.heads, self.cut, self.score_bias = heads, cut, score_bias
+        self.softmax = Softmax()
+        self.join, self.proj = join, proj
+
+    def split_heads(self, x: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows to queries (N, n, k, A, d), keys (N, n, k, d, A) and values; ``windows`` is (-1, n, A)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        # Windows that have no mask are images of their own: no n, and N n for N.
+        masks, area = self.score_bias.value.shape[:-3], self.score_bias.value.shape[-1]
+        q, k, v = self.split_heads(reordered(x, self.cut), (-1, *masks, area))
+        scores = self.score_bias(q @ k)  # (N, n, k, A, A)
+        x = self.softmax(scores).to(v.dtype) @ v
+        x = x.transpose(-3, -2).reshape(-1, width)  # (N T, D)
+        projected: Tensor = self.proj(reordered(x, self.join))
+        return projected
+
+
+class MergedWindowAttention(WindowAttention):
+    """With one GEMM for queries, keys and values; ``qkv`` has columns (3, k, d)."""
+
+    def __init__(
         self,
         qkv: Linear,
         proj: Linear,
         heads: int,
         score_bias: ScoreBias,
-        *,
-        cosine: Cosine | None = None,
-        cut: Reorder | None = None,
-        join: Reorder | None = None,
+        cut: Reorder | None,
+        join: Reorder | None,
+        cosine: Cosine | None,
     ) -> None:
-        super().__init__()
-        self.cut, self.qkv, self.cosine, self.score_bias = cut, qkv, cosine, score_bias
-        self.softmax = Softmax()
-        self.join, self.proj, self.heads = join, proj, heads
+        super().__init__(proj, heads, score_bias, cut, join)
+        self.qkv, self.cosine = qkv, cosine
 
-    def forward(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         heads, width = self.heads, x.shape[1]
-        # Windows that have no mask are images of their own.
-        masks, area = self.score_bias.value.shape[:-3], self.score_bias.value.shape[-1]
-        x = self.qkv(reordered(x, self.cut))
-        x = x.reshape(-1, *masks, area, 3 * heads, width // heads).transpose(-3, -2)
+        x = self.qkv(x).reshape(*windows, 3 * heads, width // heads).transpose(-3, -2)
         if self.cosine is None:
-            q, k, v = x.split(heads, dim=-3)  # (N, n, k, A, d) each, or (N n, k, A, d)
+            q, k, v = x.split(heads, dim=-3)
         else:
             both, v = x.split((2 * heads, heads), dim=-3)
             q, k = self.cosine(both).to(v.dtype).split(heads, dim=-3)
-        scores = self.score_bias(q @ k.transpose(-2, -1))  # (N, n, k, A, A)
-        x = self.softmax(scores).to(v.dtype) @ v
-        x = x.transpose(-3, -2).reshape(-1, width)  # (N T, D)
-        projected: Tensor = self.proj(reordered(x, self.join))
-        return projected
+        return q, k.transpose(-2, -1), v
+
+
+class NarrowWindowAttention(WindowAttention):
+    """With a GEMM each: of many narrow rows, to take merged columns apart costs more than merging saves."""
+
+    def __init__(
+        self,
+        q: Linear,
+        k: Linear,
+        v: Linear,
+        proj: Linear,
+        heads: int,
+        score_bias: ScoreBias,
+        cut: Reorder | None,
+        join: Reorder | None,
+    ) -> None:
+        super().__init__(proj, heads, score_bias, cut, join)
+        self.q, self.k, self.v = q, k, v
+
+    def split_heads(self, x: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (*windows, self.heads, x.shape[1] // self.heads)
+        q, k, v = (linear(x).reshape(shape) for linear in (self.q, self.k, self.v))  # (N, n, A, k, d)
+        images = tuple(range(len(windows) - 1))
+        token, head, column = (len(images) + place for place in range(3))
+        as_keys = (*images, head, column, token)
+        return q.transpose(-3, -2), k.permute(as_keys), v.transpose(-3, -2)
 
 
 class DeployedMerge(nn.Module):
