@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from vitdeploy_kernels.config import shipped_table  # noqa: E402
 from vitdeploy_kernels.cost import EFFICIENCY, FILL, GAP, H200, STEP, Work, floor, predict, work  # noqa: E402
-from vitdeploy_kernels.planner import launches  # noqa: E402
+from vitdeploy_kernels.plans import launches  # noqa: E402
 from vitdeploy_kernels.problems import build  # noqa: E402
 from vitdeploy_kernels.specs import Spec, spec_of  # noqa: E402
 from vitdeploy_kernels.vit import VitShape  # noqa: E402

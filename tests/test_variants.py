@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from tests.helpers.documents import rows_after
-from vitdeploy.config import Rotary
+from vitdeploy.config import Rotary, SwinConfig, ViTConfig
 from vitdeploy.errors import ConfigError, UsageError
 from vitdeploy.images.preprocess import PRESETS
-from vitdeploy.model.registry import expected_shapes, parameter_count
-from vitdeploy.model.rewrites import applied_rewrites, forward_flops
+from vitdeploy.model.registry import architecture_of, expected_shapes, parameter_count
 from vitdeploy.variants import decode_variant, find_variant, is_variant, variant_names
 
 LARGE = {
@@ -59,8 +58,14 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
 
+# Millions of parameters, billions of multiplications: table 1 of the papers, and model_hub.md of their
+# repository, https://github.com/microsoft/Swin-Transformer.
+SWINS = {"Swin-T": (28.3, 4.5), "Swin-S": (49.6, 8.7), "Swin-B": (87.8, 15.4), "SwinV2-T": (28.3, 5.9)}
+
 # timm 1.0.31: the parameters of create_model("eva02_..._patch14_224.mim_in22k", num_classes=1000).
 EVA02 = {"Ti": 5_695_144, "S": 22_006_120, "B": 86_527_720, "L": 304_293_800}
+# And of create_model("vit_small_r26_s32_224").
+R26 = 36_431_912
 
 
 @pytest.mark.slow
@@ -70,9 +75,13 @@ def test_every_listed_variant_decodes(name: str) -> None:
     config = variant.config
     assert is_variant(name)
     assert variant.preset in PRESETS
-    assert config.image_size == {"SigLIP-L/16": (256, 256), "BLIP-B/16": (384, 384)}.get(name, (224, 224))
-    assert f"{config.patch_size}" in name
-    assert config.head_width == 64 or config.width in (1152, 1280)
+    larger = {"SigLIP-L/16": (256, 256), "BLIP-B/16": (384, 384), "SwinV2-T": (256, 256)}
+    assert config.image_size == larger.get(name, (224, 224))
+    if isinstance(config, ViTConfig):
+        assert f"{config.step}" in name
+        assert config.head_width == 64 or config.width in (1152, 1280)
+    else:
+        assert all(width == 32 * heads for width, heads in zip(config.widths, config.heads, strict=True))
     assert expected_shapes(config)
     assert config.output_shapes[config.outputs[0]]
 
@@ -101,6 +110,10 @@ def test_a_name_takes_any_resolution_its_patch_divides() -> None:
         ("DINOV3-S+/16", "DINOv3-S+/16"),
         ("SigLIP-SO400M/14", "SigLIP-So400m/14"),
         ("BEiT-B+/16", "BEiT-B/16"),
+        ("swin-t", "Swin-T"),
+        ("swin-b", "Swin-B"),
+        ("SwinV2-S", "SwinV2-T"),
+        ("R26-S/16", "R26-S/32"),
     ],
 )
 def test_unknown_names_get_a_suggestion(name: str, meant: str) -> None:
@@ -110,7 +123,7 @@ def test_unknown_names_get_a_suggestion(name: str, meant: str) -> None:
     assert "vitdeploy list" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("name", ["clip-b/32", "CLIP-H/14", "DINOv3-s+/16", "BLIP-B/17"])
+@pytest.mark.parametrize("name", ["clip-b/32", "CLIP-H/14", "DINOv3-s+/16", "BLIP-B/17", "swinv2-b"])
 def test_names_like_a_variants_are_not_looked_for_elsewhere(name: str) -> None:
     assert is_variant(name)
 
@@ -128,16 +141,55 @@ def test_hub_ids_are_no_variants(name: str) -> None:
         *(("SigLIP-B/16", 92.9), ("SigLIP-So400m/14", 428)),
         *(("DINOv3-S/16", 21.6), ("DINOv3-S+/16", 28.7), ("DINOv3-B/16", 85.7), ("DINOv3-L/16", 303)),
         *(("BEiT-B/16", 86.5), ("BEiT-L/16", 304)),
+        *((name, millions) for name, (millions, _) in SWINS.items()),
         *(("EVA02-Ti/14", 5.7), ("EVA02-S/14", 22), ("EVA02-B/14", 86), ("EVA02-L/14", 304)),
+        ("R26-S/32", 36.4),
     ],
 )
 def test_parameter_counts_are_the_papers(name: str, millions: float) -> None:
     assert parameter_count(decode_variant(name)) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
+@pytest.mark.parametrize("name", SWINS)
+def test_a_swins_flops_are_the_papers(name: str) -> None:
+    config = decode_variant(name)
+    flops = architecture_of(config).forward_flops(config)
+    assert flops / 2e9 == pytest.approx(SWINS[name][1], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWINS)
+def test_a_swin_has_the_sizes_and_settings_of_transformers(name: str) -> None:
+    import torch
+    import transformers
+
+    ours = decode_variant(name)
+    assert isinstance(ours, SwinConfig)
+    said = {"embed_dim": ours.width, "depths": list(ours.depths), "num_heads": list(ours.heads)}
+    if ours.version == 2:
+        config = transformers.Swinv2Config(**said, image_size=256, window_size=8)
+        kind = transformers.Swinv2ForImageClassification
+    else:
+        config, kind = transformers.SwinConfig(**said), transformers.SwinForImageClassification
+    config.num_labels = 1000
+    with torch.device("meta"):
+        model = kind(config)
+    assert parameter_count(ours) == sum(parameter.numel() for parameter in model.parameters())
+    assert (ours.image_size, ours.patch_size) == ((config.image_size,) * 2, config.patch_size)
+    assert ours.windows == ((config.window_size,) * 2,) * 4
+    assert (ours.mlp_ratio, ours.norm_eps) == (config.mlp_ratio, config.layer_norm_eps)
+    assert (ours.activation, ours.qkv_bias) == (config.hidden_act, config.qkv_bias)
+
+
 @pytest.mark.parametrize("size", EVA02)
 def test_eva02_has_timms_parameters(size: str) -> None:
     assert parameter_count(decode_variant(f"EVA02-{size}/14")) == EVA02[size]
+
+
+def test_the_hybrid_has_timms_parameters() -> None:
+    config = decode_variant("R26-S/32")
+    assert parameter_count(config) == R26
+    assert (config.grid, config.tokens, config.heads) == ((7, 7), 50, 6)
 
 
 @pytest.mark.slow
@@ -169,17 +221,19 @@ USUAL = ("patches_to_gemm", "merge_qkv", "fold_attention_scale", "move_value_bia
 """Rewrites of every family, which the documents' table leaves out."""
 SHOWN = (
     *("B/16", "deit_base_distilled_patch16_224", "CLIP-B/32", "SigLIP-B/16", "DINOv3-S/16", "EVA02-S/14"),
-    *("BEiT-B/16", "BLIP-B/16", "MAE-B/16", "MSN-S/16"),
+    *("BEiT-B/16", "BLIP-B/16", "MAE-B/16", "MSN-S/16", "R26-S/32", "Swin-T", "SwinV2-T"),
 )
 
 
 def rewrites_row(name: str) -> str:
     """What the documents say of a variant's rewrites."""
     config = decode_variant(name)
-    applied = applied_rewrites(config, (config.outputs[0],), "float")
-    assert {rewrite.name for rewrite in applied} >= set(USUAL)
+    architecture = architecture_of(config)
+    applied = architecture.applied_rewrites(config, (config.outputs[0],), "float")
+    usual = set(USUAL) - ({"fold_attention_scale"} if name == "SwinV2-T" else set())
+    assert {rewrite.name for rewrite in applied} >= usual
     own = ", ".join(f"`{rewrite.name}`" for rewrite in applied if rewrite.name not in USUAL)
-    saved = sum(rewrite.flops_saved for rewrite in applied) / forward_flops(config)
+    saved = sum(rewrite.flops_saved for rewrite in applied) / architecture.forward_flops(config)
     return f"| `{name}` | `{config.outputs[0]}` | {own} | {saved:.1%} |".replace("%", " %")
 
 
@@ -190,5 +244,7 @@ def test_the_page_on_families_says_which_rewrites_hold() -> None:
 
 def test_every_family_is_at_hand() -> None:
     families = {name.partition("-")[0] for name in variant_names() if "-" in name}
-    assert families == {*(name.partition("-")[0] for name in PUBLISHED), "EVA02"}
-    assert {name for name in variant_names() if "-" in name and "EVA" not in name} == PUBLISHED.keys()
+    of_timm = ("EVA02", "R26")
+    assert families == {*(name.partition("-")[0] for name in (*PUBLISHED, *SWINS)), *of_timm}
+    others = {name for name in variant_names() if "-" in name and not name.startswith(of_timm)}
+    assert others == PUBLISHED.keys() | SWINS.keys()

@@ -1,8 +1,8 @@
 """The named variants: models that papers name, without a checkpoint.
 
 ``vit_base_patch16_224`` and ``B/16`` are the plain ViT, ``CLIP-B/32`` or ``DINOv3-S/16`` the image tower of a
-family. Each is a configuration and the preprocessing of its family; weights are random, or those of a file
-beside it. Needs no PyTorch.
+family, ``Swin-T`` a Swin Transformer. Each is a configuration and the preprocessing of its family; weights
+are random, or those of a file beside it. Needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vitdeploy.config import Rotary, ViTConfig
+from vitdeploy.config import Rotary, Stem, SwinConfig, ViTConfig
 from vitdeploy.errors import UsageError, did_you_mean
 
 DEFAULT_MODEL = "vit_base_patch16_224"
@@ -23,7 +23,7 @@ DEFAULT_MODEL = "vit_base_patch16_224"
 class Variant:
     """What a name stands for."""
 
-    config: ViTConfig
+    config: ViTConfig | SwinConfig
     preset: str
     """The preprocessing of its family, one of ``images.preprocess.PRESETS``."""
 
@@ -156,9 +156,29 @@ _FAMILIES: Mapping[str, _Family] = {
     "MAE": _Family("mae", {"classes": 0, "norm_eps": 1e-12}, {"B/16": {}}),
     # Assran et al. 2022 (https://arxiv.org/abs/2204.07141); the same of facebook/vit-msn-small.
     "MSN": _Family("mae", {"classes": 0}, {"S/16": {}}),
+    # Steiner et al. 2022 (https://arxiv.org/abs/2106.10270), table 2; timm's vit_small_r26_s32_224. The
+    # name's patch is in pixels: one cell of the ResNet's last map.
+    "R26": _Family("inception", {"patch_size": 1, "stem": Stem((2, 2, 2, 2))}, {"S/32": {}}),
+}
+_LARGER = (2, 2, 18, 2)
+_SWINS: Mapping[str, SwinConfig] = {
+    # Liu et al. 2021 (https://arxiv.org/abs/2103.14030), section 3.3.
+    "Swin-T": SwinConfig(),
+    "Swin-S": SwinConfig(depths=_LARGER),
+    "Swin-B": SwinConfig(width=128, depths=_LARGER, heads=(4, 8, 16, 32)),
+    # Liu et al. 2022 (https://arxiv.org/abs/2111.09883), section 4; config.json of
+    # microsoft/swinv2-tiny-patch4-window8-256: the last stage has one window, which is not shifted.
+    "SwinV2-T": SwinConfig(
+        version=2,
+        image_size=(256, 256),
+        windows=((8, 8),) * 4,
+        shifts=((4, 4), (4, 4), (4, 4), (0, 0)),
+        window_rule="fixed",
+        mask=-200.0,
+    ),
 }
 _OF_FAMILY = re.compile(rf"(?P<family>{'|'.join(_FAMILIES)})-(?P<member>(?P<size>\w+)\+?/(?P<patch>\d+))")
-_NEAR = re.compile(_OF_FAMILY.pattern, re.IGNORECASE)
+_NEAR = re.compile(rf"{_OF_FAMILY.pattern}|swin(v2)?-\w{{1,2}}", re.IGNORECASE)
 
 
 def variant_names() -> tuple[str, ...]:
@@ -167,7 +187,7 @@ def variant_names() -> tuple[str, ...]:
     deit = [f"deit_{name}{d}_patch16_224" for name in ("tiny", "small", "base") for d in ("", "_distilled")]
     long = [f"vit_{name}_patch{patch}_224" for name, _, patch in sizes]
     others = [f"{name}-{member}" for name, family in _FAMILIES.items() for member in family.members]
-    return (*long, *deit, *(f"{size.short}/{patch}" for _, size, patch in sizes), *others)
+    return (*long, *deit, *(f"{size.short}/{patch}" for _, size, patch in sizes), *others, *_SWINS)
 
 
 def is_variant(name: str) -> bool:
@@ -175,7 +195,7 @@ def is_variant(name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in (_LONG, _SHORT, _NEAR))
 
 
-def decode_variant(name: str) -> ViTConfig:
+def decode_variant(name: str) -> ViTConfig | SwinConfig:
     """Return the configuration of a named variant, as :func:`find_variant` has it."""
     return find_variant(name).config
 
@@ -197,6 +217,8 @@ def find_variant(name: str) -> Variant:
             size = _SHORT_SIZES[match["size"]].fields | {"patch_size": int(match["patch"])}
             own = family.members[match["member"]]
             return Variant(ViTConfig(**(size | dict(family.fields) | dict(own))), family.preset)
+    elif name in _SWINS:
+        return Variant(_SWINS[name], "swin")
     elif found := _plain(name):
         return found
     raise UsageError(

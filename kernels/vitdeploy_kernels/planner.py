@@ -27,7 +27,7 @@ from vitdeploy_kernels.config import Entry, Table
 from vitdeploy_kernels.launch import Launch, tiles
 from vitdeploy_kernels.layernorm_linear import Folded
 from vitdeploy_kernels.support import Unsupported
-from vitdeploy_kernels.vit import AbsorbedBlock, Block, Linear, VitShape, VitWeights, random_weights
+from vitdeploy_kernels.vit import AbsorbedBlock, Block, Linear, VitShape, VitWeights
 
 Readout: TypeAlias = Callable[[Tensor], Tensor]
 """From the last residual rows, (N, T, D) or the read tokens (N Q, D), to the output."""
@@ -90,7 +90,183 @@ class Workspace:
         return held[:count].view(*size)
 
 
-class Planner:
+class BlockPlanner:
+    """Plans blocks of one shape: what a whole model's planner is made of.
+
+    Args:
+        shape: of the blocks, and of the sequences within which they attend.
+        count: sequences.
+        steps: to these it adds its own.
+        rotation: as of :class:`VitWeights`.
+    """
+
+    def __init__(
+        self,
+        shape: VitShape,
+        count: int,
+        dtype: torch.dtype,
+        table: Table,
+        workspace: Workspace,
+        steps: list[Step],
+        rotation: Tensor | None = None,
+    ) -> None:
+        self.shape, self.batch, self.table = shape, count, table
+        self.workspace, self.steps, self.rotation = workspace, steps, rotation
+        self.dtype = dtype
+        self.rows = count * shape.tokens
+        self.x = self.take("x", (self.rows, shape.width))
+
+    def take(self, name: str, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        return self.workspace.take(name, size, dtype or self.dtype)
+
+    def entry(self, kernel: str, *shape: int) -> Entry:
+        return self.table.entry(kernel, shape)
+
+    def launch(self, site: str, launch: Launch) -> None:
+        self.steps.append(Step(site, launch.name.removesuffix("_kernel"), launch=launch))
+
+    def leave(self, site: str, operation: str, call: Callable[[], object], reason: str) -> None:
+        self.steps.append(Step(site, operation, call=call, reason=reason))
+
+    def norm_linear(
+        self,
+        site: str,
+        x: Tensor,
+        stats: Tensor,
+        folded: Folded,
+        out: Tensor,
+        activation: str = "none",
+        *,
+        eps: float | None = None,
+    ) -> None:
+        """LayerNorm, linear layer, activation; ``eps`` is the shape's when omitted."""
+        eps = self.shape.eps if eps is None else eps
+        rows, columns = out.shape
+        entry = self.entry("layernorm_linear", rows, columns, x.shape[1])
+        if entry.route == "fused" or out.dtype != self.dtype:
+            launch = layernorm_linear.launch(
+                x, stats, *folded, out,
+                eps=eps, activation=activation, config=entry.config,
+            )  # fmt: skip
+            return self.launch(site, launch)
+        normed = self.take("normed", x.shape)
+        bias = folded.bias.to(self.dtype)
+        self.layernorm(f"{site}.norm", x, None, None, None, normed, None, eps=eps)
+
+        def multiply() -> None:
+            torch.addmm(bias, normed, folded.weight, out=out)
+            activate_in_place(out, activation)
+
+        return self.leave(site, "cublas", multiply, "cuBLASLt and a separate LayerNorm were measured faster")
+
+    def layernorm(
+        self,
+        site: str,
+        x: Tensor,
+        branch: Tensor | None,
+        bias: Tensor | None,
+        total: Tensor | None,
+        normed: Tensor | None,
+        stats: Tensor | None,
+        *,
+        eps: float | None = None,
+    ) -> None:
+        """Normalised rows, statistics or a sum, as :func:`add_layernorm.launch` writes them."""
+        config = self.entry("add_layernorm", *x.shape).config
+        eps = self.shape.eps if eps is None else eps
+        launch = add_layernorm.launch(x, branch, bias, total, normed, stats, eps=eps, config=config)
+        self.launch(site, launch)
+
+    def _residual(self, site: str, x: Tensor, linear: Linear, residual: Tensor, out: Tensor) -> Tensor:
+        """Linear layer, added to the residual stream; returns the new rows' statistics."""
+        rows, depth = x.shape
+        entry = self.entry("linear_residual", rows, self.shape.width, depth)
+        if entry.route == "fused":
+            parts = tiles(self.shape.width, entry.config.block_n)
+            stats = self.take("stats", (rows, parts, 2), torch.float32)
+            launch = linear_residual.launch(
+                x, linear.weight, linear.bias, residual, out, stats, config=entry.config
+            )
+            self.launch(site, launch)
+            return stats
+        stats = self.take("stats", (rows, 1, 2), torch.float32)
+        branch = self.take("branch", (rows, self.shape.width))
+        reason = "cuBLASLt and a separate addition were measured faster"
+        self.leave(site, "cublas", lambda: torch.mm(x, linear.weight, out=branch), reason)
+        self.layernorm(f"{site}.add", residual, branch, linear.bias, out, None, stats)
+        return stats
+
+    def block(self, site: str, block: Block, stats: Tensor) -> Tensor:
+        mixed = self._attention(f"{site}.attn", block, stats)
+        stats = self._residual(f"{site}.attn.proj", mixed, block.proj, self.x, self.x)
+        hidden = self._hidden(f"{site}.mlp", "hidden", self.x, stats, block.fc1)
+        return self._residual(f"{site}.mlp.fc2", hidden, block.fc2, self.x, self.x)
+
+    def _attention(self, site: str, block: Block, stats: Tensor) -> Tensor:
+        """Queries, keys and values, and what attention makes of them: (rows, width)."""
+        shape, batch, rotation = self.shape, self.batch, self.rotation
+        tokens = self.x.view(batch, shape.tokens, shape.width)
+        mixed = self.take("mixed", tokens.shape)
+        bias = None if block.score_bias is None else block.score_bias[..., : shape.tokens]
+        fits = layernorm_attention.supports(tokens, block.qkv.weight, block.qkv.bias, shape.heads, bias)
+        whole = rotation is None and not isinstance(fits, Unsupported)
+        if whole and self.table.kernels.get("layernorm_attention"):
+            entry = self.entry("layernorm_attention", batch * shape.heads, shape.tokens, shape.width)
+            if entry.route == "fused":
+                launch = layernorm_attention.launch(
+                    tokens, block.qkv.weight, block.qkv.bias, mixed,
+                    heads=shape.heads, scale=shape.scale, eps=shape.eps, mask=bias, config=entry.config,
+                )  # fmt: skip
+                self.launch(site, launch)
+                return mixed.view(self.rows, shape.width)
+        qkv = self.take("qkv", (batch, shape.tokens, 3 * shape.width))
+        self.norm_linear(f"{site}.qkv", self.x, stats, block.qkv, qkv.view(self.rows, -1))
+        if rotation is not None:
+            turn = lambda: _rotate(qkv, rotation, shape.heads)  # noqa: E731
+            self.leave(f"{site}.rotate", "rotation", turn, "no fused kernel turns queries and keys")
+        support = attention.supports(qkv, shape.heads, shape.scale, bias)
+        if isinstance(support, Unsupported):
+            call = lambda: mixed.copy_(_sdpa(qkv, shape.heads, shape.scale, bias))  # noqa: E731
+            self.leave(site, "scaled_dot_product_attention", call, support.reason)
+        else:
+            entry = self.entry("attention", batch * shape.heads, shape.tokens, shape.head_width)
+            launch = attention.launch(
+                qkv, mixed, heads=shape.heads, scale=shape.scale, bias=bias, config=entry.config
+            )
+            self.launch(site, launch)
+        return mixed.view(self.rows, shape.width)
+
+    def _hidden(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded) -> Tensor:
+        """What the MLP's second layer reads: (rows, MLP width)."""
+        shape = self.shape
+        hidden = self._activated(site, name, x, stats, fc1)
+        if not shape.mlp_norm:
+            return hidden
+        normed = self.take(f"{name}.normed", hidden.shape)
+        self.layernorm(f"{site}.norm", hidden, None, None, None, normed, None)
+        return normed
+
+    def _activated(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded) -> Tensor:
+        """The MLP's first layer with its activation, or gate: (rows, MLP width)."""
+        shape = self.shape
+        hidden = self.take(name, (len(x), shape.hidden))
+        activation = "none" if shape.gated else shape.activation
+        self.norm_linear(f"{site}.fc1", x, stats, fc1, hidden, activation)
+        if not shape.gated:
+            return hidden
+        gated = self.take(f"{name}.gated", (len(x), shape.mlp_width))
+
+        def gate() -> None:
+            left, right = hidden.chunk(2, dim=1)
+            gated.copy_(left)
+            activate_in_place(gated, shape.activation)
+            gated.mul_(right)
+
+        self.leave(f"{site}.gate", "gate", gate, "no fused kernel for gated MLPs")
+        return gated
+
+
+class Planner(BlockPlanner):
     """Builds the plan of one batch size.
 
     Args:
@@ -110,180 +286,39 @@ class Planner:
         workspace: Workspace,
         readout: Readout | None = None,
     ) -> None:
-        self.shape, self.weights, self.batch, self.table = shape, weights, batch, table
-        self.workspace, self.readout = workspace, readout
-        self.dtype = weights.dtype
-        self.rows = batch * shape.tokens
-        self.steps: list[Step] = []
-        self.image = self._take("image", shape.image_shape(batch), _image_dtype(shape))
-        self.x = self._take("x", (self.rows, shape.width))
+        super().__init__(shape, batch, weights.dtype, table, workspace, [], weights.rotation)
+        self.weights, self.readout = weights, readout
+        dtype = torch.uint8 if shape.uint8 else torch.float32
+        self.image = self.take("image", shape.image_shape(batch), dtype)
 
     def build(self) -> Plan:
         """The whole forward pass."""
         stats = self._embed()
         for index, block in enumerate(self.weights.blocks):
-            stats = self._block(f"blocks.{index}", block, stats)
+            stats = self.block(f"blocks.{index}", block, stats)
         rows: Tensor = self.x
         if self.weights.last is not None:
             rows, stats = self._absorbed(f"blocks.{self.shape.depth - 1}", self.weights.last, stats)
         output = self._read_out(rows, stats)
         return Plan(self.batch, tuple(self.steps), self.image, output)
 
-    def _take(self, name: str, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        return self.workspace.take(name, size, dtype or self.dtype)
-
-    def _entry(self, kernel: str, *shape: int) -> Entry:
-        return self.table.entry(kernel, shape)
-
-    def _launch(self, site: str, launch: Launch) -> None:
-        self.steps.append(Step(site, launch.name.removesuffix("_kernel"), launch=launch))
-
-    def _torch(self, site: str, operation: str, call: Callable[[], object], reason: str) -> None:
-        self.steps.append(Step(site, operation, call=call, reason=reason))
-
     def _embed(self) -> Tensor:
         shape, embedding = self.shape, self.weights.embedding
-        config = self._entry("patch_embed", self.rows, shape.width, len(embedding.weight)).config
-        stats = self._take("stats", (self.rows, tiles(shape.width, config.block_n), 2), torch.float32)
+        config = self.entry("patch_embed", self.rows, shape.width, len(embedding.weight)).config
+        stats = self.take("stats", (self.rows, tiles(shape.width, config.block_n), 2), torch.float32)
         first = self.weights.pre_norm
-        out = self.x if first is None else self._take("embedded", self.x.shape)
+        out = self.x if first is None else self.take("embedded", self.x.shape)
         launch = patch_embed.launch(
             self.image, embedding.weight, embedding.tokens, out, stats,
             patch=shape.patch, prefix=shape.prefix, scale=embedding.scale, config=config,
         )  # fmt: skip
-        self._launch("embedding", launch)
+        self.launch("embedding", launch)
         if first is None:
             return stats
-        self._norm_linear("embedding.pre_norm", out, stats, first, self.x)
-        stats = self._take("stats", (self.rows, 1, 2), torch.float32)
-        self._layernorm("embedding.pre_norm.stats", self.x, None, None, None, None, stats)
+        self.norm_linear("embedding.pre_norm", out, stats, first, self.x)
+        stats = self.take("stats", (self.rows, 1, 2), torch.float32)
+        self.layernorm("embedding.pre_norm.stats", self.x, None, None, None, None, stats)
         return stats
-
-    def _norm_linear(
-        self, site: str, x: Tensor, stats: Tensor, folded: Folded, out: Tensor, activation: str = "none"
-    ) -> None:
-        """LayerNorm, linear layer, activation."""
-        rows, columns = out.shape
-        entry = self._entry("layernorm_linear", rows, columns, self.shape.width)
-        if entry.route == "fused" or out.dtype != self.dtype:
-            launch = layernorm_linear.launch(
-                x, stats, *folded, out,
-                eps=self.shape.eps, activation=activation, config=entry.config,
-            )  # fmt: skip
-            return self._launch(site, launch)
-        normed = self._take("normed", (rows, self.shape.width))
-        bias = folded.bias.to(self.dtype)
-        self._layernorm(f"{site}.norm", x, None, None, None, normed, None)
-
-        def multiply() -> None:
-            torch.addmm(bias, normed, folded.weight, out=out)
-            activate_in_place(out, activation)
-
-        return self._torch(site, "cublas", multiply, "cuBLASLt and a separate LayerNorm were measured faster")
-
-    def _layernorm(
-        self,
-        site: str,
-        x: Tensor,
-        branch: Tensor | None,
-        bias: Tensor | None,
-        total: Tensor | None,
-        normed: Tensor | None,
-        stats: Tensor | None,
-    ) -> None:
-        config = self._entry("add_layernorm", len(x), self.shape.width).config
-        launch = add_layernorm.launch(
-            x, branch, bias, total, normed, stats, eps=self.shape.eps, config=config
-        )
-        self._launch(site, launch)
-
-    def _residual(self, site: str, x: Tensor, linear: Linear, residual: Tensor, out: Tensor) -> Tensor:
-        """Linear layer, added to the residual stream; returns the new rows' statistics."""
-        rows, depth = x.shape
-        entry = self._entry("linear_residual", rows, self.shape.width, depth)
-        if entry.route == "fused":
-            parts = tiles(self.shape.width, entry.config.block_n)
-            stats = self._take("stats", (rows, parts, 2), torch.float32)
-            launch = linear_residual.launch(
-                x, linear.weight, linear.bias, residual, out, stats, config=entry.config
-            )
-            self._launch(site, launch)
-            return stats
-        stats = self._take("stats", (rows, 1, 2), torch.float32)
-        branch = self._take("branch", (rows, self.shape.width))
-        reason = "cuBLASLt and a separate addition were measured faster"
-        self._torch(site, "cublas", lambda: torch.mm(x, linear.weight, out=branch), reason)
-        self._layernorm(f"{site}.add", residual, branch, linear.bias, out, None, stats)
-        return stats
-
-    def _block(self, site: str, block: Block, stats: Tensor) -> Tensor:
-        mixed = self._attention(f"{site}.attn", block, stats)
-        stats = self._residual(f"{site}.attn.proj", mixed, block.proj, self.x, self.x)
-        hidden = self._hidden(f"{site}.mlp", "hidden", self.x, stats, block.fc1)
-        return self._residual(f"{site}.mlp.fc2", hidden, block.fc2, self.x, self.x)
-
-    def _attention(self, site: str, block: Block, stats: Tensor) -> Tensor:
-        """Queries, keys and values, and what attention makes of them: (rows, width)."""
-        shape, batch, rotation = self.shape, self.batch, self.weights.rotation
-        tokens = self.x.view(batch, shape.tokens, shape.width)
-        mixed = self._take("mixed", tokens.shape)
-        bias = None if block.score_bias is None else block.score_bias[..., : shape.tokens]
-        fits = layernorm_attention.supports(tokens, block.qkv.weight, block.qkv.bias, shape.heads, bias)
-        whole = rotation is None and not isinstance(fits, Unsupported)
-        if whole and self.table.kernels.get("layernorm_attention"):
-            entry = self._entry("layernorm_attention", batch * shape.heads, shape.tokens, shape.width)
-            if entry.route == "fused":
-                launch = layernorm_attention.launch(
-                    tokens, block.qkv.weight, block.qkv.bias, mixed,
-                    heads=shape.heads, scale=shape.scale, eps=shape.eps, mask=bias, config=entry.config,
-                )  # fmt: skip
-                self._launch(site, launch)
-                return mixed.view(self.rows, shape.width)
-        qkv = self._take("qkv", (batch, shape.tokens, 3 * shape.width))
-        self._norm_linear(f"{site}.qkv", self.x, stats, block.qkv, qkv.view(self.rows, -1))
-        if rotation is not None:
-            turn = lambda: _rotate(qkv, rotation, shape.heads)  # noqa: E731
-            self._torch(f"{site}.rotate", "rotation", turn, "no fused kernel turns queries and keys")
-        support = attention.supports(qkv, shape.heads, shape.scale, bias)
-        if isinstance(support, Unsupported):
-            call = lambda: mixed.copy_(_sdpa(qkv, shape.heads, shape.scale, bias))  # noqa: E731
-            self._torch(site, "scaled_dot_product_attention", call, support.reason)
-        else:
-            entry = self._entry("attention", batch * shape.heads, shape.tokens, shape.head_width)
-            launch = attention.launch(
-                qkv, mixed, heads=shape.heads, scale=shape.scale, bias=bias, config=entry.config
-            )
-            self._launch(site, launch)
-        return mixed.view(self.rows, shape.width)
-
-    def _hidden(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded) -> Tensor:
-        """What the MLP's second layer reads: (rows, MLP width)."""
-        shape = self.shape
-        hidden = self._activated(site, name, x, stats, fc1)
-        if not shape.mlp_norm:
-            return hidden
-        normed = self._take(f"{name}.normed", hidden.shape)
-        self._layernorm(f"{site}.norm", hidden, None, None, None, normed, None)
-        return normed
-
-    def _activated(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded) -> Tensor:
-        """The MLP's first layer with its activation, or gate: (rows, MLP width)."""
-        shape = self.shape
-        hidden = self._take(name, (len(x), shape.hidden))
-        activation = "none" if shape.gated else shape.activation
-        self._norm_linear(f"{site}.fc1", x, stats, fc1, hidden, activation)
-        if not shape.gated:
-            return hidden
-        gated = self._take(f"{name}.gated", (len(x), shape.mlp_width))
-
-        def gate() -> None:
-            left, right = hidden.chunk(2, dim=1)
-            gated.copy_(left)
-            activate_in_place(gated, shape.activation)
-            gated.mul_(right)
-
-        self._torch(f"{site}.gate", "gate", gate, "no fused kernel for gated MLPs")
-        return gated
 
     def _absorbed(self, site: str, block: AbsorbedBlock, stats: Tensor) -> tuple[Tensor, Tensor]:
         """The last block for the tokens that are read; returns their rows (N Q, D) and statistics."""
@@ -292,19 +327,19 @@ class Planner:
         count, width, heads = batch * shape.queries, shape.width, shape.heads
         tokens = self.x.view(batch, shape.tokens, width)
         rows, row_stats = self._first_tokens(site, tokens, stats)
-        q = self._take("read.q", (count, width))
-        self._norm_linear(f"{site}.attn.q", rows, row_stats, block.q, q)
-        queries = self._take("read.queries", (batch, shape.queries * heads, width))
+        q = self.take("read.q", (count, width))
+        self.norm_linear(f"{site}.attn.q", rows, row_stats, block.q, q)
+        queries = self.take("read.queries", (batch, shape.queries * heads, width))
         self._head_linear(
             f"{site}.attn.key", q.view(count, heads, -1), block.key, queries.view(count, heads, width)
         )
-        pooled = self._take("read.pooled", queries.shape)
+        pooled = self.take("read.pooled", queries.shape)
         self._absorbed_attention(f"{site}.attn", queries, tokens, stats, block.score_bias, pooled)
-        mixed = self._take("read.mixed", (count, width))
+        mixed = self.take("read.mixed", (count, width))
         self._head_linear(
             f"{site}.attn.value", pooled.view(count, heads, width), block.value, mixed.view(count, heads, -1)
         )
-        read = self._take("read.x", (count, width))
+        read = self.take("read.x", (count, width))
         stats = self._residual(f"{site}.attn.proj", mixed, block.proj, rows, read)
         hidden = self._hidden(f"{site}.mlp", "read.hidden", read, stats, block.fc1)
         return read, self._residual(f"{site}.mlp.fc2", hidden, block.fc2, read, read)
@@ -315,19 +350,19 @@ class Planner:
         per_image = stats.view(self.batch, self.shape.tokens, -1, 2)
         if count == 1:
             return tokens[:, 0], per_image[:, 0]
-        rows = self._take("first", (self.batch, count or 0, self.shape.width))
-        row_stats = self._take("first.stats", (self.batch, count or 0, *per_image.shape[2:]), torch.float32)
+        rows = self.take("first", (self.batch, count or 0, self.shape.width))
+        row_stats = self.take("first.stats", (self.batch, count or 0, *per_image.shape[2:]), torch.float32)
 
         def gather() -> None:
             rows.copy_(tokens[:, :count])
             row_stats.copy_(per_image[:, :count])
 
-        self._torch(f"{site}.first", "copy", gather, f"{count} tokens are read")
+        self.leave(f"{site}.first", "copy", gather, f"{count} tokens are read")
         return rows.flatten(0, 1), row_stats.flatten(0, 1)
 
     def _head_linear(self, site: str, x: Tensor, weight: Tensor, out: Tensor) -> None:
-        config = self._entry("head_linear", len(x), out.shape[2], x.shape[2]).config
-        self._launch(site, absorbed.launch_head_linear(x, weight, out, config=config))
+        config = self.entry("head_linear", len(x), out.shape[2], x.shape[2]).config
+        self.launch(site, absorbed.launch_head_linear(x, weight, out, config=config))
 
     def _absorbed_attention(
         self, site: str, queries: Tensor, tokens: Tensor, stats: Tensor, bias: Tensor | None, out: Tensor
@@ -338,31 +373,34 @@ class Planner:
             support = Unsupported("the fused kernel adds nothing to the scores")
         if isinstance(support, Unsupported):
             call = lambda: out.copy_(_absorbed(queries, tokens, shape.scale, shape.eps, bias))  # noqa: E731
-            return self._torch(site, "absorbed attention", call, support.reason)
-        config = self._entry("absorbed_attention", self.batch, shape.tokens, shape.width).config
+            return self.leave(site, "absorbed attention", call, support.reason)
+        config = self.entry("absorbed_attention", self.batch, shape.tokens, shape.width).config
         launch = absorbed.launch_absorbed_attention(
             queries, tokens, stats, out, scale=shape.scale, eps=shape.eps, config=config
         )
-        return self._launch(site, launch)
+        return self.launch(site, launch)
 
     def _read_out(self, rows: Tensor, stats: Tensor) -> Tensor:
         if self.weights.head is not None:
-            logits = self._take("logits", (self.batch, self.shape.classes), torch.float32)
-            self._norm_linear("head", rows, stats, self.weights.head, logits)
+            logits = self.take("logits", (self.batch, self.shape.classes), torch.float32)
+            self.norm_linear("head", rows, stats, self.weights.head, logits)
             return logits
         if self.readout is None:
             return rows
-        readout, whole = self.readout, self.shape.queries is None
-        x = rows.view(self.batch, self.shape.tokens, -1) if whole else rows
-        output = torch.empty_like(readout(x))
-        columns = f"{output.shape[-1]} columns"
-        reason = f"fused only over one token and a plain head ({columns})"
-        self._torch("readout", "LayerNorm, pooling and head", lambda: output.copy_(readout(x)), reason)
+        whole = self.shape.queries is None
+        step, output = readout_step(
+            self.readout, rows.view(self.batch, self.shape.tokens, -1) if whole else rows
+        )
+        self.steps.append(step)
         return output
 
 
-def _image_dtype(shape: VitShape) -> torch.dtype:
-    return torch.uint8 if shape.uint8 else torch.float32
+def readout_step(readout: Readout, x: Tensor) -> tuple[Step, Tensor]:
+    """What computes the output where no fused head does, and the output."""
+    output = torch.empty_like(readout(x))
+    reason = f"fused only over one token and a plain head ({output.shape[-1]} columns)"
+    call = lambda: output.copy_(readout(x))  # noqa: E731
+    return Step("readout", "LayerNorm, pooling and head", call=call, reason=reason), output
 
 
 def _rotate(qkv: Tensor, rotation: Tensor, heads: int) -> None:
@@ -386,10 +424,3 @@ def _absorbed(queries: Tensor, tokens: Tensor, scale: float, eps: float, bias: T
     if bias is not None:
         scores = scores + bias
     return scores.softmax(dim=-1).to(normed.dtype) @ normed
-
-
-def launches(shape: VitShape, dtype: torch.dtype, batch: int, table: Table) -> list[tuple[str, Launch]]:
-    """The fused launches of a forward pass, with their sites, over meta tensors: for compilation only."""
-    weights = random_weights(shape, dtype, "meta")
-    plan = Planner(shape, weights, batch, table, Workspace(torch.device("meta"))).build()
-    return [(step.site, step.launch) for step in plan.steps if step.launch is not None]

@@ -2,7 +2,8 @@
 
 One row for each distinct binary of a forward pass (``calls`` counts its launches) of ViT-B/16, L/16 and
 H/14 in float16, with the shipped configurations; add_layernorm as the cuBLASLt route launches it, uint8
-pixels, layernorm_attention at the width of ViT-S, and what CLIP's first norm and BEiT's attention add.
+pixels, layernorm_attention at the width of ViT-S and in the first windows of Swin-T, and what CLIP's first
+norm, BEiT's attention and Swin's windows add.
 ``bytes`` and ``flops`` are of one launch.
 
     python -m vitdeploy_kernels.resources --write kernels/resources.csv
@@ -30,9 +31,10 @@ from vitdeploy_kernels.aot import ARCHITECTURES, AotError, Compiled, capability_
 from vitdeploy_kernels.compile_pool import Key, Progress, compile_each
 from vitdeploy_kernels.config import Route, Table, shipped_table
 from vitdeploy_kernels.launch import Launch
-from vitdeploy_kernels.planner import launches
+from vitdeploy_kernels.plans import Shape, launches
 from vitdeploy_kernels.sass import Resources, resources
 from vitdeploy_kernels.specs import flops, size, spec_of
+from vitdeploy_kernels.swin import SwinShape
 from vitdeploy_kernels.vit import VitShape
 
 BATCH = 64
@@ -43,9 +45,13 @@ MODELS: Mapping[str, VitShape] = {
 }
 NARROW = ("ViT-S/16", VitShape(width=384, heads=6, mlp_width=1536))
 """Whose attention is one kernel, LayerNorm and QKV included."""
-OTHERS: Mapping[str, tuple[VitShape, re.Pattern[str]]] = {
+SWIN = SwinShape()
+FIRST = replace(SWIN, depths=(2,), heads=(3,), windows=((7, 7),), shifted=(True,), mlp_widths=(384,))
+"""Swin-T's first stage, whose attention can be one kernel as well."""
+OTHERS: Mapping[str, tuple[Shape, re.Pattern[str]]] = {
     "CLIP-B/32": (VitShape(patch=32, pre_norm=True, depth=1), re.compile(r"embedding\.pre_norm.*")),
     "BEiT-B/16": (VitShape(score_bias=True, queries=None, depth=1), re.compile(r"blocks\.\d+\.attn")),
+    "Swin-T": (SWIN, re.compile(r"blocks\.\d+\.attn")),
 }
 """Models with binaries that the others have not, and at which sites."""
 
@@ -56,6 +62,10 @@ REASONS: Mapping[tuple[str, str], str] = {
         "sm_89",
     ): "two registers kept around the loop, two more read once in each step of it",
     ("head_linear", "sm_89"): "one register, stored before the loop and read after it",
+    (
+        "attention",
+        "sm_100",
+    ): "eight registers, stored once and read once or twice: a window is one tile, and there is no loop",
     ("layernorm_attention", "sm_90"): "stored once and read once, outside of the loops",
 }
 """Why a kernel may spill registers on an architecture; read from its SASS."""
@@ -147,12 +157,12 @@ def all_cases(arch: str) -> list[Case]:
         pixels = launches(replace(shape, uint8=True, depth=1), half, BATCH, table)
         sites += [(f"{site}.uint8", launch) for site, launch in pixels if site == "embedding"]
         found += model_cases(model, arch, sites)
-    model, shape = NARROW
-    together = launches(shape, half, BATCH, routed(table, "fused"))
-    narrow = [(site, launch) for site, launch in together if launch.name == "layernorm_attention_kernel"]
-    found += model_cases(model, arch, narrow)
-    for model, (shape, where) in OTHERS.items():
-        sites = launches(shape, half, BATCH, table)
+    for model, narrow, suffix in ((*NARROW, ""), ("Swin-T", FIRST, ".whole")):
+        together = launches(narrow, half, BATCH, routed(table, "fused"))
+        whole = [(f"{site}{suffix}", it) for site, it in together if it.name == "layernorm_attention_kernel"]
+        found += model_cases(model, arch, whole)
+    for model, (other, where) in OTHERS.items():
+        sites = launches(other, half, BATCH, table)
         found += model_cases(model, arch, [(site, it) for site, it in sites if where.fullmatch(site)])
     return found
 

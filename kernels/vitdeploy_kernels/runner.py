@@ -1,4 +1,4 @@
-"""Runs a ViT with the fused kernels: one plan per batch bucket, and on a GPU one CUDA graph per plan."""
+"""Runs a model with the fused kernels: one plan per batch bucket, and on a GPU one CUDA graph per plan."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vitdeploy_kernels.config import Table, table_for
 from vitdeploy_kernels.launch import Launch
-from vitdeploy_kernels.planner import Plan, Planner, Readout, Step, Workspace
+from vitdeploy_kernels.planner import Plan, Readout, Step, Workspace
+from vitdeploy_kernels.plans import Shape, Weights, build_plan
 from vitdeploy_kernels.support import UnsupportedError, check_device, first_reason, require
-from vitdeploy_kernels.vit import VitShape, VitWeights
 
 Execute: TypeAlias = Callable[[Launch], None]
 """Queues a launch: :meth:`Launch.run`, or something that has compiled it before."""
@@ -45,8 +45,8 @@ class VitRunner:
 
     def __init__(
         self,
-        shape: VitShape,
-        weights: VitWeights,
+        shape: Shape,
+        weights: Weights,
         *,
         batches: Sequence[int],
         table: Table | None = None,
@@ -61,7 +61,7 @@ class VitRunner:
         workspace = Workspace(device)
         self.plans: dict[int, Plan] = {}
         for batch in sorted(set(batches), reverse=True):  # the largest first: the others share its memory
-            self.plans[batch] = Planner(shape, weights, batch, chosen, workspace, readout).build()
+            self.plans[batch] = build_plan(shape, weights, batch, chosen, workspace, readout)
         self.batches = tuple(sorted(self.plans))
         cuda = device.type == "cuda"
         self._graphs = {batch: self._capture(plan) for batch, plan in self.plans.items()} if cuda else {}
@@ -121,12 +121,14 @@ class VitRunner:
         return fusion_report(self.plans[self.batches[-1]].steps, self.shape)
 
 
-def fusion_report(steps: Sequence[Step], shape: VitShape) -> tuple[str, ...]:
+def fusion_report(steps: Sequence[Step], shape: Shape) -> tuple[str, ...]:
     """What is fused, and what is not and why: "attention: 12/12 blocks fused (layernorm_linear, ...)"."""
     lines = []
     for title, pattern in (
         ("patch projection", r"embedding"),
         ("first norm", r"embedding\.pre_norm.*"),
+        ("merging", r"blocks\.\d+\.merge.*"),
+        ("order of windows", r"blocks\.\d+\.order"),
         ("attention", r"blocks\.\d+\.attn.*|blocks\.\d+\.first"),
         ("MLP", r"blocks\.\d+\.mlp.*"),
         ("head", r"head.*|readout"),
@@ -137,7 +139,7 @@ def fusion_report(steps: Sequence[Step], shape: VitShape) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _part(title: str, steps: Sequence[Step], shape: VitShape) -> list[str]:
+def _part(title: str, steps: Sequence[Step], shape: Shape) -> list[str]:
     blocks = {step.site.split(".")[1] for step in steps if step.site.startswith("blocks.")}
     if not blocks:
         (first, *_) = steps
@@ -150,7 +152,8 @@ def _part(title: str, steps: Sequence[Step], shape: VitShape) -> list[str]:
             _, block, site = step.site.split(".", 2)
             reasons.setdefault((site, step.operation, step.reason), set()).add(block)
     apart = set().union(*reasons.values()) if reasons else set()
-    lines = [f"{title}: {len(blocks - apart)}/{len(blocks)} blocks fused ({_kernels(steps)})"]
+    fused = _kernels(steps)
+    lines = [f"{title}: {len(blocks - apart)}/{len(blocks)} blocks fused" + (f" ({fused})" if fused else "")]
     for (site, operation, reason), where in sorted(reasons.items()):
         lines.append(f"  {site} of {len(where)} blocks: {operation} in torch: {reason}")
     return lines

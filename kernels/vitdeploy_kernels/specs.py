@@ -9,8 +9,7 @@ from torch import Tensor
 
 from vitdeploy_kernels.config import Table
 from vitdeploy_kernels.launch import Launch
-from vitdeploy_kernels.planner import launches
-from vitdeploy_kernels.vit import VitShape
+from vitdeploy_kernels.plans import Shape, launches
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def size(launch: Launch) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def model_specs(shape: VitShape, dtype: torch.dtype, batch: int, table: Table) -> dict[Spec, int]:
+def model_specs(shape: Shape, dtype: torch.dtype, batch: int, table: Table) -> dict[Spec, int]:
     """The specs of a forward pass, and how often each is launched."""
     counts: dict[Spec, int] = {}
     for _, launch in launches(shape, dtype, batch, table):

@@ -20,6 +20,7 @@ from torch import Tensor
 from vitdeploy_kernels.candidates import candidates
 from vitdeploy_kernels.config import Config, Entry, Route, Table, format_table, table_name
 from vitdeploy_kernels.cost import H200, Work, predict
+from vitdeploy_kernels.plans import Shape
 from vitdeploy_kernels.problems import Problem, build
 from vitdeploy_kernels.specs import Spec, flops, model_specs
 from vitdeploy_kernels.support import UnsupportedError
@@ -81,9 +82,7 @@ def describe(config: Config) -> str:
     return f"{tile} group {config.group}, {config.warps} warps, {config.stages} stages"
 
 
-def specs_of(
-    shapes: Iterable[VitShape], batches: Sequence[int], dtype: torch.dtype, table: Table
-) -> list[Spec]:
+def specs_of(shapes: Iterable[Shape], batches: Sequence[int], dtype: torch.dtype, table: Table) -> list[Spec]:
     """The specs of these models, those that take the largest share of their model's time first.
 
     ``add_layernorm`` comes before everything and ``layernorm_attention`` after: the cuBLASLt route needs the
@@ -98,7 +97,8 @@ def specs_of(
         total = sum(times.values())
         for spec, seconds in times.items():
             shares[spec] = max(shares.get(spec, 0.0), seconds / total)
-        norms[Spec("add_layernorm", (batch * shape.tokens, shape.width))] = 0.0
+        for tokens, width in shape.streams:
+            norms[Spec("add_layernorm", (batch * tokens, width))] = 0.0
     last = "layernorm_attention"
     return [*norms, *sorted(shares, key=lambda spec: (spec.kernel == last, -shares[spec]))]
 

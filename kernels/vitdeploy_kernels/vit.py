@@ -61,6 +61,11 @@ class VitShape:
         return self.prefix + (height // self.patch) * (width // self.patch)
 
     @property
+    def streams(self) -> tuple[tuple[int, int], ...]:
+        """Tokens of an image and their columns, of every residual stream."""
+        return ((self.tokens, self.width),)
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 

@@ -12,10 +12,9 @@ import torch
 
 from vitdeploy_kernels.config import Config, Table
 from vitdeploy_kernels.launch import Launch
-from vitdeploy_kernels.planner import launches
+from vitdeploy_kernels.plans import Shape, launches
 from vitdeploy_kernels.problems import build
 from vitdeploy_kernels.specs import Spec
-from vitdeploy_kernels.vit import VitShape
 
 META = torch.device("meta")
 
@@ -44,7 +43,7 @@ class Warmer:
                     self._known[key] = self._pool.submit(compile_one, spec, self._dtype, config)
                 self._needed[spec].append(self._known[key])
 
-    def submit_plan(self, shape: VitShape, batch: int, table: Table) -> None:
+    def submit_plan(self, shape: Shape, batch: int, table: Table) -> None:
         """Compile what a model's plan launches; :meth:`finish` waits for it."""
         for place, (_, launch) in enumerate(launches(shape, self._dtype, batch, table)):
             key = binary(launch)
@@ -79,7 +78,7 @@ def compile_one(spec: Spec, dtype: torch.dtype, config: Config) -> None:
     warm(build(spec, dtype, META).launch(config))
 
 
-def compile_plan(shape: VitShape, dtype: torch.dtype, batch: int, table: Table, place: int) -> None:
+def compile_plan(shape: Shape, dtype: torch.dtype, batch: int, table: Table, place: int) -> None:
     """Compile one launch of a model's plan, as :func:`compile_one` does."""
     warm(launches(shape, dtype, batch, table)[place][1])
 

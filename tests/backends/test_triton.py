@@ -21,6 +21,7 @@ from vitdeploy.backends.triton import Triton
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.cli import main
+from vitdeploy.config import SwinConfig
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
 from vitdeploy.machine.gpus import Gpu
 from vitdeploy.model.reference import forward_float64
@@ -55,6 +56,59 @@ def test_every_family_gives_the_reference(weights_bundle: Make, name: str, provi
             session.facts.fusion
         )
         assert any("first norm: fused" in line for line in session.facts.fusion) == config.pre_norm
+
+
+# Heads of 16 columns, which is the least that the attention kernel takes.
+SWIN = SwinConfig(
+    image_size=(16, 24),
+    patch_size=2,
+    width=32,
+    depths=(2, 3),
+    heads=(2, 4),
+    windows=((4, 4), (2, 3)),
+    shifts=((2, 2), (1, 1)),
+    window_rule="sides",
+    classes=5,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["logits", "tokens"])
+def test_a_swin_gives_the_reference(weights_bundle: Make, provider: str, output: str) -> None:
+    with Triton().load(weights_bundle(SWIN, output=output), None, Options()) as session:
+        (record,) = check_session(session, golden(SWIN, output), batches=[2])
+        assert record.failures == ()
+        lines = session.facts.fusion
+    assert any(
+        "attention: 5/5 blocks fused (layernorm_linear, attention, linear_residual)" in it for it in lines
+    )
+    assert "  order of 3 blocks: gather in torch: no fused kernel moves tokens" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("provider")
+def test_a_swin_of_raw_pixels(weights_bundle: Make) -> None:
+    images = np.random.default_rng(0).integers(0, 256, size=(2, *SWIN.image_size, 3), dtype=np.uint8)
+    mean, std = (np.array(numbers, dtype=np.float32).reshape(3, 1, 1) for numbers in (SPEC.mean, SPEC.std))
+    exact = torch.from_numpy((images.transpose(0, 3, 1, 2) / np.float32(255) - mean) / std)
+    expected = forward_float64(random_vit(SWIN), exact).numpy()
+    with Triton().load(weights_bundle(SWIN, input="uint8"), None, Options()) as session:
+        (answer,) = session.run({session.facts.inputs[0].name: images}).values()
+    assert np.linalg.norm(answer - expected) / np.linalg.norm(expected) < 5e-3
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"image_size": (20, 24)}, "windows that do not divide their map, which is padded"),
+        ({"version": 2}, "the cosine attention of Swin v2"),
+    ],
+)
+def test_what_of_a_swin_has_no_kernels_is_named(
+    weights_bundle: Make, changes: dict[str, Any], what: str
+) -> None:
+    manifest = weights_bundle(dataclasses.replace(SWIN, **changes)).manifest
+    assert Triton().supports(manifest, None) == f"it has no kernels for {what}"
 
 
 @pytest.mark.slow

@@ -180,6 +180,19 @@ def test_what_is_added_through_a_view_is_added_to_the_whole(written: Path, tmp_p
         view.add(parity=[record("again-16x16")])
 
 
+def test_a_view_cannot_take_the_place_of_the_whole(written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "b")
+    bundle = Bundle.open(folder)
+    view = bundle.at_size((16, 16))
+    assert view.whole.manifest == bundle.manifest
+    assert bundle.whole is bundle
+    with view.edit() as writer, pytest.raises(ValueError, match=r"Bundle\.whole"):
+        writer.seal(view.manifest)
+    with view.edit() as writer:
+        writer.seal(view.whole.manifest.model_copy(update={"name": "renamed"}))
+        assert writer.commit().sizes == SIZES
+
+
 def test_every_changed_byte_is_found_from_every_view(written: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(written, tmp_path / "moved" / "elsewhere")
     bundle = Bundle.open(folder)

@@ -165,7 +165,7 @@ def test_weights_that_are_no_floats_are_named(folder: Path) -> None:
         ({"layer_norm_eps": None, "hidden_act": "gelu_pytorch"}, "did you mean 'gelu_pytorch_tanh'"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps must be a number"),
         ({"model_type": "vitt"}, "model_type 'vitt' in config.json is not supported; did you mean 'vit'?"),
-        ({"model_type": "swin"}, "model_type 'swin' in config.json is not supported"),
+        ({"model_type": "yolos"}, "model_type 'yolos' in config.json is not supported"),
         (
             {"id2label": {"0": "a", "1": "b"}},
             "id2label has 2 labels, numbered 0 to 1, but the head has 4 classes",
@@ -181,7 +181,7 @@ def test_config_that_is_wrong_is_one_clear_error(folder: Path, changes: dict[str
 
 
 def test_unknown_model_type_points_to_the_generic_path(folder: Path) -> None:
-    edit_config(folder, model_type="swin")
+    edit_config(folder, model_type="yolos")
     hint = refusal(str(folder)).hint or ""
     assert "vitdeploy list" in hint
     assert "--model module:function" in hint

@@ -123,7 +123,7 @@ SIGNS = [
     ("blocks.0.attn.rel_pos_h", "SAM"),
     ("blocks.0.attn.norm.weight", "norms inside its branches"),
     ("blocks.0.mlp.fc1_g.weight", "another gated MLP"),
-    ("patch_embed.backbone.stem.conv.weight", "a hybrid"),
+    ("patch_embed.backbone.conv1.0.weight", "a hybrid, with another ResNet"),
     ("blocks_token_only.0.norm1.weight", "CaiT"),
     ("decoder_blocks.0.norm1.weight", "MAE's pretraining"),
 ]
@@ -163,7 +163,7 @@ def test_names_of_no_family_say_what_they_are(tmp_path: Path, names: list[str], 
     assert f"it looks like {what}" in refused(tmp_path / "weights.safetensors").message
 
 
-@pytest.mark.parametrize("kind", ["swin", "data2vec-vision", "yolos"])
+@pytest.mark.parametrize("kind", ["levit", "data2vec-vision", "yolos"])
 def test_model_types_of_others_are_no_misspelt_ones(folder: Path, kind: str) -> None:
     edit_config(folder, model_type=kind)
     error = refused(folder)

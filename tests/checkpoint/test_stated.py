@@ -39,6 +39,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "deit": ("DeiTImageProcessor", {**IMAGENET, "size": {"height": 256, "width": 256}}),
     "dinov2": ("BitImageProcessor", {**SHORTER_256, **IMAGENET}),
     "mae": ("ViTImageProcessor", IMAGENET),
+    "swin": ("ViTImageProcessor", {**IMAGENET, "resample": 3}),
     "blip": ("BlipImageProcessor", {"size": {"height": 224, "width": 224}}),
 }
 """What the presets' names stand for, as transformers computes it. DINOv3's processor needs torchvision:

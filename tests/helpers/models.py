@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitdeploy.config import Rotary, ViTConfig
+from vitdeploy.config import Rotary, Stem, ViTConfig
 from vitdeploy.model.registry import build_reference, expected_shapes
 from vitdeploy.model.vit import ViT
 
@@ -80,6 +80,10 @@ CONFIGS: dict[str, ViTConfig] = {
     "blip": ViTConfig(**{**SMALL, "classes": 0}, final_norm="both"),
     "mean_of_unnormalised": ViTConfig(**SMALL, pool="mean", final_norm="none", pre_norm=True),
     "sincos1d": ViTConfig(**SMALL, position="sincos1d", position_prefix=0),
+    "hybrid": ViTConfig(**{**SMALL, "patch_size": 1}, stem=Stem((2, 1), width=8, groups=4)),
+    "hybrid_root": ViTConfig(
+        **{**SMALL, "patch_size": 2}, stem=Stem(width=8, groups=2, weight_eps=1e-5, weight_eps_on="deviation")
+    ),
 }
 
 

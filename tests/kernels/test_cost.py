@@ -14,7 +14,7 @@ from tests.helpers import interpreter  # noqa: F401  (before anything imports a 
 from tests.helpers.paths import ROOT
 from vitdeploy_kernels.config import shipped_table
 from vitdeploy_kernels.cost import GAP, H200, Work, floor, predict, relative_time, tile_share, work
-from vitdeploy_kernels.planner import launches
+from vitdeploy_kernels.plans import launches
 from vitdeploy_kernels.specs import flops, model_specs, spec_of
 from vitdeploy_kernels.vit import VitShape
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitdeploy_kernels import reference
 from vitdeploy_kernels.config import Entry, Route, Table, table_for
 from vitdeploy_kernels.launch import Launch
-from vitdeploy_kernels.planner import launches
+from vitdeploy_kernels.plans import launches
 from vitdeploy_kernels.runner import VitRunner, buckets
 from vitdeploy_kernels.support import UnsupportedError
 from vitdeploy_kernels.vit import AbsorbedBlock, Block, VitShape, VitWeights, random_weights

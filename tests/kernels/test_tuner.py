@@ -21,7 +21,7 @@ from vitdeploy_kernels.candidates import SPACES, candidates, shared_memory
 from vitdeploy_kernels.config import Config, load_table, shipped_table, table_name
 from vitdeploy_kernels.launch import Launch
 from vitdeploy_kernels.occupancy import LIMITS
-from vitdeploy_kernels.planner import launches
+from vitdeploy_kernels.plans import launches
 from vitdeploy_kernels.problems import BUILDERS, Problem, build
 from vitdeploy_kernels.specs import Spec
 from vitdeploy_kernels.timing import Run, graph_timer, input_sets, median, spread

@@ -74,7 +74,10 @@ def test_pixels_that_count_from_128_give_the_same_tokens() -> None:
     )
     images = torch.randint(0, 256, (2, *config.image_size, 3), dtype=torch.uint8)
     exact = rewrites.fold_normalisation(rewrites.patches_to_gemm(folds.doubled(vit.embedding)), spec)
-    projected = fused._projection(fused.centre_embedding(exact), torch.float64)
+    centred = fused.centre_embedding(exact)
+    projected = fused.projection(
+        centred.patch_embed.weight, centred.tokens.value, True, torch.float64, config.prefix_tokens
+    )
     rows = exact(images.double()) - exact(images.double()).mean(dim=-1, keepdim=True)
     patches = images.double().reshape(2, 4, 8, 6, 8, 3).transpose(2, 3).reshape(2, 24, -1) - 128
     actual = patches @ projected.weight * projected.scale + projected.tokens[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers.models import CONFIGS, SMALL, pixels, random_vit
-from vitdeploy.config import Output, Preprocess, ViTConfig
+from tests.helpers.models import CONFIGS, SMALL, pixels, random_state, random_vit
+from vitdeploy.config import InputKind, Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError
 from vitdeploy.model import folds, rewrites
 from vitdeploy.model.precision import PrecisionPlan, island_names, sites
 from vitdeploy.model.reference import forward_float64, outputs_float64
-from vitdeploy.model.rewrites import deploy
+from vitdeploy.model.registry import build_reference
+from vitdeploy.model.rewrites import deploy, redeploy
 from vitdeploy.model.vit import Block
 
 EXACT = 1e-12
@@ -180,7 +182,12 @@ def test_a_layer_is_all_that_is_read() -> None:
 
 
 @pytest.mark.parametrize("output", ["logits", "features", "tokens", "layer_1"])
-@pytest.mark.parametrize("name", ["vit", "distilled", "dinov2", "mean", "clip", "siglip", "dinov3", "beit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vit", "distilled", "dinov2", "mean", "clip", "siglip", "dinov3", "beit", "hybrid", "hybrid_root"),
+    ],
+)
 def test_reported_flops_are_those_pytorch_counts(name: str, output: Output) -> None:
     config = CONFIGS[name]
     vit, x = random_vit(config), pixels(config, 1)
@@ -208,3 +215,32 @@ def test_absorbing_saves_eight_percent_of_vit_b() -> None:
 
 def test_small_configs_cover_the_switches() -> None:
     assert SMALL["depth"] > 1, "the last block is special; another one must be there"
+
+
+@pytest.mark.parametrize("kind", ["float", "uint8"])
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.channels == 3])
+@torch.no_grad()
+def test_another_size_of_the_same_weights_is_exact(name: str, kind: InputKind) -> None:
+    """With what does not depend on the size taken from the first, which stays as it was."""
+    config = CONFIGS[name]
+    first = random_vit(config)
+    patch = config.patch_size
+    other = config.at_size((3 * patch, 2 * patch))
+    weights = random_state(other, seed=7)
+    own = {key for key in weights if key == "pos_embed" or key.endswith("score_bias")}
+    shared = {key: tensor for key, tensor in random_state(config).items() if key not in own}
+    vit = build_reference(other, shared | {key: weights[key] for key in own})
+    spec = Preprocess(size=config.image_size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    settings: dict[str, Any] = {"input_kind": kind, "preprocess": spec, "outputs": config.outputs[:1]}
+    like = deploy(first, PrecisionPlan.exact(), **settings)
+    model = redeploy(vit, like, PrecisionPlan.exact(), **settings)
+    if kind == "float":
+        images = pixels(other).double()
+        normal = images
+    else:
+        images = torch.randint(0, 256, (3, *other.image_size, 3), dtype=torch.uint8)
+        scale, shift = folds.normalisation(spec)
+        normal = (images.double() * scale + shift).permute(0, 3, 1, 2)
+    assert worst(model(images), forward_float64(vit, normal)) < EXACT
+    if kind == "float":
+        assert worst(like(pixels(config).double()), forward_float64(first, pixels(config))) < EXACT

@@ -2,7 +2,8 @@
 
 Written from the description of the layout and of flax's layers (https://flax.readthedocs.io), not from a
 converter: ``nn.gelu`` is the tanh form, LayerNorm adds 1e-6, attention divides the query by the square root
-of a head's width, images are NHWC.
+of a head's width, images are NHWC. Of the hybrids' ResNet: GroupNorm has 32 groups and adds 1e-6, a filter's
+weights are divided by their deviation plus 1e-5, convolutions and pooling pad as SAME does.
 """
 
 from __future__ import annotations
@@ -27,8 +28,15 @@ def synthesise(
     classes: int = 5,
     representation: int = 0,
     token: bool = True,
+    resnet: tuple[int, ...] | None = None,
+    elder: bool = False,
 ) -> dict[str, NDArray[np.float32]]:
-    """Random arrays under the names of a released file; ``side`` patches along each edge."""
+    """Random arrays under the names of a released file; ``side`` patches along each edge.
+
+    Args:
+        resnet: the blocks of each stage of a hybrid's ResNet, which begins with 32 channels.
+        elder: GroupNorms of shape (1, 1, 1, C), as in the files of the ViT paper.
+    """
     random = np.random.default_rng(seed)
     per_head = width // heads
 
@@ -41,7 +49,29 @@ def synthesise(
     def norm(name: str) -> dict[str, Array]:
         return {f"{name}/scale": random.normal(1, 0.3, width), f"{name}/bias": random.normal(0, 0.3, width)}
 
-    arrays = dense("embedding", patch, patch, 3, width, inputs=3)
+    def convolution(base: str, suffix: str, *shape: int) -> dict[str, Array]:
+        lead = (1, 1, 1) if elder else ()
+        return {
+            f"{base}conv{suffix}/kernel": random.normal(0.1, 0.3, shape),
+            f"{base}gn{suffix}/scale": random.normal(1, 0.3, (*lead, shape[-1])),
+            f"{base}gn{suffix}/bias": random.normal(0, 0.3, (*lead, shape[-1])),
+        }
+
+    arrays: dict[str, Array] = {}
+    channels = 3
+    if resnet is not None:
+        arrays |= convolution("", "_root", 7, 7, 3, 32)
+        channels = 32
+        for stage, units in enumerate(resnet):
+            for unit in range(units):
+                base, inner = f"block{stage + 1}/unit{unit + 1}/", 32 * 2**stage
+                if not unit:
+                    arrays |= convolution(base, "_proj", 1, 1, channels, 4 * inner)
+                arrays |= convolution(base, "1", 1, 1, channels, inner)
+                arrays |= convolution(base, "2", 3, 3, inner, inner)
+                arrays |= convolution(base, "3", 1, 1, inner, 4 * inner)
+                channels = 4 * inner
+    arrays |= dense("embedding", patch, patch, channels, width, inputs=3)
     if token:
         arrays["cls"] = random.normal(0, 0.3, (1, 1, width))
     arrays["Transformer/posembed_input/pos_embedding"] = random.normal(
@@ -76,6 +106,8 @@ def forward(arrays: dict[str, Any], images: Array) -> Array:
     def dense(x: Array, name: str, subscripts: str) -> Array:
         return np.einsum(subscripts, x, weights[f"{name}/kernel"]) + weights[f"{name}/bias"]
 
+    if "conv_root/kernel" in weights:
+        images = resnet_map(weights, images)
     kernel = weights["embedding/kernel"]
     patch, width = kernel.shape[0], kernel.shape[-1]
     count, height, across, channels = images.shape
@@ -103,6 +135,47 @@ def forward(arrays: dict[str, Any], images: Array) -> Array:
     if "pre_logits/kernel" in weights:
         pooled = np.tanh(dense(pooled, "pre_logits", "nd,dr->nr"))
     return dense(pooled, "head", "nd,dc->nc")
+
+
+def resnet_map(weights: dict[str, Array], x: Array) -> Array:
+    """What a hybrid cuts into patches: (N, H, W, 3) to (N, H / stride, W / stride, channels)."""
+
+    def windows(x: Array, size: int, stride: int, value: float) -> Array:
+        """(N, H, W, C) to (N, H / stride, W / stride, C, size, size)."""
+        pads = []
+        for length in x.shape[1:3]:
+            total = max((-(-length // stride) - 1) * stride + size - length, 0)
+            pads.append((total // 2, total - total // 2))
+        padded = np.pad(x, [(0, 0), *pads, (0, 0)], constant_values=value)
+        seen = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
+        return seen[:, ::stride, ::stride]
+
+    def layer(x: Array, base: str, suffix: str, stride: int = 1) -> Array:
+        """Convolution and GroupNorm."""
+        kernel = weights[f"{base}conv{suffix}/kernel"]
+        axes = (0, 1, 2)
+        kernel = (kernel - kernel.mean(axes)) / (kernel.std(axes) + 1e-5)
+        x = np.einsum("nyxcab,abcd->nyxd", windows(x, len(kernel), stride, 0.0), kernel)
+        grouped = x.reshape(*x.shape[:3], 32, -1)
+        mean, variance = (f(grouped, axis=(1, 2, 4), keepdims=True) for f in (np.mean, np.var))
+        normed = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+        return normed * weights[f"{base}gn{suffix}/scale"].ravel() + weights[f"{base}gn{suffix}/bias"].ravel()
+
+    def relu(x: Array) -> Array:
+        return np.maximum(x, 0)
+
+    x = windows(relu(layer(x, "", "_root", 2)), 3, 2, -np.inf).max((-1, -2))
+    stage = 1
+    while f"block{stage}/unit1/conv1/kernel" in weights:
+        unit = 1
+        while (base := f"block{stage}/unit{unit}/") + "conv1/kernel" in weights:
+            stride = 2 if stage > 1 and unit == 1 else 1
+            residual = layer(x, base, "_proj", stride) if unit == 1 else x
+            y = relu(layer(relu(layer(x, base, "1")), base, "2", stride))
+            x = relu(residual + layer(y, base, "3"))
+            unit += 1
+        stage += 1
+    return x
 
 
 def gelu(x: Array) -> Array:

@@ -20,11 +20,23 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from timm.layers import GluMlp, Mlp, PatchEmbed, RotaryEmbeddingCat, RotaryEmbeddingDinoV3, SwiGLU
+from timm.layers import (
+    GluMlp,
+    GroupNormAct,
+    HybridEmbed,
+    Mlp,
+    PatchEmbed,
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    StdConv2dSame,
+    SwiGLU,
+)
+from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models import save_for_hf
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -195,11 +207,46 @@ def rotary_facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def is_hybrid(model: nn.Module) -> bool:
+    """Of plain blocks behind a ResNetV2 with standardised weights and GroupNorm, padded as SAME."""
+    embed = model.patch_embed
+    if type(model) is not VisionTransformer or type(embed) is not HybridEmbed:
+        return False
+    stem = getattr(embed.backbone, "stem", embed.backbone)
+    convolutions = [layer for layer in embed.backbone.modules() if isinstance(layer, nn.Conv2d)]
+    return (
+        (type(model.blocks[0]), type(model.blocks[0].attn)) == (Block, Attention)
+        and (type(embed.backbone) is ResNetV2 or stem is embed.backbone)
+        and type(getattr(stem, "pool", None)) is MaxPool2dSame
+        and all(type(layer) is StdConv2dSame for layer in convolutions)
+        and any(type(layer) is GroupNormAct for layer in embed.backbone.modules())
+    )
+
+
+def hybrid_facts(model: nn.Module) -> dict[str, Any]:
+    backbone = model.patch_embed.backbone
+    stem = getattr(backbone, "stem", backbone)
+    convolutions = [layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in backbone.modules() if isinstance(layer, nn.GroupNorm)]
+    (groups,), (group_eps,) = {norm.num_groups for norm in norms}, {norm.eps for norm in norms}
+    (weight_eps,) = {layer.eps for layer in convolutions}
+    return {
+        **facts(model),
+        "grid": list(model.patch_embed.grid_size),
+        "stages": [len(stage.blocks) for stage in getattr(backbone, "stages", [])],
+        "stem_width": stem.conv.out_channels,
+        "groups": groups,
+        "group_eps": group_eps,
+        "weight_eps": weight_eps,
+    }
+
+
 def record_architectures() -> None:
     """What timm builds with a ViT's tensor names: what shapes do not tell of those read; the others."""
     plain: dict[str, dict[str, Any]] = {}
     beit: dict[str, dict[str, Any]] = {}
     rotary: dict[str, dict[str, Any]] = {}
+    hybrid: dict[str, dict[str, Any]] = {}
     others: list[str] = []
     for name in timm.list_models():
         with torch.device("meta"):
@@ -212,11 +259,18 @@ def record_architectures() -> None:
             rotary[name] = rotary_facts(model)
         elif type(model) is Beit:
             beit[name] = facts(model)
+        elif is_hybrid(model):
+            hybrid[name] = hybrid_facts(model)
         elif is_plain(model):
             plain[name] = facts(model)
         else:
             others.append(name)
-    for library, found in (("timm", plain), ("timm_beit", beit), ("timm_eva", rotary)):
+    for library, found in (
+        ("timm", plain),
+        ("timm_beit", beit),
+        ("timm_eva", rotary),
+        ("timm_hybrid", hybrid),
+    ):
         (HERE / library / "architectures.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "timm" / "look_alikes.json").write_text(json.dumps(others, indent=1) + "\n")
 

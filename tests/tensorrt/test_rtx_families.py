@@ -6,28 +6,42 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.models import CONFIGS, pixels, random_vit
+from tests.helpers.models import CONFIGS, pixels, random_state
+from tests.helpers.swins import SWINS
 from vitdeploy.bundle.manifest import TensorSpec
-from vitdeploy.config import BatchRange, layer_of
+from vitdeploy.config import BatchRange, ModelConfig, Preprocess, layer_of
 from vitdeploy.exporter.graph import trace
 from vitdeploy.exporter.onnx import INPUT, save_streaming
 from vitdeploy.model.precision import PrecisionPlan, island_names
-from vitdeploy.model.rewrites import deploy
+from vitdeploy.model.registry import architecture_of, build_reference
 from vitdeploy.tensorrt.child import build_engines
 from vitdeploy.tensorrt.records import BuildJob
 
 TARGETS = (("sm_89",), ("sm_120",))
 BATCH = BatchRange(1, 4, 8)
-FAMILIES = ("clip", "zero_shot", "siglip", "dinov3", "eva02", "beit", "beit_codes", "blip")
+FAMILIES = (
+    *("clip", "zero_shot", "siglip", "dinov3", "eva02", "beit", "beit_codes", "blip"),
+    *("hybrid", "hybrid_root"),
+)
+MODELS: dict[str, ModelConfig] = {
+    **{name: CONFIGS[name] for name in FAMILIES},
+    **{f"swin_{name}": SWINS[name] for name in ("v1", "padded_late", "v2", "v2_padded")},
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_family_is_built_in_fp16(name: str, tmp_path: Path) -> None:
-    config, plan = CONFIGS[name], PrecisionPlan.of("fp16")
+    config, plan = MODELS[name], PrecisionPlan.of("fp16")
     (output, *_) = config.outputs
     assert layer_of(output) is None
-    model = deploy(random_vit(config), plan, outputs=(output,))
+    model = architecture_of(config).deploy(
+        build_reference(config, random_state(config, seed=0)),
+        plan,
+        outputs=(output,),
+        input_kind="float",
+        preprocess=Preprocess(),
+    )
     islands, path = island_names(model, plan), tmp_path / "model.onnx"
     save_streaming(trace(model, pixels(config, 1), batch=BATCH, opset=20, names=(INPUT, output)), path)
     job = BuildJob(
@@ -49,6 +63,6 @@ def test_every_family_is_built_in_fp16(name: str, tmp_path: Path) -> None:
     wide = {op.op for op in result.proof.ops if op.dtype != "float16"}
     assert wide <= {"LayerNormalization", "ReduceMean"}
     assert all(op.island for op in result.proof.ops if op.dtype != "float16")
-    attentions = config.depth + (config.pool == "probe")
+    attentions = config.depth + (getattr(config, "pool", None) == "probe")
     assert result.fusion.lines()[0] == f"{attentions}/{attentions} attention can be fused"
     assert not any("not fused" in line for line in result.fusion.lines())

@@ -91,6 +91,15 @@ class Bundle:
         view._size = further(self._whole, size)
         return view
 
+    @property
+    def whole(self) -> Bundle:
+        """The bundle with all of its sizes."""
+        if self.manifest is self._whole:
+            return self
+        bundle = Bundle(self.root, self._whole, {})
+        bundle._checked = self._checked
+        return bundle
+
     def of(self, artifact: Artifact | None) -> Bundle:
         """The view of an artifact's size; without an artifact, this bundle of the size that it speaks of."""
         size = artifact.image_size if artifact else self._size
@@ -305,7 +314,12 @@ class BundleWriter:
         """Hash what is new, write the manifest, and return the unfinished bundle, ready to run.
 
         May be repeated, to add parity records for instance; only changed files are read again.
+
+        Raises:
+            ValueError: the draft is of one size, and the bundle that is edited has several.
         """
+        if self._base and len(draft.sizes) < len(self._base._whole.sizes):
+            raise ValueError("the manifest of one size alone is not the bundle's: take it from Bundle.whole")
         files = self._scan()
         manifest = seal(draft, files)
         self.file(MANIFEST).write_bytes(canonical(manifest))

@@ -146,6 +146,14 @@ CATALOGUE: Mapping[str, Entry] = {
     "vit_msn": Entry(
         ("MSN",), "transformers", ("vit_msn",), "`ViTMSNForImageClassification`, `ViTMSNModel`", _CLASSES
     ),
+    "swin": Entry(
+        ("Swin",),
+        "transformers",
+        ("swin",),
+        "`SwinForImageClassification`, `SwinModel`, and the encoder of `SwinForMaskedImageModeling`",
+        _CLASSES,
+    ),
+    "swinv2": Entry(("Swin v2",), "transformers", ("swinv2",), "the same of version 2", _CLASSES),
     "timm": Entry(
         ("ViT", "DeiT", "DeiT III", "DINOv2", "CLIP", "SigLIP"),
         "timm",
@@ -161,12 +169,26 @@ CATALOGUE: Mapping[str, Entry] = {
         "`vit_*_dinov3`, `eva02_*_patch14_*`",
         _CLASSES,
     ),
+    "timm_hybrid": Entry(
+        ("ViT hybrids",),
+        "timm",
+        ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight"),
+        "`vit_*_r26_s32_*`, `vit_*_r50_s*_*`, `vit_tiny_r_s16_p8_*`",
+        _CLASSES,
+    ),
     "timm_beit": Entry(
         ("BEiT", "BEiT v2"),
         "timm",
         ("blocks.0.attn.relative_position_bias_table", "rel_pos_bias.relative_position_bias_table"),
         "`beit_*`, `beitv2_*`, and the authors' own files, of which those of the pre-training give `codes`",
         _CODES,
+    ),
+    "timm_swin": Entry(
+        ("Swin", "Swin v2"),
+        "timm",
+        ("layers.0.blocks.0.attn.qkv.weight",),
+        "`swin_*`, `swin_s3_*`, `swinv2_*`, and the authors' own files",
+        _CLASSES,
     ),
     "open_clip": Entry(
         ("CLIP",),
@@ -190,10 +212,11 @@ CATALOGUE: Mapping[str, Entry] = {
         _CLASSES,
     ),
     "google": Entry(
-        ("ViT",),
+        ("ViT", "ViT hybrids"),
         "google",
         ("embedding/kernel",),
-        "`.npz` of the ViT paper and vit_jax, `opt/target/` of training checkpoints, the `pre_logits` layer",
+        "`.npz` of the ViT paper and vit_jax, hybrids too, `opt/target/` of training checkpoints, the "
+        "`pre_logits` layer",
         _CLASSES,
     ),
     "vitdeploy": Entry(

@@ -42,7 +42,7 @@ def needed_bytes(config: ModelConfig) -> int:
 
 def _hint(config: ModelConfig, there: float) -> str:
     """The largest square that takes no more than that, of those that the model can be built for."""
-    step: int = getattr(config, "block", getattr(config, "patch_size", 1))
+    step = getattr(config, "step", 1)
     fitting = [
         pixels
         for pixels in range(step, _LARGEST, step)

@@ -35,7 +35,7 @@ from vitdeploy.checkpoint.stated import SHAPELESS, Stated
 from vitdeploy.checkpoint.texts import tokenizer
 from vitdeploy.checkpoint.texts.head import zero_shot_head
 from vitdeploy.checkpoint.texts.prompts import ZeroShot
-from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, ViTConfig, model_fields
+from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, Stem, SwinConfig, ViTConfig, model_fields
 from vitdeploy.data import DIGITS, digits_folder
 from vitdeploy.errors import CheckpointError, ConfigError, UsageError, did_you_mean
 from vitdeploy.images.preprocess import at_size, preset
@@ -237,7 +237,7 @@ def save_folder(checkpoint: Checkpoint, path: Path) -> None:
     save_file(state, path / "model.safetensors")
 
 
-def _template(name: str) -> ViTConfig:
+def _template(name: str) -> ViTConfig | SwinConfig:
     if not is_variant(name):
         raise UsageError(
             f"--checkpoint goes with a named variant or timm:NAME, not {name!r}"
@@ -253,7 +253,7 @@ def _template(name: str) -> ViTConfig:
 def _convert(
     foreign: Foreign,
     files: Weights,
-    template: ViTConfig | None,
+    template: ViTConfig | SwinConfig | None,
     image_size: Size | None,
     further_sizes: Sequence[Size],
     classes: int | None,
@@ -262,7 +262,8 @@ def _convert(
 ) -> Checkpoint:
     foreign = replace(foreign, wanted=image_size, heads=stated.heads)
     family, foreign, dropped = families.recognise(foreign)
-    reading = _read(family, replace(foreign, config=stated.without(foreign.config)), template, stated)
+    named = template if isinstance(template, ViTConfig) else None
+    reading = _read(family, replace(foreign, config=stated.without(foreign.config)), named, stated)
     native = stated.configure(reading.config)
     if template is not None:
         _check_template(foreign.source, native, template)
@@ -358,14 +359,18 @@ def _shapeless(config: ModelConfig) -> list[str]:
     return [name for name in SHAPELESS if hasattr(config, name)]
 
 
-def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> None:
-    sizes = ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token")
-    plain = ViTConfig()
-    marks = [name for name in _MARKS if bool(getattr(template, name)) != bool(getattr(plain, name))]
-    compared = [
+def _check_template(source: str, config: ModelConfig, template: ViTConfig | SwinConfig) -> None:
+    sizes, marks = _SIZES[template.kind], []
+    if isinstance(template, ViTConfig):
+        plain = ViTConfig()
+        marks = [name for name in _MARKS if bool(getattr(template, name)) != bool(getattr(plain, name))]
+    compared: list[tuple[str, object, object]] = [
         *((name, getattr(config, name, None), getattr(template, name)) for name in sizes),
         *((name, bool(getattr(config, name, None)), bool(getattr(template, name))) for name in marks),
+        ("stages", _stages(config), _stages(template)),
     ]
+    if config.kind != template.kind:
+        compared = [("its kind", config.kind, template.kind)]
     differing = [f"{name} {theirs}, not {ours}" for name, theirs, ours in compared if theirs != ours]
     if differing:
         raise CheckpointError(
@@ -374,7 +379,17 @@ def _check_template(source: str, config: ModelConfig, template: ViTConfig) -> No
         )
 
 
-_MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias")
+def _stages(config: ModelConfig) -> tuple[int, ...]:
+    """The blocks in each stage of the ResNet before the patches."""
+    stem = getattr(config, "stem", None)
+    return stem.stages if isinstance(stem, Stem) else ()
+
+
+_SIZES: Mapping[str, tuple[str, ...]] = {
+    ViTConfig.kind: ("patch_size", "width", "depth", "heads", "mlp_width", "distillation_token"),
+    SwinConfig.kind: ("version", "patch_size", "width", "depths", "heads", "windows", "mlp_ratio"),
+}
+_MARKS = ("pre_norm", "cls_token", "gated_mlp", "rotary", "score_bias", "stem")
 """Where families' variants differ from a plain ViT, whose name may stand beside any family's file."""
 
 

@@ -25,7 +25,7 @@ _SIGNS: Mapping[str, str] = {
     r"attn\.rel_pos_[hw]": "SAM's image encoder",
     r"attn\.norm\.|mlp\.norm\.": "a ViT with norms inside its branches (EVA02-CLIP, BEiT-3)",
     r"mlp\.fc1_[gx]\.": "a ViT with another gated MLP (AIMv2)",
-    r"patch_embed\.backbone\.": "a hybrid, with a ResNet before the blocks",
+    r"patch_embed\.backbone\.": "a hybrid, with another ResNet before the blocks than those that open",
     r"blocks_token_only\.": "CaiT",
     r"\.attns\.|\.ffns\.": "a ViT with parallel branches",
     r"downsample": "a model in stages, as Swin and ConvNeXt are",

@@ -114,7 +114,9 @@ class Stated:
             UsageError: this kind of model has none, or they do not fit.
         """
         said = {name: value for name in SHAPELESS if (value := getattr(self, name)) is not None}
-        if missing := said.keys() - asdict(config).keys():  # type: ignore[call-overload]
+        fields = asdict(config)  # type: ignore[call-overload]
+        # Stages have heads each, which no one number tells.
+        if missing := [n for n, value in said.items() if not isinstance(fields.get(n), type(value))]:
             kind, name = config.kind, min(missing)
             raise UsageError(
                 f"a model of the kind {kind!r} has no {name} to choose", hint=f"leave out --{name}"

@@ -21,6 +21,8 @@ from vitdeploy.config.common import (
 from vitdeploy.config.kinds import CONFIGS, model_fields, model_type
 from vitdeploy.config.preprocess import Preprocess, Resample
 from vitdeploy.config.qwen import QwenVisionConfig
+from vitdeploy.config.stem import Stem
+from vitdeploy.config.swin import SwinConfig, WindowRule
 from vitdeploy.config.vit import FinalNorm, Pool, Position, Rotary, ViTConfig
 
 __all__ = [
@@ -42,7 +44,10 @@ __all__ = [
     "Rotary",
     "Scores",
     "Size",
+    "Stem",
+    "SwinConfig",
     "ViTConfig",
+    "WindowRule",
     "is_output",
     "layer_of",
     "model_fields",

@@ -8,10 +8,13 @@ from typing import Any
 
 from vitdeploy.config.common import ModelConfig
 from vitdeploy.config.qwen import QwenVisionConfig
+from vitdeploy.config.swin import SwinConfig
 from vitdeploy.config.vit import ViTConfig
 from vitdeploy.errors import ConfigError, did_you_mean
 
-CONFIGS: Mapping[str, type[ModelConfig]] = {config.kind: config for config in (ViTConfig, QwenVisionConfig)}
+CONFIGS: Mapping[str, type[ModelConfig]] = {
+    config.kind: config for config in (ViTConfig, SwinConfig, QwenVisionConfig)
+}
 """The configuration of every kind."""
 
 
@@ -57,7 +60,7 @@ _NORM_AFTER_POOL = "norm_after_pool"
 _NEWER = frozenset(
     (
         *("mlp_norm", "head_on", "projection", "codes", "patch_bias", "pre_norm", "rotary", "key_bias"),
-        *("score_bias", "final_norm"),
+        *("score_bias", "final_norm", "stem"),
     )
 )
 """Fields that bundles of 0.1.0 do not have."""

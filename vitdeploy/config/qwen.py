@@ -60,9 +60,9 @@ class QwenVisionConfig(ModelConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         height, width = self.image_size
-        if min(self.image_size) < 1 or height % self.block or width % self.block:
+        if min(self.image_size) < 1 or height % self.step or width % self.step:
             raise ConfigError(
-                f"image size {height}x{width} is not divisible by {self.block}, {self.merge} patches of "
+                f"image size {height}x{width} is not divisible by {self.step}, {self.merge} patches of "
                 f"{self.patch_size}",
                 hint=f"nearest that is: {self.nearest(height)}x{self.nearest(width)}",
             )
@@ -70,7 +70,7 @@ class QwenVisionConfig(ModelConfig):
             raise ConfigError(f"width {self.width} does not make {self.heads} heads of 4n columns")
         if self.rotary_base <= 1:
             raise ConfigError(f"a rotation by base {self.rotary_base} is none")
-        if self.positions < 0 or (self.window and self.window < self.block):
+        if self.positions < 0 or (self.window and self.window < self.step):
             raise ConfigError(
                 f"windows of {self.window} pixels and a table of side {self.positions} are none"
             )
@@ -85,10 +85,10 @@ class QwenVisionConfig(ModelConfig):
 
     def nearest(self, pixels: int) -> int:
         """The length nearest to ``pixels`` that whole blocks make up."""
-        return max(1, round(pixels / self.block)) * self.block
+        return max(1, round(pixels / self.step)) * self.step
 
     @property
-    def block(self) -> int:
+    def step(self) -> int:
         """Pixels along each side of what becomes one feature."""
         return self.patch_size * self.merge
 
@@ -128,7 +128,7 @@ class QwenVisionConfig(ModelConfig):
     @property
     def window_blocks(self) -> int:
         """Blocks along each side of a window."""
-        return self.window // self.block
+        return self.window // self.step
 
     def windowed(self, block: int) -> bool:
         """Whether patches attend within windows in this block."""

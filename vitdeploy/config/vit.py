@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vitdeploy.config.common import Activation, ModelConfig, Output, Size, layer_of
+from vitdeploy.config.stem import Stem
 from vitdeploy.errors import ConfigError
 
 Pool = Literal["cls", "mean", "both_heads", "cls_mean", "probe"]
@@ -55,6 +56,7 @@ class ViTConfig(ModelConfig):
 
     image_size: Size = (224, 224)
     patch_size: int = 16
+    """Along one side, in pixels; behind a stem, in cells of its map."""
     channels: int = 3
     width: int = 768
     depth: int = 12
@@ -97,15 +99,18 @@ class ViTConfig(ModelConfig):
     token and the pooled vector again; whichever of them is returned; or nothing, and there is none."""
     representation_width: int = 0
     """Columns of a tanh layer between pooling and head (the paper's pre-training head); 0 is none."""
+    stem: Stem | None = None
+    """A ResNet before the patches (hybrids)."""
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "channels", "width", "depth", "heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         height, width = self.image_size
-        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+        if height < 1 or width < 1 or height % self.step or width % self.step:
+            what = "the patch size" if self.stem is None else "the ResNet's stride times the patch size,"
             raise ConfigError(
-                f"image size {height}x{width} is not divisible by the patch size {self.patch_size}",
+                f"image size {height}x{width} is not divisible by {what} {self.step}",
                 hint=f"nearest that is: {self._nearest(height)}x{self._nearest(width)}",
             )
         if self.width % self.heads:
@@ -138,12 +143,22 @@ class ViTConfig(ModelConfig):
             raise ConfigError("a representation layer does not go with a head on the embedding")
 
     def _nearest(self, pixels: int) -> int:
-        return max(1, round(pixels / self.patch_size)) * self.patch_size
+        return max(1, round(pixels / self.step)) * self.step
+
+    @property
+    def step(self) -> int:
+        """Pixels along one side of a patch."""
+        return self.patch_size * (1 if self.stem is None else self.stem.stride)
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of what is cut into patches."""
+        return self.channels if self.stem is None else self.stem.channels
 
     @property
     def grid(self) -> Size:
         """Patches along the height and the width."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        return self.image_size[0] // self.step, self.image_size[1] // self.step
 
     @property
     def patches(self) -> int:
@@ -169,12 +184,13 @@ class ViTConfig(ModelConfig):
         return self.width * (2 if self.pool == "cls_mean" else 1)
 
     def beyond_kernels(self, output: Output) -> tuple[str, ...]:
+        stem = () if self.stem is None else (f"{self.stem.summary} before the patches",)
         # What the kernels keep of a token lacks its mean, which a LayerNorm takes away anyhow.
         as_it_is = layer_of(output) is not None or self.final_norm == "none"
         as_it_is |= self.final_norm == "pooled" and output == "tokens"
         late = self.final_norm in ("pooled", "read")
         as_it_is |= late and (output == "codes" or (self.pool == "probe" and output != "tokens"))
-        return ("tokens without the final norm",) if as_it_is else ()
+        return (*stem, "tokens without the final norm") if as_it_is else stem
 
     @property
     def embedding(self) -> int:
@@ -202,10 +218,17 @@ class ViTConfig(ModelConfig):
     @property
     def reference_bytes(self) -> int:
         # Attention holds the scores of all pairs of tokens twice: before the softmax and behind it.
-        return 8 * (2 * self.heads * self.tokens**2 + 2 * self.tokens * self.width)
+        blocks = 2 * self.heads * self.tokens**2 + 2 * self.tokens * self.width
+        if self.stem is None:
+            return 8 * blocks
+        # The largest maps are those behind the root and of the first stage; a norm reads one and writes one.
+        map_behind_root = self.stem.width * (self.image_size[0] // 2) * (self.image_size[1] // 2)
+        return 8 * max(blocks, 2 * map_behind_root)
 
     @property
     def summary(self) -> str:
         height, width = self.image_size
-        shape = f"width {self.width}, depth {self.depth}, heads {self.heads}, patch {self.patch_size}"
+        shape = f"width {self.width}, depth {self.depth}, heads {self.heads}, patch {self.step}"
+        if self.stem is not None:
+            shape += f" behind {self.stem.summary}"
         return f"{shape}, {height}x{width} pixels, {self.tokens} tokens"

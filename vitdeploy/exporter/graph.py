@@ -138,7 +138,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _to_opset_17(model: ir.Model) -> None:
-    """Undo what opset 18 changed in the operators of a traced ViT: Split, Pad, ReduceMean."""
+    """Undo what opset 18 changed in the operators of a traced model: Split, Pad, and those that reduce."""
     for node in list(model.graph):
         if node.op_type == "Split":
             node.attributes.pop("num_outputs", None)
@@ -146,7 +146,7 @@ def _to_opset_17(model: ir.Model) -> None:
             raise ExportError(
                 f"{node.name}: padding of chosen axes needs opset 18", hint="choose --opset 18 or more"
             )
-        elif node.op_type == "ReduceMean" and len(node.inputs) == 2:
+        elif node.op_type in ("ReduceMean", "ReduceL2") and len(node.inputs) == 2:
             axes = node.inputs[1]
             if axes is None or axes.const_value is None:
                 raise ExportError(

@@ -159,8 +159,9 @@ class _Whole:
             orders: engines to build of each ONNX artifact.
             impossible: what cannot be built here, and why.
         """
-        for job in self.jobs:
-            job.build()
+        precisions = dict.fromkeys(self.request.precisions if self.request.wants_onnx else ())
+        for precision in precisions:
+            self._build_precision(precision)  # type: ignore[arg-type]
         self._build_engines(orders)
         for note in impossible:
             self.progress.note(note)
@@ -168,6 +169,16 @@ class _Whole:
             for precision in self.request.kernel_precisions:
                 job.build_kernels(precision)
         self.writer.seal(self.manifest())
+
+    def _build_precision(self, precision: Precision) -> None:
+        """One precision at every size, one after the other, so that they can share what they are made of."""
+        several = len(self.jobs) > 1
+        for job in self.jobs if several else ():
+            job.subject.share_deployed(self.jobs[0].subject)
+        for job in self.jobs:
+            job.build(precision)
+        for job in self.jobs if several else ():
+            job.subject.share_deployed(None)
 
     def _build_engines(self, orders: Sequence[Order]) -> None:
         """Engines of every ONNX artifact; held against the reference where they run here."""
@@ -214,7 +225,7 @@ class _Whole:
 
     def manifest(self, more: Sequence[Artifact] = ()) -> Manifest:
         """What the bundle holds so far, and ``more``."""
-        subject = self.jobs[0].subject
+        subject, places = self.jobs[0].subject, [job.place for job in self.jobs]
         return Manifest(
             name=self.request.default_folder.stem,
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -229,7 +240,7 @@ class _Whole:
             parameters=subject.parameters,
             flops=subject.flops,
             rewrites=subject.rewrites,
-            artifacts=(*self.artifacts, *more),
+            artifacts=tuple(sorted((*self.artifacts, *more), key=lambda a: places.index(a.image_size))),
             parity=tuple(self.parity),
             sizes=tuple(
                 SizeRecord(
@@ -270,11 +281,12 @@ class _Job:
     def batches(self) -> Sequence[int] | None:
         """Batch sizes at which artifacts are proven; all where None.
 
-        The largest one is the bulk of an export. A further size has the same weights and the same operations,
-        so there it is left to `vitdeploy verify`.
+        Large ones are the bulk of an export. A further size has the weights and the operations of the first:
+        there images are run alone and in company, and the rest is left to `vitdeploy verify`.
         """
         batch = self.request.batch
-        return None if self.place is None else tuple(dict.fromkeys((batch.min, batch.opt)))
+        company = min(max(batch.min, 2), batch.max)
+        return None if self.place is None else tuple(dict.fromkeys((batch.min, company)))
 
     def titled(self, stage: str) -> str:
         return stage if self.place is None else f"{stage} {size_name(self.place)}"
@@ -300,12 +312,10 @@ class _Job:
         self.subject.reload([path for path in paths if path.exists()])
         release()
 
-    def build(self) -> None:
-        for precision in dict.fromkeys(self.request.precisions if self.request.wants_onnx else ()):
-            requested: Precision = precision  # type: ignore[assignment]
-            if self.whole.has(named(f"onnx-{precision}", self.place)):
-                continue  # another precision fell back to this one
-            self._build_one(requested)
+    def build(self, precision: Precision) -> None:
+        """The ONNX artifact of a precision, unless another one fell back to it."""
+        if not self.whole.has(named(f"onnx-{precision}", self.place)):
+            self._build_one(precision)
 
     def _build_one(self, precision: Precision) -> None:
         plan = PrecisionPlan.of(precision)

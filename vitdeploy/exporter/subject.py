@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -65,6 +66,14 @@ class Subject(ABC):
     @abstractmethod
     def deployed(self, plan: PrecisionPlan) -> nn.Module:
         """The module to trace."""
+
+    @abstractmethod
+    def share_deployed(self, first: Subject | None) -> None:
+        """Take what does not depend on the image size from the first size's deployed module, where it is.
+
+        Args:
+            first: the same model at the first size, which keeps its last deployed module; None lets go of it.
+        """
 
     @abstractmethod
     def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> tuple[Tensor, ...]:
@@ -143,6 +152,8 @@ class CheckpointSubject(Subject):
         self.rewrites = self._architecture.applied_rewrites(config, self.outputs, input_kind)
         self.flops = self._architecture.forward_flops(config)
         self._reference = build_reference(config, checkpoint.state)
+        self._first: CheckpointSubject | None = None
+        self._kept: tuple[PrecisionPlan, DeployedModel] | None = None
 
     @property
     def state(self) -> Mapping[str, Tensor]:
@@ -162,17 +173,29 @@ class CheckpointSubject(Subject):
         pixels = super().golden_inputs(names)
         return self._architecture.patches(self.config, pixels) if self.input == "patches" else pixels
 
+    def share_deployed(self, first: Subject | None) -> None:
+        self._first = first if isinstance(first, CheckpointSubject) else None
+        self._kept = None
+
     def deployed(self, plan: PrecisionPlan) -> DeployedModel:
-        return self._architecture.deploy(
-            self._reference,
-            plan,
-            outputs=self.outputs,
-            input_kind=self.input,
-            preprocess=self.preprocess,
-        )
+        settings: dict[str, Any] = {
+            "outputs": self.outputs,
+            "input_kind": self.input,
+            "preprocess": self.preprocess,
+        }
+        kept = self._first._kept if self._first else None
+        if self._first is not self and kept is not None and kept[0] == plan:
+            return self._architecture.redeploy(self._reference, kept[1], plan, **settings)
+        model = self._architecture.deploy(self._reference, plan, **settings)
+        if self._first is self:
+            self._kept = plan, model
+        return model
 
     def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> tuple[Tensor, ...]:
-        return emulate(self.deployed(plan).float(), plan, inputs)
+        model = self.deployed(plan)
+        if self._first is not None:  # others go on with its modules
+            model = copy.deepcopy(model)
+        return emulate(model.float(), plan, inputs)
 
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
         return island_names(deployed, plan)
@@ -207,6 +230,10 @@ class ModuleSubject(Subject):
 
     def reference(self, inputs: Tensor) -> Mapping[Output, Tensor]:
         return {"logits": module_float64(self._module, inputs)}
+
+    def share_deployed(self, first: Subject | None) -> None:
+        # A copy in another dtype is quickly made.
+        return
 
     def deployed(self, plan: PrecisionPlan) -> nn.Module:
         return wrap(self._module, plan)

@@ -101,8 +101,8 @@ def _launches(
     from vitdeploy.model.registry import architecture_of
 
     shape, dtype = architecture_of(config).kernel_shape(config, output, input_kind), DTYPES[precision]
-    planner = kernels_library("planner")
-    return [pair for size in buckets_of(batch) for pair in planner.launches(shape, dtype, size, table)]
+    plans = kernels_library("plans")
+    return [pair for size in buckets_of(batch) for pair in plans.launches(shape, dtype, size, table)]
 
 
 def _proof(plan: Sequence[tuple[str, Launch]], precision: Precision) -> PrecisionProof:

@@ -254,6 +254,8 @@ _PROCESSOR_OF_MODEL: Mapping[str, str] = {
     "blip": "BlipImageProcessor",
     "vit_msn": "ViTImageProcessor",
     "vit_mae": "ViTImageProcessor",
+    "swin": "ViTImageProcessor",
+    "swinv2": "ViTImageProcessor",
     "dinov3_vit": "DINOv3ViTImageProcessor",
     "qwen2_vl": "Qwen2VLImageProcessor",
 }
@@ -262,12 +264,15 @@ _RESCALES_FIRST = frozenset(("DINOv3ViTImageProcessor",))
 
 
 _DINOV2 = {"size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3, **_IMAGENET}
+_SWIN = {"resample": 3, **_IMAGENET}
 _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "deit": {"size": {"height": 256, "width": 256}, "crop_size": 224, "resample": 3, **_IMAGENET},
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
     "vit_msn": _IMAGENET,
     "vit_mae": _IMAGENET,
+    "swin": _SWIN,
+    "swinv2": {**_SWIN, "size": 256},
 }
 """The settings of families' published checkpoints, where they are not their processor's defaults."""
 
@@ -288,6 +293,7 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dinov3": ("dinov3_vit", {}),
     "blip": ("vit", {**_OPENAI, "resample": 3}),
     "mae": ("vit", _IMAGENET),
+    "swin": ("swin", _SWIN),
 }
 """Preprocessing that models share, by the names that people know: a model type and its settings.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vitdeploy.model.fused import FusedModel
-    from vitdeploy_kernels.vit import VitShape
+    from vitdeploy_kernels.plans import Shape
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 ReferenceT = TypeVar("ReferenceT", bound=Reference)
@@ -74,7 +74,24 @@ class Architecture(ABC, Generic[ConfigT, ReferenceT]):
         """
         raise UsageError(f"a model of the kind {config.kind!r} reads images, not patches")
 
-    def kernel_shape(self, config: ConfigT, output: Output, input_kind: InputKind) -> VitShape:
+    def redeploy(
+        self,
+        reference: ReferenceT,
+        like: DeployedModel,
+        plan: PrecisionPlan,
+        *,
+        outputs: tuple[Output, ...],
+        input_kind: InputKind,
+        preprocess: Preprocess,
+    ) -> DeployedModel:
+        """As :meth:`deploy`, for another image size; what does not depend on it may be taken from ``like``.
+
+        Args:
+            like: made of the same weights, at another size, with the same arguments.
+        """
+        return self.deploy(reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess)
+
+    def kernel_shape(self, config: ConfigT, output: Output, input_kind: InputKind) -> Shape:
         """What the fused kernels have to compute.
 
         Raises:

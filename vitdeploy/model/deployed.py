@@ -263,7 +263,7 @@ class DeployedModel(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in layers:
-                results[layers[i]] = x
+                results[layers[i]] = self.layer(i, x)
             if i in self.taps:
                 tapped.append(x)
         rest = [output for output in self.outputs if output not in results]
@@ -271,3 +271,7 @@ class DeployedModel(nn.Module):
             results |= dict(zip(rest, self.readout(x, *tapped), strict=True))
         tensors = tuple(results[output].to(self.output_dtype) for output in self.outputs)
         return tensors[0] if len(tensors) == 1 else tensors
+
+    def layer(self, block: int, x: Tensor) -> Tensor:
+        """The output behind a block, of what the block hands on."""
+        return x

@@ -8,7 +8,7 @@ Everything happens in float64, and each weight is rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vitdeploy.config import BatchRange, InputKind, Output, Preprocess, ViTConfig
 from vitdeploy.errors import PrecisionError, UsageError
 from vitdeploy.model import deployed
-from vitdeploy.model.folds import BLOCK_REWRITES, bias_of, doubled, edited, parameter
+from vitdeploy.model.folds import BLOCK_REWRITES, BlockT, bias_of, doubled, edited, parameter
 from vitdeploy.model.positions import rotation
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
 from vitdeploy.model.rewrites import (
@@ -29,11 +29,12 @@ from vitdeploy.model.rewrites import (
     read_out,
     score_bias_of,
 )
-from vitdeploy.model.vit import Block, Readout, ViT
+from vitdeploy.model.vit import Block, ViT
 from vitdeploy.model.vit_deployed import DeployedEmbedding
 from vitdeploy_kernels import planner
 from vitdeploy_kernels import vit as kernels
 from vitdeploy_kernels.layernorm_linear import Folded, fold_layernorm
+from vitdeploy_kernels.plans import Shape, Weights
 from vitdeploy_kernels.runner import buckets
 
 PIXEL_SHIFT = 128
@@ -48,16 +49,17 @@ class FusedModel:
         readout: final LayerNorm, pooling and head in torch, where no fused head does it.
     """
 
-    shape: kernels.VitShape
-    weights: kernels.VitWeights
+    shape: Shape
+    weights: Weights
     readout: planner.Readout | None
 
 
-def fold_norms(block: Block) -> Block:
+def fold_norms(block: BlockT) -> BlockT:
     """(n g + b) W = n (g W) + b W: LayerNorm's gain and shift become part of the linear layers behind it."""
     block = edited(block)
-    attn, mlp = block.attn, block.mlp
-    norms = [(block.norm1, (attn.q, attn.k, attn.v)), (block.norm2, (mlp.fc1,))]
+    this: Any = block
+    attn, mlp = this.attn, this.mlp
+    norms = [(this.norm1, (attn.q, attn.k, attn.v)), (this.norm2, (mlp.fc1,))]
     for norm, linears in norms if mlp.norm is None else [*norms, (mlp.norm, (mlp.fc2,))]:
         for linear in linears:
             offset, bias = linear.weight @ norm.bias, bias_of(linear)
@@ -119,34 +121,44 @@ def fuse(
         if preprocess is None:
             raise ValueError("uint8 input needs the preprocessing whose mean and std to fold")
         embedding = fold_normalisation(embedding, preprocess)
-    projection, first = _projection(centre_embedding(embedding), dtype), None
+    centred, first = centre_embedding(embedding), None
+    patches = projection(
+        centred.patch_embed.weight,
+        centred.tokens.value,
+        centred.channels_last,
+        dtype,
+        config.prefix_tokens,
+    )
     if embedding.pre_norm is not None:
         linear = centre_norm(embedding.pre_norm)
         ones, bias = torch.ones_like(embedding.pre_norm.weight), linear.bias
-        first = _moved(fold_layernorm(ones, torch.zeros_like(ones), linear.weight, bias, dtype), device)
+        first = moved(fold_layernorm(ones, torch.zeros_like(ones), linear.weight, bias, dtype), device)
     blocks: list[kernels.Block] = []
     last: kernels.AbsorbedBlock | None = None
     for index, part in enumerate(vit.blocks):
         block = rewrite(cast(Block, doubled(part)))
         if index < shape.full_blocks:
-            blocks.append(_moved(_full(block, dtype), device))
+            blocks.append(moved(full_block(block, dtype), device))
         else:
-            last = _moved(_absorbed(block, shape.queries or 0, dtype), device)
+            last = moved(_absorbed(block, shape.queries or 0, dtype), device)
     readout = doubled(vit.readout)
     head = None
     if shape.classes and readout.head is not None and readout.norm is not None:
-        head = _folded(readout.norm, readout.head, dtype)
+        head = folded(readout.norm, readout.head, dtype)
     weights = kernels.VitWeights(
-        embedding=_moved(projection, device),
+        embedding=moved(patches, device),
         blocks=tuple(blocks),
         last=last,
-        head=head and _moved(head, device),
+        head=head and moved(head, device),
         pre_norm=first,
-        rotation=_moved(_rotation(config), device) if config.rotary is not None else None,
+        rotation=moved(_rotation(config), device) if config.rotary is not None else None,
     )
-    _check_range(weights, dtype)
-    absorbed = shape.queries is not None
-    return FusedModel(shape, weights, None if head else _readout(readout, output, absorbed, dtype, device))
+    check_range(weights, dtype)
+    last_part = None
+    if head is None:
+        part = read_out(readout, (output,), absorbed=shape.queries is not None)
+        last_part = readout_of(part, dtype, device)
+    return FusedModel(shape, weights, last_part)
 
 
 def kernel_shape(config: ViTConfig, output: Output, input_kind: InputKind) -> kernels.VitShape:
@@ -189,12 +201,14 @@ def buckets_of(batch: BatchRange) -> tuple[int, ...]:
 
 def rewrite(block: Block) -> Block:
     """Every rewrite of a block's weights, in float64."""
-    for step in (fold_norms, *BLOCK_REWRITES, centre_block):
+    steps: tuple[Callable[[Block], Block], ...] = (fold_norms, *BLOCK_REWRITES, centre_block)
+    for step in steps:
         block = step(block)
     return block
 
 
-def _folded(norm: nn.LayerNorm, linear: nn.Linear, dtype: torch.dtype) -> Folded:
+def folded(norm: nn.LayerNorm, linear: nn.Linear, dtype: torch.dtype) -> Folded:
+    """A linear layer behind a LayerNorm, in one."""
     return fold_layernorm(norm.weight, norm.bias, linear.weight.t(), linear.bias, dtype)
 
 
@@ -202,18 +216,22 @@ def _linear(linear: nn.Linear, dtype: torch.dtype) -> kernels.Linear:
     return kernels.Linear(linear.weight.t().to(dtype).contiguous(), linear.bias.float())
 
 
-def _full(block: Block, dtype: torch.dtype) -> kernels.Block:
+def full_block(block: Any, dtype: torch.dtype) -> kernels.Block:
+    """A block that computes every token, of any architecture; its bias may differ from window to window."""
     attn, mlp = block.attn, block.mlp
     parts = (attn.q, attn.k, attn.v)
     weight = torch.cat([part.weight for part in parts]).t()
     zeros = torch.zeros_like(attn.proj.bias)
     bias, added = torch.cat([zeros if b is None else b for b in map(bias_of, parts)]), attn.bias()
+    if added is not None:
+        each = added if added.dim() == 4 else added[None]  # (1, h, T, T), or of each window
+        added = F.pad(each, (0, -each.shape[-1] % 8)).to(dtype).contiguous()
     return kernels.Block(
         qkv=fold_layernorm(block.norm1.weight, block.norm1.bias, weight, bias, dtype),
         proj=_linear(attn.proj, dtype),
-        fc1=_folded(block.norm2, mlp.fc1, dtype),
+        fc1=folded(block.norm2, mlp.fc1, dtype),
         fc2=_linear(mlp.fc2, dtype),
-        score_bias=None if added is None else F.pad(added[None], (0, -len(added[0]) % 8)).to(dtype),
+        score_bias=added,
     )
 
 
@@ -222,11 +240,11 @@ def _absorbed(block: Block, queries: int, dtype: torch.dtype) -> kernels.Absorbe
     attn, mlp = block.attn, block.mlp
     heads, added = (attn.heads, attn.head_width, -1), score_bias_of(attn, queries)
     return kernels.AbsorbedBlock(
-        q=_folded(block.norm1, attn.q, dtype),
+        q=folded(block.norm1, attn.q, dtype),
         key=attn.k.weight.reshape(heads).to(dtype).contiguous(),  # (h, d, D)
         value=attn.v.weight.reshape(heads).transpose(1, 2).to(dtype).contiguous(),  # (h, D, d)
         proj=_linear(attn.proj, dtype),
-        fc1=_folded(block.norm2, mlp.fc1, dtype),
+        fc1=folded(block.norm2, mlp.fc1, dtype),
         fc2=_linear(mlp.fc2, dtype),
         score_bias=None if added is None else added.value.float(),
     )
@@ -237,22 +255,24 @@ def _rotation(config: ViTConfig) -> Tensor:
     return torch.stack([turns.cos, turns.sin]).float()
 
 
-def _projection(embedding: DeployedEmbedding, dtype: torch.dtype) -> kernels.Embedding:
-    """Pixels in steps of 1/255 have weights that fp16 would hold as subnormals: a power of two goes apart."""
-    weight, tokens = embedding.patch_embed.weight.detach(), embedding.tokens.value.detach().clone()
-    scale = 1.0
-    if embedding.channels_last:
-        tokens[embedding.config.prefix_tokens :] += PIXEL_SHIFT * weight.sum(dim=0)
+def projection(
+    weight: Tensor, tokens: Tensor, channels_last: bool, dtype: torch.dtype, prefix: int = 0
+) -> kernels.Embedding:
+    """The patch projection, rounded, and what is added to its rows (T, D).
+
+    Pixels in steps of 1/255 have weights that fp16 would hold as subnormals: a power of two goes apart.
+    """
+    weight, tokens, scale = weight.detach(), tokens.detach().clone(), 1.0
+    if channels_last:
+        tokens[prefix:] += PIXEL_SHIFT * weight.sum(dim=0)
         _, exponent = torch.frexp(weight.abs().max())
         scale = 2.0 ** int(exponent)
     return kernels.Embedding((weight / scale).to(dtype).contiguous(), tokens.float(), scale)
 
 
-def _readout(
-    readout: Readout, output: Output, absorbed: bool, dtype: torch.dtype, device: torch.device | str
-) -> planner.Readout:
-    deployed_part = read_out(readout, (output,), absorbed=absorbed)
-    part = assign_dtypes(deployed_part, "readout", PrecisionPlan(dtype)).to(device)
+def readout_of(readout: nn.Module, dtype: torch.dtype, device: torch.device | str) -> planner.Readout:
+    """What computes the one output of a deployed readout, in torch."""
+    part = assign_dtypes(readout, "readout", PrecisionPlan(dtype)).to(device)
 
     def compute(x: Tensor) -> Tensor:
         result: Tensor = part(x)[0]
@@ -274,18 +294,19 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(item, f"{name}.{key}")
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
+def moved(value: Any, device: torch.device | str) -> Any:
     """The same dataclass with its tensors on a device."""
     if isinstance(value, Tensor):
         return value.detach().to(device)
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+        return type(value)(**{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
     if isinstance(value, Folded):
-        return Folded(*(_moved(item, device) for item in value))
+        return Folded(*(moved(item, device) for item in value))
     return value
 
 
-def _check_range(weights: kernels.VitWeights, dtype: torch.dtype) -> None:
+def check_range(weights: Weights, dtype: torch.dtype) -> None:
+    """Raise a PrecisionError for what has overflowed."""
     overflowing = [name for name, tensor in _tensors(weights, "") if not torch.isfinite(tensor).all()]
     if overflowing:
         kind = str(dtype).removeprefix("torch.")

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import InputKind, ModelConfig, Output, Preprocess, QwenVisionConfig, ViTConfig
-from vitdeploy.model import rewrites
+from vitdeploy.config import (
+    InputKind,
+    ModelConfig,
+    Output,
+    Preprocess,
+    QwenVisionConfig,
+    SwinConfig,
+    ViTConfig,
+)
+from vitdeploy.model import rewrites, swin, swin_rewrites
 from vitdeploy.model.architecture import Architecture
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
@@ -20,6 +28,7 @@ from vitdeploy.model.vit import Attention, FusedAttention, ViT
 
 if TYPE_CHECKING:
     from vitdeploy.model.fused import FusedModel
+    from vitdeploy_kernels.swin import SwinShape
     from vitdeploy_kernels.vit import VitShape
 
 
@@ -48,6 +57,20 @@ class ViTArchitecture(Architecture[ViTConfig, ViT]):
     ) -> DeployedModel:
         return rewrites.deploy(reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess)
 
+    def redeploy(
+        self,
+        reference: ViT,
+        like: DeployedModel,
+        plan: PrecisionPlan,
+        *,
+        outputs: tuple[Output, ...],
+        input_kind: InputKind,
+        preprocess: Preprocess,
+    ) -> DeployedModel:
+        return rewrites.redeploy(
+            reference, like, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess
+        )
+
     def kernel_shape(self, config: ViTConfig, output: Output, input_kind: InputKind) -> VitShape:
         from vitdeploy.model import fused
 
@@ -70,8 +93,58 @@ class ViTArchitecture(Architecture[ViTConfig, ViT]):
         )
 
 
+class SwinArchitecture(Architecture[SwinConfig, swin.Swin]):
+    """Swin Transformers of both versions."""
+
+    def reference(self, config: SwinConfig, *, fused_attention: bool = False) -> swin.Swin:
+        return swin.Swin(config, swin.FusedAttention if fused_attention else swin.Attention)
+
+    def forward_flops(self, config: SwinConfig) -> int:
+        return swin_rewrites.forward_flops(config)
+
+    def applied_rewrites(
+        self, config: SwinConfig, outputs: tuple[Output, ...], input_kind: InputKind
+    ) -> tuple[Rewrite, ...]:
+        return swin_rewrites.applied_rewrites(config, outputs, input_kind)
+
+    def deploy(
+        self,
+        reference: swin.Swin,
+        plan: PrecisionPlan,
+        *,
+        outputs: tuple[Output, ...],
+        input_kind: InputKind,
+        preprocess: Preprocess,
+    ) -> DeployedModel:
+        return swin_rewrites.deploy(
+            reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess
+        )
+
+    def kernel_shape(self, config: SwinConfig, output: Output, input_kind: InputKind) -> SwinShape:
+        from vitdeploy.model import swin_fused
+
+        return swin_fused.kernel_shape(config, output, input_kind)
+
+    def fuse(
+        self,
+        reference: swin.Swin,
+        dtype: torch.dtype,
+        *,
+        output: Output,
+        input_kind: InputKind,
+        preprocess: Preprocess | None,
+        device: torch.device | str,
+    ) -> FusedModel:
+        from vitdeploy.model import swin_fused
+
+        return swin_fused.fuse(
+            reference, dtype, output=output, input_kind=input_kind, preprocess=preprocess, device=device
+        )
+
+
 ARCHITECTURES: Mapping[str, Architecture[Any, Any]] = {
     ViTConfig.kind: ViTArchitecture(),
+    SwinConfig.kind: SwinArchitecture(),
     QwenVisionConfig.kind: QwenArchitecture(),
 }
 """For every kind in ``vitdeploy.config.CONFIGS``."""

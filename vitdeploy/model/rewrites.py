@@ -7,6 +7,7 @@ once, when :func:`deploy` puts them into the dtypes of a precision plan.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Set
 from typing import cast
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from vitdeploy.bundle.manifest import Rewrite
-from vitdeploy.config import POOLED, InputKind, Output, Preprocess, ViTConfig, layer_of
+from vitdeploy.config import POOLED, InputKind, ModelConfig, Output, Preprocess, ViTConfig, layer_of
 from vitdeploy.model.deployed import (
     DeployedAttention,
     DeployedBlock,
@@ -36,6 +37,7 @@ from vitdeploy.model.folds import (
 )
 from vitdeploy.model.positions import rotation
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
+from vitdeploy.model.stem_deployed import DeployedStem, centre_pixels, standardising_flops, stem_flops
 from vitdeploy.model.vit import Attention, Block, Embedding, ProbePool, Readout, ViT
 from vitdeploy.model.vit_deployed import (
     AbsorbedAttention,
@@ -51,7 +53,7 @@ def forward_flops(config: ViTConfig) -> int:
     """FLOPs of the reference model's GEMMs and attention on the way to its first output, per image."""
     d, t, m = config.width, config.tokens, config.mlp_width
     block = 2 * t * d * (4 * d + m * (3 if config.gated_mlp else 2)) + 4 * t * t * d
-    patches = 2 * config.patches * config.channels * config.patch_size**2 * d
+    patches = 2 * config.patches * config.patch_channels * config.patch_size**2 * d + stem_flops(config)
     first, heads = config.outputs[0], 2 if config.pool == "both_heads" else 1
     if first == "codes":
         return config.depth * block + patches + 2 * config.patches * d * config.codes
@@ -140,12 +142,25 @@ def patches_to_gemm(embedding: Embedding) -> DeployedEmbedding:
     tokens = torch.cat([embedding.prefix(), patches])  # (T, D)
     projection = Linear(weight.flatten(1).t(), None)  # (D, C, P, P) -> (C P P, D)
     norm = None if embedding.pre_norm is None else deployed_norm(embedding.pre_norm)
-    return DeployedEmbedding(projection, tokens, config, channels_last=False, pre_norm=norm)
+    stem = None if embedding.stem is None else DeployedStem(embedding.stem)
+    return DeployedEmbedding(projection, tokens, config, channels_last=False, pre_norm=norm, stem=stem)
 
 
 def fold_normalisation(embedding: DeployedEmbedding, preprocess: Preprocess) -> DeployedEmbedding:
-    """((r u) - mean) / std is linear in the pixel u, so it moves into the projection: uint8 HWC goes in."""
+    """((r u) - mean) / std is linear in the pixel u, so it moves into the projection: uint8 HWC goes in.
+
+    A stem reads the pixels where there is one: :func:`centre_pixels`.
+    """
     config = embedding.config
+    if embedding.stem is not None:
+        return DeployedEmbedding(
+            embedding.patch_embed,
+            embedding.tokens.value,
+            config,
+            channels_last=False,
+            pre_norm=embedding.pre_norm,
+            stem=centre_pixels(embedding.stem, preprocess),
+        )
     scale, shift = normalisation(preprocess)
     weight = embedding.patch_embed.weight.reshape(config.channels, -1, config.width)  # (C, P P, D)
     offset = torch.einsum("cpd,c->d", weight, shift)
@@ -223,7 +238,7 @@ def queries_read(config: ViTConfig, outputs: Iterable[Output]) -> int | None:
     return 2 if config.pool == "both_heads" else 1
 
 
-def blocks_read(config: ViTConfig, outputs: Iterable[Output]) -> int:
+def blocks_read(config: ModelConfig, outputs: Iterable[Output]) -> int:
     """How many blocks the outputs depend on: all of them, unless each is a layer before the last."""
     layers = [layer_of(output) for output in outputs]
     return max(config.depth if layer is None else layer + 1 for layer in layers)
@@ -239,7 +254,14 @@ def applied_rewrites(
     key_bias = config.qkv_bias and config.key_bias and config.rotary is None
     scores = depth * config.heads * t * t
     merged = depth - bool(queries)
+    stem = config.stem is not None
     rows = [
+        (
+            "standardise_weights",
+            "mean 0 and deviation 1 of every filter of the ResNet, once",
+            standardising_flops(config),
+            stem,
+        ),
         (
             "patches_to_gemm",
             "patch convolution, CLS row, bias and positions: one GEMM, one constant",
@@ -273,8 +295,10 @@ def applied_rewrites(
         ),
         (
             "fold_normalisation",
-            "mean and std in the projection",
-            6 * config.patches * d,
+            "std in the first convolution, behind zeros for the mean"
+            if stem
+            else "mean and std in the projection",
+            2 * config.channels * math.prod(config.image_size) if stem else 6 * config.patches * d,
             input_kind == "uint8",
         ),
     ]
@@ -316,12 +340,7 @@ def deploy(
     """
     config = vit.config
     queries = queries_read(config, outputs)
-    embedding = patches_to_gemm(doubled(vit.embedding))
-    if input_kind == "uint8":
-        if preprocess is None:
-            raise ValueError("uint8 input needs the preprocessing whose mean and std to fold")
-        embedding = fold_normalisation(embedding, preprocess)
-    assign_dtypes(embedding, "embedding", plan)
+    embedding = _embedding(vit, plan, input_kind, preprocess)
     blocks = []
     for i, part in enumerate(vit.blocks[: blocks_read(config, outputs)]):
         block = cast(Block, doubled(part))
@@ -335,3 +354,37 @@ def deploy(
     result = DeployedModel(embedding, blocks, assign_dtypes(part, "readout", plan), outputs)
     result.output_dtype = plan.output_dtype
     return result.eval()
+
+
+@torch.no_grad()
+def redeploy(
+    vit: ViT,
+    like: DeployedModel,
+    plan: PrecisionPlan,
+    *,
+    outputs: tuple[Output, ...] = ("logits",),
+    input_kind: InputKind = "float",
+    preprocess: Preprocess | None = None,
+) -> DeployedModel:
+    """As :func:`deploy`, for another image size than ``like`` is for: it shares blocks and readout with that.
+
+    Only the embedding depends on the size, unless blocks turn by positions or have tables of them.
+    """
+    if vit.config.rotary is not None or vit.config.score_bias:
+        return deploy(vit, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess)
+    embedding = _embedding(vit, plan, input_kind, preprocess)
+    result = DeployedModel(embedding, list(like.blocks), like.readout, outputs)
+    result.output_dtype = plan.output_dtype
+    return result.eval()
+
+
+def _embedding(
+    vit: ViT, plan: PrecisionPlan, input_kind: InputKind, preprocess: Preprocess | None
+) -> DeployedEmbedding:
+    """The deployed embedding in the dtypes of the plan."""
+    embedding = patches_to_gemm(doubled(vit.embedding))
+    if input_kind == "uint8":
+        if preprocess is None:
+            raise ValueError("uint8 input needs the preprocessing whose mean and std to fold")
+        embedding = fold_normalisation(embedding, preprocess)
+    return assign_dtypes(embedding, "embedding", plan)

@@ -3,7 +3,8 @@
 Everything a deployed artifact computes is measured against this module in float64. It follows
 Dosovitskiy et al. 2021 (https://arxiv.org/abs/2010.11929), with the switches that DeiT (distillation
 token), DINOv2 and DINOv3 (registers, layer scale, SwiGLU, rotary positions), CLIP (a norm before the blocks,
-a projection), SigLIP (pooling by a probe), BEiT (relative positions, codes), EVA02 and BLIP need.
+a projection), SigLIP (pooling by a probe), BEiT (relative positions, codes), EVA02, BLIP and hybrids (a
+ResNet before the patches: :mod:`vitdeploy.model.stem`) need.
 
 Shapes in comments: N images, C channels, H x W pixels, P patch, T tokens, D width, h heads, d columns
 of a head, M columns inside the MLP, E columns of the embedding.
@@ -26,17 +27,19 @@ from vitdeploy.model.positions import (
     sincos2d,
 )
 from vitdeploy.model.reference import Reference
+from vitdeploy.model.stem import ResNetStem
 
 
 class Embedding(nn.Module):
-    """Pixels to tokens: patch projection, prefix tokens, positions."""
+    """Pixels to tokens: a ResNet where there is one, patch projection, prefix tokens, positions."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
         width, patch = config.width, config.patch_size
+        self.stem = ResNetStem(config.stem, config.channels) if config.stem is not None else None
         self.patch_embed = nn.Conv2d(
-            config.channels, width, kernel_size=patch, stride=patch, bias=config.patch_bias
+            config.patch_channels, width, kernel_size=patch, stride=patch, bias=config.patch_bias
         )
         self.cls_token = nn.Parameter(torch.zeros(width)) if config.cls_token else None
         self.dist_token = nn.Parameter(torch.zeros(width)) if config.distillation_token else None
@@ -73,7 +76,8 @@ class Embedding(nn.Module):
         return None if self.pos_embed is None else self.pos_embed[self.config.position_prefix :]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.patch_embed(pixel_values)  # (N, C, H, W) -> (N, D, H/P, W/P)
+        x = pixel_values if self.stem is None else self.stem(pixel_values)
+        x = self.patch_embed(x)  # (N, C, H, W) -> (N, D, H/P, W/P)
         x = x.flatten(2).transpose(1, 2)  # (N, patches, D)
         positions = self.positions()
         if positions is not None:

@@ -26,6 +26,7 @@ from vitdeploy.model.deployed import (
     Site,
     Softmax,
 )
+from vitdeploy.model.stem_deployed import DeployedStem
 
 
 class RotatedKey(nn.Module):
@@ -120,7 +121,8 @@ class Tokens(Site):
 class DeployedEmbedding(nn.Module):
     """Pixels to tokens by one GEMM; prefix tokens, positions and bias are one constant (T, D).
 
-    The prefix rows enter as rows of zeros below which the constant lies, so no token is expanded at run time.
+    Behind a stem, its last map takes the pixels' place, channels first whatever the stem reads. The prefix
+    rows enter as rows of zeros below which the constant lies, so no token is expanded at run time.
     """
 
     def __init__(
@@ -131,22 +133,33 @@ class DeployedEmbedding(nn.Module):
         *,
         channels_last: bool,
         pre_norm: Norm | None = None,
+        stem: DeployedStem | None = None,
     ) -> None:
         super().__init__()
+        self.stem = stem
         self.patch_embed = patch_embed  # weight (C P P, D), or (P P C, D) where channels come last
         self.tokens = Tokens(tokens)
         self.pre_norm = pre_norm
         self.config, self.channels_last = config, channels_last
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        (rows, columns), patch, channels = self.config.grid, self.config.patch_size, self.config.channels
+        (rows, columns), patch, channels = (
+            self.config.grid,
+            self.config.patch_size,
+            self.config.patch_channels,
+        )
+        if self.stem is not None:
+            pixel_values = self.stem(pixel_values)  # (N, C, H / stride, W / stride)
         if self.channels_last:
             # Cast first (0 to 255 are exact in every dtype): TensorRT has no other operation on uint8.
             pixel_values = pixel_values.to(self.patch_embed.weight.dtype)
             x = pixel_values.reshape(-1, rows, patch, columns, patch, channels).transpose(2, 3)
+        elif patch == 1:
+            x = pixel_values.reshape(-1, channels, rows * columns).transpose(1, 2)
         else:
             x = pixel_values.reshape(-1, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-        x = x.reshape(-1, rows * columns, channels * patch * patch)  # (N, patches, C P P)
+        if patch > 1:
+            x = x.reshape(-1, rows * columns, channels * patch * patch)  # (N, patches, C P P)
         x = self.patch_embed(x)  # (N, patches, D)
         if self.config.prefix_tokens:
             x = F.pad(x, (0, 0, self.config.prefix_tokens, 0))  # (N, T, D)

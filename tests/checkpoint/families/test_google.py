@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from scipy import ndimage
 
 from tests.helpers.paths import ORACLES
+from vitdeploy.checkpoint.families import google
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
+from vitdeploy.config import Stem, ViTConfig
 from vitdeploy.errors import CheckpointError
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import build_reference
@@ -42,6 +45,46 @@ def test_logits_equal_the_documented_layout(tmp_path: Path, shape: dict[str, Any
     assert checkpoint.family == "google"
     assert checkpoint.config.heads == shape.get("heads", 2)
     assert_agrees(checkpoint, arrays)
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "stages": {"resnet": (2, 1), "patch": 1, "side": 4},
+    "elder": {"resnet": (1, 1, 1), "patch": 1, "side": 2, "elder": True, "representation": 12},
+    "root": {"resnet": (), "patch": 2, "side": 4},
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_equal_the_documented_layout(tmp_path: Path, name: str) -> None:
+    arrays = ORACLE["synthesise"](seed=8, **HYBRIDS[name])
+    checkpoint = opened(arrays, tmp_path)
+    config = checkpoint.config
+    assert isinstance(config, ViTConfig)
+    assert config.stem == Stem(HYBRIDS[name]["resnet"], 32, 32, 1e-6, 1e-5, "deviation")
+    assert config.image_size == (32, 32)
+    assert_agrees(checkpoint, arrays)
+    assert_agrees(opened(arrays, tmp_path, image_size=(64, 32)), arrays)
+
+
+@pytest.mark.parametrize("field, value", [("norm_eps", 1e-5), ("weight_eps_on", "variance"), ("groups", 16)])
+def test_timms_settings_of_the_resnet_are_seen(
+    tmp_path: Path, field: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm loads these files into a model that adds other numbers, at other places."""
+    changed: Any = {field: value}
+    monkeypatch.setattr(google, "_STEM", replace(google._STEM, **changed))
+    arrays = ORACLE["synthesise"](seed=8, **HYBRIDS["stages"])
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_agrees(opened(arrays, tmp_path), arrays)
+
+
+def test_a_missing_tensor_of_a_resnet_is_named_as_the_file_does(tmp_path: Path) -> None:
+    arrays = ORACLE["synthesise"](seed=8, **HYBRIDS["stages"])
+    del arrays["block2/unit1/gn_proj/bias"], arrays["block1/unit2/conv2/kernel"]
+    with pytest.raises(CheckpointError) as error:
+        opened(arrays, tmp_path)
+    for name in ("block2/unit1/gn_proj/bias", "block1/unit2/conv2/kernel"):
+        assert name in error.value.message
 
 
 @pytest.mark.parametrize("size", [(32, 32), (8, 8), (12, 28)])

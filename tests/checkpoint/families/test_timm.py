@@ -18,7 +18,7 @@ from vitdeploy.checkpoint.families.base import Foreign
 from vitdeploy.checkpoint.families.timm import FAMILY
 from vitdeploy.checkpoint.families.timm_names import width_of
 from vitdeploy.checkpoint.opening import Checkpoint, open_model
-from vitdeploy.config import Rotary
+from vitdeploy.config import Rotary, SwinConfig
 from vitdeploy.errors import CheckpointError, MissingDependency
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import build_reference
@@ -406,6 +406,24 @@ def test_library_builds_eva(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(opened, Checkpoint)
     assert (opened.family, opened.config.heads, opened.config.norm_eps) == ("timm_eva", 4, 1e-5)
     assert opened.config.rotary == Rotary("centred_timm", 100.0)
+
+
+def test_library_builds_swin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's Swins have their blocks in stages; windows are those of the name."""
+    tensors = load_file(ORACLES / "timm_swin" / "s3" / "model.safetensors")
+    model = type("SwinTransformer", (VisionTransformer,), {})(tensors, block="SwinTransformerBlock")
+    model.layers = [types.SimpleNamespace(blocks=model.blocks)]
+    del model.blocks
+    model.global_pool, model.patch_embed = "avg", types.SimpleNamespace(img_size=(224, 224))
+    fake_timm(monkeypatch, lambda name, pretrained: model, "swin_tiny_patch4_window7_224")
+    with pytest.raises(CheckpointError, match="of the wrong shape"):  # windows of 2 and 4, as s3's are
+        open_model("timm:swin_tiny_patch4_window7_224")
+    tensors.update({n: torch.zeros(169, t.shape[1]) for n, t in tensors.items() if n.endswith("bias_table")})
+    opened = open_model("timm:swin_tiny_patch4_window7_224")
+    assert isinstance(opened, Checkpoint)
+    assert isinstance(opened.config, SwinConfig)
+    assert (opened.family, opened.config.windows) == ("timm_swin", ((7, 7),) * 3)
+    assert (opened.config.image_size, opened.config.activation) == ((224, 224), "gelu_tanh")
 
 
 def test_library_builds_of_other_blocks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

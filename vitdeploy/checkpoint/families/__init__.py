@@ -21,9 +21,12 @@ from vitdeploy.checkpoint.families import (
     qwen,
     reference,
     siglip,
+    swin,
     timm,
     timm_beit,
     timm_eva,
+    timm_hybrid,
+    timm_swin,
     torchvision,
     vit,
 )
@@ -47,10 +50,14 @@ FAMILIES: tuple[Family, ...] = (
     clip.FAMILY,
     siglip.FAMILY,
     qwen.FAMILY,
+    swin.FAMILY,
+    swin.FAMILY_V2,
     open_clip.TOWER,
     open_clip.TRUNK,
     timm_beit.FAMILY,
     timm_eva.FAMILY,
+    timm_hybrid.FAMILY,
+    timm_swin.FAMILY,
     timm.FAMILY,
     torchvision.FAMILY,
     google.FAMILY,
@@ -62,7 +69,10 @@ _HINT = "any nn.Module can be exported as it is: --model module:function"
 
 _OWN = tuple(
     f.name
-    for f in (vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS, beit.FAMILY)
+    for f in (
+        *(vit.FAMILY, vit.MSN, vit.MAE, deit.FAMILY, dinov2.PLAIN, dinov2.WITH_REGISTERS, beit.FAMILY),
+        *(swin.FAMILY, swin.FAMILY_V2),
+    )
 )
 """Families of transformers, whose names begin so where a base model is below a head."""
 _PREFIXES = (*_OWN, image_text.PREFIX, open_clip.PREFIX)
@@ -71,8 +81,8 @@ _TYPES = (*_OWN, *blip.MODEL_TYPES, *clip.MODEL_TYPES, *siglip.MODEL_TYPES, *qwe
 """Model types of transformers that are read."""
 _OTHERS = frozenset(
     (
-        *("convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit", "mobilevit", "pvt", "swin"),
-        *("swinv2", "vit_hybrid", "yolos"),
+        *("convnext", "cvt", "data2vec-vision", "hiera", "ijepa", "levit", "mobilevit", "pvt"),
+        *("vit_hybrid", "yolos"),
     )
 )
 """Model types of transformers that are others, not supported ones with a wrong letter."""

@@ -237,6 +237,10 @@ _PLACES = "ij"
 """What stands in a template for the first number of a name, and for the second."""
 
 
+_NUMBER = r"(\d{1,4})"
+"""Of a block or a stage in a name; there are no more of them."""
+
+
 def template_of(ours: str) -> tuple[str, tuple[str, ...]]:
     """``layers.1.blocks.3.norm1.weight`` to ``layers.{i}.blocks.{j}.norm1.weight`` and ``("1", "3")``."""
     numbers: list[str] = []
@@ -263,8 +267,8 @@ def find_tensor(layout: Layout, state: Mapping[str, Tensor], ours: str) -> Tenso
 
 
 def count_blocks(layout: Layout, names: Iterable[str]) -> int:
-    """One more than the highest block number that any name carries; of a model without stages."""
-    return max((i for i, *_ in _numbers(layout, names, "{i}")), default=-1) + 1
+    """One more than the highest number of a block that lies in no stage."""
+    return max((i for i, *rest in _numbers(layout, names, "{i}") if not rest), default=-1) + 1
 
 
 def count_stages(layout: Layout, names: Iterable[str]) -> tuple[int, ...]:
@@ -277,7 +281,7 @@ def count_stages(layout: Layout, names: Iterable[str]) -> tuple[int, ...]:
 def _numbers(layout: Layout, names: Iterable[str], place: str) -> set[tuple[int, ...]]:
     """The numbers in those foreign names whose template has ``place``."""
     sources = sorted({source.name for source in layout.values() if place in source.name})
-    patterns = [re.escape(name).replace(r"\{i\}", r"(\d+)").replace(r"\{j\}", r"(\d+)") for name in sources]
+    patterns = [re.escape(name).replace(r"\{i\}", _NUMBER).replace(r"\{j\}", _NUMBER) for name in sources]
     pattern = re.compile("|".join(patterns) or r"(?!)")
     matches = (match for name in names if (match := pattern.fullmatch(name)))
     return {tuple(int(number) for number in match.groups() if number is not None) for match in matches}

@@ -2,7 +2,8 @@
 
 Layers store their kernels input first; attention keeps its heads apart: query, key and value are
 (D, heads, d), the output projection is (heads, d, D). flax's GELU is the tanh form. Positions interpolate as
-``scipy.ndimage.zoom(order=1)`` does: linearly, from corner to corner.
+``scipy.ndimage.zoom(order=1)`` does: linearly, from corner to corner. Hybrids (``R26_S_32``,
+``R50+ViT-B_16``) have the ResNet of vit_jax's models_resnet.py before the patches.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vitdeploy.checkpoint.families.base import Family, Foreign, Layout, Reading,
 from vitdeploy.checkpoint.families.infer import infer_config, shape_note, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.checkpoint.refusals import OTHER_MODEL
-from vitdeploy.config import Preprocess, Size, ViTConfig
+from vitdeploy.config import Preprocess, Size, Stem, ViTConfig
 from vitdeploy.errors import CheckpointError
 from vitdeploy.images.preprocess import at_size
 
@@ -59,9 +60,33 @@ def _attention() -> dict[str, Source]:
     return layout
 
 
+def _filters(ours: str, theirs: str) -> dict[str, Source]:
+    return {f"{ours}.weight": Source(f"{theirs}/kernel", _convolution)}
+
+
+def _group_norm(ours: str, theirs: str) -> dict[str, Source]:
+    # Of (C) numbers, or of (1, 1, 1, C) in elder files.
+    return {name: Source(source.name, torch.flatten) for name, source in _norm(ours, theirs).items()}
+
+
+def _stem() -> dict[str, Source]:
+    ours, theirs = "stem.stages.{i}.{j}", "block{i}/unit{j}"
+    layout = {**_filters("stem.conv", "conv_root"), **_group_norm("stem.norm", "gn_root")}
+    layout |= _filters(f"{ours}.downsample", f"{theirs}/conv_proj")
+    layout |= _group_norm(f"{ours}.downsample_norm", f"{theirs}/gn_proj")
+    for n in (1, 2, 3):
+        layout |= _filters(f"{ours}.conv{n}", f"{theirs}/conv{n}")
+        layout |= _group_norm(f"{ours}.norm{n}", f"{theirs}/gn{n}")
+    return layout
+
+
+_STEM = Stem(norm_eps=1e-6, weight_eps=1e-5, weight_eps_on="deviation")
+"""What no shape tells of the ResNets."""
+_UNIT = re.compile(r"^block(\d+)/unit(\d+)/")
 _BLOCK = "Transformer/encoderblock_{i}"
 _ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_1"
 _LAYOUT: Layout = {
+    **_stem(),
     "patch_embed.weight": Source("embedding/kernel", _convolution),
     "patch_embed.bias": Source("embedding/bias"),
     "cls_token": Source("cls", flat(1)),
@@ -77,13 +102,20 @@ _LAYOUT: Layout = {
 }
 
 
+def _counted(name: str, by: int) -> str:
+    """The name with stages and blocks counted from another number: the file counts from 1."""
+    return _UNIT.sub(lambda match: f"block{int(match[1]) + by}/unit{int(match[2]) + by}/", name)
+
+
 def _claims(foreign: Foreign) -> bool:
     return any(re.fullmatch(r"(opt/target/)?embedding/kernel", name) for name in foreign.state)
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     # A training checkpoint keeps the weights under opt/target/, beside the optimizer's state.
-    state, originals = rename_tensors(foreign.state, lambda name: name.removeprefix("opt/target/"))
+    state, originals = rename_tensors(
+        foreign.state, lambda name: _counted(name.removeprefix("opt/target/"), by=-1)
+    )
     name = f"{_ATTENTION}/query/kernel".format(i=0)
     query = state.get(name)
     if query is None or query.ndim != 3:
@@ -93,7 +125,13 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         )
     heads, (_, sizes) = query.shape[1], what_is_open(template, foreign.wanted)
     config = infer_config(
-        _LAYOUT, state, foreign.source, heads=lambda width: heads, sizes=sizes, activation="gelu_tanh"
+        _LAYOUT,
+        state,
+        foreign.source,
+        heads=lambda width: heads,
+        sizes=sizes,
+        stem=_STEM if "conv_root/kernel" in state else None,
+        activation="gelu_tanh",
     )
 
     def preprocess(size: Size | None) -> Preprocess:
@@ -109,6 +147,7 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         notes=shape_note(config, template, foreign.wanted),
         assumed=assumed,
         originals=originals,
+        spell=lambda name: _counted(name, by=1),
     )
 
 

@@ -24,7 +24,7 @@ from vitdeploy.checkpoint.families.base import (
 )
 from vitdeploy.checkpoint.families.infer import infer_config, what_is_open
 from vitdeploy.checkpoint.refusals import CORRECT, shown
-from vitdeploy.config import Activation, Preprocess, Scores, Size, ViTConfig
+from vitdeploy.config import Activation, ModelConfig, Preprocess, Scores, Size, ViTConfig
 from vitdeploy.errors import CheckpointError, did_you_mean
 from vitdeploy.images.preprocess import at_size, from_huggingface, published
 
@@ -164,7 +164,7 @@ def config_of(
             "qkv_bias": bool(config.get("qkv_bias", True)),
             "mlp_width": config_integer(config, "intermediate_size", 3072),
             "activation": activation_of(config, "gelu"),
-            "classes": _classes(config, find_tensor(layout, state, "head.weight")),
+            "classes": classes_of(config, find_tensor(layout, state, "head.weight")),
             **fields,
             "norm_eps": config_number(config, "layer_norm_eps", fields["norm_eps"]),
         },
@@ -181,7 +181,7 @@ def _heads(config: Mapping[str, object]) -> int:
     return heads
 
 
-def _classes(config: Mapping[str, object], head: Tensor | None) -> int:
+def classes_of(config: Mapping[str, object], head: Tensor | None) -> int:
     """Rows of the head; where it is missing but should be there, as many as the labels, 2 by default."""
     if head is not None and head.ndim:
         return head.shape[0]
@@ -248,7 +248,7 @@ def scores_of(config: Mapping[str, object] | None) -> Scores | None:
 
 def reading(
     foreign: Foreign,
-    config: ViTConfig,
+    config: ModelConfig,
     *,
     model_type: str,
     layout: Layout,

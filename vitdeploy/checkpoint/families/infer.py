@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from vitdeploy.checkpoint.families.base import Layout, count_blocks, find_tensor
+from vitdeploy.checkpoint.families.base import Layout, count_blocks, count_stages, find_tensor
 from vitdeploy.checkpoint.refusals import OTHER_MODEL, looks_like
-from vitdeploy.config import Pool, Size, ViTConfig
+from vitdeploy.config import Pool, Size, Stem, ViTConfig
 from vitdeploy.errors import CheckpointError
 
 
@@ -21,6 +22,7 @@ def infer_config(
     *,
     heads: Callable[[int], int],
     sizes: Sequence[Size],
+    stem: Stem | None = None,
     **stated: Any,
 ) -> ViTConfig:
     """Return the configuration that the shapes in ``state`` describe.
@@ -28,17 +30,23 @@ def infer_config(
     Args:
         heads: attention heads for a width; no shape tells them.
         sizes: image sizes the position table may be for, likeliest first; otherwise its grid is square.
+        stem: what no shape tells of the ResNet before the patches, where there is one.
         stated: fields of ``ViTConfig`` that shapes cannot tell, or that the caller knows better.
 
     Raises:
         CheckpointError: a tensor everything depends on is missing or has an impossible shape.
     """
-    shapes = _Shapes(layout, state, source)
+    shapes = Shapes(layout, state, source)
     width, channels, patch, across = shapes.of("patch_embed.weight", 4)
     if patch != across:
         raise CheckpointError(
             f"{source}: patches of {patch}x{across} pixels are not square", hint=OTHER_MODEL
         )
+    step = patch
+    if stem is not None:
+        root, channels, *_ = shapes.of("stem.conv.weight", 4)
+        stem = replace(stem, stages=count_stages(layout, state), width=root)
+        step *= stem.stride
     inner, mlp_width = shapes.rows("blocks.{i}.mlp.fc1.weight"), shapes.of("blocks.{i}.mlp.fc2.weight", 2)[1]
     gated = inner == 2 * mlp_width
     fields: dict[str, Any] = {
@@ -64,18 +72,22 @@ def infer_config(
         "projection": shapes.rows("projection.weight"),
         "codes": shapes.rows("code_head.weight"),
         "representation_width": shapes.rows("representation.weight"),
+        "stem": stem,
     }
     if gated:
         fields["activation"] = "silu"
     if stated.get("position", "learned") == "learned":
-        fields |= _table(shapes, patch, sizes)
+        fields |= _table(shapes, step, sizes)
     else:
         fields |= {"position_prefix": 0, "image_size": sizes[0] if sizes else (224, 224)}
     return ViTConfig(**(fields | stated))
 
 
-def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]:
+def _table(shapes: Shapes, step: int, sizes: Sequence[Size]) -> dict[str, Any]:
     """What the position table tells: the image size, and how many of its rows are not patches.
+
+    Args:
+        step: pixels along one side of a patch.
 
     Raises:
         CheckpointError: neither one of ``sizes`` nor a square grid accounts for the rows.
@@ -85,13 +97,13 @@ def _table(shapes: _Shapes, patch: int, sizes: Sequence[Size]) -> dict[str, Any]
     prefixes = (cls + int(shapes.have("dist_token")) + shapes.rows("registers"), 0, cls)
     rows, _ = shapes.of("pos_embed", 2)
     for height, width in sizes:
-        rest = rows - (height // patch) * (width // patch)
-        if rest in prefixes and not (height % patch or width % patch):
+        rest = rows - (height // step) * (width // step)
+        if rest in prefixes and not (height % step or width % step):
             return {"image_size": (height, width), "position_prefix": rest}
     for prefix in prefixes:
         side = math.isqrt(max(rows - prefix, 0))
         if side and side * side == rows - prefix:
-            return {"image_size": (side * patch, side * patch), "position_prefix": prefix}
+            return {"image_size": (side * step, side * step), "position_prefix": prefix}
     raise CheckpointError(
         f"{shapes.source}: the position table has {rows} rows: no square grid, nor the configured size's",
         hint="state the image size in config.json beside the weights",
@@ -146,7 +158,7 @@ def heads_note(config: ViTConfig) -> str:
     return f"the file does not tell the number of heads: {guess}"
 
 
-class _Shapes:
+class Shapes:
     """Shapes of our parameters, as far as the foreign checkpoint has them; blocks are judged by the first."""
 
     def __init__(self, layout: Layout, state: Mapping[str, Tensor], source: str) -> None:
@@ -159,9 +171,14 @@ class _Shapes:
         """Rows of a matrix that not every model has."""
         return self.of(ours, 2)[0] if self.have(ours) else 0
 
-    def of(self, ours: str, dimensions: int) -> tuple[int, ...]:
-        tensor = find_tensor(self.layout, self.state, ours.format(i=0, j=0))
-        name = self.layout[ours].name.format(i=0, j=0)
+    def of(self, ours: str, dimensions: int, stage: int = 0) -> tuple[int, ...]:
+        """The shape of a tensor that has so many dimensions.
+
+        Raises:
+            CheckpointError: it is missing, or has others.
+        """
+        tensor = find_tensor(self.layout, self.state, ours.format(i=stage, j=0))
+        name = self.layout[ours].name.format(i=stage, j=0)
         if tensor is None:
             raise CheckpointError(
                 f"{self.source}: the tensor {name} is missing{_instead(name, self.state)}", hint=OTHER_MODEL
@@ -173,7 +190,7 @@ class _Shapes:
         return tuple(tensor.shape)
 
 
-def _pool(shapes: _Shapes, width: int) -> Pool:
+def _pool(shapes: Shapes, width: int) -> Pool:
     if shapes.have("head_dist.weight"):
         return "both_heads"
     if shapes.have("head.weight") and shapes.of("head.weight", 2)[1] == 2 * width:

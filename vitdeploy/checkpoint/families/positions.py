@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitdeploy.config import ModelConfig, Size, ViTConfig
+from vitdeploy.config import ModelConfig, Size, SwinConfig, ViTConfig
 
 
 def bilinear_offsets(offsets: Tensor, source: Size, target: Size) -> Tensor:
@@ -29,6 +30,10 @@ def bilinear_offsets(offsets: Tensor, source: Size, target: Size) -> Tensor:
     grid = offsets.double().reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # (1, h, rows, columns)
     grid = F.interpolate(grid, size=size, mode="bilinear")
     return grid.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+_OF_STAGE = re.compile(r"layers\.(\d+)\..*\.score_bias\.table")
+"""The tables of relative positions in a Swin's windows, and their stage."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,18 @@ class PositionRule:
 
     def fit(self, state: Mapping[str, Tensor], config: ModelConfig, size: Size) -> dict[str, Tensor]:
         """What of ``state``, which is for ``config.image_size``, is another tensor for images of ``size``."""
-        if not isinstance(config, ViTConfig):
+        if not isinstance(config, (ViTConfig, SwinConfig)):
             return {}
-        fitted = {n: fit_scores(t, config, size, self) for n, t in state.items() if n.endswith(".score_bias")}
+        if isinstance(config, ViTConfig):
+            tables = {name: table for name, table in state.items() if name.endswith(".score_bias")}
+            fitted = {name: fit_scores(table, config, size, self) for name, table in tables.items()}
+        else:
+            of_stages = {name: int(match[1]) for name in state if (match := _OF_STAGE.fullmatch(name))}
+            sized = config.at_size(size)
+            fitted = {
+                name: self.offsets(state[name], config.window(stage), sized.window(stage))
+                for name, stage in of_stages.items()
+            }
         if (table := state.get("pos_embed")) is not None:
             fitted["pos_embed"] = fit_positions(table, config, size, self)
         return {name: table for name, table in fitted.items() if table is not state[name]}
@@ -67,13 +81,12 @@ def fit_scores(table: Tensor, config: ViTConfig, size: Size, rule: PositionRule)
     return table if fitted is offsets else torch.cat([fitted, table[len(table) - extra :].to(fitted)])
 
 
-def fit_positions(table: Tensor, config: ViTConfig, size: Size, rule: PositionRule) -> Tensor:
+def fit_positions(table: Tensor, config: ViTConfig | SwinConfig, size: Size, rule: PositionRule) -> Tensor:
     """Return ``table`` (prefix + patches, D) for images of ``size``; unchanged where nothing changes.
 
     Args:
-        table: in the checkpoint's dtype, for ``config.image_size``; the first ``config.position_prefix`` rows
-            are kept.
-        size: height and width in pixels, divisible by the patch.
+        table: in the checkpoint's dtype, for ``config.image_size``; rows of prefix tokens are kept.
+        size: height and width in pixels that the model can be built for.
 
     Returns:
         ``table`` itself, or a table in ``rule.dtype``.
@@ -84,10 +97,11 @@ def fit_positions(table: Tensor, config: ViTConfig, size: Size, rule: PositionRu
     side = math.isqrt(config.patches)
     if rule.square_source and side * side == config.patches:
         source = side, side
-    target = size[0] // config.patch_size, size[1] // config.patch_size
+    target = config.at_size(size).grid
     if source == target or (rule.by_count and math.prod(target) == config.patches):
         return table
-    prefix, patches = table[: config.position_prefix], table[config.position_prefix :]
+    first = config.position_prefix if isinstance(config, ViTConfig) else 0
+    prefix, patches = table[:first], table[first:]
     # No copy between reshape and permute: torch's kernels round differently for other memory layouts.
     grid = patches.to(rule.dtype).reshape(1, *source, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
     grid = F.interpolate(

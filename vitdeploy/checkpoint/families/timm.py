@@ -43,7 +43,7 @@ from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
 from vitdeploy.images.preprocess import from_timm
 
 
-def _layout(norm: str) -> Layout:
+def layout_of(norm: str) -> Layout:
     """``norm`` is where the final LayerNorm lies: before pooling, or after it (``fc_norm``)."""
     return {
         **linear("patch_embed", "patch_embed.proj"),
@@ -101,6 +101,7 @@ _ACTIVATION_CLASSES = {
     "SiLU": "silu",
 }
 _NORMS = (None, "layernorm")
+_VIT_SETTINGS = {"crop_pct": 0.9, "mean": 0.5, "std": 0.5}
 _POOLS: Mapping[str, Pool] = {"avg": "mean", "token": "cls", "map": "probe"}
 
 
@@ -113,8 +114,8 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     architecture, arguments = architecture_of(config), config_object(config, "model_args")
     _refuse_unsupported(foreign.source, architecture, arguments)
     head = sole_head(foreign.state, "head")
-    state, originals = rename_tensors(foreign.state, lambda name: _modern_name(name, head))
-    layout = _layout("fc_norm" if "fc_norm.weight" in state else "norm")
+    state, originals = rename_tensors(foreign.state, lambda name: modern_name(name, head))
+    layout = layout_of("fc_norm" if "fc_norm.weight" in state else "norm")
     stated = stated_fields(foreign.source, architecture, config, state)
     heads = known_heads(architecture, arguments) or what_is_open(template, foreign.wanted)[0]
     reading = reading_of(foreign, template, layout, state, originals, heads=heads, **stated)
@@ -142,10 +143,10 @@ def reading_of(
         stated: fields of ``ViTConfig`` that shapes cannot tell.
     """
     config = foreign.config or {}
-    arguments, pretrained = config_object(config, "model_args"), _pretrained(config)
+    arguments, pretrained = config_object(config, "model_args"), pretrained_of(config)
     architecture, head = architecture_of(config), sole_head(foreign.state, "head")
     _, sizes = what_is_open(template, foreign.wanted)
-    own_sizes = _sizes(arguments, pretrained)
+    own_sizes = own_sizes_of(config)
     result = infer_config(layout, state, foreign.source, heads=heads, sizes=[*own_sizes, *sizes], **stated)
     if own_sizes and foreign.wanted is None:
         refuse_indivisible("timm", foreign.source, own_sizes[0], result.patch_size)
@@ -164,7 +165,7 @@ def reading_of(
         assumed |= {"heads": None if template else heads_note(result), "activation": None}
     if not pretrained:
         assumed["preprocess"] = "no config.json of timm: preprocessing is timm's default for ViT"
-    labels = _labels(config, pretrained, result.classes)
+    labels = labels_of(config, pretrained, result.classes)
     ignored: dict[str, str | None] = {"mask_token": None}
     if labels is None and _projects(state):
         result = replace(result, projection=result.classes, classes=0)
@@ -175,11 +176,13 @@ def reading_of(
         config=result,
         layout=layout,
         state=state,
-        preprocess=lambda size: _preprocess(config, pretrained, result.channels, size or result.image_size),
+        preprocess=lambda size: preprocess_of(
+            config, pretrained, result.channels, size or result.image_size, _VIT_SETTINGS
+        ),
         ignored=ignored,
         originals=originals,
         labels=labels,
-        scores=scores_of(config) if _is_wrapped(config) else None,
+        scores=scores_of(config) if is_wrapped(config) else None,
         notes=notes,
         assumed=assumed,
     )
@@ -209,7 +212,7 @@ def stated_fields(
         # CLIP's, which have a norm before the blocks, have another number there.
         "norm_eps": config_number(arguments, "norm_eps", 1e-5 if "norm_pre.weight" in state else norm_eps),
     }
-    if (activation := _activation(architecture, arguments)) is not None:
+    if (activation := activation_by_argument(arguments) or activation_of(architecture)) is not None:
         fields["activation"] = activation
     pool = arguments.get("global_pool") or config.get("global_pool") or ("avg" if late else None)
     if pool is not None and pool not in _POOLS:
@@ -221,24 +224,24 @@ def stated_fields(
     if arguments.get("pos_embed") in ("", "none"):
         fields["position"] = "none"
     # transformers keeps the number of classes of a model that it saves without its head.
-    body = _is_wrapped(config) and "ForImageClassification" not in str(config.get("architectures"))
+    body = is_wrapped(config) and "ForImageClassification" not in str(config.get("architectures"))
     for ours, theirs in (("depth", "depth"),) if body else (("classes", "num_classes"), ("depth", "depth")):
         if (value := arguments.get(theirs, config.get(theirs))) is not None:
             fields[ours] = config_integer({theirs: value}, theirs, 0)
     return fields
 
 
-def _is_wrapped(config: Mapping[str, object]) -> bool:
+def is_wrapped(config: Mapping[str, object]) -> bool:
     """Whether transformers saved it, as a ``TimmWrapperModel``."""
     return config.get("model_type") == "timm_wrapper"
 
 
 def architecture_of(config: Mapping[str, object]) -> str:
     """timm's name of the model, without its tag; empty where there is none."""
-    return str(config.get("architecture") or _pretrained(config).get("architecture") or "").split(".")[0]
+    return str(config.get("architecture") or pretrained_of(config).get("architecture") or "").split(".")[0]
 
 
-def _pretrained(config: Mapping[str, object]) -> Mapping[str, object]:
+def pretrained_of(config: Mapping[str, object]) -> Mapping[str, object]:
     """``pretrained_cfg``; elder files have its settings beside ``architecture``, as timm's loader knows."""
     nested = config_object(config, "pretrained_cfg")
     flat = not config.keys().isdisjoint(("input_size", "mean", "std", "crop_pct", "interpolation"))
@@ -247,14 +250,17 @@ def _pretrained(config: Mapping[str, object]) -> Mapping[str, object]:
 
 def _refuse_unsupported(source: str, architecture: str, arguments: Mapping[str, object]) -> None:
     unsupported = [] if not architecture or is_plain(architecture) else [called(architecture)]
-    if arguments.get("pool_include_prefix"):
-        unsupported.append("pool_include_prefix")
+    refuse(source, unsupported + unsupported_arguments(arguments))
+
+
+def unsupported_arguments(arguments: Mapping[str, object]) -> list[str]:
+    """Arguments of the class VisionTransformer that make another model of it."""
+    unsupported = ["pool_include_prefix"] if arguments.get("pool_include_prefix") else []
     if arguments.get("norm_layer") not in _NORMS:
         unsupported.append(f"norm_layer {shown(arguments['norm_layer'])}")
-    unsupported += [
+    return unsupported + [
         f"{key} {shown(arguments[key])}" for key in ("attn_layer", "block_fn") if arguments.get(key)
     ]
-    refuse(source, unsupported)
 
 
 def called(architecture: str) -> str:
@@ -272,7 +278,7 @@ def refuse(source: str, unsupported: Sequence[str]) -> None:
         )
 
 
-def _modern_name(name: str, head: str | None) -> str:
+def modern_name(name: str, head: str | None) -> str:
     """The name that timm gives it today; ``head`` is the linear layer in the head's place."""
     if head is not None and name.rpartition(".")[0] == head:
         return f"head.{name.rpartition('.')[2]}"
@@ -292,18 +298,20 @@ def known_heads(architecture: str, arguments: Mapping[str, object]) -> Callable[
     return None if known is None else lambda width: known
 
 
-def _activation(architecture: str, arguments: Mapping[str, object]) -> Activation | None:
+def activation_by_argument(arguments: Mapping[str, object]) -> Activation | None:
+    """What ``act_layer`` says, where it is there."""
     name = arguments.get("act_layer")
     if name is None:
-        return activation_of(architecture)
+        return None
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         guess = did_you_mean(str(name), _ACTIVATIONS)
         raise CheckpointError(f"config.json: act_layer {shown(name)} is not supported{guess}", hint=CORRECT)
     return _ACTIVATIONS[name]
 
 
-def _sizes(arguments: Mapping[str, object], pretrained: Mapping[str, object]) -> list[Size]:
-    sizes = []
+def own_sizes_of(config: Mapping[str, object]) -> list[Size]:
+    """The image sizes that a configuration states, the model's first."""
+    sizes, arguments, pretrained = [], config_object(config, "model_args"), pretrained_of(config)
     if arguments.get("img_size") is not None:
         sizes.append(height_and_width(arguments["img_size"], "img_size"))
     shape = pretrained.get("input_size")
@@ -312,15 +320,20 @@ def _sizes(arguments: Mapping[str, object], pretrained: Mapping[str, object]) ->
     return sizes
 
 
-def _preprocess(
-    config: Mapping[str, object], pretrained: Mapping[str, object], channels: int, size: Size
+def preprocess_of(
+    config: Mapping[str, object],
+    pretrained: Mapping[str, object],
+    channels: int,
+    size: Size,
+    usual: Mapping[str, object],
 ) -> Preprocess:
-    settings = pretrained or {"crop_pct": 0.9, "mean": 0.5, "std": 0.5}
+    """What timm's transform does; ``usual`` are the settings where no file has some."""
+    settings = pretrained or usual
     # transformers turns photographs as their EXIF orientation says before it hands them to timm's transform.
-    return replace(from_timm({**settings, "input_size": (channels, *size)}), exif=_is_wrapped(config))
+    return replace(from_timm({**settings, "input_size": (channels, *size)}), exif=is_wrapped(config))
 
 
-def _labels(
+def labels_of(
     config: Mapping[str, object], pretrained: Mapping[str, object], classes: int
 ) -> tuple[str, ...] | None:
     """timm's ``label_names`` (``labels`` in elder files), in words where ``label_descriptions`` has them."""
@@ -344,6 +357,8 @@ _CLASSES = (
     ("VisionTransformerDistilled", "Block"),
     ("Beit", "Block"),
     ("Eva", "EvaBlock"),
+    ("SwinTransformer", "SwinTransformerBlock"),
+    ("SwinTransformerV2", "SwinTransformerV2Block"),
 )
 """Classes of timm's models and of their blocks; what else there is in them, architectures' names tell."""
 
@@ -385,17 +400,18 @@ def from_library(name: str, *, pretrained: bool = True, cache_dir: Path | str | 
 
 def _config_of(model: Any, name: str) -> dict[str, object]:
     """What timm's hub config.json would say of a live model, with what only the module knows."""
-    kinds = type(model).__name__, type(model.blocks[0]).__name__ if hasattr(model, "blocks") else ""
+    staged = hasattr(model, "layers") and hasattr(model.layers[0], "blocks")
+    blocks: Any = model.layers[0].blocks if staged else getattr(model, "blocks", ())
+    kinds = type(model).__name__, type(blocks[0]).__name__ if len(blocks) else ""
     if kinds not in _CLASSES:
         raise CheckpointError(
             f"timm builds {name} as {' of '.join(filter(None, kinds))}, which is not supported",
             hint="--model module:function exports any nn.Module, timm.create_model(...) too",
         )
-    block = model.blocks[0]
-    activation = type(block.mlp.act).__name__
+    activation = type(blocks[0].mlp.act).__name__
     arguments = {
-        "num_heads": block.attn.num_heads,
-        "norm_eps": block.norm1.eps,
+        "num_heads": blocks[0].attn.num_heads,
+        "norm_eps": blocks[0].norm1.eps,
         "act_layer": _ACTIVATION_CLASSES.get(activation, activation),
         "global_pool": model.global_pool,
         "img_size": list(model.patch_embed.img_size),

@@ -129,8 +129,8 @@ def _own_size(source: str, rows: int, patch: int, sizes: Sequence[Size]) -> Size
     )
 
 
-def _stretched(offsets: Tensor, source: Size, target: Size) -> Tensor:
-    """As timm resizes a table: linear between offsets that lie the wider apart the farther out they are."""
+def stretched(offsets: Tensor, source: Size, target: Size) -> Tensor:
+    """As timm resizes tables: linear between offsets that lie the wider apart the farther out they are."""
     if source == target:
         return offsets
     down, right = (_weights(2 * n - 1, 2 * m - 1) for n, m in zip(source, target, strict=True))
@@ -163,5 +163,5 @@ def _weights(source: int, target: int) -> Tensor:
 
 
 FAMILY = Family(
-    "timm_beit", _claims, _read, PositionRule(antialias=True, dtype=torch.float32, offsets=_stretched)
+    "timm_beit", _claims, _read, PositionRule(antialias=True, dtype=torch.float32, offsets=stretched)
 )

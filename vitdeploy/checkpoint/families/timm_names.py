@@ -34,7 +34,17 @@ _PLAIN = re.compile(
         )
     )
 )
+_HYBRID = re.compile(
+    r"vit_(tiny_r_s16_p8|(small|base)_r26_s32|base_r50_s16|large_r50_s32)_(224|384)"
+    # What timm called vit_base_r50_s16_* at first.
+    r"|vit_base_resnet50_(224|384)"
+)
 _BEIT = re.compile(r"beit(v2)?_(base|large)_patch16_(224|384|512)(_in22k)?")
+_SWIN = re.compile(
+    r"swin_(tiny|small|base|large)_patch4_window(?P<first>\d+)_\d+(_in22k)?|swin_s3_(tiny|small|base)_224"
+    r"|swinv2_(tiny|small|base|large)_window(?P<trained>12to)?(?P<second>\d+)_(\d+to)?\d+(_22k(ft1k)?)?"
+)
+_S3_WINDOWS = {"tiny": (7, 7, 14, 7), "small": (14, 14, 14, 7), "base": (7, 7, 14, 7)}
 _KINDS: Mapping[str, str] = {
     r"_rope|_pe_|^eva": "rotary positions of another kind, or EVA's attention",
     r"sapiens2": "keys shared by several heads",
@@ -44,11 +54,13 @@ _KINDS: Mapping[str, str] = {
     r"_d(wee|little)_": "differential attention",
     r"pwee_|_\d+x2_": "parallel branches",
     r"_rpn_": "LayerNorm after the branches",
-    r"^vit_.*(_r\d*_|_resnet)": "a ResNet before the blocks",
+    r"^vit_.*(_r\d*_|_resnet)": "another ResNet before the blocks",
+    r"_mci_": "convolutions before the blocks",
     r"^samvit|hiera": "attention in windows",
     r"_radio_|_intern300m_": "no LayerNorm at the end",
     r"^aimv2|test_vit4": "RMSNorm",
     r"^cait": "talking heads",
+    r"^swinv2_cr": "another network of relative positions",
     r"^(qwen|deepseek)": "the attention of a language model's image encoder",
 }
 """Patterns of other names, and what sets these models apart."""
@@ -71,9 +83,34 @@ def is_plain(architecture: str) -> bool:
     return _PLAIN.fullmatch(_TAGS.sub("", architecture)) is not None
 
 
+def is_hybrid(architecture: str) -> bool:
+    """Whether timm builds this name from a ResNetV2 and a plain ViT's blocks."""
+    return _HYBRID.fullmatch(_TAGS.sub("", architecture)) is not None
+
+
 def is_beit(architecture: str) -> bool:
     """Whether timm builds this name from BEiT's blocks."""
     return _BEIT.fullmatch(architecture) is not None
+
+
+def is_swin(architecture: str) -> bool:
+    """Whether timm builds this name from Swin's blocks, of either version."""
+    return _SWIN.fullmatch(architecture) is not None
+
+
+def swin_windows(architecture: str) -> int | tuple[int, ...] | None:
+    """Sides of the windows of a Swin, of all stages or of each; None where the name is none of these."""
+    match = _SWIN.fullmatch(architecture)
+    if match is None:
+        return None
+    side = match["first"] or match["second"]
+    return int(side) if side else _S3_WINDOWS[architecture.split("_")[2]]
+
+
+def trained_windows(architecture: str) -> tuple[int, ...] | None:
+    """Sides of the windows that a Swin of version 2 was trained with, where it was fine-tuned with others."""
+    match = _SWIN.fullmatch(architecture)
+    return (12, 12, 12, 6) if match and match["trained"] else None
 
 
 def kind_of(architecture: str) -> str | None:
