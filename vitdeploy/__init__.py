@@ -60,6 +60,7 @@ def export(
     atol: float | None = None,
     fallback: bool = True,
     seed: int = 0,
+    random: bool = False,
     force: bool = False,
     engine: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -68,11 +69,11 @@ def export(
 
     Args:
         model: a named variant (``"vit_base_patch16_224"``, ``"CLIP-B/32"``, ``"digits"``), a folder or hub id
-            of transformers, ``"timm:<name>"``, ``"module:function"``, or a module of your own that takes one
-            (N, C, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is given; a named variant
-            without a checkpoint has seeded random weights.
+            of transformers, ``"timm:<name>"``, ``"torchvision:<name>"``, ``"module:function"``, or a module
+            of your own that takes one (N, C, H, W) tensor. ViT-B/16 when neither it nor ``checkpoint`` is
+            given; a named variant without a checkpoint has seeded random weights.
         output_dir: the bundle's folder; named after the model, in the working directory, when omitted.
-        checkpoint: a file or folder with the weights of a named variant, or of ``"timm:<name>"``.
+        checkpoint: a file or folder with the weights of a named variant, or of what a library builds.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, or several of them: one artifact each.
         format: ``"onnx"``; ``"tensorrt"``, engines for the GPU that is here; ``"tensorrt-rtx"``, engines for
             ``arch``; ``"triton-aot"``, fused kernels for ``arch``; ``"auto"``: ONNX and what engines it can.
@@ -111,6 +112,7 @@ def export(
         atol: an absolute tolerance on top of the table in ``vitdeploy.verification.parity``.
         fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16; else raise.
         seed: of random weights.
+        random: random weights of ``"timm:<name>"`` or ``"torchvision:<name>"``, without a download.
         force: replace an existing bundle.
         engine: of engines: ``profiles``, a list of (min, opt, max) batch sizes; and the fields of
             ``vitdeploy.tensorrt.records.BuildSettings``.
@@ -163,6 +165,7 @@ def export(
         atol=atol,
         fallback=fallback,
         seed=seed,
+        random=random,
         **_engine_fields(engine or {}),
         command="vitdeploy.export",
     )
@@ -390,6 +393,7 @@ def bench(
     *,
     backends: Sequence[str] | None = None,
     artifacts: Sequence[str] | None = None,
+    image_sizes: Sequence[int | Size] | None = None,
     batches: Sequence[int] | None = None,
     threads: int | Sequence[int | None] | None = None,
     concurrency: int | Sequence[int] = 1,
@@ -408,6 +412,7 @@ def bench(
         bundle: its folder, or an opened one; several are measured in the same rounds.
         backends: names; every one here that can run this bundle when omitted, torch's included.
         artifacts: names or precisions; all when omitted.
+        image_sizes: (height, width), or one number for both, of bundles with several; all when omitted.
         batches: batch sizes; 1, 8 and 32, as far as they are served, when omitted.
         threads: CPU threads, one number or several to compare; the runtime's own choice when omitted.
         concurrency: callers at the same time, each with a session of its own; one number or several.
@@ -429,6 +434,9 @@ def bench(
     choices = Choices(
         backends=None if backends is None else tuple(backends),
         artifacts=None if artifacts is None else tuple(artifacts),
+        image_sizes=None
+        if image_sizes is None
+        else tuple((s, s) if isinstance(s, int) else s for s in image_sizes),
         batches=None if batches is None else tuple(batches),
         threads=tuple(threads) if isinstance(threads, Sequence) else (threads,),
         concurrency=(concurrency,) if isinstance(concurrency, int) else tuple(concurrency),

@@ -4,6 +4,7 @@
     ├── UsageError            2   a flag, a name or a combination of them
     │   └── ConfigError       2   a model configuration that cannot be built
     ├── CheckpointError       2   a checkpoint that cannot be read, or is wrong
+    │   └── ArchitectureError 2   a checkpoint of an architecture that is not computed here
     ├── ImageError            2   an image that cannot be decoded
     ├── BundleError           2   a bundle that is missing, damaged, unsafe or too new
     ├── ServerError           2   a live server that cannot be reached, or does not speak the protocol
@@ -66,6 +67,10 @@ class ConfigError(UsageError):
 
 class CheckpointError(VitdeployError):
     exit_code = 2
+
+
+class ArchitectureError(CheckpointError):
+    pass
 
 
 class ImageError(VitdeployError):

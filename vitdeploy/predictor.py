@@ -455,7 +455,7 @@ def choice_for_this_machine(bundle: Bundle) -> tuple[Choice | None, str]:
     if not bundle.manifest.choices:
         return None, ""
     here = this_machine()
-    choice = next((choice for choice in bundle.manifest.choices if choice.machine == here), None)
+    choice = next((c for c in bundle.manifest.choices if (c.machine, c.image_size) == (here, None)), None)
     if choice is None:
         return None, ""
     state = get_backend(choice.backend).availability()

@@ -185,7 +185,10 @@ def test_variant_of_a_family_is_not_for_a_plain_checkpoint(tmp_path: Path) -> No
 
 
 def test_checkpoint_goes_with_variants_only(folder: Path) -> None:
-    with pytest.raises(UsageError, match="--checkpoint goes with a named variant or timm:NAME, not 'digits'"):
+    with pytest.raises(
+        UsageError,
+        match="--checkpoint goes with a named variant, timm:NAME or torchvision:NAME, not 'digits'",
+    ):
         open_model("digits", checkpoint=folder)
 
 

@@ -18,6 +18,7 @@ from tests.helpers.bundles import WEIGHT, write_bundle
 from tests.helpers.commands import Run
 from tests.helpers.exports import Exported
 from tests.helpers.paths import ROOT
+from tests.helpers.several_sizes import several_sizes
 from vitdeploy.benchmark import disturbances
 from vitdeploy.benchmark.results import Results, read_results, schema
 from vitdeploy.bundle.folder import Bundle
@@ -114,6 +115,19 @@ def test_pick_is_kept_and_used(run: Run, bundle: Bundle, tmp_path: Path) -> None
     again = run("bench", bundle.root, *QUICK, "--batch", "1", "--pick", "latency")
     assert "picked for latency: onnxruntime" in again.out
     assert [c.goal for c in Bundle.open(bundle.root).manifest.choices] == ["latency"], "one per machine"
+
+
+@pytest.mark.slow
+def test_image_sizes_are_measured_and_picked_each(run: Run, tmp_path: Path) -> None:
+    root = several_sizes(tmp_path / "many").root
+    result = run("bench", root, *QUICK, "--batch", "1", "--image-size", "8,16", "--pick", "latency")
+    assert result.code == 0, result.err
+    rows = [line.split() for line in result.out.splitlines() if line.startswith("linear")]
+    assert [row[1] for row in rows] == ["8x8", "16x16"]
+    assert "onnx-fp32-16x16, 16x16, batch 1" in result.out
+    assert [c.image_size for c in Bundle.open(root).manifest.choices] == [None, (16, 16)]
+    unknown = run("bench", root, *QUICK, "--batch", "1", "--image-size", "24")
+    assert (unknown.code, "there is no image size 24x24" in unknown.err) == (2, True)
 
 
 @pytest.mark.slow

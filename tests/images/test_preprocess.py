@@ -29,6 +29,7 @@ from vitdeploy.images.preprocess import (
     for_channels,
     from_huggingface,
     from_timm,
+    from_torchvision,
     published,
 )
 
@@ -266,6 +267,35 @@ def test_pixels_are_those_of_timm(case: str) -> None:
     ours = apply(Image.fromarray(image), from_timm(what["config"]))
     assert ours.dtype == expected.dtype
     assert np.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("case", ["resnet50_v1", "resnet50_v2", "swag", "inception"])
+@pytest.mark.parametrize("image", ["wide", "tall", "smaller"])
+def test_pixels_are_those_of_torchvision(case: str, image: str) -> None:
+    with np.load(ORACLES / "torchvision_preprocess.npz") as arrays:
+        settings = json.loads(str(arrays["cases"]))[case]
+        pixels, expected = arrays[f"image.{image}"], arrays[f"output.{case}.{image}"]
+    ours = apply(Image.fromarray(pixels), from_torchvision(settings))
+    assert ours.dtype == expected.dtype
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-7)  # it divides by 255, which rounds otherwise
+
+
+def test_torchvision_settings_that_are_not_known_are_named() -> None:
+    good = {
+        "crop_size": [24],
+        "resize_size": [27],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bilinear",
+    }
+    for key, value in (
+        ("crop_size", None),
+        ("resize_size", [1, 2]),
+        ("interpolation", "cubic"),
+        ("mean", [0.1]),
+    ):
+        with pytest.raises(CheckpointError, match=key):
+            from_torchvision({**good, key: value})
 
 
 def test_timm_defaults() -> None:

@@ -12,8 +12,9 @@ def open_sessions(job: dict[str, Any]) -> LoadedModel:
     """Open a session per caller.
 
     Args:
-        job: ``bundle``, a path; ``backend``; ``artifact``, a name, or null for the weights; ``threads``,
-            ``provider``, ``device`` as in ``Options``; ``concurrency``.
+        job: ``bundle``, a path; ``image_size``, a further one of it, or null for the first; ``backend``;
+            ``artifact``, a name, or null for the weights; ``threads``, ``provider``, ``device`` as in
+            ``Options``; ``concurrency``.
     """
     from pydantic import TypeAdapter
 
@@ -21,6 +22,9 @@ def open_sessions(job: dict[str, Any]) -> LoadedModel:
     from vitdeploy.bundle.folder import Bundle
 
     bundle, backend = Bundle.open(Path(job["bundle"])), get_backend(job["backend"])
+    if bundle.sizes:
+        height, width = job["image_size"] or bundle.sizes[0]
+        bundle = bundle.at_size((height, width))
     artifact = None if job["artifact"] is None else bundle.artifact(job["artifact"])
     options = Options(threads=job["threads"], provider=job["provider"], device=job["device"])
     sessions: list[Session] = [backend.load(bundle, artifact, options) for _ in range(job["concurrency"])]

@@ -13,18 +13,22 @@ from vitdeploy.backends.base import Array
 from vitdeploy.benchmark.results import MeasuredBundle, SkippedCase
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.config import BatchRange
+from vitdeploy.bundle.sizes import named, unsized
+from vitdeploy.config import BatchRange, Size
 from vitdeploy.errors import ParityError, UsageError
+from vitdeploy.images.fitting import require_size
 from vitdeploy.machine.child import Worker, child_environment
 from vitdeploy.verification.local import Pair, runnable
 
 
 @dataclass(frozen=True)
 class BenchTarget:
-    """A bundle that is measured, under a name of its own."""
+    """A bundle that is measured at one image size, under a name of its own."""
 
     bundle: Bundle
+    """At that size."""
     name: str
+    """The same at every size."""
     golden: Mapping[str, Array] = field(repr=False)
 
     @property
@@ -47,7 +51,12 @@ class BenchTarget:
             digest=manifest.digest,
             image_size=manifest.model.image_size if manifest.model else size,
             parameters=manifest.parameters,
+            flops=manifest.flops,
         )
+
+    def artifact_name(self, plain: str) -> str:
+        """What the bundle calls an artifact of this size that has a name as those of the first size have."""
+        return named(plain, self.bundle.place)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,8 @@ class Choices:
     """Names; None is all that run here."""
     artifacts: tuple[str, ...] | None = None
     """Names or precisions; None is all."""
+    image_sizes: tuple[Size, ...] | None = None
+    """Among those of the bundles; None is all."""
     batches: tuple[int, ...] | None = None
     threads: tuple[int | None, ...] = (None,)
     concurrency: tuple[int, ...] = (1,)
@@ -103,26 +114,46 @@ class Choices:
 DEFAULT_BATCHES = (1, 8, 32)
 
 
-def open_targets(bundles: Sequence[Bundle]) -> list[BenchTarget]:
-    """Bundles with names to tell them apart by.
+def open_targets(bundles: Sequence[Bundle], image_sizes: Sequence[Size] | None = None) -> list[BenchTarget]:
+    """Bundles with names to tell them apart by, one for each of their image sizes.
+
+    Args:
+        image_sizes: those to measure; None is all of every bundle.
 
     Raises:
         ParityError: one without golden inputs: nothing to measure with, nothing to prove it by.
-        UsageError: one twice.
+        UsageError: one twice; an image size that no bundle has, or a bundle that has none of them.
     """
     if len({bundle.root for bundle in bundles}) < len(bundles):
         raise UsageError("a bundle is named twice")
-    names = [bundle.manifest.name for bundle in bundles]
+    for size in image_sizes or ():
+        require_size(size, list(dict.fromkeys(size for bundle in bundles for size in bundle.sizes)))
     targets = []
-    for bundle, name in zip(bundles, names, strict=True):
-        golden = bundle.golden()
-        if "pixel_values" not in golden or "reference" not in golden:
-            raise ParityError(f"{bundle.root}: has no golden inputs to measure with")
-        unique = name if names.count(name) == 1 else f"{name} ({bundle.root.name})"
-        targets.append(BenchTarget(bundle, unique, golden))
-    if len({target.name for target in targets}) < len(targets):
-        return [BenchTarget(t.bundle, str(t.bundle.root), t.golden) for t in targets]
+    for bundle, name in zip(bundles, _unique_names(bundles), strict=True):
+        for view in _views(bundle, image_sizes):
+            golden = view.golden()
+            if "pixel_values" not in golden or "reference" not in golden:
+                raise ParityError(f"{bundle.root}: has no golden inputs to measure with")
+            targets.append(BenchTarget(view, name, golden))
     return targets
+
+
+def _views(bundle: Bundle, wanted: Sequence[Size] | None) -> list[Bundle]:
+    """The bundle at each of the sizes that are wanted and that it has."""
+    if wanted is None:
+        return [bundle.at_size(size) for size in bundle.sizes] or [bundle]
+    sizes = [size for size in wanted if size in bundle.sizes]
+    return [bundle.at_size(size) for size in sizes or wanted[:1]]
+
+
+def _unique_names(bundles: Sequence[Bundle]) -> list[str]:
+    """Models' names; with the folder's where one is not enough; paths where that is not enough either."""
+    models = [bundle.manifest.name for bundle in bundles]
+    names = [
+        model if models.count(model) == 1 else f"{model} ({bundle.root.name})"
+        for model, bundle in zip(models, bundles, strict=True)
+    ]
+    return names if len(set(names)) == len(names) else [str(bundle.root) for bundle in bundles]
 
 
 def cases_of(target: BenchTarget, choices: Choices) -> tuple[list[Case], list[SkippedCase]]:
@@ -158,13 +189,14 @@ def _case(target: BenchTarget, pair: Pair, threads: int | None, concurrency: int
     return Case(
         target=target,
         backend=pair.backend.name,
-        artifact=pair.name,
+        artifact=unsized(pair.name, target.bundle.place),
         precision=artifact.precision if artifact else "fp32",
         threads=threads,
         concurrency=concurrency,
         command=(sys.executable, "-P", "-m", "vitdeploy.benchmark.backend_process"),
         job={
             "bundle": str(target.bundle.root),
+            "image_size": target.bundle.place,
             "backend": pair.backend.name,
             "artifact": artifact.name if artifact else None,
             "threads": threads,

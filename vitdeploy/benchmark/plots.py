@@ -11,6 +11,7 @@ import io
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from vitdeploy.benchmark.ranking import batches, pareto, ranked
 from vitdeploy.benchmark.results import Cell, Results
-from vitdeploy.benchmark.tables import number_text, series_name
+from vitdeploy.benchmark.tables import number_text, plain_text, series_name
+from vitdeploy.config import size_name
 from vitdeploy.errors import MissingDependency
 
 if TYPE_CHECKING:
@@ -149,6 +151,20 @@ def plots(results: Results, cells: Sequence[Cell], name: str) -> list[Plot]:
     return found
 
 
+def size_plots(results: Results) -> list[Plot]:
+    """Latency against image size of each bundle that has several: one for each batch size."""
+    found = []
+    for number, name in enumerate(dict.fromkeys(subject.name for subject in results.subjects)):
+        own = [c for c in results.cells if c.subject == name and c.status == "ok" and _usable(c.p50_ms)]
+        for batch in batches(own):
+            cells = [cell for cell in own if cell.batch == batch]
+            if len({cell.image_size for cell in cells}) > 1:
+                chart = _Chart(results, cells, f"sizes-{number}")
+                title = plain_text(f"Latency against image size, {name}, batch {batch}")
+                found.append(chart.draw(title, str(batch), partial(chart.latency_by_size, cells=cells)))
+    return found
+
+
 class _Chart:
     """The plots of one group, with the series' styles."""
 
@@ -196,6 +212,27 @@ class _Chart:
     def latency(self, axes: Axes, cells: Sequence[Cell]) -> None:
         self._by_batch(axes, [(c, c.p50_ms or 0.0) for c in cells])
         _scale(axes, "y", [c.p50_ms or 0.0 for c in cells])
+        _unit(axes, "median, ms")
+
+    def latency_by_size(self, axes: Axes, cells: Sequence[Cell]) -> None:
+        """Over the side of a square of as many pixels."""
+        sides = {cell.image_size: math.sqrt(math.prod(cell.image_size)) for cell in cells}
+        lines: dict[str, list[Cell]] = {}
+        for cell in cells:
+            self._point(axes, cell, sides[cell.image_size], cell.p50_ms or 0.0)
+            if cell.valid:
+                lines.setdefault(series_name(self.results, cell), []).append(cell)
+        for name, line in lines.items():
+            look, line = self.styles[name], sorted(line, key=lambda cell: sides[cell.image_size])
+            dash: Any = _DASHES[look.variant % len(_DASHES)]
+            xs, ys = [sides[cell.image_size] for cell in line], [cell.p50_ms or 0.0 for cell in line]
+            axes.plot(xs, ys, color="black", dashes=dash, gid=_class("line", look))
+        _scale(axes, "y", [cell.p50_ms or 0.0 for cell in cells])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(sides.values()), [size_name(size) for size in sides])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(min(sides.values()) / 1.15, max(sides.values()) * 1.15)
+        axes.set_xlabel("image size")
         _unit(axes, "median, ms")
 
     def throughput(self, axes: Axes, cells: Sequence[Cell]) -> None:

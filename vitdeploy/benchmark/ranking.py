@@ -14,6 +14,7 @@ from vitdeploy.benchmark.compare import Rounds, ratio_of, round_medians
 from vitdeploy.benchmark.results import Cell, Results
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Choice
+from vitdeploy.bundle.sizes import named
 from vitdeploy.config import Size
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.predictor import EXACTNESS
@@ -134,18 +135,25 @@ def _work(cell: Cell) -> tuple[object, ...]:
     return (cell.subject, cell.image_size, cell.batch, cell.threads, cell.concurrency)
 
 
-def pick(results: Results, subject: str, goal: Goal, max_latency_ms: float | None = None) -> Cell:
+def pick(
+    results: Results,
+    subject: str,
+    goal: Goal,
+    max_latency_ms: float | None = None,
+    image_size: Size | None = None,
+) -> Cell:
     """The cell to run: the lowest median latency of the smallest batch, or the most images per second.
 
     Args:
         subject: the bundle's name in the results.
         max_latency_ms: what the 99th percentile of a cell may be at most.
+        image_size: of which; None is of all that the subject was measured at.
 
     Raises:
         ParityError: no cell is right.
         UsageError: none is fast enough.
     """
-    own = [cell for cell in results.cells if cell.subject == subject]
+    own = [c for c in results.cells if c.subject == subject and image_size in (None, c.image_size)]
     valid = [cell for cell in own if cell.valid]
     if not valid:
         wrong = sum(cell.parity is not None and not cell.parity.passed for cell in own)
@@ -180,8 +188,14 @@ def _level(rounds: Rounds, best: Rounds) -> bool:
     return found.value <= 1 + LEVEL or found.low <= 1
 
 
-def choice_of(cell: Cell, results: Results, goal: Goal, max_latency_ms: float | None) -> Choice:
-    """A cell as the record that a bundle keeps."""
+def choice_of(
+    cell: Cell, results: Results, goal: Goal, max_latency_ms: float | None, place: Size | None = None
+) -> Choice:
+    """A cell as the record that a bundle keeps.
+
+    Args:
+        place: its image size, as the bundle's artifacts name it: None is the first.
+    """
     assert cell.p50_ms is not None
     assert cell.images_per_s is not None
     return Choice(
@@ -190,23 +204,25 @@ def choice_of(cell: Cell, results: Results, goal: Goal, max_latency_ms: float | 
         max_latency_ms=max_latency_ms,
         backend=cell.backend,
         provider=cell.provider if cell.backend == "onnxruntime" else None,
-        artifact=None if cell.artifact == WEIGHTS else cell.artifact,
+        artifact=None if cell.artifact == WEIGHTS else named(cell.artifact, place),
         threads=cell.threads,
         batch=cell.batch,
         concurrency=cell.concurrency,
         p50_ms=cell.p50_ms,
         images_per_s=cell.images_per_s,
         created=results.created,
+        image_size=place,
     )
 
 
 def write_choice(bundle: Bundle, choice: Choice) -> Bundle:
-    """Put a choice into a bundle, in the place of an earlier one for the same machine.
+    """Put a choice into a bundle, in the place of an earlier one for the same machine and image size.
 
     Raises:
         BundleError: the bundle cannot be written, or changed meanwhile.
     """
-    others = [c for c in bundle.manifest.choices if c.machine != choice.machine]
+    same = choice.machine, choice.image_size
+    others = [c for c in bundle.manifest.choices if (c.machine, c.image_size) != same]
     with bundle.edit() as writer:
         writer.seal(bundle.manifest.model_copy(update={"choices": (*others, choice)}))
         return writer.commit()

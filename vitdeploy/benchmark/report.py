@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitdeploy.benchmark import tables
 from vitdeploy.benchmark.compare import ResultsComparison
-from vitdeploy.benchmark.plots import Plot, plots, require_matplotlib, styles, swatch
+from vitdeploy.benchmark.plots import Plot, plots, require_matplotlib, size_plots, styles, swatch
 from vitdeploy.benchmark.ranking import BestCell, best_by_batch, groups, members
-from vitdeploy.benchmark.results import Cell, Results
+from vitdeploy.benchmark.results import Cell, MeasuredBundle, Results
 from vitdeploy.benchmark.tables import (
     NONE,
     Table,
@@ -26,6 +26,7 @@ from vitdeploy.benchmark.tables import (
     series_name,
     speedup_text,
 )
+from vitdeploy.config import size_name
 from vitdeploy.errors import MissingDependency
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def html_text(results: Results, comparison: ResultsComparison | None = None) -> 
         title=_title(results),
         sections=[_section(results, number) for number in range(len(groups(results)))],
         counts=_counts(results.cells),
+        side_by_side=tables.side_by_side(results) if len(groups(results)) > 1 else None,
+        size_plots=size_plots(results),
         legend={name: swatch(look) for name, look in looks.items()},
         facts=(
             tables.parity_table(results),
@@ -210,12 +213,10 @@ def _method(results: Results) -> list[tuple[str, str]]:
         ("Batches", listed(settings.batches)),
         ("Threads", listed(settings.threads)),
         ("Callers at the same time", listed(settings.concurrency)),
-        *(
-            (f"Bundle {plain_text(s.name)}", _bundle(s.model, s.digest, s.parameters))
-            for s in results.subjects
-        ),
+        *((f"Bundle {plain_text(s.name)}", _bundle(s)) for s in results.subjects),
     ]
 
 
-def _bundle(model: str, digest: str, parameters: int) -> str:
-    return plain_text(f"{model}, {parameters:,} parameters, {digest}")
+def _bundle(subject: MeasuredBundle) -> str:
+    size, digest = size_name(subject.image_size), subject.digest
+    return plain_text(f"{subject.model}, {size}, {subject.parameters:,} parameters, {digest}")

@@ -82,14 +82,16 @@ class BenchSettings(_Record):
 
 
 class MeasuredBundle(_Record):
-    """A bundle that was measured."""
+    """A bundle that was measured, at one of its image sizes."""
 
     name: str
-    """Unique within the results; the cells refer to it."""
+    """The cells refer to it and to the size, which together are unique within the results."""
     model: str
     digest: str
     image_size: Size
     parameters: int
+    flops: int | None = None
+    """Of one image through the reference model, a multiply-add counted as two; null where nobody knows."""
 
 
 class Parity(_Record):
@@ -156,6 +158,7 @@ class Cell(_Record):
     backend: str
     provider: str
     artifact: str
+    """As the one of the bundle's first image size is named."""
     precision: ArtifactPrecision
     executes: str
     """What the runtime computes in."""
@@ -262,6 +265,11 @@ class Results(_Record):
             cell.threads,
             cell.concurrency,
         )
+
+    def subject(self, cell: Cell) -> MeasuredBundle | None:
+        """What a cell is of; None where the results do not say."""
+        named = (subject for subject in self.subjects if subject.name == cell.subject)
+        return next((subject for subject in named if subject.image_size == cell.image_size), None)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -77,7 +77,8 @@ def run_bench(
     choices = choices or Choices()
     temporary_folder()  # the cells' processes need one: before anything is proven
     many = [bundles] if isinstance(bundles, str | os.PathLike | Bundle) else bundles
-    targets = open_targets([b if isinstance(b, Bundle) else Bundle.open(Path(b)) for b in many])
+    opened = [b if isinstance(b, Bundle) else Bundle.open(Path(b)) for b in many]
+    targets = open_targets(opened, choices.image_sizes)
     labelled = {target.name: _images(target, data) for target in targets}
     cases: list[Case] = []
     skipped: list[SkippedCase] = []
@@ -129,7 +130,8 @@ def run_plan(
             _time(runner, cells, control, progress)
         for cell in cells:
             cell.check_last()
-        notes = [note for name in plan.images for note in _score(name, runs, cells, plan, progress)]
+        targets = {id(run.case.target): run.case.target for run in runs}.values()
+        notes = [note for target in targets for note in _score(target, runs, cells, plan, progress)]
     except KeyboardInterrupt:
         partial = True
     finally:
@@ -140,7 +142,7 @@ def run_plan(
         command=plan.command,
         environment=environment,
         settings=_settings(plan),
-        subjects=tuple({case.target.name: case.target.record for case in plan.cases}.values()),
+        subjects=tuple({id(case.target): case.target.record for case in plan.cases}.values()),
         rounds=runner.rounds,
         partial=partial,
         cells=tuple(_cell(cell, runner.processors) for cell in cells),
@@ -182,19 +184,23 @@ def _time(runner: Runner, cells: Sequence[CellRun], control: ControlRun, progres
 
 
 def _score(
-    name: str, runs: Sequence[CaseRun], cells: Sequence[CellRun], plan: BenchPlan, progress: Progress
+    target: BenchTarget,
+    runs: Sequence[CaseRun],
+    cells: Sequence[CellRun],
+    plan: BenchPlan,
+    progress: Progress,
 ) -> list[str]:
     """Accuracy of the cases of a target that gave right outputs, beside the float64 reference's."""
     right = [
         run
         for run in runs
-        if run.case.target.name == name and any(cell.right for cell in cells if cell.run is run)
+        if run.case.target is target and any(cell.right for cell in cells if cell.run is run)
     ]
-    if not right:
+    images, name, notes = plan.images.get(target.name), target.name, list[str]()
+    if not right or images is None:
         return []
-    images, notes = plan.images[name], list[str]()
     with progress.stage("accuracy") as stage:
-        reference = reference_top_classes(right[0].case.target.bundle, images)
+        reference = reference_top_classes(target.bundle, images)
         if reference is None:
             return [
                 f"{name}: no accuracy, because the float64 reference needs PyTorch and the model's weights"

@@ -23,7 +23,16 @@ from vitdeploy.benchmark.ranking import (
     ranked,
     speedup,
 )
-from vitdeploy.benchmark.results import Cell, CellAccuracy, Environment, Parity, Results, Startup
+from vitdeploy.benchmark.results import (
+    Cell,
+    CellAccuracy,
+    Environment,
+    MeasuredBundle,
+    Parity,
+    Results,
+    Startup,
+)
+from vitdeploy.config import size_name
 
 NONE = "–"
 """Shown where nothing was measured."""
@@ -173,23 +182,53 @@ def group_title(results: Results, group: CellGroup) -> str:
     return plain_text(f"{model if alone else group.subject}, {height}×{width}")
 
 
-def summary(results: Results, subject: str) -> Table:
-    """The cells of a bundle in the order of their measurement, for a terminal."""
+def _backend(cell: Cell) -> str:
+    words = [cell.label.removesuffix(f" {cell.artifact}")]
+    words += [_counted(cell.threads, "thread")] if cell.threads else []
+    words += [f"{cell.concurrency} callers"] if cell.concurrency > 1 else []
+    return ", ".join(words)
 
-    def backend(cell: Cell) -> str:
-        words = [cell.label.removesuffix(f" {cell.artifact}")]
-        words += [_counted(cell.threads, "thread")] if cell.threads else []
-        words += [f"{cell.concurrency} callers"] if cell.concurrency > 1 else []
-        return ", ".join(words)
 
-    def remark(cell: Cell) -> str:
-        if cell.status == "failed":
-            return f"FAILED: {cell.reason}"
-        wrong = cell.parity is not None and not cell.parity.passed
-        return f"WRONG: {'; '.join(cell.parity.failures)}" if wrong and cell.parity else ""
+def _failure(cell: Cell) -> str:
+    """What is wrong with a cell, so that nobody overlooks it."""
+    if cell.status == "failed":
+        return f"FAILED: {cell.reason}"
+    wrong = cell.parity is not None and not cell.parity.passed
+    return f"WRONG: {'; '.join(cell.parity.failures)}" if wrong and cell.parity else ""
+
+
+def side_by_side(results: Results) -> Table:
+    """The cells of several bundles or image sizes in one table, with what each model costs on paper."""
+
+    def model(cell: Cell) -> str:
+        subject = results.subject(cell)
+        names = {s.name for s in results.subjects if subject and s.model == subject.model}
+        return plain_text(subject.model if subject and len(names) == 1 else cell.subject)
+
+    def of_subject(text: Callable[[MeasuredBundle], str]) -> Callable[[Cell], str]:
+        return lambda cell: text(subject) if (subject := results.subject(cell)) else NONE
 
     fields = (
-        _Field(TableColumn("backend", words=True), backend),
+        _Field(TableColumn("model", words=True), model),
+        _Field(TableColumn("size"), lambda c: size_name(c.image_size)),
+        _Field(TableColumn("GFLOPs"), of_subject(lambda s: number_text(s.flops and s.flops / 1e9))),
+        _Field(TableColumn("M params"), of_subject(lambda s: number_text(s.parameters / 1e6))),
+        _Field(TableColumn("backend", words=True), _backend),
+        _Field(TableColumn("artifact", words=True), lambda c: c.artifact),
+        _Field(TableColumn("batch"), lambda c: str(c.batch)),
+        _Field(TableColumn("p50", "ms"), lambda c: _fixed(c.p50_ms, 2)),
+        _Field(TableColumn("p99", "ms"), lambda c: _fixed(c.p99_ms, 2)),
+        _Field(TableColumn("images/s"), lambda c: _fixed(c.images_per_s, 1)),
+        _Field(TableColumn("error"), lambda c: error_text(c.parity.relative if c.parity else None)),
+        _Field(TableColumn("top-1"), lambda c: f"{c.accuracy.top1:.1%}" if c.accuracy else NONE),
+    )
+    return _table("Side by side", results.cells, fields, note=_failure)
+
+
+def summary(results: Results) -> Table:
+    """The cells in the order of their measurement, for a terminal."""
+    fields = (
+        _Field(TableColumn("backend", words=True), _backend),
         _Field(TableColumn("artifact", words=True), lambda c: c.artifact),
         _Field(TableColumn("batch"), lambda c: str(c.batch)),
         _Field(TableColumn("p50", "ms"), lambda c: _fixed(c.p50_ms, 2)),
@@ -199,8 +238,7 @@ def summary(results: Results, subject: str) -> Table:
         _Field(TableColumn("error"), lambda c: error_text(c.parity.relative if c.parity else None)),
         _Field(TableColumn("top-1"), lambda c: f"{c.accuracy.top1:.1%}" if c.accuracy else NONE),
     )
-    cells = [cell for cell in results.cells if cell.subject == subject]
-    return _table(subject, cells, fields, note=remark)
+    return _table("", results.cells, fields, note=_failure)
 
 
 def by_batch(results: Results, group: CellGroup) -> Table:

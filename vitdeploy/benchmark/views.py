@@ -21,6 +21,7 @@ from vitdeploy.benchmark.tables import (
     number_text,
     plain_text,
     series_name,
+    side_by_side,
     speedup_text,
 )
 
@@ -91,6 +92,9 @@ def markdown_text(results: Results) -> str:
         blocks.append("> **Partial:** the measurement was interrupted; its cells have fewer rounds, or none.")
     if not results.cells:
         blocks.append("**Nothing was measured:** there are no cells.")
+    if len(groups(results)) > 1:
+        table = side_by_side(results)
+        blocks += [f"### {table.title}", "\n".join(markdown_table(table))]
     for group in groups(results):
         cells = members(results, group)
         blocks.append(f"### {_md(_title(results, group))}")

@@ -106,6 +106,11 @@ class Bundle:
         return self if not self._whole.sizes else self.at_size(size or sizes_of(self._whole)[0])
 
     @property
+    def place(self) -> Size | None:
+        """The size that this is a view of, as artifacts name it: None is the first."""
+        return self._size
+
+    @property
     def weights(self) -> tuple[str, ...]:
         """The files of the reference weights: a tensor of a later one takes the place of an earlier one's."""
         names = dict.fromkeys((WEIGHTS, sized(WEIGHTS, self._size)))

@@ -302,6 +302,16 @@ class Choice(_Record):
     p50_ms: float
     images_per_s: float
     created: str
+    image_size: Size | None = None
+    """The size of ``Manifest.sizes`` that it is for; null is the first, and what nothing was picked for."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without an ``image_size`` where it is the first: bundles from before it keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        if self.image_size is None:
+            fields.pop("image_size", None)
+        return fields
 
 
 FactSource = Literal["checkpoint", "default", "user"]
@@ -378,7 +388,7 @@ class Manifest(_Record):
     artifacts: tuple[Artifact, ...] = ()
     parity: tuple[ParityRecord, ...] = ()
     choices: tuple[Choice, ...] = ()
-    """At most one per machine."""
+    """At most one per machine and image size."""
     sizes: tuple[SizeRecord, ...] = ()
     """Image sizes beside the first, of which ``model``, ``preprocess`` and ``flops`` are."""
     provenance: Provenance

@@ -36,6 +36,11 @@ def named(name: str, size: Size | None) -> str:
     return name if size is None else f"{name}-{size_name(size)}"
 
 
+def unsized(name: str, size: Size | None) -> str:
+    """The name that an artifact of this size would have at the first size."""
+    return name if size is None else name.removesuffix(f"-{size_name(size)}")
+
+
 def sizes_of(manifest: Manifest) -> tuple[Size, ...]:
     """All sizes, the first one first; none where the manifest does not tell the only one."""
     first = manifest.image_size
@@ -64,7 +69,7 @@ def of_size(manifest: Manifest, size: Size) -> Manifest:
     update: dict[str, Any] = {
         "artifacts": artifacts,
         "parity": tuple(record for record in manifest.parity if record.artifact in names),
-        "choices": tuple(_choices(manifest, artifacts)),
+        "choices": tuple(_choices(manifest, artifacts, place)),
         "sizes": (),
     }
     for record in manifest.sizes:
@@ -114,12 +119,17 @@ def counterpart(artifact: Artifact, others: Sequence[Artifact]) -> Artifact | No
     return min(same, key=lambda other: other.precision != artifact.precision, default=None)
 
 
-def _choices(manifest: Manifest, artifacts: Sequence[Artifact]) -> Iterator[Choice]:
-    """What was picked, of this size's artifacts."""
+def _choices(manifest: Manifest, artifacts: Sequence[Artifact], place: Size | None) -> Iterator[Choice]:
+    """What was picked for this size; on a machine where nothing was, what was for the first, of its own."""
+    own = [choice for choice in manifest.choices if choice.image_size == place]
+    yield from (choice.model_copy(update={"image_size": None}) for choice in own)
+    machines = {choice.machine for choice in own}
     by_name = {artifact.name: artifact for artifact in manifest.artifacts}
     for choice in manifest.choices:
+        if choice.image_size is not None or choice.machine in machines:
+            continue
         picked = by_name.get(choice.artifact or "")
-        if picked is None or picked in artifacts:
+        if picked is None:
             yield choice
         elif same := counterpart(picked, artifacts):
             yield choice.model_copy(update={"artifact": same.name})

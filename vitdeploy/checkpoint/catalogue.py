@@ -55,7 +55,9 @@ LIBRARIES: Mapping[str, Library] = {
         "*measured* against open_clip's recorded answers",
     ),
     "torchvision": Library(
-        "torchvision", "`-m FILE.pth`", "*measured* against torchvision's recorded answers"
+        "torchvision",
+        "`-m FILE.pth`, or `-m torchvision:NAME` with torchvision installed",
+        "*measured* against torchvision's recorded answers",
     ),
     "google": Library(
         "Google's `.npz`",

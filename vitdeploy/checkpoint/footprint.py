@@ -42,10 +42,9 @@ def needed_bytes(config: ModelConfig) -> int:
 
 def _hint(config: ModelConfig, there: float) -> str:
     """The largest square that takes no more than that, of those that the model can be built for."""
-    step = getattr(config, "step", 1)
     fitting = [
         pixels
-        for pixels in range(step, _LARGEST, step)
+        for pixels in range(config.step, _LARGEST, config.step)
         if needed_bytes(config.at_size((pixels, pixels))) <= there
     ]
     return f"--image-size {fitting[-1]} fits" if fitting else "export it on a machine with more memory"

@@ -1,7 +1,8 @@
 """Open a model, whatever the user calls it, as our configuration and our tensors.
 
 A name is, in the order it is tried: ``digits``, a named variant (``vit_base_patch16_224``, ``B/16``),
-``timm:<name>``, a Python entry ``module:function``, a folder or file, an id on the Hugging Face hub.
+``timm:<name>`` or ``torchvision:<name>``, a Python entry ``module:function``, a folder or file, an id on the
+Hugging Face hub. What a library builds and no family reads becomes a module, exported as it is.
 """
 
 from __future__ import annotations
@@ -26,25 +27,34 @@ from vitdeploy.checkpoint import families
 from vitdeploy.checkpoint.families import reference
 from vitdeploy.checkpoint.families.base import Family, Foreign, Reading, take_over
 from vitdeploy.checkpoint.families.image_text import TEXT_LEFT_OUT
-from vitdeploy.checkpoint.families.timm import from_library
 from vitdeploy.checkpoint.files import Weights
 from vitdeploy.checkpoint.footprint import require_memory
+from vitdeploy.checkpoint.libraries import library_of
+from vitdeploy.checkpoint.libraries.base import Library, randomised, resized, with_weights
 from vitdeploy.checkpoint.places import from_hub, from_path
 from vitdeploy.checkpoint.refusals import CORRECT
 from vitdeploy.checkpoint.stated import SHAPELESS, Stated
 from vitdeploy.checkpoint.texts import tokenizer
 from vitdeploy.checkpoint.texts.head import zero_shot_head
 from vitdeploy.checkpoint.texts.prompts import ZeroShot
-from vitdeploy.config import ModelConfig, Preprocess, Scores, Size, Stem, SwinConfig, ViTConfig, model_fields
+from vitdeploy.config import (
+    ModelConfig,
+    Output,
+    Preprocess,
+    Scores,
+    Size,
+    Stem,
+    SwinConfig,
+    ViTConfig,
+    model_fields,
+)
 from vitdeploy.data import DIGITS, digits_folder
-from vitdeploy.errors import CheckpointError, ConfigError, UsageError, did_you_mean
+from vitdeploy.errors import ArchitectureError, CheckpointError, ConfigError, UsageError, did_you_mean
 from vitdeploy.images.preprocess import at_size, preset
 from vitdeploy.model.registry import expected_shapes
 from vitdeploy.model.user_module import input_channels
 from vitdeploy.scores import usual_scores
 from vitdeploy.variants import DEFAULT_MODEL, decode_variant, find_variant, is_variant, variant_names
-
-_TIMM = "timm:"
 
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -91,16 +101,23 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class UserModule:
-    """Any module of the user's: exported as it is."""
+    """Any module of the user's, or one that a library builds: exported as it is."""
 
     module: nn.Module
     source: str
+    family: str = "user module"
+    output: Output = "logits"
+    """What it returns."""
     preprocess: Preprocess = field(default_factory=Preprocess)
     labels: tuple[str, ...] | None = None
     scores: Scores | None = None
     """None is what is usual for as many outputs as it has."""
     facts: Mapping[str, FactSource] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """File names to sha256."""
+    seed: int | None = None
+    """The seed of random weights."""
     further: tuple[Preprocess, ...] = ()
     """The preprocessing for other image sizes, as they were asked for."""
 
@@ -113,6 +130,7 @@ def open_model(
     further_sizes: Sequence[Size] = (),
     classes: int | None = None,
     seed: int = 0,
+    random: bool = False,
     stated: Stated | None = None,
     zero_shot: ZeroShot | None = None,
     revision: str | None = None,
@@ -123,13 +141,14 @@ def open_model(
     Args:
         name: see the module; ``DEFAULT_MODEL`` when neither a name nor a checkpoint is given.
         checkpoint: a file or folder with the weights. A ``name`` beside it is a named variant, which gives
-            heads and image size, or ``timm:<name>``, which gives timm's own configuration; the file gives the
-            rest.
+            heads and image size, or ``timm:<name>`` or ``torchvision:<name>``, which gives the library's own
+            configuration; the file gives the rest.
         image_size: height and width to build for; position embeddings interpolate by the family's own rule.
         further_sizes: others to build for, beside it; the checkpoint is read once.
         classes: how many classes the model is expected to have; of a variant with random weights, how many it
             gets.
-        seed: of random weights, where a named variant comes without a checkpoint.
+        seed: of random weights, where a named variant comes without a checkpoint, or ``random`` is asked for.
+        random: random weights where a library would download trained ones.
         stated: what the user says; it beats what the files say.
         zero_shot: the classes of a head that is made for them.
         revision: a branch, tag or commit of the hub; goes with a hub id.
@@ -141,7 +160,7 @@ def open_model(
         UsageError: the name is unknown, or does not go with the other arguments.
         ConfigError: the resolution is not divisible by the patch.
         CheckpointError: the checkpoint cannot be read, or is wrong.
-        MissingDependency: the hub's or timm's library is needed and not installed.
+        MissingDependency: the hub's library, timm or torchvision is needed and not installed.
     """
     said, template = stated or Stated(), None
     on_hub = checkpoint is None and name is not None and _is_elsewhere(name)
@@ -150,21 +169,25 @@ def open_model(
         raise UsageError(
             f"a revision goes with a hub id, not with {what}", hint="-m owner/name --revision REV"
         )
+    named = library_of(name)
+    if random and (checkpoint is not None or not (named or is_variant(name or DEFAULT_MODEL))):
+        raise UsageError(
+            f"{checkpoint or name} has weights of its own: they cannot be random",
+            hint="--random goes with timm:NAME or torchvision:NAME alone",
+        )
+    if named is not None:
+        drawn = seed if random else None
+        sizes = image_size, further_sizes
+        return _of_library(*named, checkpoint, *sizes, classes, drawn, said, zero_shot, cache_dir)
     if checkpoint is not None:
-        of_timm = name is not None and name.startswith(_TIMM)
-        template = _template(name) if name is not None and not of_timm else None
+        template = None if name is None else _template(name)
         foreign, files = from_path(Path(checkpoint), str(checkpoint))
-        if name is not None and of_timm:
-            config = from_library(name.removeprefix(_TIMM), pretrained=False).config
-            foreign = replace(foreign, config=config)
     elif name is None or is_variant(name):
         variant = name or DEFAULT_MODEL
-        drawn = _random(variant, image_size, further_sizes, classes, seed, said)
-        return _with_head(drawn, Foreign(variant, {}), zero_shot, said)
+        untrained = _random(variant, image_size, further_sizes, classes, seed, said)
+        return _with_head(untrained, Foreign(variant, {}), zero_shot, said)
     elif name == DIGITS:
         foreign, files = from_path(digits_folder(), DIGITS)
-    elif name.startswith(_TIMM):
-        foreign, files = from_library(name.removeprefix(_TIMM), cache_dir=cache_dir), Weights({}, {})
     elif _ENTRY.fullmatch(name) and not Path(name).exists():
         return user_module(_called(name), name, image_size, said, further_sizes)
     elif on_hub:
@@ -180,40 +203,49 @@ def user_module(
     image_size: Size | None,
     stated: Stated,
     further_sizes: Sequence[Size] = (),
+    known: Preprocess | None = None,
+    labels: tuple[str, ...] | None = None,
 ) -> UserModule:
     """A module of the user's, with what the user says of it.
+
+    Args:
+        known: its preprocessing, of this size, where a library states it; ``labels`` alike.
 
     Raises:
         UsageError: what is said does not fit a module that is exported as it is.
     """
     stated.refuse_shapeless(source)
-    size = image_size or (224, 224)
-    facts = stated.facts(("preprocess", "scores"), ("preprocess", "scores"))
+    size = known.size if known else image_size or (224, 224)
+    assumed = ("scores",) if known else ("preprocess", "scores")
+    facts = stated.facts(assumed, ("preprocess", "scores", *(("labels",) if labels else ())))
     channels = len(stated.mean) if isinstance(stated.mean, Sequence) else input_channels(module, size)
-    preprocess, notes = stated.prepare(Preprocess(size=size), channels)
-    if not any(facts.get(name) == "user" for name in ("preprocess", "mean", "std", "resize", "crop")):
-        assumed = (
+    usual = known or Preprocess(size=size)
+    preprocess, notes = stated.prepare(usual, channels)
+    if known is None and not any(
+        facts.get(name) == "user" for name in ("preprocess", "mean", "std", "resize", "crop")
+    ):
+        unsaid = (
             "a module of your own says nothing of its preprocessing; assumed (--preprocess says it): "
             f"resize to {size[0]}x{size[1]}, mean and std 0.5"
         )
-        notes = (assumed, *notes)
+        notes = (unsaid, *notes)
     return UserModule(
         module,
         source,
-        preprocess,
-        stated.name_classes(None, None),
-        stated.scores,
-        facts,
-        notes,
-        tuple(
-            stated.prepare_another(Preprocess(size=other), preprocess, channels) for other in further_sizes
+        preprocess=preprocess,
+        labels=stated.name_classes(None, labels),
+        scores=stated.scores,
+        facts=facts,
+        notes=notes,
+        further=tuple(
+            stated.prepare_another(at_size(usual, other), preprocess, channels) for other in further_sizes
         ),
     )
 
 
 def _is_elsewhere(name: str) -> bool:
     """Whether a name is neither one of ours nor of anything on this machine."""
-    ours = name == DIGITS or is_variant(name) or name.startswith(_TIMM) or _ENTRY.fullmatch(name)
+    ours = name == DIGITS or is_variant(name) or library_of(name) or _ENTRY.fullmatch(name)
     return not ours and not Path(name).exists()
 
 
@@ -240,7 +272,7 @@ def save_folder(checkpoint: Checkpoint, path: Path) -> None:
 def _template(name: str) -> ViTConfig | SwinConfig:
     if not is_variant(name):
         raise UsageError(
-            f"--checkpoint goes with a named variant or timm:NAME, not {name!r}"
+            f"--checkpoint goes with a named variant, timm:NAME or torchvision:NAME, not {name!r}"
             f"{did_you_mean(name, variant_names())}",
             hint="leave --model out to let the checkpoint say what it is",
         )
@@ -456,6 +488,69 @@ def random_state(config: ModelConfig, seed: int) -> dict[str, Tensor]:
         gain = re.search(r"(norm\d?\.weight|scale\d)$", name)
         state[name] = tensor.add_(1.0) if gain else tensor
     return state
+
+
+# --- what a library builds --------------------------------------------------------------------------------
+
+
+def _of_library(
+    library: Library,
+    name: str,
+    checkpoint: Path | str | None,
+    image_size: Size | None,
+    further_sizes: Sequence[Size],
+    classes: int | None,
+    seed: int | None,
+    stated: Stated,
+    zero_shot: ZeroShot | None,
+    cache_dir: Path | str | None,
+) -> Checkpoint | UserModule:
+    """A library's model: as a family reads it, where one does, and as a module otherwise.
+
+    Args:
+        seed: of random weights; None where they are trained or a file's.
+    """
+    source, trained = f"{library.name}:{name}", checkpoint is None and seed is None
+    given: Foreign | None = None
+    files = Weights({}, {})
+    if checkpoint is not None:
+        given, files = from_path(Path(checkpoint), str(checkpoint))
+    if seed is None:
+        module = library.build(name, trained=trained, cache_dir=cache_dir)
+    else:
+        module = randomised(lambda: library.build(name, trained=False), seed)
+        files = replace(files, notes=(f"no checkpoint: the weights of {source} are random (seed {seed})",))
+    try:
+        foreign = library.described(name, module, trained=trained)
+        if given is not None:
+            foreign = replace(given, config=foreign.config)
+        read = _convert(foreign, files, None, image_size, further_sizes, classes, stated, zero_shot)
+        return replace(read, seed=seed)
+    except ArchitectureError as error:
+        why = f"{error.message}: it is exported as it is, with the same proof but no rewrites and no kernels"
+    notes: tuple[str, ...] = (*files.notes, why)
+    if given is not None:
+        module, seen = with_weights(library, name, module, given)
+        notes += seen
+    usual = library.preprocess(name, module)
+    if image_size is not None and image_size != usual.size:
+        resized(library, name, module, image_size)
+        usual = at_size(usual, image_size)
+    if further_sizes and library.is_of_one_size(module):
+        raise UsageError(
+            f"{source} is made for one image size at a time: one bundle cannot hold several",
+            hint="a bundle for each size",
+        )
+    labels = library.labels(name, module) if trained else None
+    own = user_module(module.eval(), source, image_size, stated, further_sizes, usual, labels)
+    return replace(
+        own,
+        family=library.name,
+        output="features" if getattr(module, "num_classes", None) == 0 else "logits",
+        notes=(*notes, *own.notes),
+        provenance=files.files,
+        seed=seed,
+    )
 
 
 # --- the user's own module ------------------------------------------------------------------------------

@@ -154,8 +154,8 @@ def from_hub(
         names = (*variant_names(), DIGITS)
         raise UsageError(
             f"unknown model {name!r}{did_you_mean(name, names)}",
-            hint="a named variant (`vitdeploy list`), a folder or file, a hub id (owner/name), timm:NAME or "
-            "module:function",
+            hint="a named variant (`vitdeploy list`), a folder or file, a hub id (owner/name), timm:NAME, "
+            "torchvision:NAME or module:function",
         )
     try:
         from huggingface_hub import snapshot_download

@@ -11,6 +11,7 @@ import typer
 
 from vitdeploy.cli import output, parse
 from vitdeploy.cli.interruption import Interrupted
+from vitdeploy.config import size_name
 from vitdeploy.errors import ParityError, RegressionError, UsageError, VitdeployError
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ EXAMPLES = (
     "vitdeploy bench vit.bundle --budget 5m -o results.json --html report.html",
     "vitdeploy bench vit.bundle --pick throughput --max-latency-ms 100",
     "vitdeploy bench vit.bundle --compare results.json --tolerance 5%",
-    "vitdeploy bench vit.bundle vit-384.bundle --concurrency 1,4 --data photos/",
+    "vitdeploy bench vit.bundle resnet50.bundle --concurrency 1,4 --data photos/",
+    "vitdeploy bench sizes.bundle --image-size 224,384 --artifact fp32 --batch 1",
 )
 
 
@@ -86,6 +88,12 @@ def command(
     artifact: Annotated[
         str | None,
         typer.Option(metavar="A,...", help="Artifacts to measure, by name or by precision.  [default: all]"),
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW,...", help="Image sizes to measure, of bundles with several.  [default: all]"
+        ),
     ] = None,
     batch: Annotated[
         str | None,
@@ -169,6 +177,7 @@ def command(
     choices = Choices(
         backends=parse.backends(backend, provider),
         artifacts=parse.names(artifact),
+        image_sizes=parse.image_sizes(image_size) or None,
         batches=None if batch is None else parse.integers(batch, "--batch"),
         threads=(None,) if threads is None else parse.integers(threads, "--threads"),
         concurrency=parse.integers(concurrency, "--concurrency"),
@@ -222,15 +231,18 @@ def _goal(pick: str | None, max_latency_ms: float | None) -> Goal | None:
 def _pick(
     results: Results, bundles: list[Path], goal: Goal, limit: float | None
 ) -> list[tuple[Path, Choice]]:
-    """Choose for every bundle, then write the choices."""
+    """Choose for every bundle, at each of its image sizes that was measured, then write the choices."""
     from vitdeploy.benchmark.ranking import choice_of, pick, write_choice
     from vitdeploy.bundle.folder import Bundle
 
-    names = [subject.name for subject in results.subjects]
-    chosen = [
-        (path, choice_of(pick(results, name, goal, limit), results, goal, limit))
-        for path, name in zip(bundles, names, strict=True)
-    ]
+    chosen = []
+    names = list(dict.fromkeys(subject.name for subject in results.subjects))
+    for path, name in zip(bundles, names, strict=True):
+        first = Bundle.open(path).sizes[:1]
+        for size in (subject.image_size for subject in results.subjects if subject.name == name):
+            cell = pick(results, name, goal, limit, size)
+            place = None if first in ((), (size,)) else size
+            chosen.append((path, choice_of(cell, results, goal, limit, place)))
     for path, choice in chosen:
         write_choice(Bundle.open(path), choice)
     return chosen
@@ -272,16 +284,15 @@ def _document(
 
 
 def _print(results: Results) -> None:
-    from vitdeploy.benchmark.tables import summary
+    from vitdeploy.benchmark.tables import side_by_side, summary
 
-    for subject in results.subjects:
-        if len(results.subjects) > 1:
-            output.heading(f"{subject.name}, {subject.image_size[0]} x {subject.image_size[1]}")
-        _print_table(summary(results, subject.name))
+    several = len(results.subjects) > 1
+    _print_table(side_by_side(results) if several else summary(results))
     output.line(f"{results.rounds} interleaved rounds; error: relative to the float64 reference")
     for cell in results.cells:
         if cell.warnings:
-            output.line(f"disturbed: {cell.label}, batch {cell.batch}: {'; '.join(cell.warnings)}")
+            where = f"{cell.subject} at {size_name(cell.image_size)}: " if several else ""
+            output.line(f"disturbed: {where}{cell.label}, batch {cell.batch}: {'; '.join(cell.warnings)}")
     for text in results.notes:
         output.line(f"note: {text}")
     for skipped in results.skipped:
@@ -308,5 +319,8 @@ def _print_verdicts(comparison: ResultsComparison | None, picked: list[tuple[Pat
     for path, choice in picked:
         what = " ".join(filter(None, (choice.backend, choice.artifact)))
         threads = f", {output.count(choice.threads, 'thread')}" if choice.threads else ""
+        size = f", {size_name(choice.image_size)}" if choice.image_size else ""
         speed = f"{choice.p50_ms:.2f} ms, {choice.images_per_s:.1f} images/s"
-        output.line(f"picked for {choice.goal}: {what}, batch {choice.batch}{threads}: {speed}; in {path}")
+        output.line(
+            f"picked for {choice.goal}: {what}{size}, batch {choice.batch}{threads}: {speed}; in {path}"
+        )

@@ -29,6 +29,7 @@ EXAMPLES = (
     "vitdeploy export -m my_models:build --preprocess imagenet --labels classes.txt",
     'vitdeploy export -m ./clip-vit-base-patch32 --zero-shot labels.txt --template "a photo of a {}"',
     "vitdeploy export -m timm:vit_small_patch16_224 --checkpoint best.pth.tar --mean 0.5 --std 0.5",
+    "vitdeploy export -m torchvision:resnet50 --fp16",
 )
 
 
@@ -39,12 +40,14 @@ Model = Annotated[
         "--model",
         metavar="MODEL",
         help="A named variant (vit_base_patch16_224, CLIP-B/32, digits), a transformers folder or hub id, "
-        "timm:NAME, or module:function.  [default: vit_base_patch16_224]",
+        "timm:NAME, torchvision:NAME, or module:function.  [default: vit_base_patch16_224]",
     ),
 ]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(metavar="PATH", help="Weights of a named variant or of timm:NAME: a file or folder."),
+    typer.Option(
+        metavar="PATH", help="Weights of a named variant, timm:NAME or torchvision:NAME: a file or folder."
+    ),
 ]
 OutputDir = Annotated[
     Path | None,
@@ -176,6 +179,9 @@ NoFallback = Annotated[
     bool, typer.Option("--no-fallback", help="Fail where a precision needs fp32 islands to pass.")
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="The seed of random weights.")]
+Random = Annotated[
+    bool, typer.Option("--random", help="Random weights of timm:NAME or torchvision:NAME: no download.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be built, and write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -213,6 +219,7 @@ def command(
     atol: Atol = None,
     no_fallback: NoFallback = False,
     seed: Seed = 0,
+    random: Random = False,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -266,6 +273,7 @@ def command(
         atol=atol,
         fallback=not no_fallback,
         seed=seed,
+        random=random,
         command=parse.command_line(),
     )
     return (_dry_run if dry_run else _export)(request, output_dir, force, as_json)

@@ -68,6 +68,15 @@ class ModelConfig(ABC):
         return (f"the structure of {self.kind!r}",)
 
     @property
+    def step(self) -> int:
+        """Pixels: both sides of an image are multiples of it."""
+        return 1
+
+    def nearest(self, pixels: int) -> int:
+        """The side of an image next to that many pixels."""
+        return max(1, round(pixels / self.step)) * self.step
+
+    @property
     @abstractmethod
     def depth(self) -> int:
         """Blocks, of all stages together."""

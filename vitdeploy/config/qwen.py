@@ -83,10 +83,6 @@ class QwenVisionConfig(ModelConfig):
                     f"{name} {list(blocks)} must be rising numbers of blocks, of which there are {self.depth}"
                 )
 
-    def nearest(self, pixels: int) -> int:
-        """The length nearest to ``pixels`` that whole blocks make up."""
-        return max(1, round(pixels / self.step)) * self.step
-
     @property
     def step(self) -> int:
         """Pixels along each side of what becomes one feature."""

@@ -87,7 +87,7 @@ class SwinConfig(ModelConfig):
         if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
             raise ConfigError(
                 f"image size {height}x{width} is not divisible by the patch size {self.patch_size}",
-                hint=f"nearest that is: {self._nearest(height)}x{self._nearest(width)}",
+                hint=f"nearest that is: {self.nearest(height)}x{self.nearest(width)}",
             )
         if self.version == 1 and self.window_rule == "square":
             self._refuse_small_maps()
@@ -107,8 +107,9 @@ class SwinConfig(ModelConfig):
         patches: int = 2**stage * (max(self.windows[stage]) - 1) + 1
         return patches * self.patch_size
 
-    def _nearest(self, pixels: int) -> int:
-        return max(1, round(pixels / self.patch_size)) * self.patch_size
+    @property
+    def step(self) -> int:
+        return self.patch_size
 
     @property
     def depth(self) -> int:

@@ -111,7 +111,7 @@ class ViTConfig(ModelConfig):
             what = "the patch size" if self.stem is None else "the ResNet's stride times the patch size,"
             raise ConfigError(
                 f"image size {height}x{width} is not divisible by {what} {self.step}",
-                hint=f"nearest that is: {self._nearest(height)}x{self._nearest(width)}",
+                hint=f"nearest that is: {self.nearest(height)}x{self.nearest(width)}",
             )
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not divisible by {self.heads} heads")
@@ -141,9 +141,6 @@ class ViTConfig(ModelConfig):
             )
         if self.head_on == "embedding" and self.representation_width:
             raise ConfigError("a representation layer does not go with a head on the embedding")
-
-    def _nearest(self, pixels: int) -> int:
-        return max(1, round(pixels / self.step)) * self.step
 
     @property
     def step(self) -> int:

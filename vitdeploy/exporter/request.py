@@ -118,6 +118,8 @@ class ExportRequest:
     """Of engines."""
     fallback: bool = True
     seed: int = 0
+    random: bool = False
+    """Random weights of what a library builds, instead of trained ones."""
     command: str = ""
 
     def __post_init__(self) -> None:

@@ -489,12 +489,11 @@ class _Job:
 
 def _provenance(request: ExportRequest, opened: Checkpoint | UserModule) -> Provenance:
     libraries = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "safetensors")
-    checkpoint = opened if isinstance(opened, Checkpoint) else None
     return Provenance(
         source=opened.source,
-        family=checkpoint.family if checkpoint else "user module",
-        seed=checkpoint.seed if checkpoint else None,
-        source_files=dict(checkpoint.provenance) if checkpoint else {},
+        family=opened.family,
+        seed=opened.seed,
+        source_files=dict(opened.provenance),
         versions={name: metadata.version(name) for name in libraries},
         platform=f"{platform.system()} {platform.machine()}, Python {sys.version.split()[0]}",
         command=request.command,

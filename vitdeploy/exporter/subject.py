@@ -28,7 +28,7 @@ from vitdeploy.model.folds import normalisation
 from vitdeploy.model.precision import PrecisionPlan, island_names
 from vitdeploy.model.reference import outputs_float64, state_of
 from vitdeploy.model.registry import architecture_of, build_reference
-from vitdeploy.model.user_module import module_float64
+from vitdeploy.model.user_module import module_float64, module_flops
 
 _MANY = 1024
 """Images of a batch; running more is worth a word before it begins."""
@@ -169,13 +169,13 @@ class CheckpointSubject(Subject):
             inputs = (inputs.double() * scale + shift).permute(0, 3, 1, 2)
         return outputs_float64(self._reference, inputs, self.outputs)
 
-    def golden_inputs(self, names: Sequence[str] | None = None) -> Tensor:
-        pixels = super().golden_inputs(names)
-        return self._architecture.patches(self.config, pixels) if self.input == "patches" else pixels
-
     def share_deployed(self, first: Subject | None) -> None:
         self._first = first if isinstance(first, CheckpointSubject) else None
         self._kept = None
+
+    def golden_inputs(self, names: Sequence[str] | None = None) -> Tensor:
+        pixels = super().golden_inputs(names)
+        return self._architecture.patches(self.config, pixels) if self.input == "patches" else pixels
 
     def deployed(self, plan: PrecisionPlan) -> DeployedModel:
         settings: dict[str, Any] = {
@@ -211,12 +211,13 @@ class ModuleSubject(Subject):
             raise UsageError(
                 "uint8 input folds the normalisation into a patch projection that vitdeploy knows"
             )
-        if outputs not in ((), ("logits",)):
+        if outputs not in ((), (user.output,)):
             chosen = ", ".join(outputs)
-            raise UsageError(f"a module of your own gives what it returns; {chosen} cannot be chosen")
+            raise UsageError(f"{user.source} gives what it returns, {user.output}; {chosen} cannot be chosen")
         self.config = None
         self.preprocess, self.labels, self.scores = user.preprocess, user.labels, user.scores
-        self.outputs, self.input = ("logits",), input_kind
+        self.outputs, self.input = (user.output,), input_kind
+        self.flops = module_flops(user.module, user.preprocess.channels, user.preprocess.size)
         self._module = user.module
 
     @property
@@ -229,7 +230,7 @@ class ModuleSubject(Subject):
         return
 
     def reference(self, inputs: Tensor) -> Mapping[Output, Tensor]:
-        return {"logits": module_float64(self._module, inputs)}
+        return {self.outputs[0]: module_float64(self._module, inputs)}
 
     def share_deployed(self, first: Subject | None) -> None:
         # A copy in another dtype is quickly made.
@@ -267,6 +268,7 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
             zero_shot=request.zero_shot,
             revision=request.revision,
             cache_dir=request.cache_dir,
+            random=request.random,
         )
     if request.zero_shot is not None and isinstance(opened, UserModule):
         message = f"{opened.source} is exported as it is, and takes no zero-shot head"

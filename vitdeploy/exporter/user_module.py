@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -28,19 +27,19 @@ class Wrapped(nn.Module):
 
 
 class IslandNorm(nn.Module):
-    """A LayerNorm that computes in fp32 between two casts, inside a model of reduced precision."""
+    """A LayerNorm that computes in fp32 between two casts, inside a model of reduced precision.
+
+    A class of its own may be derived from LayerNorm, as those of timm and torchvision for (N, C, H, W) are:
+    its own code runs.
+    """
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
-        self.weight, self.bias = _widened(norm.weight), _widened(norm.bias)
-        self.shape, self.eps = norm.normalized_shape, norm.eps
+        self.norm = norm.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.shape, self.weight, self.bias, self.eps).to(x.dtype)
-
-
-def _widened(value: Tensor | None) -> nn.Parameter | None:
-    return None if value is None else nn.Parameter(value.detach().float(), requires_grad=False)
+        widened: Tensor = self.norm(x.float())
+        return widened.to(x.dtype)
 
 
 def wrap(module: nn.Module, plan: PrecisionPlan) -> Wrapped:

@@ -395,6 +395,30 @@ def from_timm(pretrained_cfg: Mapping[str, Any]) -> Preprocess:
     )
 
 
+def from_torchvision(transforms: Mapping[str, Any]) -> Preprocess:
+    """Return what ``weights.transforms()`` of torchvision's classifiers does to images that Pillow opened.
+
+    Args:
+        transforms: crop_size and resize_size, (edge,) each; mean, std and interpolation, of its class
+            ImageClassification.
+
+    Raises:
+        CheckpointError: a setting is missing, unknown or malformed. Names the key.
+    """
+    (edge,) = _integers(transforms.get("crop_size"), "crop_size", 1)
+    (resize,) = _integers(transforms.get("resize_size"), "resize_size", 1)
+    names = {name: name for name in _FILTERS}
+    return _checked(
+        size=(edge, edge),
+        resize="shortest_edge",
+        resize_edge=resize,
+        crop_rounding="round",
+        resample=_choice(transforms.get("interpolation"), "interpolation", names),
+        mean=_per_channel(transforms.get("mean"), "mean", 3),
+        std=_per_channel(transforms.get("std"), "std", 3),
+    )
+
+
 def _processor(config: Mapping[str, Any], model_type: str) -> str:
     key = next((k for k in ("image_processor_type", "feature_extractor_type") if config.get(k)), None)
     if key is None:

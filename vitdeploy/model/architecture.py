@@ -66,14 +66,6 @@ class Architecture(ABC, Generic[ConfigT, ReferenceT]):
             PrecisionError: a weight does not fit into its dtype (each is named).
         """
 
-    def patches(self, config: ConfigT, pixel_values: Tensor) -> Tensor:
-        """Pixels (N, C, H, W) as the patches that the model reads where its input is ``"patches"``.
-
-        Raises:
-            UsageError: no image processor of its family makes patches; ``config.inputs`` says so before.
-        """
-        raise UsageError(f"a model of the kind {config.kind!r} reads images, not patches")
-
     def redeploy(
         self,
         reference: ReferenceT,
@@ -90,6 +82,14 @@ class Architecture(ABC, Generic[ConfigT, ReferenceT]):
             like: made of the same weights, at another size, with the same arguments.
         """
         return self.deploy(reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess)
+
+    def patches(self, config: ConfigT, pixel_values: Tensor) -> Tensor:
+        """Pixels (N, C, H, W) as the patches that the model reads where its input is ``"patches"``.
+
+        Raises:
+            UsageError: no image processor of its family makes patches; ``config.inputs`` says so before.
+        """
+        raise UsageError(f"a model of the kind {config.kind!r} reads images, not patches")
 
     def kernel_shape(self, config: ConfigT, output: Output, input_kind: InputKind) -> Shape:
         """What the fused kernels have to compute.

@@ -81,15 +81,17 @@ class ResNetStem(nn.Module):
         self.conv = StandardisedConv(config, channels, config.width, kernel=7, stride=2)
         self.norm = _group_norm(config, config.width)
         self.stages = nn.ModuleList(
-            nn.ModuleList(
-                Bottleneck(
-                    config,
-                    config.channels_of(stage if block else stage - 1),
-                    config.channels_of(stage),
-                    2 if stage and not block else 1,
-                    first=not block,
+            nn.Sequential(
+                *(
+                    Bottleneck(
+                        config,
+                        config.channels_of(stage if block else stage - 1),
+                        config.channels_of(stage),
+                        2 if stage and not block else 1,
+                        first=not block,
+                    )
+                    for block in range(blocks)
                 )
-                for block in range(blocks)
             )
             for stage, blocks in enumerate(config.stages)
         )
@@ -99,8 +101,7 @@ class ResNetStem(nn.Module):
         sides = same_padding(3, 2)
         x = F.max_pool2d(F.pad(x, (*sides, *sides), value=-torch.inf), 3, stride=2)  # (N, C, H/4, W/4)
         for stage in self.stages:
-            for block in stage:
-                x = block(x)
+            x = stage(x)
         return x
 
 

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitdeploy.config import Size
 from vitdeploy.errors import ExportError
@@ -40,6 +41,28 @@ def module_float64(module: nn.Module, inputs: Tensor) -> Tensor:
             f"the model does not run on a {tuple(inputs.shape)} tensor in float64: {error}",
             hint="it must take one (N, C, H, W) tensor; --image-size says which H and W",
         ) from error
+
+
+def module_flops(module: nn.Module, channels: int, size: Size) -> int | None:
+    """Of one image, a multiply-add counted as two, as PyTorch's own counter finds them in what is called.
+
+    None where the module does not run on such an image, or computes with nothing that the counter knows.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton, too
+
+    parameter = next(module.parameters(), torch.empty(0))
+    image = torch.zeros(1, channels, *size, dtype=parameter.dtype, device=parameter.device)
+    counter = FlopCounterMode(display=False)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, which is not counted
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            copy.deepcopy(module).eval()(image)
+    except Exception:  # whatever the user's code raises: exporting it says so
+        return None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops() or None
 
 
 def only_tensor(output: object) -> Tensor:

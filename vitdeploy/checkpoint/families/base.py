@@ -314,7 +314,8 @@ def take_over(reading: Reading, family: str, source: str) -> tuple[dict[str, Ten
             got = "" if have == tuple(tensor.shape) else f", giving {shape_text(tensor.shape)}"
             wrong.setdefault(theirs, f"is {shape_text(have)}{got}, must be {shape_text(shape)}")
     notes, unexpected = _left_over(reading, used)
-    _refuse_misfit(reading, f"{source} does not fit a {family} model", list(missing), unexpected, wrong)
+    what = f"{source} does not fit a {family} model"
+    refuse_misfit(what, list(missing), unexpected, wrong, OTHER_MODEL, reading.in_file)
     check_values({reading.in_file(name): reading.state[name] for name in sorted(used)}, source)
     return {ours: _unshared(tensor) for ours, tensor in state.items()}, notes
 
@@ -354,15 +355,27 @@ def _left_over(reading: Reading, used: set[str]) -> tuple[tuple[str, ...], list[
     return tuple(notes), unexpected
 
 
-def _refuse_misfit(
-    reading: Reading, what: str, missing: list[str], unexpected: list[str], wrong: Mapping[str, str]
+def refuse_misfit(
+    what: str,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    wrong: Mapping[str, str],
+    hint: str,
+    in_file: Callable[[str], str] = str,
 ) -> None:
+    """Raise one CheckpointError for all tensors that do not fit, where there are any.
+
+    Args:
+        what: what does not fit, with which the message begins.
+        wrong: names, and what is wrong with each one's shape.
+        in_file: how the file spells a name.
+    """
     if not (missing or unexpected or wrong):
         return
-    lack, extra = (_grouped([reading.in_file(name) for name in names]) for names in (missing, unexpected))
+    lack, extra = (_grouped([in_file(name) for name in names]) for names in (missing, unexpected))
     details: dict[str, list[str]] = {}
     for name, problem in wrong.items():
-        details.setdefault(problem, []).append(reading.in_file(name))
+        details.setdefault(problem, []).append(in_file(name))
     lines = [f"{some(_grouped(names), 2)} {problem}" for problem, names in details.items()]
     similar = (difflib.get_close_matches(name, extra, n=1, cutoff=0.8) for name in lack)
     close = next((f"; did you mean {match[0]!r}?" for match in similar if match), "")
@@ -372,13 +385,13 @@ def _refuse_misfit(
         (len(unexpected), "unexpected", extra),
         (len(wrong), "of the wrong shape", lines),
     )
-    room = max(200, _MOST - len(what) - len(OTHER_MODEL))
+    room = max(200, _MOST - len(what) - len(hint))
     for most in (len(lack) + len(extra) + len(lines), 8, 4, 2, 1):
         problems = [f"{count} {kind} ({some(names, most)})" for count, kind, names in counts if count]
         text = f": {', '.join(problems)}{guess}"
         if len(text) <= room:
             break
-    raise CheckpointError(f"{what}{text}", hint=OTHER_MODEL)
+    raise CheckpointError(f"{what}{text}", hint=hint)
 
 
 def _grouped(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitdeploy.checkpoint.families.base import (
     Family,
@@ -39,7 +39,7 @@ from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.checkpoint.families.timm_names import activation_of, heads_of, is_plain, kind_of, width_of
 from vitdeploy.checkpoint.refusals import CORRECT, OTHER_MODEL, cut, shown
 from vitdeploy.config import Activation, Pool, Preprocess, Size, ViTConfig
-from vitdeploy.errors import CheckpointError, MissingDependency, did_you_mean
+from vitdeploy.errors import ArchitectureError, CheckpointError, MissingDependency, did_you_mean
 from vitdeploy.images.preprocess import from_timm
 
 
@@ -270,11 +270,11 @@ def called(architecture: str) -> str:
 
 
 def refuse(source: str, unsupported: Sequence[str]) -> None:
-    """Raise a CheckpointError where there is anything of timm's that is not computed here."""
+    """Raise an ArchitectureError where there is anything of timm's that is not computed here."""
     if unsupported:
-        raise CheckpointError(
+        raise ArchitectureError(
             f"{source}: timm's {', '.join(unsupported)} is not supported",
-            hint="--model module:function exports any nn.Module, timm.create_model(...) too",
+            hint="-m timm:NAME --checkpoint with this file exports timm's model as it is, without rewrites",
         )
 
 
@@ -361,16 +361,23 @@ _CLASSES = (
     ("SwinTransformerV2", "SwinTransformerV2Block"),
 )
 """Classes of timm's models and of their blocks; what else there is in them, architectures' names tell."""
+_STAGED = ("SwinTransformer", "SwinTransformerV2")
+"""Those whose blocks stand in stages."""
 
 FAMILY = Family("timm", _claims, _read, PositionRule(antialias=True, dtype=torch.float32))
 
 
-def from_library(name: str, *, pretrained: bool = True, cache_dir: Path | str | None = None) -> Foreign:
-    """Return timm's model ``name``: pretrained, downloaded by timm; or what it is, for weights of the user's.
+def build(
+    name: str, *, trained: bool = True, classes: int | None = None, cache_dir: Path | str | None = None
+) -> nn.Module:
+    """Return timm's model ``name``, with the weights that it downloads or with random ones.
+
+    Args:
+        classes: of its head; the model's own when None.
 
     Raises:
         MissingDependency: timm is not installed.
-        CheckpointError: timm does not know the model, cannot get its weights, or builds it from other blocks.
+        CheckpointError: timm does not know the model, or cannot get its weights.
     """
     try:
         import timm
@@ -382,31 +389,62 @@ def from_library(name: str, *, pretrained: bool = True, cache_dir: Path | str | 
             f"timm has no model {shown(name)}{did_you_mean(name, names)}",
             hint="timm.list_models() lists what it has",
         )
+    settings = {"cache_dir": cache_dir, "num_classes": classes}
+    given = {key: value for key, value in settings.items() if value is not None}
     try:
-        where = {} if cache_dir is None else {"cache_dir": cache_dir}
-        model = timm.create_model(name, pretrained=pretrained, **where)
+        model: nn.Module = timm.create_model(name, pretrained=trained, **given)
     except Exception as error:  # whatever the download raises: HTTP, offline, disk, no weights published
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        what = "load the pretrained weights of" if trained else "build"
         raise CheckpointError(
-            f"timm could not load the pretrained weights of {name}: {reason}",
-            hint="download its model.safetensors and config.json into a folder, and give that folder",
+            f"timm could not {what} {name}: {reason}",
+            hint="download its model.safetensors and give it with --checkpoint; or take --random weights",
         ) from error
+    return model
+
+
+def described(name: str, model: nn.Module, *, trained: bool) -> Foreign:
+    """What this family reads of timm's model ``name``.
+
+    Args:
+        trained: whether its weights are those that timm's labels are about.
+
+    Raises:
+        ArchitectureError: timm builds it from other blocks.
+    """
     config = _config_of(model, name)
-    if not pretrained:
-        settings = config_object(config, "pretrained_cfg")
+    settings = config_object(config, "pretrained_cfg")
+    if not trained:
         config["pretrained_cfg"] = {k: value for k, value in settings.items() if not k.startswith("label_")}
+    elif not settings.get("label_names"):
+        config["label_names"] = _imagenet_labels(model)
     return Foreign(f"timm:{name}", model.state_dict(), config)
+
+
+def model_labels(model: Any) -> tuple[str, ...] | None:
+    """The classes of a model of timm's, as its own settings name them, else as ImageNet does."""
+    return labels_of({}, model.pretrained_cfg, model.num_classes) or _imagenet_labels(model)
+
+
+def _imagenet_labels(model: nn.Module) -> tuple[str, ...] | None:
+    """The classes in words, where their number tells a set of ImageNet's."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(model)
+    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None
 
 
 def _config_of(model: Any, name: str) -> dict[str, object]:
     """What timm's hub config.json would say of a live model, with what only the module knows."""
-    staged = hasattr(model, "layers") and hasattr(model.layers[0], "blocks")
-    blocks: Any = model.layers[0].blocks if staged else getattr(model, "blocks", ())
-    kinds = type(model).__name__, type(blocks[0]).__name__ if len(blocks) else ""
+    whole = type(model).__name__
+    blocks: Any = ()
+    if whole in dict(_CLASSES):
+        blocks = model.layers[0].blocks if whole in _STAGED else model.blocks
+    kinds = whole, type(blocks[0]).__name__ if len(blocks) else ""
     if kinds not in _CLASSES:
-        raise CheckpointError(
-            f"timm builds {name} as {' of '.join(filter(None, kinds))}, which is not supported",
-            hint="--model module:function exports any nn.Module, timm.create_model(...) too",
+        raise ArchitectureError(
+            f"timm builds {name} as {' of '.join(filter(None, kinds))}, which vitdeploy does not rewrite",
+            hint=f"-m timm:{name} exports it as it is",
         )
     activation = type(blocks[0].mlp.act).__name__
     arguments = {

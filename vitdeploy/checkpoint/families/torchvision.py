@@ -1,9 +1,13 @@
-"""torchvision's ``vit_b_16``, ``vit_b_32``, ``vit_l_16``, ``vit_l_32`` and ``vit_h_14``."""
+"""torchvision's ``vit_b_16``, ``vit_b_32``, ``vit_l_16``, ``vit_l_32`` and ``vit_h_14``.
+
+Its files hold tensors alone. What its library says of a model it builds (``libraries/torchvision.py``) stands
+under ``torchvision`` in the configuration: heads, image size, the settings of its images; and ``labels``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from vitdeploy.checkpoint.families.base import (
     Family,
@@ -11,7 +15,10 @@ from vitdeploy.checkpoint.families.base import (
     Layout,
     Reading,
     Source,
+    config_integer,
+    config_object,
     flat,
+    height_and_width,
     linear,
     merged_qkv,
     rename_tensors,
@@ -20,7 +27,7 @@ from vitdeploy.checkpoint.families.base import (
 from vitdeploy.checkpoint.families.infer import heads_note, infer_config, shape_note, what_is_open
 from vitdeploy.checkpoint.families.positions import PositionRule
 from vitdeploy.config import Preprocess, Size, ViTConfig
-from vitdeploy.images.preprocess import at_size
+from vitdeploy.images.preprocess import at_size, from_torchvision
 
 _BLOCK = "encoder.layers.encoder_layer_{i}"
 _LAYOUT: Layout = {
@@ -96,6 +103,11 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     head = sole_head(foreign.state, "heads")
     state, originals = rename_tensors(foreign.state, lambda name: _modern_name(name, head))
     heads, sizes = what_is_open(template, foreign.wanted)
+    library = config_object(foreign.config or {}, "torchvision")
+    if "heads" in library:
+        known = config_integer(library, "heads", 0)
+        heads = lambda width: known  # noqa: E731
+        sizes = [height_and_width(library["image_size"], "image_size"), *sizes]
     config = infer_config(_LAYOUT, state, foreign.source, heads=heads, sizes=sizes)
     published = _published(config)
     base = replace(
@@ -104,18 +116,32 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         resize_edge=published.edge,
         resample=published.resample,
     )
+    transforms = config_object(library, "transforms")
+    if transforms:
+        base = from_torchvision(transforms)
 
     def preprocess(size: Size | None) -> Preprocess:
         return at_size(base, size or config.image_size)
 
-    assumed = {
-        "preprocess": f"preprocessing is taken to be that of torchvision's {published.name}",
-        "heads": heads_note(config) if template is None else None,
-    }
-    notes = shape_note(config, template, foreign.wanted)
+    assumed: dict[str, str | None] = {}
+    if not transforms:
+        assumed["preprocess"] = f"preprocessing is taken to be that of torchvision's {published.name}"
+    if "heads" not in library:
+        assumed["heads"] = heads_note(config) if template is None else None
+    labels: Any = (foreign.config or {}).get("labels")
+    notes = () if library else shape_note(config, template, foreign.wanted)
     if head not in (None, "heads.head"):
         notes = (f"the head is the linear layer {head!r}", *notes)
-    return Reading(config, _LAYOUT, state, preprocess, notes=notes, assumed=assumed, originals=originals)
+    return Reading(
+        config,
+        _LAYOUT,
+        state,
+        preprocess,
+        labels=tuple(labels) if library and labels else None,
+        notes=notes,
+        assumed=assumed,
+        originals=originals,
+    )
 
 
 FAMILY = Family("torchvision", _claims, _read, PositionRule(align_corners=True))

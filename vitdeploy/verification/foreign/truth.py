@@ -87,7 +87,7 @@ class Truth:
         else:
             name = None if model is None else str(model)
             opened = open_model(name, checkpoint=checkpoint, image_size=interface.size)
-        if isinstance(opened, Checkpoint) and opened.seed is not None:
+        if opened.seed is not None:
             raise UsageError(
                 f"{opened.source} names an architecture, whose weights would be random",
                 hint="--checkpoint FILE, or -m FOLDER",
@@ -209,7 +209,6 @@ class Truth:
 
     def bundle(self, path: Path, scores: Scores | None) -> Bundle:
         """What a predictor needs to know of the model, as an unwritten bundle."""
-        checkpoint = self.checkpoint
         classes = self.config.classes if self.config else self._of_module.shape[-1]
         manifest = Manifest(
             name=path.name,
@@ -220,9 +219,7 @@ class Truth:
             preprocess=self.preprocess,
             labels=self.labels if self.config or self.labels else tuple(map(str, range(classes))),
             scores=scores or self.opened.scores or usual_scores(classes),
-            provenance=Provenance(
-                source=self.source, family=checkpoint.family if checkpoint else "user module"
-            ),
+            provenance=Provenance(source=self.source, family=self.opened.family),
         )
         return Bundle(path, manifest, {})
 
