@@ -17,7 +17,7 @@ from vitdeploy.model import qwen_deployed, qwen_grid
 from vitdeploy.model.deployed import DeployedModel, Linear, RmsNorm
 from vitdeploy.model.precision import PrecisionPlan, island_names, sites
 from vitdeploy.model.qwen import QwenVision, patches_of
-from vitdeploy.model.reference import outputs_float64
+from vitdeploy.model.reference import outputs_float64, state_of
 from vitdeploy.model.registry import architecture_of, build_reference, parameter_count
 
 EXACT = 1e-12
@@ -114,6 +114,32 @@ def test_patches_whose_frames_differ_go_through_the_whole_kernel() -> None:
     expected = outputs_float64(tower, x, ("image_features",))["image_features"]
     with torch.inference_mode():
         assert (deployed(tower, ("image_features",), "patches")(x) - expected).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "all"])
+def test_another_size_shares_its_layers_with_the_first(name: str) -> None:
+    tower = random_tower(CONFIGS[name])
+    larger = build_reference(tower.config.at_size((48, 72)), state_of(tower))
+    assert isinstance(larger, QwenVision)
+    first = deployed(tower, tower.config.outputs)
+    again = architecture_of(tower.config).redeploy(
+        larger,
+        first,
+        PrecisionPlan.exact(),
+        outputs=tower.config.outputs,
+        input_kind="float",
+        preprocess=spec_of(tower.config),
+    )
+    pixels = torch.randn(2, tower.config.channels, 48, 72, dtype=torch.float64)
+    expected = outputs_float64(larger, pixels, tower.config.outputs)
+    with torch.inference_mode():
+        found = again(pixels)
+        assert worst(tower) < EXACT
+    tensors = found if isinstance(found, tuple) else (found,)
+    for output, tensor in zip(tower.config.outputs, tensors, strict=True):
+        assert (tensor - expected[output]).abs().max() < EXACT
+    pairs = zip(first.blocks, again.blocks, strict=True)
+    assert all(one.mlp.fc1.weight.data_ptr() == other.mlp.fc1.weight.data_ptr() for one, other in pairs)
 
 
 def test_windows_are_few_groups_and_no_mask() -> None:

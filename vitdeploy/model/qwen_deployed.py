@@ -9,7 +9,7 @@ width, h heads, d columns of a head, E columns of a feature.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,19 @@ class DeployedReadout(nn.Module):
     def ordered(self, x: Tensor) -> Tensor:
         return x if self.reorder is None else self.reorder(x)
 
+    def at(self, config: QwenVisionConfig, groups: Groups | None) -> DeployedReadout:
+        """The same layers for the grid of ``config``."""
+
+        def resized(merger: DeployedMerger) -> DeployedMerger:
+            return DeployedMerger(merger.norm, merger.mlp, config.feature_rows, merger.late)
+
+        return DeployedReadout(
+            self.outputs,
+            None if self.merger is None else resized(self.merger),
+            [resized(cast(DeployedMerger, merger)) for merger in self.deepstack],
+            None if groups is None else Reorder(groups.back),
+        )
+
 
 # --- rewrites ----------------------------------------------------------------------------------------------
 
@@ -209,23 +222,29 @@ def weightless(norm: nn.LayerNorm | nn.RMSNorm, eps: float) -> Norm | RmsNorm:
     return deployed_norm(norm) if isinstance(norm, nn.LayerNorm) else RmsNorm(eps)
 
 
-def group_windows(block: Block, config: QwenVisionConfig, groups: Groups | None) -> DeployedBlock:
-    """Three projections as one GEMM; windows without a mask, since those of equal size lie together."""
+def group_windows(
+    qkv: Linear, proj: Linear, config: QwenVisionConfig, groups: Groups | None, *, windowed: bool
+) -> DeployedAttention | WindowAttention:
+    """Attention within windows without a mask, since those of equal size lie together."""
+    tables = rotation(config)
+    if groups is not None:
+        order = groups.patches(config.merged)
+        tables = tables[0][order], tables[1][order]
+    if groups is None or not windowed:
+        return DeployedAttention(qkv, proj, config.heads, 1.0, Rotate(*tables))
+    lengths = [count * size for count, size in groups.sizes]
+    parts = zip(groups.sizes, *(table.split(lengths) for table in tables), strict=True)
+    rotate = [Rotate(*(t.reshape(count, 1, size, -1) for t in pair)) for (count, size), *pair in parts]
+    return WindowAttention(qkv, proj, config.heads, rotate, groups)
+
+
+def deployed_block(block: Block, config: QwenVisionConfig, groups: Groups | None) -> DeployedBlock:
+    """A rewritten block, its three projections of the same rows as one GEMM."""
     attn = block.attn
     qkv, proj = merged_linear(attn.q, attn.k, attn.v), deployed_linear(attn.proj)
-    tables = [table.to(attn.q.weight) for table in rotation(config)]
-    if groups is not None:
-        tables = [table[groups.patches(config.merged)] for table in tables]
-    attention: nn.Module
-    if groups is None or not attn.windowed:
-        attention = DeployedAttention(qkv, proj, attn.heads, attn.scale, Rotate(*tables))
-    else:
-        lengths = [count * size for count, size in groups.sizes]
-        parts = zip(groups.sizes, *(table.split(lengths) for table in tables), strict=True)
-        rotate = [Rotate(*(t.reshape(count, 1, size, -1) for t in pair)) for (count, size), *pair in parts]
-        attention = WindowAttention(qkv, proj, attn.heads, rotate, groups)
-    norms = [weightless(norm, config.norm_eps) for norm in (block.norm1, block.norm2)]
-    return DeployedBlock(norms[0], attention, norms[1], deployed_mlp(block.mlp))
+    attention = group_windows(qkv, proj, config, groups, windowed=attn.windowed)
+    norm1, norm2 = (weightless(norm, config.norm_eps) for norm in (block.norm1, block.norm2))
+    return DeployedBlock(norm1, attention, norm2, deployed_mlp(block.mlp))
 
 
 def merge(merger: Merger, config: QwenVisionConfig) -> DeployedMerger:
@@ -311,23 +330,55 @@ class QwenArchitecture(Architecture[QwenVisionConfig, QwenVision]):
         preprocess: Preprocess | None,
     ) -> DeployedModel:
         config, groups = reference.config, grouped(reference.config)
-        embedding = patches_to_gemm(doubled(reference.embedding), groups, input_kind, preprocess)
         blocks = []
         for i, part in enumerate(reference.blocks[: blocks_read(config, outputs)]):
             block = cast(Block, doubled(part))
             for rewrite in (*BLOCK_REWRITES, fold_rms_weights):
                 block = rewrite(block)
-            blocks.append(assign_dtypes(group_windows(block, config, groups), f"blocks.{i}", plan))
+            blocks.append(assign_dtypes(deployed_block(block, config, groups), f"blocks.{i}", plan))
         readout = read_out(doubled(reference.readout), config, groups, outputs)
-        model = DeployedModel(
-            assign_dtypes(embedding, "embedding", plan),
-            blocks,
-            assign_dtypes(readout, "readout", plan),
-            outputs,
-            config.taps if "deepstack_features" in outputs else (),
-        )
-        model.output_dtype = plan.output_dtype
-        return model.eval()
+        embedding = patches_to_gemm(doubled(reference.embedding), groups, input_kind, preprocess)
+        return _together(embedding, blocks, readout, config, plan)
+
+    @torch.no_grad()
+    def redeploy(
+        self,
+        reference: QwenVision,
+        like: DeployedModel,
+        plan: PrecisionPlan,
+        *,
+        outputs: tuple[Output, ...],
+        input_kind: InputKind,
+        preprocess: Preprocess | None,
+    ) -> DeployedModel:
+        config, groups = reference.config, grouped(reference.config)
+        blocks = []
+        for i, same in enumerate(like.blocks):
+            block: Any = same
+            attn = group_windows(block.attn.qkv, block.attn.proj, config, groups, windowed=config.windowed(i))
+            again = DeployedBlock(block.norm1, attn, block.norm2, block.mlp)
+            blocks.append(assign_dtypes(again, f"blocks.{i}", plan))
+        readout = cast(DeployedReadout, like.readout).at(config, groups)
+        embedding = patches_to_gemm(doubled(reference.embedding), groups, input_kind, preprocess)
+        return _together(embedding, blocks, readout, config, plan)
+
+
+def _together(
+    embedding: DeployedEmbedding,
+    blocks: list[DeployedBlock],
+    readout: DeployedReadout,
+    config: QwenVisionConfig,
+    plan: PrecisionPlan,
+) -> DeployedModel:
+    model = DeployedModel(
+        assign_dtypes(embedding, "embedding", plan),
+        blocks,
+        assign_dtypes(readout, "readout", plan),
+        readout.outputs,
+        config.taps if "deepstack_features" in readout.outputs else (),
+    )
+    model.output_dtype = plan.output_dtype
+    return model.eval()
 
 
 def blocks_read(config: QwenVisionConfig, outputs: tuple[Output, ...]) -> int:
