@@ -17,9 +17,11 @@ from tests.helpers.several_sizes import SIZES, several_sizes
 from tests.helpers.small_bundles import flip
 from vitdeploy.bundle.folder import WEIGHTS, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import Choice, Manifest, ParityMetrics, ParityRecord, SizeRecord, Tolerance
-from vitdeploy.bundle.sizes import sized
+from vitdeploy.bundle.sizes import size_of_shape, sized
 from vitdeploy.config import Preprocess, Size, ViTConfig
 from vitdeploy.errors import BundleError, UsageError, VitdeployError
+
+WIDE = SIZES[2]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,28 @@ def test_artifacts_are_found_at_every_size(written: Path) -> None:
     for wanted in ("onnx-fp16-16x16", "bf16", "onnx-bf16"):
         with pytest.raises(UsageError, match="has no artifact"):
             view.artifact(wanted)
+
+
+def test_an_artifact_leads_to_the_view_of_its_size(written: Path) -> None:
+    bundle = Bundle.open(written)
+    for index, size in enumerate(SIZES):
+        artifact = bundle.at_size(size).artifact("fp16")
+        assert artifact.image_size == (size if index else None)
+        for opened in (bundle, bundle.at_size(WIDE)):
+            assert opened.of(artifact).sizes == (size,)
+    assert bundle.of(None).sizes == SIZES[:1]
+    assert bundle.at_size(WIDE).of(None).sizes == (WIDE,)
+
+
+def test_a_tensor_is_of_the_size_that_has_its_shape(written: Path) -> None:
+    manifest = Bundle.open(written).manifest
+    assert [size_of_shape(manifest, (3, *size)) for size in SIZES] == list(SIZES)
+    with pytest.raises(UsageError, match=r"no image size takes an input of the shape \(3, 9, 9\)") as caught:
+        size_of_shape(manifest, (3, 9, 9))
+    assert caught.value.hint == "the sizes are 8x8, 16x16, 8x16"
+    config = ViTConfig(image_size=(32, 32))
+    weights_alone = small_bundles.draft(model=config, sizes=(SizeRecord(image_size=(48, 32)),))
+    assert size_of_shape(weights_alone, [3, 48, 32]) == (48, 32)
 
 
 def test_a_precision_is_the_first_sizes_where_another_fell_back(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_the_commands_show_every_size(run: Run, tmp_path: Path) -> None:
     assert "onnx-fp32-16x16" in said
     assert "verified: 7 files intact" in said
     shown = run("inspect", bundle.root).out
+    assert "model.onnx.data, 60 B, is shared by 3 of them and counted in each" in shown
     assert "8x8 (64 FLOPs), 16x16 (256 FLOPs), 8x16 (128 FLOPs)" in shown
     document = run("inspect", bundle.root, "--json").document
     assert [record["image_size"] for record in document["manifest"]["sizes"]] == [[16, 16], [8, 16]]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.helpers.commands import in_a_process
+from tests.helpers.models import CONFIGS
 from vitdeploy.backends import triton as backend
-from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.folder import Bundle, BundleWriter
+from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, UsageError
+from vitdeploy.exporter import triton_aot
 from vitdeploy.exporter.request import ExportRequest
+from vitdeploy.progress import Progress
 
 ARCHITECTURES = ("sm_80", "sm_90")
 
@@ -46,6 +51,44 @@ def test_the_bundle_holds_the_kernels_of_every_site(exported: Bundle) -> None:
     assert [(r.backend, r.passed) for r in exported.manifest.parity if r.artifact == artifact.name] == [
         ("emulation", True)
     ]
+
+
+def test_kernels_of_a_further_image_size_lie_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_package(root: Path, needed: dict[str, list[object]]) -> list[Path]:
+        paths = [root / arch / "kernels.json" for arch in needed]
+        for path in paths:
+            path.parent.mkdir(parents=True)
+            path.write_text("{}")
+        return paths
+
+    library = SimpleNamespace(
+        ARCHITECTURES=dict.fromkeys(ARCHITECTURES),
+        AotError=ValueError,
+        INDEX="kernels.json",
+        shipped_table=lambda arch: {},
+        format_table=lambda table: "{}",
+        write_package=write_package,
+    )
+    monkeypatch.setattr(triton_aot, "kernels_library", lambda name: library)
+    monkeypatch.setattr(triton_aot, "_launches", lambda *arguments: [])
+    config = CONFIGS["vit"]
+    with BundleWriter(tmp_path / "b") as writer:
+        for size in (None, (64, 32)):
+            artifact = triton_aot.write_kernels(
+                config,
+                "fp16",
+                writer,
+                batch=BatchRange(1, 2, 4),
+                architectures=ARCHITECTURES,
+                output="logits",
+                input_kind="float",
+                progress=Progress(),
+                place=size,
+            )
+            suffix, folder = ("", "fp16") if size is None else ("-64x32", "fp16.64x32")
+            assert (artifact.name, artifact.image_size) == (f"triton-aot-fp16{suffix}", size)
+            assert artifact.path == f"kernels/{folder}/sm_80/kernels.json"
+            assert all(name.startswith(f"kernels/{folder}/") for name in artifact.files)
 
 
 class Unpackaged:

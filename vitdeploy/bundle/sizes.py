@@ -79,11 +79,17 @@ def of_size(manifest: Manifest, size: Size) -> Manifest:
     return manifest.model_copy(update=update)
 
 
-def input_of(manifest: Manifest) -> TensorSpec | None:
-    """What goes into a model of one size, the batch as its first axis; None where nothing here tells it."""
-    if manifest.artifacts:
-        return manifest.artifacts[0].inputs[0]
-    return input_spec(manifest.model, manifest.input) if manifest.model else None
+def input_of(manifest: Manifest, size: Size) -> TensorSpec | None:
+    """What goes in at a size, the batch as its first axis; None where nothing here tells it.
+
+    Raises:
+        UsageError: the bundle has no such size.
+    """
+    place = further(manifest, size)
+    for artifact in manifest.artifacts:
+        if artifact.image_size == place:
+            return artifact.inputs[0]
+    return input_spec(manifest.model.at_size(size), manifest.input) if manifest.model else None
 
 
 def size_of_shape(manifest: Manifest, shape: Sequence[int]) -> Size:
@@ -93,7 +99,7 @@ def size_of_shape(manifest: Manifest, shape: Sequence[int]) -> Size:
         UsageError: it is for none, or for several; names the sizes.
     """
     sizes = sizes_of(manifest)
-    inputs = {size: input_of(of_size(manifest, size)) for size in sizes}
+    inputs = {size: input_of(manifest, size) for size in sizes}
     fitting = [size for size, spec in inputs.items() if spec and spec.shape[1:] == tuple(shape)]
     if len(fitting) == 1:
         return fitting[0]

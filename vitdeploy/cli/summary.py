@@ -88,7 +88,7 @@ def artifact_dict(manifest: Manifest, artifact: Artifact) -> dict[str, Any]:
 
 
 def print_artifacts(manifest: Manifest) -> None:
-    """Print a line for each artifact; its size is that of all its files, which sizes of images may share."""
+    """Print a line for each artifact; its size is that of all its files, shared ones among them."""
     output.table(
         ("file", "precision", ">nodes", ">size", ">relative error", ">fp32 islands"),
         [
@@ -103,6 +103,11 @@ def print_artifacts(manifest: Manifest) -> None:
             for artifact in manifest.artifacts
         ],
     )
+    users = Counter(name for artifact in manifest.artifacts for name in artifact.files)
+    for name, count in users.items():
+        if count > 1:
+            size = output.size(manifest.files[name].size)
+            output.line(f"{name}, {size}, is shared by {count} of them and counted in each")
     for artifact in manifest.artifacts:
         if artifact.fallback:
             output.line(
