@@ -273,6 +273,7 @@ def plot(record: Mapping[str, Any]) -> str:
 
     import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     cells, buffer = record["cells"], io.StringIO()
     settings = {"svg.fonttype": "none", "svg.hashsalt": "pixels", "font.size": 9.0, "axes.grid": True}
@@ -291,6 +292,9 @@ def plot(record: Mapping[str, Any]) -> str:
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.set_xticks([], minor=True)
         panels[0].set_ylabel("median, ms")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panels[0].yaxis.set_minor_locator(NullLocator())
         panels[0].legend()
         named = {"Creator": None, "Format": None, "Type": None, "Date": record["created"]}
         figure.savefig(buffer, format="svg", metadata=named)

@@ -346,7 +346,10 @@ print(json.dumps(list(sys.modules)), file=sys.stderr)
 @pytest.mark.parametrize("process", ["measuring", "measured"])
 def test_a_benchmark_of_one_backend_imports_only_that_backend(tmp_path: Path, process: str) -> None:
     root = str(write_bundle(tmp_path / "b").root)
-    job = dict.fromkeys(("threads", "provider", "device")) | {"bundle": root, "backend": "onnxruntime"}
+    job = dict.fromkeys(("image_size", "threads", "provider", "device")) | {
+        "bundle": root,
+        "backend": "onnxruntime",
+    }
     arguments = {
         "measuring": ["bench", root, "--backend", "onnxruntime", "--batch", "1", "--budget", "0.1s"],
         "measured": [json.dumps({**job, "artifact": "onnx-fp32", "concurrency": 1})],
