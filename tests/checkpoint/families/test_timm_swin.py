@@ -261,7 +261,7 @@ def test_look_alikes_are_refused_by_what_sets_them_apart(name: str) -> None:
     assert FAMILY.claims(foreign)
     with pytest.raises(CheckpointError, match=f"timm's architecture {name} .another network") as caught:
         FAMILY.read(foreign, None)
-    assert "--model module:function" in (caught.value.hint or "")
+    assert "-m timm:NAME" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
