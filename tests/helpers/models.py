@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitdeploy.config import Rotary, ViTConfig
+from vitdeploy.config import ModelConfig, Rotary, ViTConfig
 from vitdeploy.model.registry import build_reference, expected_shapes
 from vitdeploy.model.vit import ViT
 
@@ -83,7 +83,7 @@ CONFIGS: dict[str, ViTConfig] = {
 }
 
 
-def random_state(config: ViTConfig, seed: int = 0, spread: float = 0.3) -> dict[str, Tensor]:
+def random_state(config: ModelConfig, seed: int = 0, spread: float = 0.3) -> dict[str, Tensor]:
     """Weights in float32: norms near one, everything else normal with deviation ``spread``."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -97,7 +97,7 @@ def random_vit(config: ViTConfig, seed: int = 0, spread: float = 0.3) -> ViT:
     return build_reference(config, random_state(config, seed, spread))
 
 
-def pixels(config: ViTConfig, count: int = 3, seed: int = 1) -> Tensor:
+def pixels(config: ModelConfig, count: int = 3, seed: int = 1) -> Tensor:
     """Normalised images, (count, C, H, W) float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((count, config.channels, *config.image_size), generator=generator)

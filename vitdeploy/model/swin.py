@@ -220,7 +220,13 @@ class FusedAttention(Attention):
         if scales is not None:
             q, k = (F.normalize(x, dim=-1, eps=COSINE_EPS) for x in (q, k))
             q, scale = q * scales, 1.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(), scale=scale)
+        # The kernels know images and heads: windows are images, or heads where they have a mask each.
+        bias, windows = self.bias(), q.shape[1]
+        masked = bias.dim() == 4
+        q, k, v = (x.flatten(1, 2) if masked else x.flatten(0, 1) for x in (q, k, v))
+        bias = bias.flatten(0, 1) if masked else bias
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return x.unflatten(1, (windows, -1)) if masked else x.unflatten(0, (-1, windows))
 
 
 class Block(nn.Module):
