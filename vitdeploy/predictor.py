@@ -230,7 +230,7 @@ class Predictor:
         if (vectors := self.bundle.manifest.vectors) is None:
             raise UsageError(
                 f"{self.bundle.root}: gives {self.bundle.manifest.gives}, no vector of each image",
-                hint="export with --output embedding",
+                hint=self.bundle.manifest.towards_vectors,
             )
         return vectors
 

@@ -110,6 +110,9 @@ def test_a_bundle_of_patches_says_what_it_reads(buckets: Bundle) -> None:
     written = json.loads((bundle.root / "manifest.json").read_text())
     assert written["grid_thw"] == [1, 20, 28]
     assert written["sizes"][0]["grid_thw"] == [1, 16, 16]
+    # The weights lie there once; graphs hold what the size settles.
+    weights = (bundle.root / "weights.safetensors").stat().st_size
+    assert (bundle.root / "model.onnx.data").stat().st_size < 1.2 * weights
     assert written["input"] == "patches"
     artifact = bundle.manifest.artifacts[0]
     assert artifact.inputs[0].shape == ("N", 256, 96)
@@ -144,6 +147,9 @@ def test_images_go_in_and_deepstack_features_come_out(deepstack: tuple[Any, Bund
     with Predictor.open(bundle) as predictor:
         raw = predictor.preprocess(picture)
         found = predictor.outputs(raw[None])
+        with pytest.raises(UsageError, match="no vector of each image") as error:
+            predictor.embed(picture)
+    assert (error.value.hint or "").startswith("Predictor.outputs")
     assert raw.shape == (24, 40, 3)
     pixels = ((raw / 255 - np.array(spec.mean)) / np.array(spec.std)).transpose(2, 0, 1)[None]
     expected = qwen_models.answers(model, qwen_models.patches(pixels.astype(np.float32)), (6, 10))

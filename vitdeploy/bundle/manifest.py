@@ -452,6 +452,13 @@ class Manifest(_Record):
         return named.get("embedding") or named.get("features")
 
     @property
+    def towards_vectors(self) -> str:
+        """What to do, in a hint, where a vector of each image is wanted and none comes out."""
+        if self.model is None or self.model.output_shape("embedding") is not None:
+            return "export with --output embedding"
+        return "Predictor.outputs in Python, and /v2/models/NAME/infer of a server, give what comes out"
+
+    @property
     def max_abs(self) -> float | None:
         """The absolute bound on errors that the user gave; it holds for every artifact."""
         return next((record.tolerance.max_abs for record in self.parity), None)

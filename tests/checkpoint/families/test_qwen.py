@@ -301,6 +301,14 @@ def test_configurations_that_are_refused(change: dict[str, Any], message: str, t
     assert len(f"{error.value.message}{error.value.hint}") <= 400
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_tower_without_its_configuration_is_called_that(kind: str, tmp_path: Path) -> None:
+    folder = qwen_models.save(qwen_models.tower(kind), tmp_path / "saved")
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="beside the weights of this vision tower of Qwen"):
+        open_model(str(folder / "model.safetensors"))
+
+
 def test_a_tower_that_lacks_a_tensor_names_it_as_the_file_would(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -136,11 +136,19 @@ def _kind(config: Mapping[str, object] | None) -> str:
 
 def _claims(foreign: Foreign) -> bool:
     """Those that are not read, too: to refuse them by name."""
+    if foreign.config is None or "model_type" not in foreign.config:
+        names = [name.removeprefix(_PREFIX) for name in foreign.state]
+        return "merger.ln_q.weight" in names or "merger.linear_fc1.weight" in names
     return _kind(foreign.config).startswith("qwen")
 
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     given = foreign.config or {}
+    if "model_type" not in given:
+        raise CheckpointError(
+            f"{foreign.source}: there is no config.json beside the weights of this vision tower of Qwen's",
+            hint="keep it in its folder: no tensor tells its heads and windows",
+        )
     if (kind := _kind(given)) not in _GENERATIONS:
         raise CheckpointError(
             f"{foreign.source}: model_type {shown(given.get('model_type'))} in config.json has no vision "
