@@ -258,11 +258,9 @@ def test_external_data_that_is_elsewhere(bundle: Bundle, tmp_path: Path) -> None
 )
 def test_the_modules_of_vitdeploy_stand_alone(package: Make, bundle: Bundle, model: str, name: str) -> None:
     folder = package(bundle).folder / "models" / model / "1" / name
-    assert {path.name for path in folder.iterdir()} == {
-        "__init__.py",
-        *(Path(file).name for file in VENDORED[name]),
-    }
-    for path in folder.iterdir():
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+    assert set(files) == {"__init__.py", "config/__init__.py", *VENDORED[name]}
+    for path in files.values():
         imports = [line for line in path.read_text().splitlines() if line.startswith(("from ", "import "))]
         assert not [line for line in imports if line.split()[1].partition(".")[0] == "vitdeploy"]
 

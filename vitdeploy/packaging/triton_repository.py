@@ -30,10 +30,10 @@ TOP_K = 5
 
 VENDORED = {
     "vitdeploy_images": (
-        *("config.py", "errors.py"),
+        *("config/common.py", "config/preprocess.py", "errors.py"),
         *("images/decode.py", "images/kinds.py", "images/preprocess.py"),
     ),
-    "vitdeploy_scores": ("config.py", "errors.py", "scores.py"),
+    "vitdeploy_scores": ("config/common.py", "errors.py", "scores.py"),
 }
 """Files of vitdeploy that turn image files into pixels and logits into scores, by the package they become.
 They need numpy, and the first ones Pillow."""
@@ -210,7 +210,7 @@ class TritonRepository:
     def _vendor(self, folder: Path, package: str) -> None:
         vendor(folder / package)
         for file in VENDORED[package]:
-            self._say(folder / package / Path(file).name, "vitdeploy's own")
+            self._say(folder / package / file, "vitdeploy's own")
 
     def _write_ensemble(self) -> None:
         job, name = self.job, self.job.name
@@ -333,15 +333,13 @@ def engine_record(job: Job) -> EngineRecord | None:
 
 def vendor(folder: Path) -> None:
     """Write the package of this name: modules of vitdeploy that need nothing else of it."""
-    source = resources.files("vitdeploy")
-    name = folder.name
+    source, name = resources.files("vitdeploy"), folder.name
+    words = [Path(file).stem for file in VENDORED[name] if file.startswith("config/")]
     write_text(folder / "__init__.py", '"""Parts of vitdeploy (Apache-2.0), as they are there."""\n')
+    write_text(folder / "config/__init__.py", "".join(f"from .{word} import *\n" for word in words))
     for file in VENDORED[name]:
         text = (source / file).read_text(encoding="utf-8")
-        flat = text.replace("from vitdeploy.images.", f"from {name}.").replace(
-            "from vitdeploy.", f"from {name}."
-        )
-        write_text(folder / Path(file).name, flat)
+        write_text(folder / file, text.replace("from vitdeploy.", f"from {name}."))
 
 
 def check_external_data(model: Path) -> None:

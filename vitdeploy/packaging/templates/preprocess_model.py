@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as server  # type: ignore[import-not-found]
 from vitdeploy_images.config import Preprocess  # type: ignore[import-not-found]
-from vitdeploy_images.decode import load_image  # type: ignore[import-not-found]
 from vitdeploy_images.errors import ImageError  # type: ignore[import-not-found]
-from vitdeploy_images.preprocess import pixel_values  # type: ignore[import-not-found]
+from vitdeploy_images.images.decode import load_image  # type: ignore[import-not-found]
+from vitdeploy_images.images.preprocess import pixel_values  # type: ignore[import-not-found]
 
 
 class TritonPythonModel:
