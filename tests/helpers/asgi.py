@@ -13,8 +13,8 @@ from urllib.parse import unquote
 from tests.helpers.live_server import Reply
 from vitdeploy.progress import Progress
 from vitdeploy.server import http
+from vitdeploy.server.loading import ModelSettings
 from vitdeploy.server.repository import ModelRepository, parse_named_bundles
-from vitdeploy.server.served_model import ModelSettings
 from vitdeploy.server.service import RequestLimits, Service
 from vitdeploy.server.statistics import Metrics
 

@@ -98,9 +98,9 @@ class Live:
 
     def queued(self, model: str = "linear") -> int:
         """How many of the model's images wait for a session."""
-        begin = f'vitdeploy_queue_images{{model="{model}",'
-        lines = self.ask("GET", "/metrics").body.decode().splitlines()
-        return sum(int(float(line.rpartition(" ")[2])) for line in lines if line.startswith(begin))
+        text = self.ask("GET", "/metrics").body.decode()
+        found = re.findall(rf'^vitdeploy_queue_images{{.*model="{model}",.*}} (.*)$', text, re.MULTILINE)
+        return sum(int(float(number)) for number in found)
 
     def require_queued(self, images: int, model: str = "linear") -> None:
         """Wait until so many wait for a session."""

@@ -30,7 +30,7 @@ IMPATIENT = f"""
 import sys
 from vitdeploy.server.process import Endpoint, run_server
 from vitdeploy.server.repository import parse_named_bundles
-from vitdeploy.server.served_model import ModelSettings
+from vitdeploy.server.loading import ModelSettings
 from vitdeploy.server.service import RequestLimits
 
 endpoint = Endpoint(port=0, limits=RequestLimits(body_seconds={BODY_SECONDS}))

@@ -22,7 +22,7 @@ IMPATIENT = """
 import sys
 from vitdeploy.server.process import Endpoint, run_server
 from vitdeploy.server.repository import parse_named_bundles
-from vitdeploy.server.served_model import ModelSettings
+from vitdeploy.server.loading import ModelSettings
 from vitdeploy.server.service import RequestLimits
 
 endpoint = Endpoint(port=0, limits=RequestLimits(head_seconds=3))

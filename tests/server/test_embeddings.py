@@ -204,7 +204,7 @@ def test_image_files_and_metrics(embeddings: Live, features: Path) -> None:
                 assert np.array_equal(vectors_of(reply)[0], expected)
             np.testing.assert_allclose(expected, answer_images([random_image(seed)])[0], rtol=1e-4, atol=1e-4)
     text = embeddings.ask("GET", "/metrics").body.decode()
-    labels = r'{model="features",(outcome="ok",)?version="1"}'
+    labels = r'{(image_size="8x8",)?model="features",(outcome="ok",)?version="1"}'
     assert re.search(rf"^vitdeploy_requests_total{labels} 12\.0$", text, re.MULTILINE), text
     assert re.search(rf"^vitdeploy_images_total{labels} 12\.0$", text, re.MULTILINE), text
     reply = embeddings.ask("POST", PATH, png(), Content_Type="image/png")

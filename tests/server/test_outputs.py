@@ -16,7 +16,7 @@ from tests.helpers.bundles import FEATURES, LABELS, WEIGHT, answer, random_image
 from tests.helpers.live_server import Live, json_request, serving
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import ParityError
-from vitdeploy.server.served_model import ModelSettings, load_bundle
+from vitdeploy.server.loading import ModelSettings, load_bundle
 from vitdeploy.verification.live.round import LiveRequest, verify_live
 
 HTTP, GRPC = tritonclient.http, tritonclient.grpc

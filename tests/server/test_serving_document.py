@@ -12,7 +12,7 @@ from vitdeploy.server.statistics import Metrics
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 OWN = PAGE[PAGE.index("## Start it") : PAGE.index("## Triton Inference Server")]
-ELSEWHERE = {"--data-binary", "--format", "--force", "--output", "--pick"}
+ELSEWHERE = {"--data-binary", "--format", "--force", "--image-size", "--output", "--pick"}
 """Flags of curl, of ``export`` and of ``bench``."""
 
 

@@ -333,9 +333,10 @@ def test_prometheus_agrees_with_the_statistics(changing: Live) -> None:
             client.infer("linear", [tensor(HTTP, PIXELS[:, :, :7])])
     values = {key: value - before.get(key, 0.0) for key, value in metrics(changing).items()}
     label = 'model="linear",version="1"'
+    sized = f'image_size="8x8",{label}'
     assert values['vitdeploy_requests_total{model="linear",outcome="ok",version="1"}'] == 3
     assert values['vitdeploy_requests_total{model="linear",outcome="invalid",version="1"}'] == 1
-    assert values[f"vitdeploy_images_total{{{label}}}"] == 6
+    assert values[f"vitdeploy_images_total{{{sized}}}"] == 6
     assert values[f"vitdeploy_request_seconds_count{{{label}}}"] == 3
-    assert values[f"vitdeploy_batch_size_sum{{{label}}}"] == 6
-    assert metrics(changing)[f"vitdeploy_queue_images{{{label}}}"] == 0
+    assert values[f"vitdeploy_batch_size_sum{{{sized}}}"] == 6
+    assert metrics(changing)[f"vitdeploy_queue_images{{{sized}}}"] == 0

@@ -92,6 +92,11 @@ class Bundle:
         return view
 
     @property
+    def views(self) -> tuple[Bundle, ...]:
+        """The view of each image size, the default first; this bundle where there are not several."""
+        return tuple(map(self.at_size, self.sizes)) if len(self.sizes) > 1 else (self,)
+
+    @property
     def whole(self) -> Bundle:
         """The bundle with all of its sizes."""
         if self.manifest is self._whole:

@@ -74,6 +74,13 @@ def of_size(manifest: Manifest, size: Size) -> Manifest:
     return manifest.model_copy(update=update)
 
 
+def varying(several: Sequence[TensorSpec]) -> TensorSpec:
+    """An input or output of several sizes as one; a dimension in which they differ is a string."""
+    shapes = zip(*(spec.shape for spec in several), strict=True)
+    shape = tuple(axis[0] if len(set(axis)) == 1 else "varies" for axis in shapes)
+    return several[0].model_copy(update={"shape": shape})
+
+
 def input_of(manifest: Manifest, size: Size) -> TensorSpec | None:
     """What goes in at a size, the batch as its first axis; None where nothing here tells it.
 

@@ -16,6 +16,7 @@ EXAMPLES = (
     "vitdeploy serve vit.bundle",
     "vitdeploy serve vit.bundle --port 8000 --grpc-port 8001 --max-batch 16 --max-delay-ms 2",
     "vitdeploy serve cats=old.bundle cats=new.bundle dogs=dogs.bundle --host 0.0.0.0",
+    "vitdeploy serve sizes.bundle --fit area",
     "curl --data-binary @cat.jpg localhost:8000/v1/models/vit:predict",
 )
 
@@ -60,7 +61,9 @@ def command(
             metavar="P", help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx."
         ),
     ] = None,
-    instances: Annotated[int, typer.Option(min=1, metavar="N", help="Number of sessions per model.")] = 1,
+    instances: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of sessions per model and image size.")
+    ] = 1,
     max_batch: Annotated[
         int | None,
         typer.Option(
@@ -96,6 +99,14 @@ def command(
     max_images: Annotated[
         int, typer.Option(min=1, metavar="N", help="Largest number of image files in a request.")
     ] = 64,
+    fit: Annotated[
+        str,
+        typer.Option(
+            metavar="RULE",
+            help="How an image gets one of a bundle's sizes: aspect (nearest aspect ratio, then area), area, "
+            "or HxW for all.",
+        ),
+    ] = "aspect",
     drain: Annotated[
         str, typer.Option(metavar="T", help="Longest time that the end waits for accepted requests.")
     ] = "30s",
@@ -118,19 +129,31 @@ def command(
     /v1/models/NAME:predict, or for vectors at /v1/embeddings (openai's client works unchanged),
     Prometheus metrics at /metrics, a page to try images at /. Each bundle is checked against its golden
     outputs before it takes requests; one that is replaced on disk is loaded anew without a gap. Requests
-    of all clients are batched together.
+    of all clients are batched together. A bundle with several image sizes is one model: tensors go to the
+    size that they have, images to the one that --fit chooses, and the answer says which.
     """
     from vitdeploy.backends.base import Options
+    from vitdeploy.images.fitting import parse_rule
+    from vitdeploy.server.loading import ModelSettings
     from vitdeploy.server.process import Endpoint, run_server
     from vitdeploy.server.repository import parse_named_bundles
-    from vitdeploy.server.served_model import ModelSettings
     from vitdeploy.server.service import RequestLimits
 
     options = Options(threads=threads, provider=provider)
     sizes = parse.integers(buckets, "--buckets") if buckets is not None else ()
     wait, delay = parse.duration(timeout, "--timeout"), max_delay_ms / 1000
     settings = ModelSettings(
-        backend, artifact, options, instances, max_batch, delay, max_queue, wait, sizes, max_pixels
+        backend=backend,
+        artifact=artifact,
+        options=options,
+        instances=instances,
+        max_batch=max_batch,
+        max_delay=delay,
+        max_queue=max_queue,
+        timeout=wait,
+        buckets=sizes,
+        max_pixels=max_pixels,
+        fit=parse_rule(fit),
     )
     body = parse.byte_count(max_body, "--max-body") or RequestLimits.body_bytes
     limits, ending = RequestLimits(body_bytes=body, images=max_images), parse.duration(drain, "--drain")

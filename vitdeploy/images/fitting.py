@@ -68,6 +68,11 @@ def parse_rule(text: str) -> Rule:
     return height, width
 
 
+def rule_name(rule: Rule) -> str:
+    """The text that ``parse_rule`` reads as this rule."""
+    return rule if isinstance(rule, str) else size_name(rule)
+
+
 def _area(size: Size) -> Fraction:
     return Fraction(size[0] * size[1])
 

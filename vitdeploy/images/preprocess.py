@@ -123,6 +123,12 @@ def _prepared(image: Image.Image, spec: Preprocess) -> tuple[Image.Image, Size]:
     return image, (height, width)
 
 
+def shown_size(image: Image.Image, spec: Preprocess) -> Size:
+    """Height and width of a decoded image, turned as its EXIF data says where the preprocessing does so."""
+    shown = upright(image) if spec.exif else image
+    return shown.height, shown.width
+
+
 def resized(size: Size, spec: Preprocess) -> Size:
     """The (height, width) that an image of ``size`` is resized to, before cropping."""
     if spec.resize == "none":

@@ -147,6 +147,7 @@ def parse_request(body: memoryview, header_length: int | None) -> InferRequest:
         binary=binary,
         id=_id(document),
         timeout=timeout_seconds(parameters.get("timeout")),
+        image_size=image_size(parameters),
     )
 
 
@@ -180,6 +181,8 @@ def render_response(response: InferResponse) -> tuple[list[bytes], int | None]:
     document: dict[str, Any] = {"model_name": response.model, "model_version": response.version}
     if response.request.id:
         document["id"] = response.request.id
+    if response.parameters:
+        document["parameters"] = dict(response.parameters)
     document["outputs"] = outputs
     head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     return [head, *tail], len(head) if tail else None
@@ -228,6 +231,18 @@ def timeout_seconds(microseconds: Any) -> float | None:
     if not isinstance(microseconds, int) or isinstance(microseconds, bool) or microseconds < 0:
         raise RequestError("invalid", f"timeout {_short(microseconds)} is not a number of microseconds")
     return microseconds / 1e6
+
+
+def image_size(parameters: Mapping[str, Any]) -> str | None:
+    """A request's ``image_size`` parameter, of a model that has several.
+
+    Raises:
+        RequestError: not a text.
+    """
+    given = parameters.get("image_size")
+    if given is not None and not isinstance(given, str):
+        raise RequestError("invalid", f"image_size {_short(given)} is not a text, as 384x384")
+    return given
 
 
 def requested_output(name: str, parameters: Mapping[str, Any], *, binary: bool) -> RequestedOutput:

@@ -19,6 +19,7 @@ from vitdeploy.server.codec import (
     WIRE,
     checked_shape,
     from_bytes,
+    image_size,
     length_prefixed,
     little_endian,
     protocol_dtype,
@@ -194,7 +195,8 @@ async def _model_statistics(request: Any, service: Service, messages: Any) -> An
     repository = service.repository
     models = [repository.get(request.name, request.version)] if request.name else repository.models
     document = json.dumps({"model_stats": [model.statistics.as_dict() for model in models]})
-    return json_format.Parse(document, messages.ModelStatisticsResponse())
+    response = messages.ModelStatisticsResponse()  # which has no room for those of each image size
+    return json_format.Parse(document, response, ignore_unknown_fields=True)
 
 
 async def _repository_index(request: Any, service: Service, messages: Any) -> Any:
@@ -257,12 +259,14 @@ def _parse(request: Any) -> InferRequest:
     requested = [
         requested_output(output.name, _plain(output.parameters), binary=True) for output in request.outputs
     ]
+    parameters = _plain(request.parameters)
     return InferRequest(
         inputs=inputs,
         requested=tuple(requested),
         binary=True,
         id=request.id,
-        timeout=timeout_seconds(_plain(request.parameters).get("timeout")),
+        timeout=timeout_seconds(parameters.get("timeout")),
+        image_size=image_size(parameters),
     )
 
 
@@ -294,10 +298,12 @@ def _render(response: InferResponse, messages: Any) -> Any:
         tensor = messages.ModelInferResponse.InferOutputTensor
         outputs.append(tensor(name=name, datatype=datatype, shape=array.shape))
         raw.append(length_prefixed(array) if text else little_endian(array))
+    parameter = messages.InferParameter
     return messages.ModelInferResponse(
         model_name=response.model,
         model_version=response.version,
         id=response.request.id,
+        parameters={name: parameter(string_param=text) for name, text in response.parameters.items()},
         outputs=outputs,
         raw_output_contents=raw,
     )

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vitdeploy.backends.base import Array
+from vitdeploy.config import size_name
 from vitdeploy.errors import ImageError, VitdeployError
 from vitdeploy.server.codec import little_endian, parse_json
 from vitdeploy.server.http_images import bytes_of_base64
@@ -83,8 +84,10 @@ async def _answer(request: Request, service: Service) -> dict[str, Any]:
         for (title, _), result in zip(images, results, strict=True):
             if isinstance(result, ImageError):
                 raise RequestError("invalid", f"{title}: {result.message}", param="input")
-            vector = _base64(result) if encoding == "base64" else result.tolist()
+            vector = _base64(result.vector) if encoding == "base64" else result.vector.tolist()
             data.append({"object": "embedding", "index": len(data), "embedding": vector})
+            if result.size:
+                data[-1]["image_size"] = size_name(result.size)
     usage = {"prompt_tokens": 0, "total_tokens": 0}
     return {"object": "list", "data": data, "model": model.name, "usage": usage}
 

@@ -12,6 +12,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 
+from vitdeploy.config import size_name
 from vitdeploy.errors import ImageError
 from vitdeploy.server.codec import parse_json
 from vitdeploy.server.http_io import json_response, read_body, until_disconnect
@@ -29,12 +30,16 @@ async def _predict(request: Request, service: Service) -> Response:
         top_k = _top_k(request.query_params.get("top_k"))
         images = await _images(request, service)
         results = await until_disconnect(request, model.classify([data for _, data in images], top_k))
-        predictions = []
+        predictions, sizes = [], []
         for (title, _), result in zip(images, results, strict=True):
             if isinstance(result, ImageError):
                 raise RequestError("invalid", f"{title}: {result.message}")
-            predictions.append([{"label": p.label, "index": p.index, "score": p.score} for p in result])
+            rows = [{"label": p.label, "index": p.index, "score": p.score} for p in result.predictions]
+            predictions.append(rows)
+            sizes += [size_name(result.size)] if result.size else []
         document = {"model_name": model.name, "model_version": model.version, "predictions": predictions}
+        if sizes:
+            document["image_sizes"] = sizes
     return json_response(document)
 
 

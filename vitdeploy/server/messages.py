@@ -67,6 +67,8 @@ class InferRequest:
     id: str = ""
     timeout: float | None = None
     """Seconds within which the run must begin; None leaves it to the server."""
+    image_size: str | None = None
+    """As HxW, the one that is meant, where the shape of the inputs is that of several."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class InferResponse:
     outputs: Mapping[str, Array]
     """By name, those asked for; classes as (n, k) object arrays of bytes."""
     request: InferRequest = field(default_factory=lambda: InferRequest({}))
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """What else there is to say: ``image_size``, of several the one that ran."""
 
     def binary(self, name: str) -> bool:
         """HTTP: whether this output goes out as raw bytes."""

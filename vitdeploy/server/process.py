@@ -18,8 +18,8 @@ from typing import Any
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.machine.processors import processors
 from vitdeploy.progress import Progress
+from vitdeploy.server.loading import ModelSettings
 from vitdeploy.server.repository import ModelRepository, NamedBundle
-from vitdeploy.server.served_model import ModelSettings
 from vitdeploy.server.service import RequestLimits, Service
 from vitdeploy.server.statistics import Metrics
 

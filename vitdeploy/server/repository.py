@@ -14,10 +14,12 @@ from typing import Any
 
 from vitdeploy.backends.base import one_line
 from vitdeploy.bundle.manifest import MANIFEST
+from vitdeploy.config import size_name
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 from vitdeploy.progress import Progress
+from vitdeploy.server.loading import ModelSettings, load_bundle
 from vitdeploy.server.messages import RequestError
-from vitdeploy.server.served_model import ModelSettings, ServedModel, load_bundle
+from vitdeploy.server.served_model import ServedModel
 from vitdeploy.server.statistics import Metrics, Statistics
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -243,8 +245,9 @@ class ModelRepository:
                 entry.reason = ""
                 self._count(bundle, "ok")
                 self._retire(before)
-                facts = entry.model.facts
-                stage.detail = f"version {bundle.version}, {facts.artifact} on {facts.backend}, parity passed"
+                facts, sizes = entry.model.facts, ", ".join(map(size_name, entry.model.sizes))
+                what = f"{facts.artifact} on {facts.backend}{f' at {sizes}' if sizes else ''}"
+                stage.detail = f"version {bundle.version}, {what}, parity passed"
 
     def _count(self, bundle: NamedBundle, outcome: str) -> None:
         self._metrics.reloads.labels(bundle.name, bundle.version, outcome).inc()

@@ -1,137 +1,55 @@
-"""A bundle that is being served: its sessions, its batches, its images."""
+"""A bundle that is being served: which of its image sizes a request is for, and what comes out."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vitdeploy.backends.base import Options, Session, SessionFacts, check_inputs
 from vitdeploy.bundle.dtypes import DATATYPES
-from vitdeploy.bundle.folder import Bundle
-from vitdeploy.errors import BundleError, ImageError, ParityError, UsageError
+from vitdeploy.bundle.manifest import TensorSpec
+from vitdeploy.bundle.sizes import varying
+from vitdeploy.config import Size, size_name
+from vitdeploy.errors import ImageError
 from vitdeploy.images.decode import load_image
-from vitdeploy.predictor import Prediction, Predictor
-from vitdeploy.server.batcher import Batcher, BatchingRules, RequestOutputs
+from vitdeploy.images.fitting import fit, rule_name
+from vitdeploy.images.preprocess import shown_size
+from vitdeploy.predictor import Prediction
+from vitdeploy.server.lane import Lane
+from vitdeploy.server.loading import LoadedBundle, ModelSettings
 from vitdeploy.server.messages import Array, InferRequest, InferResponse, RequestedOutput, RequestError
 from vitdeploy.server.statistics import Statistics
-from vitdeploy.verification.parity import check_session
-
-_MAX_ROWS = 32
-"""Rows of a request, at most, where the session takes any number."""
-_SHORT_RUN = 0.01
-"""Seconds: to begin and to end such a run is a good part of its cost, and it keeps nobody waiting."""
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    """How bundles are loaded and requests are bounded; None is the bundle's or the runtime's own choice."""
+class Classified:
+    """What became of one image."""
 
-    backend: str | None = None
-    artifact: str | None = None
-    options: Options = field(default_factory=Options)
-    instances: int = 1
-    """Sessions per model, each with threads of its own."""
-    max_batch: int | None = None
-    max_delay: float = 0.0
-    """Seconds."""
-    max_queue: int = 256
-    """Images that wait."""
-    timeout: float = 30.0
-    """Seconds in the queue."""
-    buckets: tuple[int, ...] = ()
-    max_pixels: int = 50_000_000
-    """Of an image that is sent."""
-
-    def rules(self, facts: SessionFacts, chunk: int) -> BatchingRules:
-        """How this session's requests are batched.
-
-        Raises:
-            UsageError: the session does not run the batch sizes that were asked for.
-        """
-        least, most = (facts.batch.min, facts.batch.max) if facts.batch else (1, _MAX_ROWS)
-        if self.max_batch is not None:
-            if facts.batch and self.max_batch > most:
-                raise UsageError(
-                    f"--max-batch {self.max_batch}, but {facts.artifact} takes {most} at most",
-                    hint=facts.rebuild,
-                )
-            most = self.max_batch
-        outside = [size for size in self.buckets if not least <= size <= most]
-        if outside:
-            raise UsageError(f"--buckets {outside[0]}, but {facts.artifact} runs {least} to {most}")
-        usual = max(chunk, facts.batch.opt if facts.batch else 1)
-        gather = most if self.max_batch is not None else min(most, usual)
-        fixed = (least,) if least > 1 else ()
-        return BatchingRules(
-            gather=gather,
-            max_rows=most,
-            short=_SHORT_RUN,
-            delay=self.max_delay,
-            max_queue=self.max_queue,
-            timeout=self.timeout,
-            buckets=tuple(sorted({*self.buckets, *fixed, *((most,) if self.buckets else ())})),
-        )
+    predictions: list[Prediction]
+    size: Size | None
+    """That was taken, where the model has several."""
 
 
 @dataclass(frozen=True)
-class LoadedBundle:
-    """A bundle with its sessions open and their outputs compared with the reference."""
+class Embedded:
+    """What became of one image."""
 
-    bundle: Bundle
-    predictors: tuple[Predictor, ...]
-    rules: BatchingRules
-
-
-def load_bundle(path: Path, settings: ModelSettings) -> LoadedBundle:
-    """Open a bundle and check that it answers rightly here before anybody asks it; not on the event loop.
-
-    Raises:
-        BundleError, UsageError, DeviceUnavailable, MissingDependency: it cannot be run as asked.
-        ParityError: its outputs are not the reference's.
-    """
-    bundle = Bundle.open(path)
-    predictors: list[Predictor] = []
-    try:
-        for _ in range(settings.instances):
-            predictors.append(
-                Predictor.open(
-                    bundle, backend=settings.backend, artifact=settings.artifact, options=settings.options
-                )
-            )
-        session = predictors[0].session
-        rules = settings.rules(session.facts, predictors[0].chunk)
-        sizes = sorted({rules.padded(1), rules.padded(rules.gather)})
-        for predictor in predictors:
-            _require_parity(predictor.session, bundle, sizes)
-    except BaseException:
-        for predictor in predictors:
-            predictor.close()
-        raise
-    return LoadedBundle(bundle, tuple(predictors), rules)
-
-
-def _require_parity(session: Session, bundle: Bundle, sizes: Sequence[int]) -> None:
-    """Compare with the reference; warms the session up besides."""
-    golden = bundle.golden()
-    for record in check_session(session, golden, batches=sizes, max_abs=bundle.manifest.max_abs):
-        if not record.passed:
-            raise ParityError(
-                f"{bundle.root}: {record.artifact} on {record.backend} is not served: its outputs are wrong "
-                f"at {record.place}: {record.failures[0]}",
-                hint=f"vitdeploy verify {bundle.root}",
-            )
+    vector: Array
+    """(columns,) float32."""
+    size: Size | None
+    """That was taken, where the model has several."""
 
 
 class ServedModel:
     """One version of one model. Create it on the event loop; ``close`` it there.
+
+    A bundle with several image sizes is one model: tensors go to the size that their shape says, images to
+    the one that ``settings.fit`` chooses.
 
     Args:
         workers: where images are decoded.
@@ -149,17 +67,23 @@ class ServedModel:
         self.statistics = statistics
         self._settings = settings
         self._workers = workers
-        self._predictors = loaded.predictors
-        self.facts = loaded.predictors[0].session.facts
-        self.note = loaded.predictors[0].note
-        self.rules = loaded.rules
-        self._any_batch = dataclasses.replace(self.facts, batch=None)
-        runs = [_runner(predictor.session) for predictor in loaded.predictors]
-        self._batcher = Batcher(runs, loaded.rules, statistics)
+        lanes = [Lane(size, statistics.of(size.view.manifest.image_size)) for size in loaded.sizes]
+        self._lanes = {lane.size: lane for lane in lanes}
+        self._first, *_ = lanes
+        self.note = self._first.note
+        self.facts = self._first.facts
+        """Of the default size."""
+        self.inputs = _of_all([lane.facts.inputs for lane in lanes])
+        self.outputs = _of_all([lane.facts.outputs for lane in lanes])
         self._held = 0
         self._free = asyncio.Event()
         self._free.set()
         self._preparing = 0
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The image sizes to choose from, the default first; none where there is no choice."""
+        return self.bundle.sizes if len(self._lanes) > 1 else ()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -181,13 +105,13 @@ class ServedModel:
     async def close(self) -> None:
         """Finish every request that holds the model, then free the sessions."""
         await self._free.wait()
-        await self._batcher.close()
-        for predictor in self._predictors:
-            await asyncio.to_thread(predictor.close)
+        for lane in self._lanes.values():
+            await lane.close()
 
     def abandon(self) -> None:
         """Refuse the requests that wait for a session."""
-        self._batcher.abandon()
+        for lane in self._lanes.values():
+            lane.abandon()
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Run tensors.
@@ -196,17 +120,16 @@ class ServedModel:
             RequestError: the inputs are not what the model takes, or it cannot run them now.
         """
         requested = self._requested(request.requested)
-        self._check(request.inputs)
-        answer = await self._batcher.submit(request.inputs, request.timeout)
-        self.statistics.answered(answer)
-        self._require_finite(answer)
+        lane = self._lane_for(request)
+        lane.check(request.inputs)
+        found = await lane.run(request.inputs, request.timeout)
         outputs = {}
         for output in requested:
-            array = answer.outputs[output.name]
+            array = found[output.name]
             outputs[output.name] = self._classes(array, output.classes) if output.classes else array
-        return InferResponse(self.name, self.version, outputs, request)
+        return InferResponse(self.name, self.version, outputs, request, self._taken(lane))
 
-    async def classify(self, images: Sequence[bytes], top_k: int) -> list[list[Prediction] | ImageError]:
+    async def classify(self, images: Sequence[bytes], top_k: int) -> list[Classified | ImageError]:
         """Classify image files; an image that cannot be decoded has its error in its place.
 
         Raises:
@@ -216,11 +139,13 @@ class ServedModel:
         if top_k < 1:
             raise RequestError("invalid", f"top_k must be at least 1, not {top_k}")
         rows = await self._run_images(images, "logits")
-        best = self._predictors[0].best
-        return [row if isinstance(row, ImageError) else best(row, top_k) for row in rows]
+        return [
+            row if isinstance(row, ImageError) else Classified(self._first.best(row[0], top_k), row[1])
+            for row in rows
+        ]
 
-    async def embed(self, images: Sequence[bytes]) -> list[Array | ImageError]:
-        """The vectors (columns,) float32 of image files; an image that cannot be decoded has its error.
+    async def embed(self, images: Sequence[bytes]) -> list[Embedded | ImageError]:
+        """The vectors of image files; an image that cannot be decoded has its error.
 
         Raises:
             RequestError: the model gives no vectors, or cannot run them now.
@@ -232,10 +157,13 @@ class ServedModel:
                 "vitdeploy export --output embedding makes a bundle that does",
                 param="model",
             )
-        return await self._run_images(images, vectors.name)
+        rows = await self._run_images(images, vectors.name)
+        return [row if isinstance(row, ImageError) else Embedded(*row) for row in rows]
 
-    async def _run_images(self, images: Sequence[bytes], output: str) -> list[Array | ImageError]:
-        """One output for each of some image files, through the queue."""
+    async def _run_images(
+        self, images: Sequence[bytes], output: str
+    ) -> list[tuple[Array, Size | None] | ImageError]:
+        """One output for each of some image files, through the queue, and the size that was taken."""
         if reason := self.bundle.manifest.refuses_images:
             raise RequestError(
                 "invalid",
@@ -243,36 +171,67 @@ class ServedModel:
                 f"/v2/models/{self.name}/infer",
                 param="model",
             )
-        waiting = self._preparing + self._batcher.waiting
-        if waiting + len(images) > self.rules.max_queue:
-            raise RequestError(
-                "overloaded", "Exceeds maximum queue size", retry_after=self._batcher.busy_for()
-            )
+        waiting = self._preparing + sum(lane.waiting for lane in self._lanes.values())
+        if waiting + len(images) > self._first.rules.max_queue:
+            longest = max(lane.busy_for() for lane in self._lanes.values())
+            raise RequestError("overloaded", "Exceeds maximum queue size", retry_after=longest)
         self._preparing += len(images)
         try:
             loop = asyncio.get_running_loop()
             decoding = [loop.run_in_executor(self._workers, self._decode, data) for data in images]
-            tensors = await asyncio.gather(*decoding)
+            decoded = await asyncio.gather(*decoding)
         finally:
             self._preparing -= len(images)
-        return await asyncio.gather(*(self._run_image(tensor, output) for tensor in tensors))
+        return await asyncio.gather(*(self._run_image(image, output) for image in decoded))
 
-    async def _run_image(self, tensor: Array | ImageError, output: str) -> Array | ImageError:
-        if isinstance(tensor, ImageError):
-            return tensor
-        answer = await self._batcher.submit({self.facts.inputs[0].name: tensor[None]})
-        self.statistics.answered(answer)
-        self._require_finite(answer)
-        row: Array = answer.outputs[output][0]
-        return row
+    async def _run_image(
+        self, image: tuple[Lane, Array] | ImageError, output: str
+    ) -> tuple[Array, Size | None] | ImageError:
+        if isinstance(image, ImageError):
+            return image
+        lane, pixels = image
+        return await lane.run_image(pixels, output), lane.size if self.sizes else None
 
-    def _decode(self, data: bytes) -> Array | ImageError:
+    def _decode(self, data: bytes) -> tuple[Lane, Array] | ImageError:
+        """The pixels of an image file, and what runs them."""
         try:
-            return self._predictors[0].preprocess(load_image(data, self._settings.max_pixels))
+            picture, lane = load_image(data, self._settings.max_pixels), self._first
+            if self.sizes:
+                preprocess = self.bundle.manifest.preprocess
+                assert preprocess is not None
+                shown = shown_size(picture, preprocess)
+                lane = self._lanes[fit(shown, self.sizes, self._settings.fit)]
+            return lane, lane.preprocess(picture)
         except ImageError as error:
             return error
         except MemoryError:
             return ImageError("the image needs more memory than there is", hint="scale it down first")
+
+    def _lane_for(self, request: InferRequest) -> Lane:
+        """What runs tensors of this shape; of what is no such tensor at all, whoever says what is wrong."""
+        spec = self.facts.inputs[0]
+        given = request.inputs.get(spec.name)
+        if not self.sizes or given is None or given.ndim != len(spec.shape):
+            return self._first
+        lanes = {size_name(size): self._lanes[size] for size in self.sizes}
+        fitting = {
+            name: lane
+            for name, lane in lanes.items()
+            if lane.facts.inputs[0].shape[1:] == given.shape[1:] and request.image_size in (None, name)
+        }
+        if len(fitting) == 1:
+            return next(iter(fitting.values()))
+        what = f"{spec.name} of the shape (N, {', '.join(map(str, given.shape[1:]))})"
+        if fitting:
+            message = f"{what} may be of {' or '.join(fitting)}: name one in the parameter image_size"
+            raise RequestError("invalid", message)
+        asked = f" at {request.image_size[:40]}" if request.image_size else ""
+        message = f"no image size of model '{self.name}' takes {what}{asked}: it has {', '.join(lanes)}"
+        raise RequestError("invalid", message)
+
+    def _taken(self, lane: Lane) -> dict[str, str]:
+        """The parameters of an answer: the size that ran, where there are several."""
+        return {"image_size": size_name(lane.size)} if self.sizes and lane.size else {}
 
     def _requested(self, outputs: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
         """The outputs to give: those that were named, or all."""
@@ -287,21 +246,6 @@ class ServedModel:
         if len({output.name for output in outputs}) < len(outputs):
             raise RequestError("invalid", "an output is asked for twice")
         return outputs or [RequestedOutput(spec.name) for spec in self.facts.outputs]
-
-    def _check(self, inputs: Mapping[str, Array]) -> None:
-        try:
-            check_inputs(self._any_batch, inputs)
-        except UsageError as error:
-            raise RequestError("invalid", error.message) from error
-        for name, array in inputs.items():
-            if not len(array):
-                raise RequestError("invalid", f"{name} has no rows")
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise RequestError("invalid", f"{name} has NaN or infinite values")
-
-    def _require_finite(self, answer: RequestOutputs) -> None:
-        if not answer.finite:
-            raise RequestError("internal", "the model gives NaN or infinite values for these inputs")
 
     def _require_classes(self) -> None:
         manifest = self.bundle.manifest
@@ -326,17 +270,19 @@ class ServedModel:
             "name": self.name,
             "versions": [self.version],
             "platform": f"vitdeploy_{self.facts.backend}",
-            "inputs": [_tensor(spec.name, spec.dtype, spec.shape) for spec in self.facts.inputs],
-            "outputs": [_tensor(spec.name, spec.dtype, spec.shape) for spec in self.facts.outputs],
+            "inputs": [_tensor(spec.name, spec.dtype, spec.shape) for spec in self.inputs],
+            "outputs": [_tensor(spec.name, spec.dtype, spec.shape) for spec in self.outputs],
             "parameters": {
                 "artifact": self.facts.artifact,
                 "precision": self.facts.precision,
                 "bundle_digest": self.bundle.manifest.digest,
+                **self._choice(),
             },
         }
 
     def config(self) -> dict[str, Any]:
         """As the model configuration extension has it."""
+        rules = self._first.rules
         tensors = {
             kind: [
                 {
@@ -346,38 +292,41 @@ class ServedModel:
                 }
                 for spec in specs
             ]
-            for kind, specs in (("input", self.facts.inputs), ("output", self.facts.outputs))
+            for kind, specs in (("input", self.inputs), ("output", self.outputs))
         }
         return {
             "name": self.name,
             "platform": f"vitdeploy_{self.facts.backend}",
             "backend": self.facts.backend,
-            "max_batch_size": self.rules.max_rows,
+            "max_batch_size": min(lane.rules.max_rows for lane in self._lanes.values()),
             **tensors,
-            "instance_group": [{"name": self.name, "count": len(self._predictors)}],
+            "instance_group": [{"name": self.name, "count": self._settings.instances}],
             "dynamic_batching": {
-                "preferred_batch_size": [self.rules.gather],
-                "max_queue_delay_microseconds": round(1e6 * self.rules.delay),
-                "default_queue_policy": {"max_queue_size": self.rules.max_queue},
+                "preferred_batch_size": [rules.gather],
+                "max_queue_delay_microseconds": round(1e6 * rules.delay),
+                "default_queue_policy": {"max_queue_size": rules.max_queue},
             },
             "version_policy": {"specific": {"versions": [int(self.version)]}},
             "parameters": {
                 "vitdeploy_artifact": {"string_value": self.facts.artifact},
                 "vitdeploy_bundle": {"string_value": self.bundle.manifest.digest},
+                **{f"vitdeploy_{key}": {"string_value": text} for key, text in self._choice().items()},
             },
         }
+
+    def _choice(self) -> dict[str, str]:
+        """What a description says of several sizes: which there are, and how an image gets one."""
+        if not self.sizes:
+            return {}
+        sizes = ",".join(map(size_name, self.sizes))
+        return {"image_sizes": sizes, "fit": rule_name(self._settings.fit)}
+
+
+def _of_all(lanes: Sequence[Sequence[TensorSpec]]) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs of all sizes, each once; a dimension in which they differ is a string."""
+    return tuple(map(varying, zip(*lanes, strict=True)))
 
 
 def _tensor(name: str, dtype: str, shape: Sequence[int | str]) -> dict[str, Any]:
     sizes = [-1 if isinstance(size, str) else size for size in shape]
     return {"name": name, "datatype": DATATYPES[dtype], "shape": sizes}
-
-
-def _runner(session: Session) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    def run(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        outputs = session.run(inputs)
-        if {len(array) for array in outputs.values()} != {len(next(iter(inputs.values())))}:
-            raise BundleError(f"{session.facts.artifact} gives another number of rows than it was given")
-        return outputs
-
-    return run

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from vitdeploy.config import Size, size_name
 from vitdeploy.errors import MissingDependency
 from vitdeploy.server.batcher import RequestOutputs
 from vitdeploy.server.messages import RequestError
@@ -32,6 +33,9 @@ class Duration:
         self.count += times
         self.ns += round(1e9 * seconds)
 
+    def __add__(self, other: Duration) -> Duration:
+        return Duration(self.count + other.count, self.ns + other.ns)
+
     def as_dict(self) -> dict[str, int]:
         return {"count": self.count, "ns": self.ns}
 
@@ -50,19 +54,24 @@ class Metrics:
             raise MissingDependency("prometheus-client", extra="serve", purpose="serving") from error
         self.registry: CollectorRegistry = prometheus.CollectorRegistry()
         labels = ("model", "version")
-        counter = partial(prometheus.Counter, labelnames=labels, registry=self.registry)
-        gauge = partial(prometheus.Gauge, labelnames=labels, registry=self.registry)
-        histogram = partial(prometheus.Histogram, labelnames=labels, registry=self.registry)
-        seconds = partial(histogram, buckets=_SECONDS)
-        outcomes = partial(counter, labelnames=(*labels, "outcome"))
+        sized = (*labels, "image_size")
+
+        def made(kind: Any, name: str, text: str, labels: Sequence[str], **more: Any) -> Any:
+            return kind(name, text, labelnames=labels, registry=self.registry, **more)
+
+        counter, gauge, histogram = prometheus.Counter, prometheus.Gauge, prometheus.Histogram
+        seconds = partial(made, histogram, buckets=_SECONDS)
+        outcomes = partial(made, counter, labels=(*labels, "outcome"))
         self.requests = outcomes("vitdeploy_requests", "Requests by how they ended.")
-        self.seconds = seconds("vitdeploy_request_seconds", "From the decoded request to its answer.")
-        self.queue_seconds = seconds("vitdeploy_queue_seconds", "Waiting for a free session.")
-        self.compute_seconds = seconds("vitdeploy_compute_seconds", "One run of the session.")
-        self.batch = histogram("vitdeploy_batch_size", "Images that ran together.", buckets=_SIZES)
-        self.images = counter("vitdeploy_images", "Images that were run.")
-        self.padding = counter("vitdeploy_padding_images", "Images run only to fill a batch up.")
-        self.queue = gauge("vitdeploy_queue_images", "Images that wait.")
+        self.seconds = seconds("vitdeploy_request_seconds", "From the decoded request to its answer.", labels)
+        self.queue_seconds = seconds("vitdeploy_queue_seconds", "Waiting for a free session.", sized)
+        self.compute_seconds = seconds("vitdeploy_compute_seconds", "One run of the session.", sized)
+        self.batch = made(
+            histogram, "vitdeploy_batch_size", "Images that ran together.", sized, buckets=_SIZES
+        )
+        self.images = made(counter, "vitdeploy_images", "Images that were run.", sized)
+        self.padding = made(counter, "vitdeploy_padding_images", "Images run only to fill a batch up.", sized)
+        self.queue = made(gauge, "vitdeploy_queue_images", "Images that wait.", sized)
         self.reloads = outcomes("vitdeploy_loads", "Loads of a bundle by how they ended.")
         self._text: Callable[[CollectorRegistry], bytes] = prometheus.generate_latest
         self.content_type = prometheus.CONTENT_TYPE_LATEST
@@ -72,31 +81,22 @@ class Metrics:
         return self._text(self.registry)
 
 
-@dataclass
-class Statistics:
-    """Of one version of one model, since it was loaded."""
+class SizeStatistics:
+    """Of one image size of a served model: what its sessions did."""
 
-    metrics: Metrics
-    name: str
-    version: str
-    inferences: int = 0
-    executions: int = 0
-    last: int = 0
-    """Milliseconds since 1970 of the last request."""
-    durations: dict[str, Duration] = field(default_factory=lambda: defaultdict(Duration))
-    batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
-
-    def __post_init__(self) -> None:
-        labels = (self.name, self.version)
-        self._seconds = self.metrics.seconds.labels(*labels)
-        self._queue_seconds = self.metrics.queue_seconds.labels(*labels)
-        self._compute_seconds = self.metrics.compute_seconds.labels(*labels)
-        self._batch = self.metrics.batch.labels(*labels)
-        self._images = self.metrics.images.labels(*labels)
-        self._padding = self.metrics.padding.labels(*labels)
-        self._queue = self.metrics.queue.labels(*labels)
-        # labels() checks and looks up its arguments under a lock each time.
-        self._outcome = cache(lambda outcome: self.metrics.requests.labels(*labels, outcome))
+    def __init__(self, metrics: Metrics, name: str, version: str, size: str) -> None:
+        self.size = size
+        self.inferences = 0
+        self.executions = 0
+        self.queue, self.compute = Duration(), Duration()
+        self.batches = defaultdict[int, Duration](Duration)
+        labels = (name, version, size)
+        self._queue_seconds = metrics.queue_seconds.labels(*labels)
+        self._compute_seconds = metrics.compute_seconds.labels(*labels)
+        self._batch = metrics.batch.labels(*labels)
+        self._images = metrics.images.labels(*labels)
+        self._padding = metrics.padding.labels(*labels)
+        self._queue = metrics.queue.labels(*labels)
 
     def queued(self, rows: int) -> None:
         """So many rows wait now."""
@@ -114,9 +114,40 @@ class Statistics:
 
     def answered(self, answer: RequestOutputs) -> None:
         """A request's rows came back."""
-        self.durations["queue"].add(answer.waited)
-        self.durations["compute_infer"].add(answer.computed)
+        self.queue.add(answer.waited)
+        self.compute.add(answer.computed)
         self._queue_seconds.observe(answer.waited)
+
+    def as_dict(self) -> dict[str, Any]:
+        """In the words of the v2 statistics extension."""
+        return {
+            "image_size": self.size,
+            "inference_count": self.inferences,
+            "execution_count": self.executions,
+            "inference_stats": {"queue": self.queue.as_dict(), "compute_infer": self.compute.as_dict()},
+            "batch_stats": _batch_stats(self.batches),
+        }
+
+
+class Statistics:
+    """Of one version of one model, since it was loaded."""
+
+    def __init__(self, metrics: Metrics, name: str, version: str) -> None:
+        self.name, self.version = name, version
+        self.last = 0
+        """Milliseconds since 1970 of the last request."""
+        self._metrics = metrics
+        self._success, self._fail = Duration(), Duration()
+        self._sizes: list[SizeStatistics] = []
+        self._seconds = metrics.seconds.labels(name, version)
+        # labels() checks and looks up its arguments under a lock each time.
+        self._outcome = cache(lambda outcome: metrics.requests.labels(name, version, outcome))
+
+    def of(self, size: Size | None) -> SizeStatistics:
+        """Begin those of one image size; None is one that nobody tells."""
+        text = "" if size is None else size_name(size)
+        self._sizes.append(SizeStatistics(self._metrics, self.name, self.version, text))
+        return self._sizes[-1]
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -133,32 +164,50 @@ class Statistics:
             raise
         finally:
             seconds = time.perf_counter() - begin
-            self.durations["success" if outcome == "ok" else "fail"].add(seconds)
+            (self._success if outcome == "ok" else self._fail).add(seconds)
             self._outcome(outcome).inc()
             if outcome == "ok":
                 self._seconds.observe(seconds)
 
     def as_dict(self) -> dict[str, Any]:
-        """As the v2 statistics extension has it."""
+        """As the v2 statistics extension has it; and of several image sizes each, under a name of our own."""
+        sizes, nothing = self._sizes, Duration().as_dict()
+        batches = defaultdict[int, Duration](Duration)
+        for size in sizes:
+            for rows, duration in size.batches.items():
+                batches[rows] += duration
+        done = {
+            "success": self._success,
+            "fail": self._fail,
+            "queue": sum((size.queue for size in sizes), Duration()),
+            "compute_infer": sum((size.compute for size in sizes), Duration()),
+        }
         names = (
             *("success", "fail", "queue", "compute_input", "compute_infer", "compute_output"),
             *("cache_hit", "cache_miss"),
         )
-        nothing = Duration().as_dict()
-        return {
+        document = {
             "name": self.name,
             "version": self.version,
             "last_inference": self.last,
-            "inference_count": self.inferences,
-            "execution_count": self.executions,
-            "inference_stats": {name: self.durations[name].as_dict() for name in names},
-            "batch_stats": [
-                {
-                    "batch_size": size,
-                    "compute_input": nothing,
-                    "compute_infer": duration.as_dict(),
-                    "compute_output": nothing,
-                }
-                for size, duration in sorted(self.batches.items())
-            ],
+            "inference_count": sum(size.inferences for size in sizes),
+            "execution_count": sum(size.executions for size in sizes),
+            "inference_stats": {name: done[name].as_dict() if name in done else nothing for name in names},
+            "batch_stats": _batch_stats(batches),
         }
+        if len(sizes) > 1:
+            document["image_sizes"] = [size.as_dict() for size in sizes]
+        return document
+
+
+def _batch_stats(batches: Mapping[int, Duration]) -> list[dict[str, Any]]:
+    nothing = Duration().as_dict()
+    return [
+        {
+            "batch_size": size,
+            "compute_input": nothing,
+            "compute_infer": duration.as_dict(),
+            "compute_output": nothing,
+        }
+        for size, duration in sorted(batches.items())
+    ]
