@@ -387,10 +387,12 @@ def _print_live(report: LiveReport) -> None:
         summary.print_parity(report.parity)
     if report.images:
         output.heading("image files")
+        several = any(image.size for image in report.images)
         rows = [
             (
                 image.image,
                 image.format,
+                *((image.size or "",) if several else ()),
                 output.small(image.error),
                 output.small(image.bound),
                 image.expected,
@@ -399,7 +401,8 @@ def _print_live(report: LiveReport) -> None:
             )
             for image in report.images
         ]
-        columns = ("image", "format", ">relative", ">allowed", "expected", "answered", "")
+        size = ("size",) if several else ()
+        columns = ("image", "format", *size, ">relative", ">allowed", "expected", "answered", "")
         output.table(columns, rows)
     output.line()
     for name, value in _facts(report):

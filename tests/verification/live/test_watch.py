@@ -100,7 +100,7 @@ def test_a_server_that_breaks_goes_down_and_comes_back(bundle: Bundle) -> None:
 
 def test_the_bundle_cannot_be_watched_without_golden_data(bundle: Bundle) -> None:
     with V2Server({"linear": served()}) as server, LiveVerification(bundle, LiveRequest(server.url)) as whole:
-        whole.golden = {}
+        whole.subjects[0].golden = {}
         with pytest.raises(ParityError, match="no golden data"):
             watch(whole, 0.01, ended=lambda done: None)
 

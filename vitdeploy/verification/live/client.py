@@ -159,6 +159,11 @@ class ModelFacts:
         return self.parameters.get("bundle_digest") or self.parameters.get("vitdeploy_bundle")
 
     @property
+    def fit(self) -> str | None:
+        """The rule by which it says that images get one of several sizes, likewise."""
+        return self.parameters.get("fit") or self.parameters.get("vitdeploy_fit")
+
+    @property
     def takes_image_files(self) -> bool:
         """Whether its one input is bytes."""
         return len(self.inputs) == 1 and self.inputs[0].datatype == "BYTES"

@@ -16,7 +16,7 @@ from PIL import Image
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import reference_of
-from vitdeploy.config import InputKind, Output, Preprocess
+from vitdeploy.config import InputKind, Output, Preprocess, Size, size_name
 from vitdeploy.errors import VitdeployError
 from vitdeploy.images.decode import load_image
 from vitdeploy.images.preprocess import apply, for_channels, pixel_values, resized
@@ -118,6 +118,35 @@ def explain_images(
             logits = made["logits"].astype(np.float64)
             explanations.append(Explanation(f"{_GIVES}{phrase}", error(logits)))
     return _best(explanations, error(np.stack([item.logits for item, _, _ in scored])), bound)
+
+
+def explain_size(
+    others: Mapping[Size, Predictor],
+    answers: Sequence[tuple[Expected, Sequence[Scored]]],
+    labels: Sequence[str] | None,
+    bound: float,
+) -> str | None:
+    """Whether the answers to image files are what the model gives at another image size.
+
+    Args:
+        others: the bundle run here at the sizes that are not the right one.
+        answers: as :func:`explain_images`.
+        bound: the relative error of two right models.
+    """
+    taken: dict[str, Size] = {}
+    for item, answer in answers:
+        read = _read(answer, labels, len(item.logits))
+        for size, local in others.items() if read else ():
+            indices, scores = read or ([], np.empty(0))
+            logits = local.outputs(local.preprocess(item.file.data)[None])["logits"][0].astype(np.float64)
+            wrong = score_error(item.logits, indices, scores, item.scores)
+            error = score_error(logits, indices, scores, item.scores, relative_to=item.logits)
+            if error <= bound + item.noise < wrong:
+                taken[item.file.title] = size
+    if not taken:
+        return None
+    title, size = next(iter(taken.items()))
+    return f"{_GIVES}another image size: {title} gets that of {size_name(size)}"
 
 
 def relative(expected: Array, actual: Array, reference: Array | None = None) -> float:

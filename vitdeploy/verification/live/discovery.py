@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.bundle.manifest import Artifact, TensorSpec
+from vitdeploy.config import Size, size_name
 from vitdeploy.errors import ServerError, UsageError, did_you_mean
 from vitdeploy.verification.live.client import AnswerError, Client, IndexEntry, ModelFacts, ServerFacts
 from vitdeploy.verification.parity import TOLERANCES
@@ -27,6 +29,8 @@ class LiveModel:
     """The version asked for; empty is the server's choice."""
     index: tuple[IndexEntry, ...] | None
     """Everything the server has, where it says so."""
+    size: Size | None = None
+    """The image size that is asked for, of several."""
 
     @property
     def name(self) -> str:
@@ -34,8 +38,14 @@ class LiveModel:
 
     @property
     def title(self) -> str:
-        """``digits``, or ``digits version 2`` where a version was asked for."""
-        return f"{self.name} version {self.asked}" if self.asked else self.name
+        """``digits``, or ``digits version 2`` where a version was asked for; ``digits at 384x384`` of several
+        image sizes."""
+        return f"{self.name}{f' version {self.asked}' if self.asked else ''}{self.at}"
+
+    @property
+    def at(self) -> str:
+        """`` at 384x384``, of several image sizes."""
+        return f" at {size_name(self.size)}" if self.size else ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,37 @@ def find_model(client: Client, bundle: Bundle, name: str | None, version: str) -
     return LiveModel(server, model, version, index)
 
 
+def model_at(client: Client, model: LiveModel, given: TensorSpec, size: Size) -> LiveModel | str:
+    """What answers tensors of one image size: the model itself where its input varies, else ``NAME_HxW``.
+
+    Args:
+        given: the input at this size.
+
+    Returns:
+        The model, or the reason why there is none.
+
+    Raises:
+        ServerError: the server cannot be asked.
+    """
+    if any(_takes(tensor.shape, given) for tensor in model.facts.inputs if tensor.name == given.name):
+        return replace(model, size=size)
+    name = f"{model.name}_{size_name(size)}"
+    if model.index is None or any(entry.name == name for entry in model.index):
+        try:
+            return replace(model, facts=client.model(name, model.asked), size=size)
+        except AnswerError as error:
+            return f"{name} does not work: {error.message}"
+    return f"{model.name} takes other images, and the server has no {name}"
+
+
+def _takes(shape: Sequence[int], given: TensorSpec) -> bool:
+    """Whether an input's shape is that of a tensor, or varies where they differ; the batch aside."""
+    wanted = given.shape[1:]
+    return len(shape) == len(given.shape) and all(
+        mine in (-1, theirs) for mine, theirs in zip(shape[1:], wanted, strict=True)
+    )
+
+
 def expected_precision(bundle: Bundle, model: LiveModel, asked: str | None) -> ExpectedPrecision:
     """Whose tolerances hold: of the artifact named, else of the one the server names, else the loosest.
 
@@ -93,8 +134,9 @@ def expected_precision(bundle: Bundle, model: LiveModel, asked: str | None) -> E
         artifact = bundle.artifact(asked)
         return ExpectedPrecision(artifact.precision, artifact)
     artifacts = bundle.manifest.artifacts
-    for artifact in artifacts:
-        if artifact.name == model.facts.artifact:
+    if model.facts.artifact is not None:
+        with contextlib.suppress(UsageError):
+            artifact = bundle.artifact(model.facts.artifact)
             return ExpectedPrecision(artifact.precision, artifact)
     if not artifacts:
         return ExpectedPrecision("fp32", None)

@@ -33,6 +33,15 @@ class Scored:
     score: float
 
 
+@dataclass(frozen=True)
+class ImageAnswer:
+    """What a server says of one image."""
+
+    classes: list[Scored]
+    size: str | None = None
+    """The image size that it took, as HxW; None where it does not say."""
+
+
 class ImageEndpoint(Protocol):
     """Takes one image file."""
 
@@ -40,7 +49,7 @@ class ImageEndpoint(Protocol):
     def title(self) -> str:
         """For messages."""
 
-    def ask(self, data: bytes, media_type: str, top_k: int) -> list[Scored]:
+    def ask(self, data: bytes, media_type: str, top_k: int) -> ImageAnswer:
         """Classify one image file; ``top_k`` is how many classes are asked for, which it may not follow.
 
         Raises:
@@ -68,7 +77,7 @@ class PredictEndpoint:
         version = f"/versions/{quote(self.model.asked)}" if self.model.asked else ""
         return f"{self.address.base}/v1/models/{quote(self.model.name)}{version}:predict"
 
-    def ask(self, data: bytes, media_type: str, top_k: int) -> list[Scored]:
+    def ask(self, data: bytes, media_type: str, top_k: int) -> ImageAnswer:
         try:
             status, body = self._post(f"{self.path}?top_k={top_k}", data, media_type)
         except TimeoutError as error:
@@ -126,7 +135,7 @@ class TensorEndpoint:
     def title(self) -> str:
         return self.model.name
 
-    def ask(self, data: bytes, media_type: str, top_k: int) -> list[Scored]:
+    def ask(self, data: bytes, media_type: str, top_k: int) -> ImageAnswer:
         tensor = self.model.inputs[0]
         shape = [1 if size == -1 else size for size in tensor.shape] or [1]
         array = np.empty(shape, dtype=object)
@@ -140,10 +149,12 @@ class TensorEndpoint:
         indices = list(outputs["indices"].reshape(-1)) if "indices" in outputs else None
         if len(labels) != len(scores) or (indices is not None and len(indices) != len(scores)):
             raise AnswerError(f"the answer has {len(labels)} labels for {len(scores)} scores")
-        return [
+        classes = [
             Scored(_text(label), None if indices is None else int(indices[i]), float(scores[i]))
             for i, label in enumerate(labels)
         ]
+        sizes = list(outputs["image_size"].reshape(-1)) if "image_size" in outputs else []
+        return ImageAnswer(classes, _text(sizes[0])[:40] if sizes else None)
 
 
 def find_endpoint(
@@ -174,16 +185,18 @@ def find_endpoint(
     return f"the server has no {name} beside {model.name}, so nothing on it takes image files"
 
 
-def read_predictions(said: Any) -> list[Scored]:
-    """The classes of the one image in an answer of ``:predict``.
+def read_predictions(said: Any) -> ImageAnswer:
+    """The classes of the one image in an answer of ``:predict``, and its size.
 
     Raises:
         AnswerError: it is no such answer.
     """
     try:
         (rows,) = said["predictions"]
-        return [Scored(str(row["label"]), int(row["index"]), float(row["score"])) for row in rows]
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        classes = [Scored(str(row["label"]), int(row["index"]), float(row["score"])) for row in rows]
+        sizes = list(said.get("image_sizes") or ())
+        return ImageAnswer(classes, str(sizes[0])[:40] if sizes else None)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise AnswerError("the answer is not one list of label, index and score") from error
 
 

@@ -7,7 +7,8 @@ artifact that runs on this machine, from the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,12 +17,14 @@ from PIL import Image
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import raw_images
-from vitdeploy.config import Scores
+from vitdeploy.config import Scores, Size, size_name
 from vitdeploy.images.decode import load_image
+from vitdeploy.images.fitting import DEFAULT_RULE, Rule, fit
+from vitdeploy.images.preprocess import shown_size
 from vitdeploy.predictor import AnyImage, Predictor
 from vitdeploy.scores import softmax
 from vitdeploy.verification.live.client import AnswerError
-from vitdeploy.verification.live.image_endpoints import ImageEndpoint, Scored
+from vitdeploy.verification.live.image_endpoints import ImageAnswer, ImageEndpoint, Scored
 from vitdeploy.verification.live.report import ImageRecord
 from vitdeploy.verification.live.signature import compare_labels
 
@@ -33,6 +36,9 @@ _CERTAIN = 15.0
 
 _UNEVEN = 3.0
 """Rounding errors spread over the classes, so that k of n carry sqrt(k/n) of them; times this at most."""
+
+_SCALES = (1.25, 1.0)
+"""Of an image for a size: at the last one, every rule chooses it."""
 
 _MEDIA = {"PNG": "image/png", "JPEG": "image/jpeg"}
 
@@ -63,6 +69,8 @@ class Expected:
     noise: float
     """Relative change of the logits where every value of a JPEG is a level off, as decoders may differ;
     0 of a PNG."""
+    size: str | None = None
+    """The image size of the logits, as HxW, where the bundle has several."""
 
 
 @dataclass
@@ -76,12 +84,17 @@ class ImageCheck:
     causes: list[str] = field(default_factory=list)
 
 
-def image_files(bundle: Bundle) -> list[ImageFile]:
-    """The bundle's raw golden images as PNG, and as JPEG with full colour at quality 95."""
+def image_files(bundle: Bundle, rule: Rule = DEFAULT_RULE) -> list[ImageFile]:
+    """The bundle's raw golden images as PNG, and as JPEG with full colour at quality 95.
+
+    Of several image sizes, one that the rule chooses for none of them gets an image of its own shape.
+    """
     golden = bundle.golden()
     names = [name for name in sorted(golden) if f"{name}.pixel_values" in golden]
     pictures = [(name, golden[name]) for name in names]
     pictures = pictures or [(f"image.{i}", pixels) for i, pixels in enumerate(raw_images())]
+    if len(bundle.sizes) > 1:
+        pictures += _for_others(pictures, bundle.sizes, rule)
     files = []
     for name, pixels in pictures:
         for kind, how in (("PNG", {}), ("JPEG", {"quality": 95, "subsampling": 0})):
@@ -89,6 +102,31 @@ def image_files(bundle: Bundle) -> list[ImageFile]:
             Image.fromarray(pixels).save(buffer, kind, **how)
             files.append(ImageFile(name, kind, buffer.getvalue()))
     return files
+
+
+def _for_others(
+    pictures: Sequence[tuple[str, Array]], sizes: Sequence[Size], rule: Rule
+) -> Iterator[tuple[str, Array]]:
+    """A picture for each size that is chosen for none of these: the first one, stretched to its shape."""
+    chosen = {fit(pixels.shape[:2], sizes, rule) for _, pixels in pictures}
+    for size in sizes:
+        for scale in _SCALES:
+            height, width = (math.ceil(scale * edge) for edge in size)
+            if size not in chosen and fit((height, width), sizes, rule) == size:
+                chosen.add(size)
+                stretched = Image.fromarray(pictures[0][1]).resize((width, height))
+                yield f"image.{size_name(size)}", np.asarray(stretched)
+
+
+def fitted(files: Sequence[ImageFile], bundle: Bundle, rule: Rule) -> dict[Size, list[ImageFile]]:
+    """The files by the image size that the rule chooses."""
+    groups: dict[Size, list[ImageFile]] = {}
+    spec = bundle.manifest.preprocess
+    assert spec is not None
+    for file in files:
+        size = fit(shown_size(load_image(file.data), spec), bundle.sizes, rule)
+        groups.setdefault(size, []).append(file)
+    return groups
 
 
 def expect(local: Predictor, files: Sequence[ImageFile]) -> list[Expected]:
@@ -128,10 +166,11 @@ def check_images(
         try:
             answer = endpoint.ask(item.file.data, _MEDIA[item.file.format], len(item.logits))
             record, causes = judge(item, answer, labels, bound)
-            check.answers.append((item, answer))
+            check.answers.append((item, answer.classes))
         except AnswerError as error:
             best = _name(int(np.argmax(item.logits)), labels)
-            record = ImageRecord(item.file.name, item.file.format, 0, best, "", None, bound, (error.message,))
+            name, kind, failures = item.file.name, item.file.format, (error.message,)
+            record = ImageRecord(name, kind, 0, best, "", None, bound, item.size, failures)
             causes = ()
         check.records.append(record)
         check.failures += [f"{where}: {reason}" for reason in record.failures]
@@ -140,13 +179,14 @@ def check_images(
 
 
 def judge(
-    item: Expected, answer: Sequence[Scored], labels: Sequence[str] | None, bound: float
+    item: Expected, given: ImageAnswer, labels: Sequence[str] | None, bound: float
 ) -> tuple[ImageRecord, tuple[str, ...]]:
-    """One answer: its names first, then its scores, then which classes it chose; with a likely cause.
+    """One answer: its size, its names, its scores, and which classes it chose; with a likely cause.
 
     Raises:
         AnswerError: there are no classes in it.
     """
+    answer = given.classes
     if not answer:
         raise AnswerError("the answer names no class")
     best = int(np.argmax(item.logits))
@@ -158,8 +198,11 @@ def judge(
         answered=answer[0].label,
         error=None,
         bound=bound,
+        size=item.size,
     )
     indices, problems, causes = _indices(answer, labels, len(item.logits))
+    if None not in (item.size, given.size) and given.size != item.size:
+        problems = (f"the size {given.size} was taken, not {item.size}", *problems)
     scores = np.array([scored.score for scored in answer])
     if problem := _impossible(scores, item.scores):
         problems += (problem,)

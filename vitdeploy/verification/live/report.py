@@ -60,6 +60,8 @@ class ImageRecord:
     """Of the logits behind the scores, relative to the bundle's; None where the scores are none."""
     bound: float
     """The error that the precisions allow."""
+    size: str | None = None
+    """The image size that the bundle takes for it, of several."""
     failures: tuple[str, ...] = ()
 
     @property

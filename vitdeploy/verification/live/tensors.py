@@ -77,6 +77,7 @@ class LiveSession(Session):
             )
         )
         self.encoding = encoding
+        self.at = model.at
         self.least = batch.min
         """Images in a request."""
         self.answered: set[str] = set()
@@ -132,17 +133,16 @@ class Replay:
     session: LiveSession | None = None
     """In the first encoding that the server takes; None if it takes none."""
 
-    @property
-    def fits(self) -> ArtifactPrecision | None:
-        """The most exact precision whose tolerances every answer keeps; None if there is none."""
-        order: tuple[ArtifactPrecision, ...] = ("fp32", "fp16", "bf16")  # mixed has fp16's
-        for precision in order:
-            bounds = TOLERANCES[precision]
-            if self.records and not any(
-                tolerance_failures(record.metrics, bounds) for record in self.records
-            ):
-                return precision
-        return None
+
+def fits(replayed: Sequence[Replay]) -> ArtifactPrecision | None:
+    """The most exact precision whose tolerances every answer keeps; None if there is none."""
+    records = [record for one in replayed for record in one.records]
+    order: tuple[ArtifactPrecision, ...] = ("fp32", "fp16", "bf16")  # mixed has fp16's
+    for precision in order:
+        bounds = TOLERANCES[precision]
+        if records and not any(tolerance_failures(record.metrics, bounds) for record in records):
+            return precision
+    return None
 
 
 def plan_batches(
@@ -230,7 +230,7 @@ def _replay_encoding(
     for size in _affordable_sizes(sizes, encoding, golden):
         where = f"{facts.artifact} over {facts.backend} ({encoding}), batch {size}"
         try:
-            with progress.stage(f"{encoding} {size}") as stage:
+            with progress.stage(f"{encoding} {size}{session.at}") as stage:
                 records = check_session(session, golden, batches=[size], max_abs=max_abs)
                 relative = [r.metrics.relative for r in records if r.metrics.relative is not None]
                 stage.detail = f"relative error {max(relative):.1e}" if relative else ""
