@@ -92,8 +92,13 @@ class Predictor:
         options: Options | None = None,
         size: Size | None = None,
         fit: Rule = DEFAULT_RULE,
+        batch: int | None = None,
     ) -> Predictor:
-        """Open a bundle; ``vitdeploy.load`` documents the arguments and the errors."""
+        """Open a bundle; ``vitdeploy.load`` documents the other arguments, and the errors.
+
+        Args:
+            batch: how many images are computed together; the artifact's optimum when omitted.
+        """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         size = size or (None if isinstance(fit, str) else fit)
         if size is None and artifact is not None:  # a name may be of one size only
@@ -102,7 +107,9 @@ class Predictor:
             opened = opened.at_size(size)
 
         def open_one(bundle: Bundle) -> Predictor:
-            return cls._open_one(bundle, backend, artifact, options or Options())
+            one = cls._open_one(bundle, backend, artifact, options or Options())
+            one._batch = batch or one._batch
+            return one
 
         if len(opened.sizes) < 2:
             return open_one(opened)
@@ -249,10 +256,10 @@ class Predictor:
             ImageError: it cannot be decoded.
             UsageError: the bundle takes tensors only.
         """
-        return self._prepared(image)[1]
+        return self.prepared(image)[1]
 
-    def _prepared(self, image: AnyImage) -> tuple[Predictor, Array]:
-        """The predictor of the size that fits, and its input."""
+    def prepared(self, image: AnyImage) -> tuple[Predictor, Array]:
+        """As :meth:`preprocess`, with the predictor of the size that fits."""
         manifest = self.bundle.manifest
         if manifest.preprocess is None or manifest.refuses_images:
             reads = self.session.facts.inputs[0]
@@ -398,7 +405,7 @@ class Predictor:
 
     def _try(self, image: AnyImage) -> tuple[Predictor, Array] | ImageError:
         try:
-            return self._prepared(image)
+            return self.prepared(image)
         except ImageError as error:
             return error
 

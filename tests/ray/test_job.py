@@ -25,12 +25,15 @@ from tests.helpers.bundles import LABELS, answer_images, write_bundle
 from tests.helpers.commands import in_a_process
 from tests.helpers.exports import Exported
 from tests.helpers.processes import MARK, marked, wait_for
+from tests.helpers.several_sizes import answer_image, several_sizes
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.cli import main
+from vitdeploy.config import size_name
 from vitdeploy.errors import BundleError, UsageError
 from vitdeploy.predictor import Predictor
 from vitdeploy.ray import data
 from vitdeploy.ray.job import JobRequest, Summary, run_job
+from vitdeploy.scores import softmax
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +130,23 @@ def test_a_folder_of_photographs(bundle: Bundle, photos: list[Path], tmp_path: P
                 path.stat().st_size,
                 path.stat().st_mtime_ns,
             )
+
+
+@pytest.mark.usefixtures("_ray")
+def test_photographs_of_several_shapes(tmp_path: Path) -> None:
+    """Each goes to the image size that fits, and the results say which; those by another rule stay apart."""
+    many = several_sizes(tmp_path / "many")
+    wide, square = jpegs(tmp_path / "wide", 3, (320, 150)), jpegs(tmp_path / "square", 3, (200, 200))
+    summary = classify(many, tmp_path / "out", tmp_path / "wide", tmp_path / "square", workers=2)
+    assert (summary.images, summary.failed) == (6, 0)
+    rows = table(tmp_path / "out")
+    for paths, size in ((wide, (8, 16)), (square, (16, 16))):
+        for path in paths:
+            right = softmax(answer_image(Image.open(path), size))
+            assert rows[str(path)]["image_size"] == size_name(size)
+            np.testing.assert_allclose(rows[str(path)]["scores"], np.sort(right)[::-1], rtol=1e-4)
+    with pytest.raises(UsageError, match="another job: fit 'aspect', not '8x8'"):
+        classify(many, tmp_path / "out", tmp_path / "wide", fit=(8, 8))
 
 
 @pytest.mark.usefixtures("_ray")

@@ -41,6 +41,8 @@ def test_settings_are_checked_before_anything_starts() -> None:
         application("b", {"name": "m", "max_bach": 3})
     with pytest.raises(UsageError, match="args: threads"):
         application("b", {"name": "m", "threads": 0})
+    with pytest.raises(UsageError, match="says no size"):
+        application("b", {"name": "m", "fit": "widest"})
     assert DeploymentSettings(name="m").top_k == 5
 
 

@@ -145,12 +145,10 @@ def command(
         raise UsageError("--json and --csv exclude each other")
     only_ray = {"--workers": workers, "--batch": batch, "--parquet-column": parquet_column}
     _check_engine(engine, only_ray, as_csv)
-    if engine == "ray" and fit is not None:
-        raise UsageError(f"--fit {fit}: --engine ray has it not", hint="leave one out")
     from vitdeploy.bundle.folder import Bundle
     from vitdeploy.images.fitting import DEFAULT_RULE, parse_rule
 
-    opened = Bundle.open(bundle)
+    opened, rule = Bundle.open(bundle), parse_rule(fit) if fit else DEFAULT_RULE
     _check_output(opened.manifest, top_k, dimensions, as_csv)
     into_file = out is not None and engine == "local" and opened.manifest.vectors is not None
     classes = opened.manifest.classifies and not into_file
@@ -173,6 +171,7 @@ def command(
             threads=threads,
             workers=workers,
             batch=batch,
+            fit=rule,
         )
         return _on_ray(request, what, as_json)
     from vitdeploy.backends.base import Options
@@ -180,7 +179,7 @@ def command(
 
     if out is not None:
         _check_file(opened.manifest, out)
-    options, rule = Options(threads=threads, provider=provider), parse_rule(fit) if fit else DEFAULT_RULE
+    options = Options(threads=threads, provider=provider)
     with Predictor.open(opened, backend=backend, artifact=artifact, options=options, fit=rule) as predictor:
         several = len(opened.sizes) > 1
         sources, missing = _sources(images)

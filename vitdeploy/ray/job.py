@@ -14,6 +14,7 @@ from typing import Any
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import DeviceUnavailable, UsageError, VitdeployError
+from vitdeploy.images.fitting import DEFAULT_RULE, Rule, require_size, rule_name
 from vitdeploy.predictor import DEFAULT_BACKEND, choice_for_this_machine, choose_artifact
 from vitdeploy.progress import Progress, Stage
 from vitdeploy.ray import data, tables
@@ -52,6 +53,8 @@ class JobRequest:
     """Sessions, each in a process of its own."""
     batch: int | None = None
     """Images at a time."""
+    fit: Rule = DEFAULT_RULE
+    """How an image gets one of several image sizes."""
     part_seconds: float = 30.0
     """Results are written this often, so that a kill costs no more work than that."""
 
@@ -107,6 +110,8 @@ def make_plan(request: JobRequest) -> tuple[ActorPlan, str]:
         raise UsageError(f"{bundle.root}: {bundle.manifest.refuses_images}, so it cannot take images")
     if request.top_k < 1:
         raise UsageError(f"top_k must be at least 1, not {request.top_k}")
+    if bundle.sizes and not isinstance(request.fit, str):
+        require_size(request.fit, bundle.sizes)
     Options(threads=request.threads)
     for name, value in (("workers", request.workers), ("batch", request.batch)):
         if value is not None and value < 1:
@@ -121,6 +126,7 @@ def make_plan(request: JobRequest) -> tuple[ActorPlan, str]:
         batch=request.batch,
         top_k=request.top_k,
         vector=None if vectors is None else int(vectors.shape[1]),
+        fit=request.fit if len(bundle.sizes) > 1 else None,
     )
     note = ""
     if request.backend is None and request.artifact is None and request.provider is None:
@@ -231,6 +237,7 @@ def _identity(plan: ActorPlan) -> dict[str, Any]:
         "provider": plan.provider,
         "artifact": plan.artifact,
         "top_k": plan.top_k,
+        **({} if plan.fit is None else {"fit": rule_name(plan.fit)}),
     }
 
 

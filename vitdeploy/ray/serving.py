@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitdeploy.backends.base import Array, Options
 from vitdeploy.bundle.manifest import first_problem
+from vitdeploy.config import Size, size_name
 from vitdeploy.errors import ImageError, MissingDependency, ParityError, UsageError, VitdeployError
 from vitdeploy.images.decode import load_image
+from vitdeploy.images.fitting import parse_rule
 from vitdeploy.predictor import Predictor
 from vitdeploy.verification.parity import check_session
 
@@ -53,6 +55,8 @@ class DeploymentSettings(BaseModel):
     """Classes per image, where the request does not say."""
     max_body_mb: float = Field(default=16.0, gt=0)
     """Larger requests are refused."""
+    fit: str = "aspect"
+    """Which of several image sizes an image gets: aspect, area, or HxW for all."""
 
 
 def application(bundle: str | Path, args: Mapping[str, Any]) -> Any:
@@ -76,9 +80,11 @@ def application(bundle: str | Path, args: Mapping[str, Any]) -> Any:
 
 def _settings(args: Mapping[str, Any]) -> DeploymentSettings:
     try:
-        return DeploymentSettings.model_validate(dict(args))
+        settings = DeploymentSettings.model_validate(dict(args))
     except ValidationError as error:
         raise UsageError(f"args: {first_problem(error)}") from error
+    parse_rule(settings.fit)
+    return settings
 
 
 class HttpError(Exception):
@@ -91,7 +97,7 @@ class HttpError(Exception):
 
 
 class Replica:
-    """One process with one session. Images of several requests are computed together.
+    """One process with one session for each image size. Images of several requests are computed together.
 
     It does not start where its answers are not the reference's, and asks to be replaced when its session
     fails.
@@ -106,14 +112,20 @@ class Replica:
             backend=settings.backend,
             artifact=settings.artifact,
             options=Options(threads=settings.threads, provider=settings.provider),
+            fit=parse_rule(settings.fit),
         )
-        most = _batch(self._predictor, settings.max_batch)
-        _check_parity(self._predictor, most)
         self._decoder = ThreadPoolExecutor(2, "decode")
         self._runner = ThreadPoolExecutor(1, "session")
         self._failure: str | None = None
-        gather = serve.batch(max_batch_size=most, batch_wait_timeout_s=settings.max_delay_ms / 1000)
-        self._together: Callable[[Array], Awaitable[Array]] = gather(self._run)
+        several = len(self._predictor.sizes) > 1
+        self._sizes = self._predictor.sizes if several else ()
+        self._together: dict[Size | None, Callable[[Array], Awaitable[Array]]] = {}
+        for size in self._sizes or (None,):
+            one = self._predictor if size is None else self._predictor.at(size)
+            most = _batch(one, settings.max_batch)
+            _check_parity(one, most)
+            gather = serve.batch(max_batch_size=most, batch_wait_timeout_s=settings.max_delay_ms / 1000)
+            self._together[size] = gather(self._runs(one))
 
     async def __call__(self, request: Request) -> Response:
         from starlette.responses import JSONResponse
@@ -146,7 +158,9 @@ class Replica:
         if not route["verb"]:
             return {**model, "ready": self._failure is None}
         top_k = _top_k(request.query_params.get("top_k"), settings.top_k)
-        return {**model, "predictions": [await self._classify(await self._body(request), top_k)]}
+        size, predictions = await self._classify(await self._body(request), top_k)
+        sizes = {"image_sizes": [size_name(size)]} if size is not None else {}
+        return {**model, "predictions": [predictions], **sizes}
 
     async def _body(self, request: Request) -> bytes:
         """The image file, which must not be longer than is allowed, whatever its header says."""
@@ -164,25 +178,30 @@ class Replica:
                 return bytes(body)
         raise HttpError(413, f"the body has more than {self._settings.max_body_mb:g} MB")
 
-    async def _classify(self, image: bytes, top_k: int) -> list[dict[str, Any]]:
+    async def _classify(self, image: bytes, top_k: int) -> tuple[Size | None, list[dict[str, Any]]]:
+        """The image size that was taken, where there are several, and the classes."""
         loop = asyncio.get_running_loop()
-        tensor = await loop.run_in_executor(self._decoder, self._decode, image)
-        logits = await self._together(tensor)
-        best = self._predictor.best(logits, top_k)
-        return [{"label": p.label, "index": p.index, "score": p.score} for p in best]
+        size, pixels = await loop.run_in_executor(self._decoder, self._decode, image)
+        best = self._predictor.best(await self._together[size](pixels), top_k)
+        return size, [{"label": p.label, "index": p.index, "score": p.score} for p in best]
 
-    def _decode(self, image: bytes) -> Array:
-        return self._predictor.preprocess(load_image(image))  # with the decoders that are for clients' images
+    def _decode(self, image: bytes) -> tuple[Size | None, Array]:
+        picture = load_image(image)  # with the decoders that are for clients' images
+        one, pixels = self._predictor.prepared(picture)
+        return one.sizes[0] if self._sizes else None, pixels
 
-    async def _run(self, tensors: list[Array]) -> list[Array]:
-        """Logits (classes,) of each of some images."""
-        loop = asyncio.get_running_loop()
-        try:
-            work = loop.run_in_executor(self._runner, lambda: self._predictor.run_batch(np.stack(tensors)))
-            return list((await work)["logits"])
-        except VitdeployError as error:
-            self._failure = error.message
-            raise
+    def _runs(self, one: Predictor) -> Callable[[list[Array]], Coroutine[Any, Any, list[Array]]]:
+        async def run(tensors: list[Array]) -> list[Array]:
+            """Logits (classes,) of each of some images."""
+            loop = asyncio.get_running_loop()
+            try:
+                work = loop.run_in_executor(self._runner, lambda: one.run_batch(np.stack(tensors)))
+                return list((await work)["logits"])
+            except VitdeployError as error:
+                self._failure = error.message
+                raise
+
+        return run
 
 
 def _batch(predictor: Predictor, max_batch: int) -> int:

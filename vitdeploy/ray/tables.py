@@ -54,16 +54,18 @@ def vectors_parquet(file: BinaryIO, columns: int) -> Iterator[Callable[[Sequence
         yield write
 
 
-def results(rows: Sequence[Result], vector: int | None = None) -> Table:
+def results(rows: Sequence[Result], vector: int | None = None, *, sized: bool = False) -> Table:
     """Rows of results as a table, and a column for failures.
 
     Args:
         vector: columns of the vectors that were computed; None is classes.
+        sized: whether there are several image sizes, so that a column says which one was taken.
     """
     answers = _classes(rows) if vector is None else {"embedding": [row.embedding for row in rows]}
     columns: dict[str, list[Any]] = {
         "path": [row.path for row in rows],
         **answers,
+        **({"image_size": [row.image_size for row in rows]} if sized else {}),
         "error": [row.error for row in rows],
         "source": [row.source for row in rows],
         "row": [None if row.row < 0 else row.row for row in rows],
@@ -71,7 +73,7 @@ def results(rows: Sequence[Result], vector: int | None = None) -> Table:
         "modified": [row.stamp.modified for row in rows],
         _FAILURE: [None] * len(rows),
     }
-    return _arrow().Table.from_pydict(columns, schema=_schema(vector))
+    return _arrow().Table.from_pydict(columns, schema=_schema(vector, sized))
 
 
 def _classes(rows: Sequence[Result]) -> dict[str, list[Any]]:
@@ -86,9 +88,9 @@ def _classes(rows: Sequence[Result]) -> dict[str, list[Any]]:
     }
 
 
-def failure(reason: str, vector: int | None = None) -> Table:
+def failure(reason: str, vector: int | None = None, *, sized: bool = False) -> Table:
     """A row that is no result, but says why there are no more."""
-    schema = _schema(vector)
+    schema = _schema(vector, sized)
     columns = {name: [reason if name == _FAILURE else None] for name in schema.names}
     return _arrow().Table.from_pydict(columns, schema=schema)
 
@@ -100,7 +102,7 @@ def split(table: Table) -> tuple[Table, str | None]:
     return table.filter(reasons.is_null()).drop_columns([_FAILURE]), failed
 
 
-def _schema(vector: int | None) -> Any:
+def _schema(vector: int | None, sized: bool) -> Any:
     """The columns of results, in their order; docs/ray.md says what they are."""
     pa = _arrow()
     text, whole, real = pa.string(), pa.int32(), pa.float64()
@@ -115,6 +117,7 @@ def _schema(vector: int | None) -> Any:
     types = {
         "path": text,
         **(classes if vector is None else {"embedding": pa.list_(pa.float32(), vector)}),
+        **({"image_size": text} if sized else {}),
         "error": text,
         "source": text,
         "row": pa.int64(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vitdeploy.backends.base import Array
+from vitdeploy.images.fitting import Rule
 from vitdeploy.predictor import Prediction
 
 
@@ -55,6 +56,8 @@ class Result:
     """(columns,) float32, where vectors are computed."""
     error: str | None = None
     """Why it has neither."""
+    image_size: str | None = None
+    """That it was computed at, as HxW, where the bundle has several."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class ActorPlan:
     """Where a Parquet file has its images."""
     vector: int | None = None
     """Columns of the vectors that come out; None where classes do."""
+    fit: Rule | None = None
+    """How an image gets one of several image sizes; None where there is one."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from vitdeploy.backends.base import Array, Options, get_backend
+from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.config import size_name
 from vitdeploy.errors import BundleError, ImageError, VitdeployError
-from vitdeploy.predictor import Prediction, Predictor
+from vitdeploy.predictor import Predictor
 from vitdeploy.ray import tables
 from vitdeploy.ray.work import ActorPlan, Item, Result
 
@@ -35,9 +34,10 @@ class Classifier:
         try:
             self._predictor = self._predictor or open_predictor(self._plan)
             for rows in self._work(list(tables.items_of(pieces)), self._predictor):
-                yield tables.results(rows, self._plan.vector)
+                yield tables.results(rows, self._plan.vector, sized=self._plan.fit is not None)
         except VitdeployError as error:
-            yield tables.failure(json.dumps(error.as_dict()), self._plan.vector)
+            reason, sized = json.dumps(error.as_dict()), self._plan.fit is not None
+            yield tables.failure(reason, self._plan.vector, sized=sized)
 
     def _work(self, items: Sequence[Item], predictor: Predictor) -> Iterator[list[Result]]:
         files = [item for item in items if item.group < 0]
@@ -61,21 +61,20 @@ class Classifier:
     def _classify(
         self, predictor: Predictor, items: Sequence[Item], images: Sequence[_Image]
     ) -> list[Result]:
-        pictures = [image for _, _, image in images]
-        answers: Iterator[Sequence[Prediction] | Array | ImageError]
-        if self._plan.vector is None:
-            answers = predictor.stream(pictures, self._plan.top_k)
-        else:
-            answers = predictor.stream_vectors(pictures)
+        pictures, plan = [image for _, _, image in images], self._plan
+        ask = predictor.logit_answers if plan.vector is None else predictor.vector_answers
         results = []
-        for item, (row, name, _), answer in zip(items, images, answers, strict=True):
-            blank = Result(item.source, item.stamp, row, name)
+        for item, (row, name, _), answer in zip(items, images, ask(pictures), strict=True):
+            result = Result(item.source, item.stamp, row, name)
             if isinstance(answer, ImageError):
-                results.append(replace(blank, error=answer.message))
-            elif isinstance(answer, np.ndarray):
-                results.append(replace(blank, embedding=answer))
+                results.append(replace(result, error=answer.message))
+                continue
+            if plan.fit is not None and answer.size is not None:
+                result = replace(result, image_size=size_name(answer.size))
+            if plan.vector is None:
+                results.append(replace(result, predictions=predictor.best(answer.row, plan.top_k)))
             else:
-                results.append(replace(blank, predictions=answer))
+                results.append(replace(result, embedding=answer.row))
         return results
 
 
@@ -89,8 +88,17 @@ def open_predictor(plan: ActorPlan) -> Predictor:
     bundle = Bundle.open(plan.bundle)
     if bundle.manifest.digest != plan.digest:
         raise BundleError(f"{plan.bundle}: is another bundle than the one this job began with")
-    artifact = bundle.artifact(plan.artifact) if plan.artifact is not None else None
     options = Options(threads=plan.threads, provider=plan.provider)
+    if plan.fit is not None:
+        return Predictor.open(
+            bundle,
+            backend=plan.backend,
+            artifact=plan.artifact,
+            options=options,
+            fit=plan.fit,
+            batch=plan.batch,
+        )
+    artifact = bundle.artifact(plan.artifact) if plan.artifact is not None else None
     session = get_backend(plan.backend).load(bundle, artifact, options)
     return Predictor(bundle, session, batch=plan.batch)
 
