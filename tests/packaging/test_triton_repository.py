@@ -21,7 +21,8 @@ from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, UsageError
 from vitdeploy.packaging.triton_config import parse_config
-from vitdeploy.packaging.triton_repository import IMAGE, VENDORED, check_external_data
+from vitdeploy.packaging.triton_network import check_external_data
+from vitdeploy.packaging.triton_repository import IMAGE, VENDORED
 from vitdeploy.packaging.write import Package
 
 Make = Callable[..., Package]

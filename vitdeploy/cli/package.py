@@ -64,6 +64,13 @@ _StorageUri = Annotated[
     str | None, typer.Option(metavar="URI", help="Where a cluster with KServe will find the models.")
 ]
 _Namespace = Annotated[str | None, typer.Option(metavar="NAME", help="Namespace of the service in KServe.")]
+_Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE",
+        help="How an image gets one of a bundle's sizes: aspect, area, or HxW for all.  [default: aspect]",
+    ),
+]
 _Image = Annotated[
     str | None, typer.Option(metavar="IMAGE", help="The container image to use, or to build upon.")
 ]
@@ -115,6 +122,7 @@ def command(
     namespace: _Namespace = None,
     image: _Image = None,
     wheel: _Wheel = None,
+    fit: _Fit = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier package.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -123,6 +131,7 @@ def command(
     triton-server: a model repository for NVIDIA's Triton Inference Server. kserve: the same, and an
     InferenceService. docker: our own server in an image. ray: a Ray Serve application.
     """
+    from vitdeploy.images.fitting import parse_rule
     from vitdeploy.packaging.target import PackageSettings, checked_device
     from vitdeploy.packaging.write import write_package
 
@@ -141,6 +150,7 @@ def command(
         image=image,
         wheel=str(wheel) if wheel else None,
         tensors_only=tensors_only or None,
+        fit=None if fit is None else parse_rule(fit),
     )
     with output.stdout_is_ours():
         package = write_package(

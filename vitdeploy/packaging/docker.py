@@ -18,10 +18,11 @@ from vitdeploy.packaging.target import (
     copy_bundle,
     fill_template,
     label,
+    sizes_text,
     write_text,
 )
 
-SETTINGS = ("backend", "threads", "instances", "max_batch", "max_delay_ms", "image", "wheel")
+SETTINGS = ("backend", "threads", "instances", "max_batch", "max_delay_ms", "image", "wheel", "fit")
 
 IMAGE = "python:3.11-slim"
 BUNDLE = "model.bundle"
@@ -62,7 +63,8 @@ def write(job: Job) -> Outcome:
         gpus="--gpus all " if gpu else "",
         call=_call(job),
     )
-    write_text(folder / "README.md", readme)
+    tensors = " Tensors go to the size that they have. `--fit` in the Dockerfile is the rule."
+    write_text(folder / "README.md", readme + sizes_text(job, "image_sizes", tensors))
     return Outcome(_what(wheel), next=_next(job), notes=_notes(backend.traits, wheel))
 
 
@@ -134,6 +136,8 @@ def _command(job: Job, backend: str) -> list[str]:
     command = ["vitdeploy", "serve", f"{job.name}@{job.version}={BUNDLE}"]
     command += ["--host", "0.0.0.0", "--port", "8000", "--grpc-port", "8001"]
     command += ["--backend", backend, "--artifact", job.artifact.name, "--fixed-models"]
+    if job.several:
+        command += ["--fit", job.fit]
     for flag, value in (
         ("--threads", settings.threads),
         ("--instances", settings.instances),

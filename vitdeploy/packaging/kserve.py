@@ -11,14 +11,14 @@ from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.packaging.target import MAX_LABEL, Job, Outcome, fill_template, label, write_text
+from vitdeploy.packaging.triton_network import device_of
 from vitdeploy.packaging.triton_repository import (
     IMAGE,
     MODELS,
     TritonRepository,
-    device_of,
     why_tensors_only,
 )
-from vitdeploy.packaging.triton_server import write_dockerfile
+from vitdeploy.packaging.triton_server import shared_weights, sizes_readme, write_dockerfile
 
 SETTINGS = (
     "device",
@@ -33,6 +33,7 @@ SETTINGS = (
     "namespace",
     "image",
     "tensors_only",
+    "fit",
 )
 
 SERVICE = "inferenceservice.yaml"
@@ -61,12 +62,12 @@ def write(job: Job) -> Outcome:
     repository.write()
     service = label(job.name)
     write_text(job.folder / SERVICE, _yaml(inference_service(job, repository, uri)))
-    notes = _notes(job, service, refused)
+    notes = [*_notes(job, service, refused), *shared_weights(job, repository)]
     what = {**repository.what, SERVICE: "the service", "README.md": "how to upload, start and verify it"}
     if images:
         write_dockerfile(job, IMAGE)
         what["Dockerfile"] = f"the server with Pillow: to be pushed as {job.settings.image}"
-    write_text(job.folder / "README.md", _readme(job, service, uri, images))
+    write_text(job.folder / "README.md", _readme(job, repository, service, uri))
     yaml = shlex.quote(str(job.output / SERVICE))
     return Outcome(
         what,
@@ -145,7 +146,8 @@ def _resources(job: Job, repository: TritonRepository) -> dict[str, Any]:
     """Requests and limits: the cores that the threads keep busy, memory for three copies of the weights."""
     instances = job.settings.instances or 1
     cpus = (job.settings.threads or _CPUS) * instances + int(repository.images)
-    memory = 1 + math.ceil(3 * instances * job.artifact.size / _GIB) + 2 * int(repository.images)
+    weights = sum(network.artifact.size for network in repository.networks)
+    memory = 1 + math.ceil(3 * instances * weights / _GIB) + 2 * int(repository.images)
     amounts = {"cpu": str(cpus), "memory": f"{memory}Gi"}
     if repository.device == "gpu":
         amounts["nvidia.com/gpu"] = "1"
@@ -200,7 +202,7 @@ def _yaml(content: dict[str, Any]) -> str:
     return str(yaml.safe_dump(content, sort_keys=False, default_flow_style=False, allow_unicode=True))
 
 
-def _readme(job: Job, service: str, uri: str, images: bool) -> str:
+def _readme(job: Job, repository: TritonRepository, service: str, uri: str) -> str:
     text = fill_template(
         "kserve.md",
         name=job.name,
@@ -215,7 +217,8 @@ def _readme(job: Job, service: str, uri: str, images: bool) -> str:
         input=job.artifact.inputs[0].name,
         outputs=", ".join(f"`{spec.name}`" for spec in job.artifact.outputs),
     )
-    if images:
+    text += sizes_readme(job, repository)
+    if repository.images:
         text += fill_template("kserve_images.md", image=job.settings.image, name=job.name)
     return text
 

@@ -9,7 +9,15 @@ from typing import Any
 
 from vitdeploy.backends.base import Traits
 from vitdeploy.errors import UsageError
-from vitdeploy.packaging.target import Job, Outcome, copy_bundle, fill_template, template, write_text
+from vitdeploy.packaging.target import (
+    Job,
+    Outcome,
+    copy_bundle,
+    fill_template,
+    sizes_text,
+    template,
+    write_text,
+)
 
 SETTINGS = (
     "backend",
@@ -20,6 +28,7 @@ SETTINGS = (
     "top_k",
     "min_replicas",
     "max_replicas",
+    "fit",
 )
 BUNDLE = "model.bundle"
 _MOST_REPLICAS = 4
@@ -49,7 +58,8 @@ def write(job: Job) -> Outcome:
     )
     extras = ",".join(("ray", *backend.traits.extras))
     readme = fill_template("ray.md", name=job.name, version=job.version, bundle=BUNDLE, extras=extras)
-    write_text(job.folder / "README.md", readme)
+    rule = " `fit` in `serve_config.yaml` is the rule."
+    write_text(job.folder / "README.md", readme + sizes_text(job, "image_sizes", rule))
     return Outcome(
         what={
             "serve_config.yaml": "what Ray Serve starts, and every setting",
@@ -88,6 +98,7 @@ def _arguments(job: Job, backend: Traits) -> dict[str, Any]:
         "max_delay_ms": 5.0 if settings.max_delay_ms is None else settings.max_delay_ms,
         "top_k": settings.top_k or 5,
         "max_body_mb": 16,
+        "fit": job.fit,
     }
 
 

@@ -9,7 +9,7 @@ import importlib
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -19,7 +19,9 @@ from vitdeploy.backends.base import Backend, get_backend, reader_of, require_sup
 from vitdeploy.bundle.files import sha256
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import MANIFEST, Artifact
+from vitdeploy.config import size_name
 from vitdeploy.errors import BundleError, UsageError, did_you_mean
+from vitdeploy.images.fitting import DEFAULT_RULE, Rule, rule_name
 
 TARGETS = {
     "triton-server": "vitdeploy.packaging.triton_server:write",
@@ -74,6 +76,8 @@ class PackageSettings:
     """A wheel of vitdeploy to install in the image, in place of the package index's."""
     tensors_only: bool | None = None
     """Leave out what takes image files: tensors in, tensors out."""
+    fit: Rule | None = None
+    """How an image gets one of several sizes."""
 
     def given(self) -> dict[str, object]:
         """The settings that are not None, by name."""
@@ -96,6 +100,28 @@ class Job:
     """The model's name there: letters, digits, ``_``, ``-``, ``.``, beginning with a letter or digit."""
     version: int = 1
     settings: PackageSettings = field(default_factory=PackageSettings)
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several image sizes to choose from."""
+        return len(self.bundle.sizes) > 1
+
+    @property
+    def fit(self) -> str:
+        """The name of the rule that chooses."""
+        return rule_name(self.settings.fit or DEFAULT_RULE)
+
+    def at_sizes(self) -> tuple[Job, ...]:
+        """The same for each image size alone, the default under this name, others with their size behind it.
+
+        Raises:
+            UsageError: a size has no artifact that was asked for as this one was.
+        """
+        names = [self.name, *(f"{self.name}_{size_name(size)}" for size in self.bundle.sizes[1:])]
+        return tuple(
+            replace(self, bundle=view, artifact=view.artifact(self.artifact.name), name=name)
+            for name, view in zip(names, self.bundle.views, strict=True)
+        )
 
     def backend(self) -> Backend:
         """The runtime inside of our own server: the one asked for, else the first that reads the artifact.
@@ -209,6 +235,24 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 with plain newlines, and the folders on the way."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def fitting_words(job: Job) -> str:
+    """Which of several sizes an image gets, in a sentence."""
+    words = {
+        "aspect": "the one of the nearest aspect ratio, and of several such of the nearest area",
+        "area": "the one of the nearest area",
+    }
+    return words.get(job.fit, f"{job.fit}, whatever its shape")
+
+
+def sizes_text(job: Job, field: str, tensors: str = "") -> str:
+    """What a README says of several image sizes; empty of one."""
+    if not job.several:
+        return ""
+    sizes = " and ".join(map(size_name, job.bundle.sizes))
+    words = {"sizes": sizes, "rule": fitting_words(job), "field": field, "tensors": tensors}
+    return fill_template("sizes.md", **words)
 
 
 def label(name: str) -> str:

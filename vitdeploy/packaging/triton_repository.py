@@ -4,42 +4,48 @@ models/NAME/                  the network: tensors in, tensors out
 models/NAME_preprocess/       image files to tensors, in Python: vitdeploy's own preprocessing
 models/NAME_labels/           logits to labels, in Python
 models/NAME_image/            the three together: image files in, labels out
+
+Of several image sizes:
+
+models/NAME/, NAME_HxW/       a network for each, the first one under the plain name
+models/NAME_image/            image files in, labels out, in Python: asks the network that fits each image
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
-from vitdeploy.backends.onnxruntime_providers import has_bf16
-from vitdeploy.config import Output
+from vitdeploy.bundle.sizes import varying
+from vitdeploy.config import size_name
 from vitdeploy.errors import BundleError, UsageError
-from vitdeploy.packaging.target import Device, Job, copy_listed, template, write_text
-from vitdeploy.packaging.triton_config import Batching, Document, config_text, tensor, tensor_of, warm_up
+from vitdeploy.packaging.target import Job, template, write_text
+from vitdeploy.packaging.triton_config import Document, config_text, tensor, tensor_of
+from vitdeploy.packaging.triton_network import Network
 from vitdeploy.tensorrt.records import EngineRecord
 
 MODELS = "models"
 """The repository's folder in a package."""
 IMAGE = "nvcr.io/nvidia/tritonserver:26.04-py3"
 """The server that the packages name; its ONNX Runtime knows opset 20."""
-MAX_DELAY_MS = 2.0
 TOP_K = 5
 
 VENDORED = {
     "vitdeploy_images": (
         *("config/common.py", "config/preprocess.py", "errors.py"),
-        *("images/decode.py", "images/kinds.py", "images/preprocess.py"),
+        *("images/decode.py", "images/fitting.py", "images/kinds.py", "images/preprocess.py"),
     ),
     "vitdeploy_scores": ("config/common.py", "errors.py", "scores.py"),
 }
 """Files of vitdeploy that turn image files into pixels and logits into scores, by the package they become.
 They need numpy, and the first ones Pillow."""
-_PLATFORMS = {"onnx": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
 _IMAGE_WORKERS = 2
 """Processes that decode; decoding takes about as long as a small model's run."""
+_CHOOSERS = 4
+"""The same where they also wait for the network of the size that they chose."""
 
 
 class TritonRepository:
@@ -52,16 +58,17 @@ class TritonRepository:
     def __init__(self, job: Job, *, images: bool) -> None:
         self.job = job
         self.artifact = job.artifact
-        self.device = device_of(job)
-        self.batching = Batching.of(job.artifact.batch, job.settings.max_batch, job.artifact.name)
+        self.choice: dict[str, str] = {}
+        """What configurations say of several sizes: which there are, and how an image gets one."""
+        if job.several:
+            sizes = ",".join(map(size_name, job.bundle.sizes))
+            self.choice = {"vitdeploy_image_sizes": sizes, "vitdeploy_fit": job.fit}
+        self.networks = tuple(Network(one, self.choice) for one in job.at_sizes())
+        """The default size's first."""
+        self.device, self.batching = self.networks[0].device, self.networks[0].batching
         self.images = images
         self.what: dict[str, str] = {}
         """A word for each file that is worth one, by its path in the package."""
-        if self.artifact.format not in _PLATFORMS:
-            raise UsageError(
-                f"{self.artifact.name} is {self.artifact.format}, which Triton's server does not load",
-                hint=f"it loads {' and '.join(_PLATFORMS)}: name one with --artifact",
-            )
         if job.settings.top_k is not None and not self.labels:
             raise UsageError("--top-k: this package has no step that gives labels")
 
@@ -69,11 +76,6 @@ class TritonRepository:
     def labels(self) -> bool:
         """Whether labels come out at the end, not a tensor."""
         return self.images and self.job.bundle.manifest.classifies
-
-    @property
-    def backend(self) -> str:
-        """The server's backend that runs the network."""
-        return _PLATFORMS[self.artifact.format][0].partition("_")[0]
 
     @property
     def top_k(self) -> int:
@@ -84,13 +86,15 @@ class TritonRepository:
     @property
     def given(self) -> list[Document]:
         """What comes out where image files go in: labels in place of logits."""
-        tensors = [spec for spec in self.artifact.outputs if not (self.labels and spec.name == "logits")]
+        outputs = map(varying, zip(*(one.artifact.outputs for one in self.networks), strict=True))
+        tensors = [spec for spec in outputs if not (self.labels and spec.name == "logits")]
         predictions = self._predictions() if self.labels else []
-        return [*predictions, *(tensor_of(spec, self.batching) for spec in tensors)]
+        sizes = [self._text("image_size")] if self.job.several else []
+        return [*predictions, *(tensor_of(spec, self.batching) for spec in tensors), *sizes]
 
     @property
     def image_model(self) -> str:
-        """The ensemble's name."""
+        """The name of the model that takes image files."""
         return f"{self.job.name}_image"
 
     def write(self) -> None:
@@ -100,80 +104,17 @@ class TritonRepository:
             UsageError, BundleError: as the class, and the artifact's files do not fit together.
             MissingDependency: tritonclient is not installed.
         """
-        self._write_network()
-        if self.images:
+        placed: dict[str, Path] = {}
+        for network in self.networks:
+            for path, what in network.write(self.job.folder / MODELS, placed):
+                self._say(path, what)
+        if self.images and self.job.several:
+            self._write_chooser()
+        elif self.images:
             self._write_preprocess()
             if self.labels:
                 self._write_labels()
             self._write_ensemble()
-
-    # --- the network ---------------------------------------------------------------------------------
-
-    def _write_network(self) -> None:
-        job, name = self.job, self.job.name
-        platform, filename = _PLATFORMS[self.artifact.format]
-        self._config(name, self._network_config(platform), f"{platform}: {self._summary()}")
-        folder = self._version(name)
-        beside = PurePosixPath(self.artifact.path).parent
-        for listed in self._runtime_files():
-            inside = (
-                filename if listed == self.artifact.path else str(PurePosixPath(listed).relative_to(beside))
-            )
-            copy_listed(job, listed, folder / inside)
-            self._say(folder / inside, f"{self.artifact.name} of the bundle")
-        if self.artifact.format == "onnx" and len(self.artifact.files) > 1:
-            check_external_data(folder / filename)
-        labels = job.bundle.manifest.labels
-        if labels and job.bundle.manifest.classifies:
-            path = self._model(name) / "labels.txt"
-            write_text(path, "".join(f"{' '.join(label.split())}\n" for label in labels))
-            self._say(path, f"{len(labels)} labels, for the classification extension")
-
-    def _network_config(self, platform: str) -> Document:
-        artifact, settings = self.artifact, self.job.settings
-        sizes = {1, min(artifact.batch.opt, self.batching.max)} if self.batching.max else {1}
-        return {
-            "name": self.job.name,
-            "platform": platform,
-            "max_batch_size": self.batching.max,
-            "input": [tensor_of(spec, self.batching) for spec in artifact.inputs],
-            "output": [
-                tensor_of(spec, self.batching, **self._labelled(spec.name)) for spec in artifact.outputs
-            ],
-            "version_policy": {"latest": {"num_versions": 1}},
-            "instance_group": [
-                {"kind": f"KIND_{self.device.upper()}", "count": settings.instances or 1},
-            ],
-            "model_warmup": warm_up(artifact.inputs, self.batching, sorted(sizes)),
-            "parameters": {key: {"string_value": value} for key, value in self._parameters().items()},
-            **self.batching.scheduling(self._delay()),
-        }
-
-    def _labelled(self, output: Output) -> dict[str, str]:
-        """Whether an output's columns are classes with names."""
-        named = output == "logits" and self.job.bundle.manifest.labels
-        return {"label_filename": "labels.txt"} if named else {}
-
-    def _parameters(self) -> dict[str, str]:
-        """The runtime's, and what `vitdeploy verify --url` reads; servers skip what they do not know."""
-        parameters = {
-            "vitdeploy_bundle": self.job.bundle.manifest.digest,
-            "vitdeploy_artifact": self.artifact.name,
-        }
-        if self.job.settings.threads is not None:
-            parameters["intra_op_thread_count"] = str(self.job.settings.threads)
-            parameters["inter_op_thread_count"] = "1"
-        return parameters
-
-    def _runtime_files(self) -> Iterator[str]:
-        """The artifact's files that the server reads; an engine's record is for people."""
-        for name in self.artifact.files:
-            if self.artifact.format == "onnx" or name == self.artifact.path:
-                yield name
-
-    def _summary(self) -> str:
-        many = f"batches to {self.batching.max}" if self.batching.max else f"batches of {self.batching.fixed}"
-        return f"{self.artifact.precision}, {many}, {self.device}"
 
     # --- images in, labels out -----------------------------------------------------------------------
 
@@ -238,7 +179,40 @@ class TritonRepository:
         keep = self._version(self.image_model) / "README"
         write_text(keep, f"Version {job.version} of the ensemble: its steps are in ../config.pbtxt.\n")
 
-    def _python_model(self, name: str, inputs: list[Document], outputs: list[Document], count: int) -> None:
+    def _write_chooser(self) -> None:
+        manifest, name, fixed = self.job.bundle.manifest, self.image_model, self.batching.fixed
+        more: Document = {} if fixed else {"dynamic_batching": {}}
+        more["parameters"] = {key: {"string_value": text} for key, text in self.choice.items()}
+        self._python_model(name, [self._files()], self.given, _CHOOSERS, "image files in, answers out", more)
+        folder = self._version(name)
+        write_text(folder / "model.py", template("images_model.py"))
+        settings = {
+            "fit": self.job.fit,
+            "fixed": fixed is not None,
+            "input": manifest.input,
+            "pixels": self.artifact.inputs[0].name,
+            "outputs": [spec.name for spec in self.artifact.outputs],
+            "classes": self.labels,
+            "labels": manifest.labels,
+            "scores": manifest.scores,
+            "top_k": self.top_k if self.labels else 0,
+            "networks": [_network(network) for network in self.networks],
+        }
+        write_text(folder / "images.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        for package in VENDORED:
+            self._vendor(folder, package)
+        self._say(folder / "model.py", "chooses a size for each image; needs numpy and Pillow")
+        self._say(folder / "images.json", "sizes, the bundle's preprocessing for each, labels")
+
+    def _python_model(
+        self,
+        name: str,
+        inputs: list[Document],
+        outputs: list[Document],
+        count: int,
+        what: str = "a step of the ensemble, in Python",
+        more: Document | None = None,
+    ) -> None:
         document: Document = {
             "name": name,
             "backend": "python",
@@ -247,13 +221,18 @@ class TritonRepository:
             "output": outputs,
             "version_policy": {"latest": {"num_versions": 1}},
             "instance_group": [{"kind": "KIND_CPU", "count": count}],
+            **(more or {}),
         }
-        self._config(name, document, "a step of the ensemble, in Python")
+        self._config(name, document, what)
 
     def _files(self) -> Document:
         """One image file per image of the batch."""
+        return self._text("image")
+
+    def _text(self, name: str) -> Document:
+        """A string per image of the batch."""
         fixed = self.batching.fixed
-        return tensor("image", "TYPE_STRING", [fixed] if fixed else [1])
+        return tensor(name, "TYPE_STRING", [fixed] if fixed else [1])
 
     def _predictions(self) -> list[Document]:
         fixed = self.batching.fixed
@@ -279,29 +258,6 @@ class TritonRepository:
 
     def _say(self, path: Path, what: str) -> None:
         self.what[path.relative_to(self.job.folder).as_posix()] = what
-
-    def _delay(self) -> float:
-        given = self.job.settings.max_delay_ms
-        return MAX_DELAY_MS if given is None else given
-
-
-def device_of(job: Job) -> Device:
-    """Where the network is to run: an engine on the GPU, ONNX on the CPU unless told otherwise.
-
-    Raises:
-        UsageError: it cannot run there, or has no use for threads.
-    """
-    engine = job.artifact.format == "tensorrt"
-    device: Device = job.settings.device or ("gpu" if engine else "cpu")
-    if engine and device == "cpu":
-        raise UsageError(f"{job.artifact.name} is an engine, which runs on a GPU only", hint="--device gpu")
-    if device == "gpu" and job.settings.threads is not None:
-        raise UsageError("--threads is about the CPU", hint="leave it out, or use --device cpu")
-    if device == "cpu" and has_bf16(job.artifact):
-        raise UsageError(
-            f"{job.artifact.name}: ONNX Runtime's CPU provider has no bf16 kernels", hint="--device gpu"
-        )
-    return device
 
 
 def why_tensors_only(job: Job) -> str | None:
@@ -342,22 +298,16 @@ def vendor(folder: Path) -> None:
         write_text(folder / file, text.replace("from vitdeploy.", f"from {name}."))
 
 
-def check_external_data(model: Path) -> None:
-    """Look whether every tensor that an ONNX file keeps elsewhere is where the file says.
-
-    Raises:
-        BundleError: it is not.
-    """
-    import onnx
-    from onnx.external_data_helper import uses_external_data
-
-    graph = onnx.load(model, load_external_data=False).graph
-    for constant in graph.initializer:
-        if not uses_external_data(constant):
-            continue
-        places = [entry.value for entry in constant.external_data if entry.key == "location"]
-        if not all((model.parent / place).is_file() for place in places):
-            raise BundleError(f"{model.name}: {constant.name} is kept in {places[0]!r}, which is not there")
+def _network(network: Network) -> dict[str, Any]:
+    """What the model that chooses has to know of a size."""
+    preprocess, batching = network.job.bundle.manifest.preprocess, network.batching
+    assert preprocess is not None
+    return {
+        "model": network.name,
+        "image_size": size_name(preprocess.size),
+        "batch": [batching.fixed or 1, batching.fixed or batching.max],
+        "preprocess": dataclasses.asdict(preprocess),
+    }
 
 
 def _step(name: str, inputs: dict[str, str], outputs: dict[str, str]) -> Document:

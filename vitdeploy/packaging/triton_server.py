@@ -7,7 +7,15 @@ import shlex
 from importlib.metadata import version
 
 from vitdeploy.bundle.dtypes import DATATYPES
-from vitdeploy.packaging.target import COMPOSE_GPU, Job, Outcome, fill_template, label, write_text
+from vitdeploy.packaging.target import (
+    COMPOSE_GPU,
+    Job,
+    Outcome,
+    fill_template,
+    fitting_words,
+    label,
+    write_text,
+)
 from vitdeploy.packaging.triton_repository import (
     IMAGE,
     MODELS,
@@ -25,6 +33,7 @@ SETTINGS = (
     "top_k",
     "image",
     "tensors_only",
+    "fit",
 )
 
 
@@ -52,6 +61,7 @@ def write(job: Job) -> Outcome:
     if images:
         what["Dockerfile"] = "the server with Pillow, which decodes images"
     notes = [] if refused is None else [f"tensors in, tensors out only: {refused}"]
+    notes += shared_weights(job, repository)
     record = engine_record(job)
     if record is not None:
         notes.append(
@@ -90,7 +100,7 @@ def _readme(job: Job, repository: TritonRepository, base: str, images: bool) -> 
         "artifact": f"{job.artifact.name} ({job.artifact.precision})",
         "models": MODELS,
         "image": base,
-        "backend": repository.backend,
+        "backend": repository.networks[0].backend,
         "needs": _python() if images else "Nothing here needs Python.",
         "input": spec.name,
         "output": outputs[0],
@@ -99,17 +109,23 @@ def _readme(job: Job, repository: TritonRepository, base: str, images: bool) -> 
         "dtype": spec.dtype,
         "shape": json.dumps(shape),
     }
-    text = fill_template("triton_server.md", **values)
+    text = fill_template("triton_server.md", **values) + sizes_readme(job, repository)
     if images:
         names = [one["name"] for one in repository.given]
         fixed = repository.batching.fixed
         form = json.dumps([fixed] if fixed else [1, 1])
         model = repository.image_model
         one = fixed in (None, 1)
+        steps = (
+            f"Its steps are the models `{job.name}_...`; `{model}/config.pbtxt` shows how they are joined."
+        )
+        if job.several:
+            where = f"{model}/{job.version}/images.json"
+            steps = f"It asks the models of the sizes; `{where}` has which, and all settings."
         text += fill_template(
             "triton_server_images.md",
             image_model=model,
-            name=job.name,
+            steps=steps,
             outputs=", ".join(f"`{name}`" for name in names),
             first=names[0],
             shape=form,
@@ -117,6 +133,44 @@ def _readme(job: Job, repository: TritonRepository, base: str, images: bool) -> 
             curl=fill_template("triton_server_curl.md", image_model=model, shape=form) if one else "",
         )
     return text
+
+
+def sizes_readme(job: Job, repository: TritonRepository) -> str:
+    """What a README says of the models of several image sizes; empty of one."""
+    if not job.several:
+        return ""
+    table, images = [], ""
+    for network in repository.networks:
+        spec = network.artifact.inputs[0]
+        table.append(f"| `{network.name}` | {DATATYPES[spec.dtype]} [{', '.join(map(str, spec.shape))}] |")
+    if repository.images:
+        images = (
+            f"\nIn `{repository.image_model}`, an image gets {fitting_words(job)}; `image_size` in the "
+            "answer says which. `fit` in its `images.json` is the rule: `aspect`, `area` or a size.\n"
+        )
+    weights = "\n".join(shared_weights(job, repository))
+    return fill_template(
+        "triton_server_sizes.md",
+        input=job.artifact.inputs[0].name,
+        table="\n".join(table),
+        images=images,
+        weights=weights,
+    )
+
+
+def shared_weights(job: Job, repository: TritonRepository) -> list[str]:
+    """What the files that several sizes share cost, in one line; nothing where there are none."""
+    if not job.several:
+        return []
+    first, *others = (set(network.artifact.files) for network in repository.networks)
+    size = sum(job.bundle.manifest.files[name].size for name in first.intersection(*others))
+    if not size:
+        return []
+    count = len(repository.networks)
+    return [
+        f"the {count} sizes share {size / 1e6:.3g} MB of weights as hard links: once on this disk, {count} "
+        "times where the folder is copied file by file (object stores, images), and in the server's memory"
+    ]
 
 
 def _python() -> str:

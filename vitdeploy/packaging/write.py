@@ -16,6 +16,7 @@ from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.bundle.staging import StagedFolder
 from vitdeploy.errors import ExportError, UsageError
+from vitdeploy.images.fitting import require_size
 from vitdeploy.packaging.target import Job, Outcome, PackageSettings, get_target
 from vitdeploy.predictor import DEFAULT_BACKEND, EXACTNESS
 
@@ -104,6 +105,8 @@ def write_package(
         raise UsageError(f"version {version}: a model's version is a whole number from 1")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = artifact_to_package(opened, artifact, settings.backend)
+    if settings.fit is not None and not isinstance(settings.fit, str):
+        require_size(settings.fit, opened.sizes)
     called, note = model_name(opened, name)
     folder = _check_output(Path(output), opened, force)
     opened.verify_hashes(opened.manifest.files)
@@ -127,13 +130,22 @@ def write_package(
 def artifact_to_package(bundle: Bundle, name: str | None, backend: str | None) -> Artifact:
     """The artifact to package: the one asked for, else the most exact whose files the backend reads.
 
+    Of several image sizes it is the first one's, which stands for what others have in its place.
+
     Raises:
         UsageError: there is none, or no such backend.
     """
     if name is not None:
-        return bundle.artifact(name)
+        found = bundle.artifact(name)
+        if found.image_size is not None:
+            raise UsageError(
+                f"{name} is of one image size only, and packages have all",
+                hint=f"--artifact {found.requested}, or the name of the first size's: each size gets its own",
+            )
+        return found
     runtime = get_backend(backend or DEFAULT_BACKEND)
-    ranked = sorted(bundle.manifest.artifacts, key=lambda artifact: EXACTNESS.index(artifact.precision))
+    first = [artifact for artifact in bundle.manifest.artifacts if artifact.image_size is None]
+    ranked = sorted(first, key=lambda artifact: EXACTNESS.index(artifact.precision))
     for artifact in ranked:
         if artifact.format in runtime.formats:
             return artifact
