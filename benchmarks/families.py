@@ -2,6 +2,7 @@
 
     python -m benchmarks.families                   # some minutes; writes results/families_cpu.json
     python -m benchmarks.families --models CLIP-B/32 --rounds 5 --output /tmp/families.json
+    python -m benchmarks.families --models Swin-T   # anew; the record keeps what it has of the others
     python -m benchmarks.families --write           # puts the committed table into docs/performance.md
 
 Both graphs have the same random weights, a dynamic batch and opset 20; both runtimes the settings of
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,13 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     names = options.models.split(",")
     record = {
-        "command": shlex.join(["python", "-m", "benchmarks.families", *words]),
+        "command": "python -m benchmarks.families"
+        + ("" if options.rounds == ROUNDS else f" --rounds {options.rounds}"),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "threads": THREADS,
         "rounds": options.rounds,
         "environment": find_environment(ROOT, TITLES).model_dump(mode="json"),
-        "graphs": {},
-        "cells": [],
+        **kept(options.output, names, options.rounds),
     }
     for name in names:
         ours, plain = files_of(name) if options.keep else prepare(name)
@@ -159,6 +159,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # --- what is measured ------------------------------------------------------------------------------------
+
+
+def kept(path: Path, names: Sequence[str], rounds: int) -> dict[str, Any]:
+    """What an earlier record has of other models, measured with as many rounds; a ratio is of one model."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if earlier.get("rounds") != rounds:
+        return {"graphs": {}, "cells": []}
+    return {
+        "graphs": {name: graphs for name, graphs in earlier["graphs"].items() if name not in names},
+        "cells": [cell for cell in earlier["cells"] if cell["model"] not in names],
+    }
 
 
 def files_of(name: str) -> tuple[Path, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,3 +68,16 @@ def test_the_document_says_what_the_record_says() -> None:
     for name, graphs in committed["graphs"].items():
         assert graphs["ours"]["block"] <= families.FAMILIES[name].nodes
         assert graphs["ours"]["control"] == []
+
+
+def test_a_record_keeps_what_it_has_of_other_models(tmp_path: Path) -> None:
+    path = tmp_path / "families.json"
+    assert families.kept(path, ["Swin-T"], 9) == {"graphs": {}, "cells": []}
+    earlier = record()
+    path.write_text(json.dumps(earlier), encoding="utf-8")
+    assert families.kept(path, ["Swin-T"], 9) == {key: earlier[key] for key in ("graphs", "cells")}
+    assert (
+        families.kept(path, ["CLIP-B/32"], 9)
+        == families.kept(path, ["Swin-T"], 5)
+        == {"graphs": {}, "cells": []}
+    )
