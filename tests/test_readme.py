@@ -8,7 +8,7 @@ A command that ends with ``&`` stays in the background once it has printed what 
 and shows what it printed since. Its ports are any free ones. Besides ``vitdeploy``, ``curl`` is run.
 
 The folder has the images of the digits model, and what README takes for granted: ``my-vit``, a fine-tuned
-model as transformers saves it, and ``photo.png``. An export that several documents show is run once.
+model as transformers saves it, and ``photo.png``; for docs/cli.md there is ``wide.png``. An export that several documents show is run once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.helpers.commands import Result
 from tests.helpers.exports import Exports
@@ -279,6 +280,9 @@ def test_commands_and_programs_do_what_the_document_shows(
 
         save_digits(tmp_path / "my-vit")
         shutil.copy(ROOT / IMAGES / "3_0045.png", tmp_path / "photo.png")
+    if document == "docs/cli.md":
+        with Image.open(ROOT / IMAGES / "3_0045.png") as image:
+            image.resize((64, 32)).save(tmp_path / "wide.png")
     shell = Shell(tmp_path, environment, exports, prefork)
     try:
         for step in with_free_ports([*steps(document)]):
