@@ -8,7 +8,8 @@ A command that ends with ``&`` stays in the background once it has printed what 
 and shows what it printed since. Its ports are any free ones. Besides ``vitdeploy``, ``curl`` is run.
 
 The folder has the images of the digits model, and what README takes for granted: ``my-vit``, a fine-tuned
-model as transformers saves it, and ``photo.png``; for docs/cli.md there is ``wide.png``. An export that several documents show is run once.
+model as transformers saves it, and ``photo.png``; for docs/cli.md there is ``wide.png``. An export that
+several documents show is run once.
 """
 
 from __future__ import annotations
