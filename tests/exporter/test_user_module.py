@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers.paths import ORACLES
-from vitdeploy.checkpoint.opening import user_module
+from vitdeploy.checkpoint.opening import UserModule, user_module
 from vitdeploy.checkpoint.stated import Stated
 from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.exporter.request import ExportRequest
@@ -129,3 +129,10 @@ def test_flops_and_parameters_are_those_that_are_published(name: str) -> None:
     model = models[name]()
     assert module_flops(model, 3, (224, 224)) == pytest.approx(2 * said["multiply_adds"], rel=5e-3)
     assert sum(parameter.numel() for parameter in model.parameters()) == said["parameters"]
+
+
+def test_running_means_are_no_parameters() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    subject = ModuleSubject(UserModule(module, "a CNN"), (), "float")
+    assert subject.parameters == 3 * 4 + 4 + 2 * 4
+    assert set(subject.state) == set(module.state_dict())

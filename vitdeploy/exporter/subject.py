@@ -225,6 +225,11 @@ class ModuleSubject(Subject):
         # A safetensors file holds no two names for one memory.
         return {name: tensor.detach().clone() for name, tensor in self._module.state_dict().items()}
 
+    @property
+    def parameters(self) -> int:
+        # Without buffers: a BatchNorm's running mean is no parameter.
+        return sum(parameter.numel() for parameter in self._module.parameters())
+
     def reload(self, paths: Sequence[Path]) -> None:
         # Only the module itself knows what its weights mean: it keeps them.
         return
