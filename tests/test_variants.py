@@ -133,6 +133,7 @@ def test_hub_ids_are_no_variants(name: str) -> None:
     assert not is_variant(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, millions",
     [

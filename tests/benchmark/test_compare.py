@@ -129,6 +129,7 @@ def test_a_slower_backend_on_a_slower_machine_is_found() -> None:
     assert {verdict for (backend, _), verdict in found.items() if backend == "beta"} == {"slower"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance, verdict", [(0.05, "slower"), (0.2, "same")])
 def test_the_tolerance_is_the_users(tolerance: float, verdict: str) -> None:
     rows = compare_results(run(0, "beta", 1.12), run(1), tolerance).rows

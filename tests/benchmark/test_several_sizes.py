@@ -147,6 +147,7 @@ def test_models_and_sizes_stand_in_one_table() -> None:
     assert "### Side by side" not in markdown_text(sample_results())
 
 
+@pytest.mark.slow
 def test_the_report_has_the_table_of_several_models() -> None:
     page = html_text(several())
     assert page.count('<h2 id="side-by-side">Side by side</h2>') == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from benchmarks import pixels
 
 
@@ -72,6 +74,7 @@ def test_calls_take_turns_in_another_order_every_round() -> None:
     assert len(set(orders)) > 1
 
 
+@pytest.mark.slow
 def test_the_plot_has_a_line_for_each_model() -> None:
     drawn = pixels.plot(record())
     assert drawn == pixels.plot(record())

@@ -169,6 +169,7 @@ def test_pickle_under_the_name_of_safetensors_is_called_that(tmp_path: Path) -> 
             read_weights(tmp_path / "w.safetensors")
 
 
+@pytest.mark.slow
 def test_header_that_claims_more_than_the_file_is_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes((2**62).to_bytes(8, "little") + b"{}")

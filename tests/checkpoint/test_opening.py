@@ -166,6 +166,7 @@ def test_variant_of_another_architecture_is_refused(tmp_path: Path) -> None:
         assert difference in message
 
 
+@pytest.mark.slow
 def test_variant_of_a_family_beside_its_checkpoint(tmp_path: Path) -> None:
     config = decode_variant("EVA02-Ti/14").at_size((28, 42))
     written = Checkpoint(config, random_state(config, 0), Preprocess((28, 42)), None, "vitdeploy", "eva")

@@ -88,6 +88,7 @@ def test_a_bundle_of_one_size_says_nothing_of_it(run: Run, tmp_path: Path, image
     assert document["images"][0].keys() == {"path", "predictions"}
 
 
+@pytest.mark.slow
 def test_vectors(run: Run, tmp_path: Path, images: list[Path]) -> None:
     bundle = several_sizes(tmp_path / "v.bundle", output="features", labels=None)
     document = run("predict", bundle.root, *images, "--json").document
@@ -102,6 +103,7 @@ def test_vectors(run: Run, tmp_path: Path, images: list[Path]) -> None:
     assert counted["image_sizes"] == {"8x8": 1, "8x16": 1, "16x16": 1}
 
 
+@pytest.mark.slow
 def test_the_commands_show_every_size(run: Run, tmp_path: Path) -> None:
     bundle = several_sizes(tmp_path / "b")
     said = run("verify", bundle.root, "--backend", "onnxruntime").out
@@ -114,6 +116,7 @@ def test_the_commands_show_every_size(run: Run, tmp_path: Path) -> None:
     assert [record["image_size"] for record in document["manifest"]["sizes"]] == [[16, 16], [8, 16]]
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(1, 99_999), st.integers(1, 99_999)), min_size=1, max_size=5))
 def test_image_sizes_are_read_as_they_are_written(sizes: list[tuple[int, int]]) -> None:
     words = [str(h) if h == w else f"{h}x{w}" for h, w in sizes]

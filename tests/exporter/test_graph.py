@@ -100,6 +100,7 @@ def test_a_stem_is_clean_at_every_opset(tmp_path: Path, opset: int) -> None:
     assert not [n for n in nodes if n.op_type in ("Pad", "Cast", "Transpose", "Shape", "Expand")]
 
 
+@pytest.mark.slow
 def test_norms_of_a_plain_background_keep_their_digits(tmp_path: Path) -> None:
     """Naive sums of so many values that are alike lose ten times as much and more, on ONNX Runtime too."""
     norm = nn.GroupNorm(2, 4)

@@ -227,6 +227,7 @@ def test_a_monitor_sees_the_build_and_can_stop_it(version: str) -> None:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", FULL)
 def test_a_timing_cache_is_used_again(version: str) -> None:
     built = linear(version)

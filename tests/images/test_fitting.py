@@ -77,6 +77,7 @@ def test_an_unknown_size_names_the_known_ones() -> None:
     assert caught.value.hint == "the bundle has 224x224, 384x384, 518x336"
 
 
+@pytest.mark.slow
 @given(SIZE)
 def test_a_rule_is_read_back(size: Size) -> None:
     height, width = size

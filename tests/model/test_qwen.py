@@ -230,6 +230,7 @@ FAULTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, function, wrong = FAULTS[fault]

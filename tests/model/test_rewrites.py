@@ -217,6 +217,7 @@ def test_small_configs_cover_the_switches() -> None:
     assert SMALL["depth"] > 1, "the last block is special; another one must be there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "uint8"])
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.channels == 3])
 @torch.no_grad()

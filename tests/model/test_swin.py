@@ -30,6 +30,7 @@ def worst(a: Tensor, b: Tensor) -> float:
     return float(((a - b).abs().max() / b.abs().max()).item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "uint8"])
 @EVERY
 @torch.no_grad()
@@ -51,6 +52,7 @@ def test_the_deployed_model_is_exact_for_every_output(config: SwinConfig, kind: 
         assert (got[0] - got[1]).abs().max() > 1e-3, output
 
 
+@pytest.mark.slow
 @EVERY
 @torch.no_grad()
 def test_fused_attention_is_the_same_function(config: SwinConfig) -> None:
@@ -60,6 +62,7 @@ def test_fused_attention_is_the_same_function(config: SwinConfig) -> None:
     assert worst(fused(x), build_reference(config, state)(x)) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["logits", "tokens", "layer_1"])
 @pytest.mark.parametrize("name", ["v1", "padded", "odd_map", "three_stages", "wide", "v2", "v2_padded"])
 def test_reported_flops_are_those_pytorch_counts(name: str, output: str) -> None:
@@ -108,6 +111,7 @@ def test_tokens_change_their_order_seven_times_in_swin_t() -> None:
     assert deployed.readout.rows is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", ["v1", "wide", "v2"])
 @torch.no_grad()
@@ -181,6 +185,7 @@ def test_the_least_image_that_is_told_can_be_built() -> None:
 # --- faults ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("name", ["v1", "padded", "v2"])
 @torch.no_grad()

@@ -23,6 +23,7 @@ def test_what_has_kernels() -> None:
     assert not any("padded" in name or name.startswith("v2") for name in KERNELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", KERNELS.values(), ids=KERNELS)
 @torch.no_grad()
 def test_folded_weights_in_their_orders_give_the_same_outputs(config: SwinConfig) -> None:

@@ -212,6 +212,7 @@ def test_what_is_no_image_gets_an_error_of_its_own(
     assert answers[-1].startswith("image 2 of 2: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "none"])
 def test_labels_and_scores_are_vitdeploy_s_own(
     tmp_path: Path, run_models: Callable[[list[Task]], list[list[Any]]], kind: Scores

@@ -95,6 +95,7 @@ def test_every_backend_brings_its_extra(bundle: Bundle, monkeypatch: pytest.Monk
         assert (app["args"]["backend"], gpus) == (backend.name, int(backend.traits.needs_gpu))
 
 
+@pytest.mark.slow
 def test_a_backend_for_gpus_only(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Triton, "supports", lambda *_: None)
     with pytest.raises(UsageError, match="onnx-fp32: the triton backend runs on a GPU only"):

@@ -250,6 +250,7 @@ def test_every_name_is_carried_or_refused(name: str) -> None:
         assert 1 <= len(name) <= MAX_NAME
 
 
+@pytest.mark.slow
 @given(st.text(max_size=80))
 def test_labels_are_dns_labels(name: str) -> None:
     made = label(name)

@@ -82,6 +82,7 @@ def test_what_does_not_fit_is_refused_not_waited_for() -> None:
         allot(RayResources((2, 2)), None, 3, gpu=False, most=100)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 64))
 def test_pieces_are_the_whole_in_full_batches(count: int, workers: int, batch: int) -> None:
     items = [Item(f"/{number}", STAMP) for number in range(count)]

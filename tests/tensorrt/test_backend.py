@@ -82,6 +82,7 @@ def test_tensors_on_the_gpu(version: str, machine: MakeMachine, target: Path) ->
             session.run_tensors({"pixel_values": images(3)})  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_session_says_what_is_fused(machine: MakeMachine, target: Path) -> None:
     machine(NEW)
     report = verify_bundle(engines(target), backends=["tensorrt"])
@@ -167,6 +168,7 @@ def test_the_second_gpu_is_taken_where_the_first_does_not_fit(
         vitdeploy.load(target, backend="tensorrt", device="cuda:2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "built, running, relation",
     [(OLD, NEW, "newer"), (NEW, "10.16.1.11", "older"), ("10.16.1.11", NEW, "newer")],
@@ -252,6 +254,7 @@ def test_other_weights_are_not_put_into_a_stripped_engine(machine: MakeMachine, 
     assert not here.calls("refit_from_file")
 
 
+@pytest.mark.slow
 def test_a_record_without_hashes_of_its_weights(machine: MakeMachine, target: Path) -> None:
     def forget(folder: Path) -> None:
         fields = json.loads((folder / RECORD).read_text())

@@ -65,6 +65,7 @@ def test_bytes_that_are_no_engine_do_not_reach_the_runtime(
     assert loads(here) == 0
 
 
+@pytest.mark.slow
 @each
 def test_a_changed_byte_does_not_reach_the_runtime(version: str, machine: MakeMachine, target: Path) -> None:
     machine(version)

@@ -63,6 +63,7 @@ def record(**fields: Any) -> EngineRecord:
     )
 
 
+@pytest.mark.slow
 @given(versions, st.sets(st.sampled_from(sorted(BITS))), st.integers(0, 2**64 - 1))
 def test_a_header_of_rtx_says_what_was_written(
     version: tuple[int, ...], targets: set[str], size: int

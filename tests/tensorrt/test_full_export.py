@@ -44,6 +44,7 @@ def request(
     return EngineRequest(formats or ("tensorrt",), arch, profiles, BuildSettings.of(**settings), precisions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", FULL)
 def test_engines_of_every_precision_are_added_and_proven(
     version: str, machine: MakeMachine, target: Path
@@ -115,6 +116,7 @@ def test_a_name_that_exists_needs_force(machine: MakeMachine, target: Path) -> N
     assert record.settings.level == 0
 
 
+@pytest.mark.slow
 def test_another_gpus_engine_stands_beside(machine: MakeMachine, target: Path) -> None:
     machine(NEW)
     bundle = add_engines(write_bundle(target), request())

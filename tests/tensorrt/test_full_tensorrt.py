@@ -28,6 +28,7 @@ def flags(here: Machine) -> list[str]:
     return [call["flag"].name for call in here.calls("set_flag")]
 
 
+@pytest.mark.slow
 @every_version
 def test_an_engine_is_built_for_the_gpu_that_is_here(
     version: str, machine: MakeMachine, job: MakeJob
@@ -184,6 +185,7 @@ def test_what_another_process_measured_meanwhile_stays(
     assert len(timed) > 1
 
 
+@pytest.mark.slow
 @every_version
 @pytest.mark.parametrize("data", [b"junk", json.dumps({"origin": "elsewhere", "builds": 3}).encode()])
 def test_a_damaged_or_foreign_timing_cache_is_replaced(

@@ -308,6 +308,7 @@ def test_a_spoiled_kernel_cache_is_no_error(spoil: Callable[[Path], Any], tmp_pa
     loaded.engine.close()
 
 
+@pytest.mark.slow
 def test_a_closed_engine_that_never_ran(tmp_path: Path) -> None:
     kernels = KernelCache(CacheFile(tmp_path / "rtx"))
     Loaded(RTX, graphs=False, kernels=kernels).engine.close()

@@ -18,6 +18,7 @@ from vitdeploy.tensorrt.engine_file import read_record
 REQUEST = EngineRequest(("tensorrt",))
 
 
+@pytest.mark.slow
 def test_an_engine_of_every_size(machine: MakeMachine, target: Path) -> None:
     machine(NEW)
     bundle = add_engines(several_sizes(target, precisions=("fp16",)), REQUEST)

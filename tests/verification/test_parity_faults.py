@@ -70,6 +70,7 @@ FAULTS: dict[str, tuple[ViTConfig, dict[str, torch.Tensor]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_do_not_pass(fault: str, reference: Array) -> None:
     config, state = FAULTS[fault]

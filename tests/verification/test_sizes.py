@@ -41,6 +41,7 @@ def test_a_graph_with_the_positions_of_another_size_is_caught(tmp_path: Path) ->
     assert all("onnx-fp32-8x16" in failure for failure in report.failures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_golden_tensors_of_another_size_are_caught(tmp_path: Path, whole: bool) -> None:
     """The references of another size alone, or with all that belongs to it."""

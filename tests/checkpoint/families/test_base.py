@@ -81,6 +81,7 @@ def test_blocks_are_counted_without_stages(depth: int, noise: list[str], seed: i
     assert count_stages(layout, names) == ()
 
 
+@pytest.mark.slow
 @given(i=NUMBERS, j=NUMBERS)
 def test_a_tensor_is_found_by_both_numbers(i: int, j: int) -> None:
     name = f"encoder.layers.{i}.blocks.{j}.layernorm_before.weight"

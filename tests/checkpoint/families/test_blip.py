@@ -63,6 +63,7 @@ def test_the_tower_equals_transformers(
     assert opened.config.outputs[0] == "features"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

@@ -54,6 +54,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_hybrids_equal_the_documented_layout(tmp_path: Path, name: str) -> None:
     arrays = ORACLE["synthesise"](seed=8, **HYBRIDS[name])

@@ -73,6 +73,7 @@ def test_a_stated_size_beats_the_one_asked_for(oblong: Path) -> None:
     assert not any("does not tell" in note for note in model.notes)
 
 
+@pytest.mark.slow
 def test_torchvisions_and_our_own_names_say_it_too(tmp_path: Path) -> None:
     for name, state in (
         ("torchvision", load_file(ORACLES / "torchvision" / "vit.safetensors")),

@@ -59,6 +59,7 @@ def edit(folder: Path, change: Any) -> None:
     save_file(state, folder / WEIGHTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*TOWERS, *TRUNKS])
 @pytest.mark.parametrize("size", SIZES)
 def test_outputs_equal_open_clip(case: str, size: tuple[int, int]) -> None:
@@ -119,6 +120,7 @@ def test_names_and_openais_own_files_mean_quick_gelu(tmp_path: Path) -> None:
         assert opened(checkpoint=tmp_path / name).config.activation == "quick_gelu"
 
 
+@pytest.mark.slow
 def test_an_image_tower_that_was_saved_alone(tmp_path: Path) -> None:
     whole = opened(str(RECORDED / "clip"))
     state = load_file(RECORDED / "clip" / WEIGHTS)

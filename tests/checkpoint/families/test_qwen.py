@@ -59,6 +59,7 @@ def test_the_tower_equals_transformers_at_three_grids(kind: str, tmp_path: Path)
         check_equal(model, opened(folder, grid))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"window_size": 16}, {"fullatt_block_indexes": [0, 1, 2]}, {"spatial_merge_size": 1, "window_size": 24}],

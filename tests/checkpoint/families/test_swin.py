@@ -73,6 +73,7 @@ def test_logits_equal_transformers(
     assert opened.config.image_size == (size or (64, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
     "changes",
@@ -96,6 +97,7 @@ def test_windows_of_the_pre_training_measure_offsets(
     agree(model, save(model), (72, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(16, 16), (20, 64)])
 def test_maps_smaller_than_a_window(save: Save, agree: Agree, size: tuple[int, int]) -> None:
     """Version 2 of transformers pads them, whatever they are; version 1 fails, and is refused."""
@@ -231,6 +233,7 @@ def test_heads_of_stages_cannot_be_stated(save: Save) -> None:
 # --- faults ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_fault_of_the_reference_is_noticed(

@@ -67,6 +67,7 @@ def distance(case: str, size: tuple[int, int], opened: Checkpoint) -> float:
     return float((run(opened, pixels) - output).abs().max())
 
 
+@pytest.mark.slow
 @every
 def test_output_equals_timm(case: str, size: tuple[int, int]) -> None:
     """Sizes that are not square, that windows do not divide, and that are smaller than a window."""
@@ -91,6 +92,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", PLANTED)
 def test_what_timm_does_otherwise_is_seen(fault: str) -> None:
     """Every difference from transformers, and every number of the windows, shows in what is recorded."""
@@ -230,6 +232,7 @@ def named(name: str, facts: dict[str, Any]) -> Foreign:
     return Foreign(name, tensors, {"architecture": name, "pretrained_cfg": pretrained})
 
 
+@pytest.mark.slow
 def test_every_swin_of_timm_is_read_by_its_name() -> None:
     assert len(ARCHITECTURES) == 21
     for name, facts in ARCHITECTURES.items():
