@@ -2,6 +2,7 @@
 
     python -m benchmarks.qwen                       # a minute or two; writes results/qwen_cpu.json
     python -m benchmarks.qwen --rounds 5 --output /tmp/qwen.json
+    python -m benchmarks.qwen --write               # the committed record into docs/performance.md
 
 Four blocks of the published structure, half as wide, on 448 x 448 pixels: 32 x 32 patches, 16 windows, the
 last block over the whole image. ``torch.onnx.export(dynamo=True)`` cannot trace transformers' tower; the old
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import vitdeploy
+from benchmarks.documents import Part
 from benchmarks.families import ROUNDS, THREADS, TITLES, TOLERANCE, graph_facts, said, taking_turns
 from benchmarks.peers.common import RUNTIMES, Job
 from benchmarks.peers.environments import ROOT
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 WORK = ROOT / "build" / "qwen"
 RESULTS = ROOT / "benchmarks" / "results" / "qwen_cpu.json"
+PART = Part(ROOT / "docs" / "performance.md", "benchmarks/qwen.py")
 LEAST = 1.1
 """How many times as fast as the old exporter's graph ours is at least."""
 GRID = (32, 32)
@@ -49,15 +52,20 @@ VISION: Mapping[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; returns the exit code."""
+    """Measure, or write the table; returns the exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.qwen", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--write", action="store_true", help="the committed table into docs/performance.md")
     options = parser.parse_args(words)
+    if options.write:
+        record = json.loads(RESULTS.read_text(encoding="utf-8"))
+        PART.publish(table(record), broken_claims(record), write=True)
+        return 0
     ours, plain = prepare()
-    record: dict[str, Any] = {
+    record = {
         "command": shlex.join(["python", "-m", "benchmarks.qwen", *words]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "threads": THREADS,
@@ -70,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record["cells"].append(cell)
         print(TITLES[cell["runtime"]], said(cell), flush=True)
     write_whole(options.output, json.dumps(record, indent=2) + "\n")
-    for line in broken_claims(record):
-        print(line, file=sys.stderr)
+    PART.publish(table(record), broken_claims(record), write=False)
     return 0
 
 
@@ -125,6 +132,24 @@ def cells(ours: Path, plain: Path, rounds: int) -> Iterator[dict[str, Any]]:
         if error > TOLERANCE:
             raise SystemExit(f"on {runtime} the outputs differ by {error:.1e}")
         yield {"runtime": runtime, "batch": 1, "error": error} | taking_turns(first, second, patches, rounds)
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The record as it stands in the document."""
+    ours, plain = (record["graphs"][name]["nodes"] for name in ("ours", "plain"))
+    lines = [
+        "Four blocks of Qwen2.5-VL's vision tower, half as wide, on 32 x 32 patches, fp32: our graph and",
+        f"that of the old exporter, on {record['environment']['cpu']['name']}, {record['threads']} threads, "
+        f"{record['rounds']} interleaved rounds of one image.",
+        "`torch.onnx.export(dynamo=True)` cannot trace this tower. Columns as above.",
+        "",
+        "| runtime | batch 1 | nodes, plain and ours |",
+        "|---|---|---|",
+        *(f"| {TITLES[cell['runtime']]} | {said(cell)} | {plain}, {ours} |" for cell in record["cells"]),
+        "",
+        f"`{record['command']}`",
+    ]
+    return "\n".join(lines)
 
 
 def broken_claims(record: Mapping[str, Any]) -> list[str]:

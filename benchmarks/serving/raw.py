@@ -70,6 +70,7 @@ def raw_session(subject: Subject, kind: str, threads: int, folder: Path) -> Iter
     (artifact,) = subject.bundle.manifest.artifacts
     job: dict[str, Any] = {
         "bundle": str(subject.bundle.root),
+        "image_size": subject.bundle.place,
         "backend": "onnxruntime",
         "artifact": artifact.name,
         "threads": threads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from benchmarks import qwen
@@ -20,6 +21,12 @@ def test_what_does_not_hold_is_said() -> None:
         "OpenVINO: 1.040 × instead of 1.1 ×",
         "the graph has If",
     ]
+
+
+def test_the_document_says_what_the_record_says() -> None:
+    committed = json.loads(qwen.RESULTS.read_text(encoding="utf-8"))
+    assert qwen.PART.read() == qwen.table(committed)
+    assert committed["graphs"]["ours"]["control"] == []
 
 
 def test_the_tower_is_of_whole_windows_and_one_block_sees_the_whole_image() -> None:
