@@ -31,6 +31,7 @@ def test_impossible_configurations_say_why(change: dict[str, Any], says: str) ->
         ViTConfig(**{**SMALL, **change})
 
 
+@pytest.mark.slow
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 32), st.integers(0, 8))
 def test_tokens_are_prefix_and_grid(rows: int, columns: int, patch: int, registers: int) -> None:
     config = ViTConfig(image_size=(rows * patch, columns * patch), patch_size=patch, registers=registers)

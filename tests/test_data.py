@@ -71,6 +71,7 @@ def predict(model: ViT, images: list[Image.Image], pixels: Preprocess) -> np.nda
         return model(torch.from_numpy(batch)).argmax(dim=1).numpy()
 
 
+@pytest.mark.slow
 def test_model_is_as_accurate_as_its_card_says(model: ViT, pixels: Preprocess) -> None:
     images, labels = digits_heldout()
     right = int((predict(model, [Image.fromarray(image) for image in images], pixels) == labels).sum())

@@ -257,6 +257,7 @@ def test_the_most_exact_artifact_is_chosen(tmp_path: Path) -> None:
         assert predictor.session.facts.precision == "fp16"
 
 
+@pytest.mark.slow
 def test_the_most_exact_that_any_backend_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Predictor.open_most_exact(write_bundle(tmp_path / "a", precisions=("fp16", "fp32"))) as predictor:
         facts = predictor.session.facts

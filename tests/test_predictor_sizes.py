@@ -64,6 +64,7 @@ def test_the_answers_are_those_of_a_bundle_of_that_size(bundle: Bundle, tmp_path
                 np.testing.assert_array_equal(several.logits(images), single.logits(images))
 
 
+@pytest.mark.slow
 def test_a_photograph_is_turned_before_its_shape_is_looked_at(tmp_path: Path) -> None:
     lying = picture(20, 40)
     exif = lying.getexif()

@@ -131,6 +131,7 @@ def test_it_is_compiled_once(weights_bundle: Make, compiler: Compiler) -> None:
     assert len(entries()) == 1
 
 
+@pytest.mark.slow
 def test_whatever_changes_the_code_changes_the_entry(
     weights_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ def load(bundle: Bundle, options: Options | None = None) -> Any:
     return OpenVino().load(bundle, bundle.manifest.artifacts[0], options or Options())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-6), ("fp16", 2e-3), ("bf16", 1e-2)])
 def test_computes(make_bundle: Any, pixels: Array, expected: Array, precision: str, tolerance: float) -> None:
     with load(make_bundle(precision=precision)) as session:

@@ -38,6 +38,7 @@ def test_weights_alone_give_the_reference(weights_bundle: Make, name: str) -> No
     assert records[0].artifact == WEIGHTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["logits", "features", "tokens"])
 def test_every_output(weights_bundle: Make, output: str) -> None:
     with Torch().load(weights_bundle(output=output), None, Options()) as session:
@@ -62,6 +63,7 @@ def test_several_outputs(weights_bundle: Make, monkeypatch: pytest.MonkeyPatch, 
     assert all(record.passed for record in records), records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_artifacts_precision(weights_bundle: Make, precision: ArtifactPrecision) -> None:
     with Torch().load(weights_bundle(), artifact(precision), Options()) as session:

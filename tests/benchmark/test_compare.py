@@ -124,6 +124,7 @@ def test_a_slower_machine_is_taken_out() -> None:
     assert "the machine, perhaps" in blind.summary
 
 
+@pytest.mark.slow
 def test_a_slower_backend_on_a_slower_machine_is_found() -> None:
     found = verdicts(run(0, "beta", 1.10, machine=0.9), run(1))
     assert {verdict for (backend, _), verdict in found.items() if backend == "beta"} == {"slower"}
@@ -199,6 +200,7 @@ def test_markdown() -> None:
     assert calm.startswith("✅ **20 same.**")
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0.1, 1e4), min_size=1, max_size=40), st.floats(0.1, 10))
 def test_the_interval_holds_the_ratio(times: list[float], factor: float) -> None:
     old = np.array(times)

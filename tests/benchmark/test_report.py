@@ -113,6 +113,7 @@ def test_every_colour_is_in_the_style_sheet(sample: str) -> None:
         assert sample.count(f"--series-{scheme}:") == 2
 
 
+@pytest.mark.slow
 def test_wrong_cells_are_struck_through_and_not_ranked(sample: str) -> None:
     row = re.search(r'<tr class="wrong">(.*?)</tr>', sample, re.DOTALL)
     assert row is not None

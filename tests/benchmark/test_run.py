@@ -314,6 +314,7 @@ def test_control_work_runs_in_every_round(tmp_path: Path) -> None:
     assert len(found.metronome.samples_ms) == found.rounds * found.metronome.round_samples
 
 
+@pytest.mark.slow
 def test_a_measurement_without_control_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "_CONTROL_LIMIT", 1e-3)
     found = measure([case(target(tmp_path), tmp_path, "a", RIGHT)], (1,))

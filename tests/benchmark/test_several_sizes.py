@@ -24,6 +24,7 @@ from vitdeploy.predictor import choice_for_this_machine
 ORT = ("onnxruntime",)
 
 
+@pytest.mark.slow
 def test_sizes_are_chosen_among_those_that_bundles_have(tmp_path: Path) -> None:
     bundle = several_sizes(tmp_path / "many")
     alone = write_bundle(tmp_path / "alone")  # of 8 x 8 pixels
@@ -39,6 +40,7 @@ def test_sizes_are_chosen_among_those_that_bundles_have(tmp_path: Path) -> None:
         open_targets([bundle, alone], [(16, 16)])
 
 
+@pytest.mark.slow
 def test_a_case_is_of_one_size_and_named_as_at_the_first(tmp_path: Path) -> None:
     bundle = several_sizes(tmp_path / "many", precisions=("fp32", "fp16"))
     choices = Choices(backends=ORT, artifacts=("fp32",))
@@ -101,6 +103,7 @@ def test_a_choice_for_each_size(measured: tuple[Bundle, Results], tmp_path: Path
     assert [c.goal for c in write_choice(bundle, again).manifest.choices] == ["latency", "throughput"]
 
 
+@pytest.mark.slow
 def test_a_choice_for_a_further_size_alone_is_not_the_first_ones(tmp_path: Path) -> None:
     bundle = several_sizes(tmp_path / "many")
     results = sample_results(cells=(cell(subject="linear", image_size=(16, 16), p50_ms=1.0),))

@@ -11,6 +11,7 @@ from vitdeploy.bundle.golden import GOLDEN_NAMES, golden_images, raw_images
 SIZES = [(224, 224), (384, 224), (56, 98), (28, 28), (8, 8), (1, 1), (1, 9), (9, 1), (3, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_any_size_and_twice_the_same(size: tuple[int, int]) -> None:
     images = golden_images(size)

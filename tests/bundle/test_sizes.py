@@ -140,6 +140,7 @@ def test_a_tensor_is_of_the_size_that_has_its_shape(written: Path) -> None:
     assert size_of_shape(weights_alone, [3, 48, 32]) == (48, 32)
 
 
+@pytest.mark.slow
 def test_a_precision_is_the_first_sizes_where_another_fell_back(tmp_path: Path) -> None:
     bundle = several_sizes(tmp_path / "b", precisions=("fp32", "fp16"))
     fell = bundle.manifest.artifacts[1].model_copy(
@@ -153,6 +154,7 @@ def test_a_precision_is_the_first_sizes_where_another_fell_back(tmp_path: Path) 
     assert bundle.at_size((16, 16)).artifact("onnx-mixed").name == "onnx-fp16-16x16"
 
 
+@pytest.mark.slow
 def test_parity_and_choices_are_of_the_size(tmp_path: Path) -> None:
     choice = Choice(
         machine=("m",),
@@ -217,6 +219,7 @@ def test_a_view_cannot_take_the_place_of_the_whole(written: Path, tmp_path: Path
         assert writer.commit().sizes == SIZES
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_found_from_every_view(written: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(written, tmp_path / "moved" / "elsewhere")
     bundle = Bundle.open(folder)

@@ -62,6 +62,7 @@ def test_tensors_come_back_with_their_hash(tmp_path: Path, name: str, write: Cal
     assert weights.notes == ()
 
 
+@pytest.mark.slow
 @every_kind
 def test_cut_short_anywhere_is_one_clear_error(
     tmp_path: Path, name: str, write: Callable[[Path], None]

@@ -58,6 +58,7 @@ def test_the_count_is_what_pytorch_takes() -> None:
     assert needed <= peak <= 2 * needed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, size", [("B/16", 32000), ("H/14", 14000), ("Ti/16", 16000)])
 def test_too_large_a_resolution(name: str, size: int, run: Run, tmp_path: Path) -> None:
     """On the machine as it is: the command ends at once instead of being killed."""

@@ -46,6 +46,7 @@ def test_default_is_the_reference_vit_b_16_with_random_weights() -> None:
     assert checkpoint.notes == ("no checkpoint: the weights of vit_base_patch16_224 are random (seed 0)",)
 
 
+@pytest.mark.slow
 def test_random_weights_depend_on_the_seed_alone() -> None:
     first, again, other = (opened("vit_tiny_patch16_32", seed=seed) for seed in (5, 5, 6))
     assert all(torch.equal(first.state[name], tensor) for name, tensor in again.state.items())
@@ -88,6 +89,7 @@ def every_part_shows(config: ViTConfig) -> None:
         assert unseen or not torch.allclose(changed, answers, rtol=0, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_family_s_images_are_made_as_its_published_models_take_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -138,6 +140,7 @@ def test_digits_opens_with_labels_and_preprocessing() -> None:
 # --- a named variant beside a file ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_variant_gives_the_heads_and_size_and_the_file_the_rest(tmp_path: Path) -> None:
     source = opened("vit_tiny_patch16_64", classes=3, seed=4)
     save_folder(source, tmp_path)
@@ -154,6 +157,7 @@ def test_variant_gives_the_heads_and_size_and_the_file_the_rest(tmp_path: Path) 
     assert smaller.config.image_size == (32, 32)
 
 
+@pytest.mark.slow
 def test_variant_of_another_architecture_is_refused(tmp_path: Path) -> None:
     save_folder(opened("vit_tiny_patch16_64"), tmp_path)
     message = refusal("B/32", checkpoint=tmp_path).message
@@ -178,6 +182,7 @@ def test_variant_of_a_family_beside_its_checkpoint(tmp_path: Path) -> None:
     assert opened("EVA02-Ti/14", checkpoint=tmp_path, image_size=(28, 42)).config == otherwise
 
 
+@pytest.mark.slow
 def test_variant_of_a_family_is_not_for_a_plain_checkpoint(tmp_path: Path) -> None:
     save_folder(opened("vit_tiny_patch14_28", classes=3), tmp_path)
     with pytest.raises(CheckpointError, match="another architecture than the variant named") as error:
@@ -196,6 +201,7 @@ def test_checkpoint_goes_with_variants_only(folder: Path) -> None:
 # --- our own folders --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_folder_of_ours_comes_back_as_it_was(tmp_path: Path) -> None:
     preprocess = Preprocess(
         (32, 48), resize="shortest_edge", resize_edge=40, resample="bicubic", mean=(0.1, 0.2, 0.3)
@@ -212,6 +218,7 @@ def test_folder_of_ours_comes_back_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(read.state[name], tensor) for name, tensor in written.state.items())
 
 
+@pytest.mark.slow
 def test_weights_of_ours_alone_tell_their_shape(tmp_path: Path) -> None:
     written = opened("deit_tiny_distilled_patch16_64", classes=3)
     save_folder(written, tmp_path)
@@ -219,6 +226,7 @@ def test_weights_of_ours_alone_tell_their_shape(tmp_path: Path) -> None:
     assert opened(checkpoint=tmp_path / "model.safetensors").config == written.config
 
 
+@pytest.mark.slow
 def test_bundle_is_opened_through_its_manifest(tmp_path: Path) -> None:
     written = opened("vit_tiny_patch16_64", classes=2)
     save_folder(written, tmp_path)

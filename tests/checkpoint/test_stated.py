@@ -215,6 +215,7 @@ def test_wrong_labels(name: str, text: str, words: str, tmp_path: Path) -> None:
         stated(save_tiny(tmp_path / "m"), labels=tmp_path / name)
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200))
 def test_any_bytes_as_labels(content: bytes) -> None:
     import tempfile
@@ -284,6 +285,7 @@ def test_an_activation_of_timms_that_is_unknown(tmp_path: Path) -> None:
 # --- where a model is from ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_where_each_fact_is_from(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "m")
     plain = opened(str(path))

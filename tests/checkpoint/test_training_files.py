@@ -86,6 +86,7 @@ def test_a_file_that_leads_back_to_itself(tmp_path: Path) -> None:
         open_model(checkpoint=tmp_path / "circle.pt")
 
 
+@pytest.mark.slow
 def test_of_two_models_the_averaged_one_is_taken(tmp_path: Path) -> None:
     state = load_file(ORACLES / "timm" / "vit" / "model.safetensors")
     raw = {name: tensor + 1 for name, tensor in state.items()}

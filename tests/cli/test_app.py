@@ -18,6 +18,7 @@ from vitdeploy.cli import diagnosis, main
 VERBS = ("export", "engine", "verify", "bench", "inspect", "predict", "list", "doctor")
 
 
+@pytest.mark.slow
 def test_help(run: Run) -> None:
     result = run("--help")
     assert (result.code, result.err) == (0, "")
@@ -40,6 +41,7 @@ def test_version(run: Run) -> None:
     assert run("--version").out == f"vitdeploy {vitdeploy.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [

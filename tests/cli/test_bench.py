@@ -185,6 +185,7 @@ def foreign(tmp_path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, message",
     [

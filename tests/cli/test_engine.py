@@ -104,6 +104,7 @@ def test_engines_are_added_and_shown(run: Run, bundle: Bundle, machine: Machine)
     assert run("engine", bundle.root, *flags).code == 0
 
 
+@pytest.mark.slow
 def test_json_is_the_document_of_an_export(run: Run, bundle: Bundle, machine: Machine) -> None:
     document = run("engine", bundle.root, "--format", "tensorrt", "--json").document
     assert list(document) == ["ok", "bundle", "artifacts", "rewrites", "parity", "stages", "notes"]
@@ -151,6 +152,7 @@ def test_no_bundle_is_an_error(run: Run, tmp_path: Path) -> None:
     assert "is not a bundle" in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [ParityError("it is wrong"), OSError(28, "No space left on device")])
 def test_a_failure_at_the_last_engine_changes_no_byte(
     run: Run,
@@ -216,6 +218,7 @@ def test_export_of_a_bundle_names_the_verb(run: Run, bundle: Bundle, unchanged: 
 # --- from Python ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_from_python(bundle: Bundle, machine: Machine) -> None:
     engine = {"profiles": [(1, 1, 1), (2, 4, 8)], "level": 3}
     made = vitdeploy.add_engines(bundle.root, format="tensorrt", precision="fp16", engine=engine)

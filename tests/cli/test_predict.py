@@ -48,6 +48,7 @@ def test_json(run: Run, bundle: Bundle, images: list[Path]) -> None:
         assert 0 <= first["score"] <= 1
 
 
+@pytest.mark.slow
 def test_text(run: Run, bundle: Bundle, images: list[Path]) -> None:
     lines = run("predict", bundle.root, images[0], "--top-k", 3).out.splitlines()
     assert lines[0] == str(images[0])
@@ -139,6 +140,7 @@ def test_standard_input_without_an_image(
     assert "closed" in result.err or "is empty" in result.err
 
 
+@pytest.mark.slow
 def test_addresses(run: Run, bundle: Bundle, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def fetched(self: RemoteImage) -> bytes:
         return images[int(self.name[-5])].read_bytes()
@@ -153,6 +155,7 @@ def test_addresses(run: Run, bundle: Bundle, images: list[Path], monkeypatch: py
     assert result.err.startswith("error: s3://bucket//x.png: images are fetched over http and https only")
 
 
+@pytest.mark.slow
 def test_sixteen_bit_grey_is_said_once(run: Run, bundle: Bundle, images: list[Path]) -> None:
     folder = images[0].parent
     for name in ("deep.png", "deep.tif"):

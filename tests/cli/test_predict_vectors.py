@@ -78,6 +78,7 @@ def test_files(run: Run, vectors_bundle: Bundle, images: list[Path], kind: str, 
     assert shown == found.astype(np.float64).tolist()  # to the last bit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_that_cannot_be_read(run: Run, images: list[Path], kind: str, tmp_path: Path) -> None:
     made, out = write_bundle(tmp_path / "v", output="features", labels=None), tmp_path / f"v.{kind}"
@@ -170,6 +171,7 @@ def test_flags(run: Run, images: list[Path], tmp_path: Path, flags: list[str], m
     assert message in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two\nlines.png", "bad\udcff.png"])
 def test_names_that_no_line_holds(run: Run, tmp_path: Path, name: str) -> None:
     made = write_bundle(tmp_path / "v", output="features", labels=None)

@@ -124,6 +124,7 @@ def test_image_sizes_are_read_as_they_are_written(sizes: list[tuple[int, int]]) 
     assert parse.image_sizes(" , ".join(word.replace("x", "X") for word in words)) == tuple(sizes)
 
 
+@pytest.mark.slow
 @given(st.text("0123456789xX,. -", max_size=12))
 def test_any_text_is_image_sizes_or_one_line(text: str) -> None:
     message = ""

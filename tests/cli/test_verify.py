@@ -74,6 +74,7 @@ def test_a_changed_byte_exits_2(run: Run, bundle: Bundle) -> None:
     assert "golden.safetensors changed" in result.err
 
 
+@pytest.mark.slow
 def test_accuracy(run: Run, bundle: Bundle, tmp_path: Path) -> None:
     best = answer_images([random_image(seed) for seed in range(5)]).argmax(axis=1)
     for seed, label in enumerate(best):

@@ -28,6 +28,7 @@ def single(tmp_path: Path) -> Bundle:
     return write_bundle(tmp_path / "linear.bundle")
 
 
+@pytest.mark.slow
 def test_a_right_server(run: Run, single: Bundle) -> None:
     with V2Server({"linear": served()}, name="vitdeploy", predict=predict()) as server:
         result = run("verify", single.root, "--url", server.url)

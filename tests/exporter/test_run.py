@@ -282,6 +282,7 @@ class Necked(nn.Module):
         return self.neck(self.stem(x)).mean(dim=(2, 3))
 
 
+@pytest.mark.slow
 def test_the_channels_of_any_module() -> None:
     grey, bands = Conv(), Conv()
     grey.conv, bands.conv = nn.Conv2d(1, 8, 4, stride=4), nn.Conv2d(7, 8, 4, stride=4)

@@ -34,6 +34,7 @@ def test_the_nearest_shape_first_or_the_nearest_area(image: Size, by_aspect: Siz
     assert fit(image, THREE, "area") == by_area
 
 
+@pytest.mark.slow
 @given(SIZE, SIZES)
 def test_no_other_size_is_nearer(image: Size, sizes: list[Size]) -> None:
     def shape(size: Size) -> float:
@@ -52,6 +53,7 @@ def test_no_other_size_is_nearer(image: Size, sizes: list[Size]) -> None:
     assert area(chosen) <= min(map(area, alike)) + rounding
 
 
+@pytest.mark.slow
 @given(SIZE, SIZES)
 def test_one_size_is_taken_for_every_image(image: Size, sizes: list[Size]) -> None:
     assert fit(image, sizes[:1]) == fit(image, sizes[:1], "area") == sizes[0]

@@ -477,6 +477,7 @@ def test_contradictory_settings_are_refused(wrong: dict[str, Any]) -> None:
         Preprocess(**wrong)
 
 
+@pytest.mark.slow
 def test_preprocessing_needs_no_framework() -> None:
     heavy = {"torch", "onnx", "onnxruntime", "transformers", "torchvision"}
     code = (

@@ -72,6 +72,7 @@ def test_what_is_written_is_read(table: Table) -> None:
     assert parse_table(format_table(table), "here") == table
 
 
+@pytest.mark.slow
 @given(CONFIGS)
 def test_a_config_survives_as_a_list(config: Config) -> None:
     assert Config(*config.as_list()) == config

@@ -43,6 +43,7 @@ def test_bytes_are_every_tensor_once() -> None:
     assert todo.flops == 2 * rows * 768 * 3072
 
 
+@pytest.mark.slow
 def test_every_launch_of_a_plan_has_a_spec_and_work() -> None:
     for _, launch in launches(VIT_B, torch.float16, 1, TABLE):
         assert spec_of(launch).kernel == launch.name.removesuffix("_kernel")
@@ -55,6 +56,7 @@ def test_the_floor_is_the_larger_term() -> None:
     assert floor(Work(1, 43 * 10**11, 1, 1), H200) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @given(
     flops=st.integers(0, 10**13),
     size=st.integers(1, 10**10),
@@ -72,6 +74,7 @@ def test_a_wave_that_is_not_full_costs_a_whole_one() -> None:
     assert ratio == pytest.approx(2 * 132 / 133)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 60000), st.integers(16, 6000))
 def test_large_tiles_are_for_many_rows(rows: int, columns: int) -> None:
     assert tile_share(16, 16) < tile_share(64, 64) < tile_share(128, 256) == 1.0

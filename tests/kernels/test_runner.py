@@ -165,6 +165,7 @@ def test_bad_images(device: torch.device) -> None:
         runner(torch.zeros(SHAPE.image_shape(1), dtype=torch.float16))
 
 
+@pytest.mark.slow
 def test_launches_need_no_memory() -> None:
     shape = VitShape(width=1280, depth=32, heads=16, mlp_width=5120, patch=14)
     planned = launches(shape, torch.bfloat16, 256, table_for(torch.device("cpu")))

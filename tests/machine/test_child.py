@@ -138,6 +138,7 @@ def test_what_a_child_has_started_ends_with_it() -> None:
     assert gone(grandchild)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_parent_is_the_end_of_the_input() -> None:
     script = f"import sys\nfrom vitdeploy.machine.child import Worker, child_environment\nbody = {CHILD!r}\n"
     script += "body += 'send(up=True)\\nrequests.read()'\n"

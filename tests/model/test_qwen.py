@@ -98,6 +98,7 @@ def test_the_whole_deployed_tower_is_exact(name: str, kind: InputKind) -> None:
         assert worst(tower, kind) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "all"])
 def test_deepstack_features_alone_need_no_later_block(name: str) -> None:
     tower = random_tower(CONFIGS[name])
@@ -108,6 +109,7 @@ def test_deepstack_features_alone_need_no_later_block(name: str) -> None:
     assert not any(name.startswith("deepstack") for name, _ in sites(deployed(tower, ("image_features",))))
 
 
+@pytest.mark.slow
 def test_patches_whose_frames_differ_go_through_the_whole_kernel() -> None:
     tower = random_tower(CONFIGS["qwen2_5"])
     x = torch.randn(2, *tower.config.inputs["patches"], dtype=torch.float64)
@@ -116,6 +118,7 @@ def test_patches_whose_frames_differ_go_through_the_whole_kernel() -> None:
         assert (deployed(tower, ("image_features",), "patches")(x) - expected).abs().max() < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "all"])
 def test_another_size_shares_its_layers_with_the_first(name: str) -> None:
     tower = random_tower(CONFIGS[name])

@@ -181,6 +181,7 @@ def test_a_layer_is_all_that_is_read() -> None:
     assert worst(deployed(x), forward_float64(vit, x, "layer_1")) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["logits", "features", "tokens", "layer_1"])
 @pytest.mark.parametrize(
     "name",

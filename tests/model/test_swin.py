@@ -101,6 +101,7 @@ def test_rewrites_are_those_that_apply() -> None:
     }
 
 
+@pytest.mark.slow
 def test_tokens_change_their_order_seven_times_in_swin_t() -> None:
     config = SwinConfig(width=8, heads=(1, 1, 1, 1), classes=2)
     deployed = deploy(random_swin(config), PrecisionPlan.of("fp32"))
@@ -199,6 +200,7 @@ def test_a_fault_of_the_deployed_form_is_noticed(
     assert worst(deployed(x), forward_float64(swin, x)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v1", "v2"])
 @torch.no_grad()
 def test_biases_of_the_wrong_block_are_noticed(name: str) -> None:

@@ -17,6 +17,7 @@ from vitdeploy.model.registry import build_reference
 from vitdeploy.model.vit import Attention, FusedAttention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_streamed_float64_is_the_whole_model_in_float64(config: ViTConfig) -> None:
     vit, x = random_vit(config), pixels(config)
@@ -28,6 +29,7 @@ def test_streamed_float64_is_the_whole_model_in_float64(config: ViTConfig) -> No
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_fused_attention_is_the_same_function(config: ViTConfig) -> None:
     state = {name: t.double() for name, t in random_state(config).items()}

@@ -186,6 +186,7 @@ def test_wheels_that_are_refused(
         package(bundle, "docker", wheel=str(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_the_compose_files(package: Make, bundle: Bundle) -> None:
     for target, settings in (
         ("docker", {}),

@@ -235,6 +235,7 @@ def test_labels_and_scores_are_vitdeploy_s_own(
     assert all("NaN or infinite" in refused for refused in answers[len(logits) :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [LABELS, None])
 def test_names_of_classes(
     tmp_path: Path, run_models: Callable[[list[Task]], list[list[Any]]], labels: tuple[str, ...] | None

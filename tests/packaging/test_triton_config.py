@@ -73,6 +73,7 @@ def test_what_is_written_reads_back(
     assert all(1 < size <= batching.max for size in config.dynamic_batching.preferred_batch_size)
 
 
+@pytest.mark.slow
 @given(batches(), st.integers(1, 600))
 def test_the_batch_is_within_what_was_verified(batch: BatchRange, most: int) -> None:
     try:

@@ -87,6 +87,7 @@ def test_the_ensemble(package: Make, bundle: Bundle) -> None:
     assert labels == {"labels": list(LABELS), "scores": "softmax", "top_k": 2}
 
 
+@pytest.mark.slow
 def test_several_outputs(package: Make, tmp_path: Path) -> None:
     made = package(write_bundle(tmp_path / "two.bundle", features=FEATURES), name="eyes")
     logits, features = config(made, "eyes").output
@@ -127,6 +128,7 @@ def test_without_labels(package: Make, tmp_path: Path) -> None:
     assert json.loads((made.folder / "models/linear_labels/1/labels.json").read_text())["labels"] is None
 
 
+@pytest.mark.slow
 def test_uint8(package: Make, tmp_path: Path) -> None:
     made = package(write_bundle(tmp_path / "b.bundle", kind="uint8"))
     for pixels in (config(made, "linear").input[0], config(made, "linear_preprocess").output[0]):
@@ -193,6 +195,7 @@ def test_what_does_not_run_there(
 # --- engines -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_engine(package: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     go_to(monkeypatch, "10.16.1.11", L4)
@@ -238,6 +241,7 @@ def with_external_data(bundle: Bundle) -> Bundle:
         return writer.commit()
 
 
+@pytest.mark.slow
 def test_external_data_is_found_there(package: Make, bundle: Bundle) -> None:
     made = package(with_external_data(bundle))
     folder = made.folder / "models/linear/1"
@@ -266,6 +270,7 @@ def test_the_modules_of_vitdeploy_stand_alone(package: Make, bundle: Bundle, mod
         assert not [line for line in imports if line.split()[1].partition(".")[0] == "vitdeploy"]
 
 
+@pytest.mark.slow
 def test_the_readme_says_what_a_server_needs(package: Make, bundle: Bundle) -> None:
     text = (package(bundle, folder="a").folder / "README.md").read_text()
     assert "any Triton server" not in text

@@ -190,6 +190,7 @@ def test_what_fails_in_between_leaves_nothing(
     assert siblings(tmp_path / "out") == ["linear.bundle"]
 
 
+@pytest.mark.slow
 def test_the_most_exact_artifact_is_taken(package: Make, bundle: Bundle) -> None:
     assert package(bundle, folder="a").artifact == "onnx-fp32"
     assert package(bundle, folder="b", artifact="fp16").artifact == "onnx-fp16"

@@ -37,6 +37,7 @@ def test_sessions_share_the_processors(
     assert allot(RayResources(cpus), workers, threads, gpu=False, most=10**6) == expected
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(1, 128), min_size=1, max_size=6),
     st.none() | st.integers(1, 40),

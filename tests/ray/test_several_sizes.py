@@ -83,6 +83,7 @@ def test_other_rules(bundle: Bundle, photos: list[Path]) -> None:
         work(bundle, photos, fit=(9, 9))
 
 
+@pytest.mark.slow
 def test_vectors(tmp_path: Path, photos: list[Path]) -> None:
     bundle = several_sizes(tmp_path / "vectors", output="features", labels=None)
     rows = work(bundle, photos)

@@ -277,6 +277,7 @@ def test_an_offer_to_speak_another_protocol(live: Live, protocol: str) -> None:
     assert live.said() == ""
 
 
+@pytest.mark.slow
 def test_hundreds_of_idle_connections(live: Live) -> None:
     """Silent ones, and ones that began to say something; the others are served as ever."""
     idle = [connected(live) for _ in range(400)]

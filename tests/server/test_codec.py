@@ -79,6 +79,7 @@ def test_json_requests(dtype: np.dtype[Any], data: st.DataObject) -> None:
         assert same(parse_request(nested, None).inputs["a"], array)
 
 
+@pytest.mark.slow
 @given(
     name=st.text(max_size=20),
     outputs=st.lists(st.tuples(st.sampled_from("xyz"), st.booleans(), st.integers(0, 9)), max_size=3),

@@ -379,6 +379,7 @@ def test_mutated_requests(features: Path, seed: int) -> None:
     assert found["400"] > 60, found
 
 
+@pytest.mark.slow
 def test_models_that_cannot(linear: Path, tmp_path: Path) -> None:
     """Logits and tokens are no vectors, and without preprocessing there is no input."""
     features = write_bundle(tmp_path / "features.bundle", output="features").root

@@ -124,6 +124,7 @@ def test_the_digits(live_digits: Live, digits: Path) -> None:
             assert found[0]["index"] == int(path.name[0])
 
 
+@pytest.mark.slow
 def test_unusual_images_are_read_as_the_library_reads_them(live: Live, linear: Path) -> None:
     """CMYK, 16 bits, palettes, transparency, animations, EXIF, one pixel, extreme shapes."""
     colour = random_image(3).resize((40, 30))

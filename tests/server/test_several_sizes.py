@@ -218,6 +218,7 @@ def test_other_rules(bundle: Bundle, rule: Rule, sizes: dict[Size, Size]) -> Non
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_an_image_that_lies_on_its_side(tmp_path: Path) -> None:
     """The size is that of the upright image, where the checkpoint's preprocessing turns it."""
     bundle = several_sizes(tmp_path / "many.bundle")
@@ -266,6 +267,7 @@ def features(bundle: Bundle) -> Bundle:
         return writer.commit()
 
 
+@pytest.mark.slow
 def test_embeddings(tmp_path: Path) -> None:
     bundle = features(several_sizes(tmp_path / "many.bundle"))
 
@@ -352,6 +354,7 @@ def test_a_bundle_that_gets_another_size_is_loaded_anew(tmp_path: Path) -> None:
         assert "at 8x8, 16x16, 8x16, parity passed" in server.said()
 
 
+@pytest.mark.slow
 def test_a_size_that_answers_wrongly_is_not_served(tmp_path: Path) -> None:
     bundle = several_sizes(tmp_path / "many.bundle", table_of={(16, 16): (8, 8)})
     with pytest.raises(ParityError, match=r"onnx-fp32-16x16 on onnxruntime is not served"):
@@ -369,6 +372,7 @@ def test_an_unknown_rule(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> 
     assert "aspect, area, or a size" in result.err
 
 
+@pytest.mark.slow
 def test_artifacts_of_every_size(tmp_path: Path) -> None:
     bundle = several_sizes(tmp_path / "many.bundle", precisions=("fp32", "fp16"))
     for wanted in ("fp16", "onnx-fp16"):

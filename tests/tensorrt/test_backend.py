@@ -120,6 +120,7 @@ def test_of_many_engines_the_gpus_own_is_taken(
     }
 
 
+@pytest.mark.slow
 def test_a_fat_engine_of_rtx_runs_on_each_of_its_gpus(machine: MakeMachine, target: Path) -> None:
     machine(RTX)
     engines(target, RTX, "sm_86+sm_89", "sm_120")
@@ -154,6 +155,7 @@ def test_engines_for_another_gpu(version: str, machine: MakeMachine, target: Pat
     assert loads(here) == 0
 
 
+@pytest.mark.slow
 def test_the_second_gpu_is_taken_where_the_first_does_not_fit(
     machine: MakeMachine, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +204,7 @@ def test_a_version_compatible_engine(running: str, runs: bool, machine: MakeMach
         assert loads(here) == 0
 
 
+@pytest.mark.slow
 def test_other_engines_may_bring_no_code_for_the_host(machine: MakeMachine, target: Path) -> None:
     machine(NEW)
     engines(target)
@@ -245,6 +248,7 @@ def other_weights(folder: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_other_weights_are_not_put_into_a_stripped_engine(machine: MakeMachine, target: Path) -> None:
     machine(NEW)
     reseal(engines(target, weights="stripped"), other_weights)
@@ -266,6 +270,7 @@ def test_a_record_without_hashes_of_its_weights(machine: MakeMachine, target: Pa
         vitdeploy.load(target, backend="tensorrt")
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit(machine: MakeMachine, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(NEW)
     engines(target, weights="stripped")
@@ -275,6 +280,7 @@ def test_weights_that_do_not_fit(machine: MakeMachine, target: Path, monkeypatch
         vitdeploy.load(target, backend="tensorrt")
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_while_it_runs(
     machine: MakeMachine, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +341,7 @@ def test_what_is_missing_is_said(
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_no_gpu_at_load_time(machine: MakeMachine, target: Path) -> None:
     machine(NEW)
     engines(target)
@@ -345,6 +352,7 @@ def test_no_gpu_at_load_time(machine: MakeMachine, target: Path) -> None:
     assert loads(here) == 0
 
 
+@pytest.mark.slow
 def test_no_library_at_load_time(machine: MakeMachine, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(NEW)
     engines(target)

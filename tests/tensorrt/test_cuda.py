@@ -16,6 +16,7 @@ from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError
 from vitdeploy.tensorrt import cuda
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, path, arguments, names",
     [

@@ -174,6 +174,7 @@ def test_where_an_engine_runs(targets: tuple[str, ...], capability: tuple[int, i
     assert (foreign_to(targets, [Gpu("GPU", capability)]) is None) == runs
 
 
+@pytest.mark.slow
 @given(st.lists(st.text()), st.tuples(st.integers(1, 20), st.integers(0, 9)))
 def test_any_target_is_judged(targets: list[str], capability: tuple[int, int]) -> None:
     runs_on(targets, capability)

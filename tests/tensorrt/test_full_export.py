@@ -74,6 +74,7 @@ def test_engines_of_every_precision_are_added_and_proven(
     assert siblings(target) == [target.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "version, hardware, gpu, targets",
     [
@@ -103,6 +104,7 @@ def test_several_profiles(machine: MakeMachine, target: Path) -> None:
     assert [record.batch for record in bundle.manifest.parity if record.artifact == engine.name] == [1, 8, 16]
 
 
+@pytest.mark.slow
 def test_a_name_that_exists_needs_force(machine: MakeMachine, target: Path) -> None:
     machine(NEW)
     bundle = add_engines(write_bundle(target), request())

@@ -126,6 +126,7 @@ def test_the_reason_of_the_network_is_kept() -> None:
     assert "half precision" in place.reason
 
 
+@pytest.mark.slow
 @given(st.integers(1, 24), st.sets(st.integers(0, 23)))
 def test_lines_count_every_place_once(blocks: int, wide: set[int]) -> None:
     layers = [

@@ -151,6 +151,7 @@ def test_the_nodes_that_metadata_names(metadata: str, nodes: tuple[str, ...]) ->
     assert onnx_nodes(metadata) == nodes
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(st.characters(exclude_characters="[]\x1f"), min_size=1), max_size=8))
 def test_any_nodes_are_found_again(names: list[str]) -> None:
     metadata = "\x1f".join(f"[ONNX Layer: {name}]" for name in names)

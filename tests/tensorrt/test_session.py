@@ -89,6 +89,7 @@ def test_a_batch_outside_says_the_profiles(batch: int) -> None:
         Loaded().engine.run({"pixel_values": pixels(batch)})
 
 
+@pytest.mark.slow
 def test_buffers_are_made_once() -> None:
     loaded = Loaded()
     assert loaded.gpu.allocations == 4  # of two tensors, on both sides

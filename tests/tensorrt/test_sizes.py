@@ -44,6 +44,7 @@ def test_an_engine_of_every_size(machine: MakeMachine, target: Path) -> None:
         add_engines(bundle, REQUEST)
 
 
+@pytest.mark.slow
 def test_an_engine_of_the_wrong_graph_is_caught(machine: MakeMachine, target: Path) -> None:
     machine(NEW)
     bundle = several_sizes(target, table_of={SIZES[2]: SIZES[1]})

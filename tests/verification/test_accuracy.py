@@ -138,6 +138,7 @@ def test_uncorrelated_shares_have_the_interval_of_independent_ones() -> None:
     assert found == (pytest.approx(low, abs=1e-12), pytest.approx(high, abs=1e-12))
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 200), min_size=4, max_size=4).filter(any))
 def test_any_counts(table: list[int]) -> None:
     both, first, second, _ = table

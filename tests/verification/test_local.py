@@ -339,6 +339,7 @@ def test_features_have_no_accuracy(tmp_path: Path) -> None:
         vitdeploy.verify(write_bundle(tmp_path / "b", **kwargs), data=tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_a_drop_in_accuracy_fails(tmp_path: Path) -> None:
     """The second artifact takes the first class for the second, and the other way round."""
     images = [random_image(seed) for seed in range(20)]

@@ -140,6 +140,7 @@ class TestMetrics:
             assert metrics.top1_compared == (0 if classes == 1 else 6)
             assert tolerance_failures(metrics, FP32) == ()
 
+    @pytest.mark.slow
     @given(st.integers(1, 4), st.integers(0, 2**32 - 1), st.integers(0, 5))
     def test_a_few_outputs_near_zero_are_no_failure(self, classes: int, seed: int, row: int) -> None:
         """What is near zero for one image is as exact as the others."""
@@ -160,6 +161,7 @@ class TestMetrics:
         with pytest.raises(ValueError, match="shape"):
             measure_parity(REFERENCE, REFERENCE[:, :1], FP32, "logits")
 
+    @pytest.mark.slow
     @given(st.floats(0.1, 0.999), st.integers(0, 2**32 - 1))
     def test_an_error_within_tolerance_never_changes_a_decided_class(self, share: float, seed: int) -> None:
         """The margin is chosen so that rankings are compared exactly where rounding cannot flip them."""

@@ -21,6 +21,7 @@ def verify(bundle: Bundle, **options: object) -> VerifyReport:
     return verify_bundle(bundle, backends=["onnxruntime"], **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_every_size_is_compared_with_its_own_reference(tmp_path: Path) -> None:
     report = verify(several_sizes(tmp_path / "b", precisions=("fp32", "fp16")))
     assert report.failures == ()
@@ -35,6 +36,7 @@ def test_every_size_is_compared_with_its_own_reference(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_graph_with_the_positions_of_another_size_is_caught(tmp_path: Path) -> None:
     report = verify(several_sizes(tmp_path / "b", table_of={WIDE: LARGE}))
     assert report.failures
@@ -61,6 +63,7 @@ def test_golden_tensors_of_another_size_are_caught(tmp_path: Path, whole: bool) 
         assert all("onnx-fp32-8x16" in failure for failure in failures)
 
 
+@pytest.mark.slow
 def test_pixels_that_differ_at_one_size_are_caught(tmp_path: Path) -> None:
     bundle = several_sizes(tmp_path / "b")
     arrays = load_file(bundle.path("golden.16x16.safetensors"))
@@ -73,6 +76,7 @@ def test_pixels_that_differ_at_one_size_are_caught(tmp_path: Path) -> None:
     assert failure == "preprocessing: 16x16: image.1: pixels differ by 0.25"
 
 
+@pytest.mark.slow
 def test_accuracy_is_of_every_size(tmp_path: Path) -> None:
     bundle = several_sizes(tmp_path / "b")
     random = np.random.default_rng(0)

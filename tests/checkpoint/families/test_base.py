@@ -112,6 +112,7 @@ def test_a_report_names_each_tensor_once(names: list[str]) -> None:
     assert sorted(grouped) == sorted(names)
 
 
+@pytest.mark.slow
 @given(stages=st.integers(1, 5), blocks=st.integers(1, 30))
 def test_a_report_joins_all_blocks_of_all_stages(stages: int, blocks: int) -> None:
     names = [f"layers.{i}.blocks.{j}.norm.weight" for i in range(stages) for j in range(blocks)]

@@ -82,6 +82,7 @@ def test_resized_tables_equal_transformers(save: Save, agree: Agree, size: tuple
     assert any("interpolated from 32x32" in note for note in opened.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("size", [None, (24, 40)])
 def test_tokens_and_features_are_those_of_a_model_without_head(
@@ -199,6 +200,7 @@ def test_a_shared_table_in_one_block_only_is_noticed(save: Save, agree: Agree) -
     assert _differs(opened, {name: torch.zeros_like(opened.state[name]) for name in names}) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_table_as_it_lies_in_the_file_is_noticed_at_a_size_that_is_not_square(
     save: Save, agree: Agree
 ) -> None:

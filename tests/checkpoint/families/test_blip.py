@@ -121,6 +121,7 @@ def test_what_is_missing_is_named_as_files_name_it(save: Save) -> None:
         open_model(str(folder))
 
 
+@pytest.mark.slow
 def test_published_towers_see_384_pixels(save: Save) -> None:
     spec = published("blip")
     assert (spec.size, spec.resample, round(spec.mean[0], 3)) == ((384, 384), "bicubic", 0.481)

@@ -57,6 +57,7 @@ def test_logits_equal_transformers(save: Save, agree: Agree, make: Make, changes
     assert opened.config.gated_mlp == bool(changes.get("use_swiglu_ffn"))
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("size", [(64, 64), (16, 16), (24, 56), (16, 64)])
 def test_interpolated_positions_equal_transformers(

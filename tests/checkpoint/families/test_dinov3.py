@@ -99,6 +99,7 @@ def difference(state: dict[str, Tensor], folder: Path, model: Any) -> float:
     return float((forward_float64(build_reference(config, state), pixels, "tokens") - theirs).abs().max())
 
 
+@pytest.mark.slow
 def test_faults_are_seen(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(key_bias=True)
     folder = save(model)
@@ -172,6 +173,7 @@ def test_bare_weights_tell_all_but_heads(save: Save, changes: dict[str, Any]) ->
     assert any("1, as usual for width 48, is taken, and --heads settles it" in note for note in bare.notes)
 
 
+@pytest.mark.slow
 def test_what_config_json_leaves_out_is_as_its_class_has_it(save: Save) -> None:
     folder = save(make(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_register_tokens=0))
     before = opened(folder)

@@ -67,6 +67,7 @@ def test_hybrids_equal_the_documented_layout(tmp_path: Path, name: str) -> None:
     assert_agrees(opened(arrays, tmp_path, image_size=(64, 32)), arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field, value", [("norm_eps", 1e-5), ("weight_eps_on", "variance"), ("groups", 16)])
 def test_timms_settings_of_the_resnet_are_seen(
     tmp_path: Path, field: str, value: object, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,7 @@ def test_the_activation_is_what_the_configuration_says(case: str, activation: st
     assert opened(str(RECORDED / case)).config.activation == activation
 
 
+@pytest.mark.slow
 def test_another_activation_is_seen(tmp_path: Path) -> None:
     answer = recorded("quick_gelu", (16, 16))
     wrong = run(opened(str(copy("quick_gelu", tmp_path, quick_gelu=False))), answer["pixels"])

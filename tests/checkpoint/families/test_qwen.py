@@ -82,6 +82,7 @@ def test_other_windows_and_merges(changes: dict[str, Any], tmp_path: Path) -> No
     assert (found - expected).abs().max() <= EXACT
 
 
+@pytest.mark.slow
 def test_fused_attention_is_the_same_function(tmp_path: Path) -> None:
     folder = qwen_models.save(qwen_models.tower("qwen2_5_vl"), tmp_path / "saved")
     checkpoint = opened(folder, (20, 28))
@@ -117,6 +118,7 @@ def sharded(folder: Path) -> tuple[Any, set[str], set[str]]:
     return model, needed, every - needed
 
 
+@pytest.mark.slow
 def test_shards_without_the_tower_are_never_opened(tmp_path: Path) -> None:
     model, needed, others = sharded(tmp_path / "whole")
     first, *rest = sorted(others)
@@ -249,6 +251,7 @@ def test_preprocessing_is_the_processors_but_for_the_size(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.slow
 def test_without_a_processor_the_published_settings_hold(tmp_path: Path) -> None:
     for kind, mean in (("qwen2_vl", 0.48145466), ("qwen3_vl", 0.5)):
         folder = tmp_path / kind

@@ -48,6 +48,7 @@ def beit() -> tuple[Any, dict[str, Any]]:
     return transformers.BeitForImageClassification(config), {"interpolate_pos_encoding": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [SIZES, (SIZES[2], SIZES[0], SIZES[1])])
 @pytest.mark.parametrize("make", [vit, dinov2, beit])
 def test_every_size_computes_what_transformers_computes(
@@ -98,6 +99,7 @@ def test_the_planted_fault_of_another_sizes_positions_is_seen(save: Save) -> Non
     assert (ours - theirs).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_first_sizes() -> None:
     name = "vit_tiny_patch16_224"
     opened = open_model(name, image_size=(32, 32), further_sizes=((48, 16),))
@@ -110,6 +112,7 @@ def test_random_weights_are_the_first_sizes() -> None:
     assert {key: tuple(tensor.shape) for key, tensor in one.state.items()} == expected_shapes(one.config)
 
 
+@pytest.mark.slow
 def test_a_zero_shot_head_is_of_every_size(tmp_path: Path) -> None:
     from tests.helpers.text_checkpoints import LABELS, save_clip
 

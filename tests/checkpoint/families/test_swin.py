@@ -89,6 +89,7 @@ def test_switches_equal_transformers(save: Save, agree: Agree, version: str, cha
     agree(model, save(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measures", [(3, 0), (2, 6)])
 def test_windows_of_the_pre_training_measure_offsets(
     save: Save, agree: Agree, measures: tuple[int, int]
@@ -252,6 +253,7 @@ def test_a_fault_of_the_reference_is_noticed(
     agree(model, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_biases_of_the_wrong_block_are_noticed(save: Save, agree: Agree, version: str) -> None:
     model = classifier(version)

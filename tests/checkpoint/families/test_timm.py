@@ -302,6 +302,7 @@ def test_positions_are_absent_only_where_the_configuration_says_so(tmp_path: Pat
     assert load(folder).config.position == "none"
 
 
+@pytest.mark.slow
 def test_released_spellings_of_dinov2_and_deit3(tmp_path: Path) -> None:
     """Meta's own files: other names, and in DINOv2 a position row for CLS though there are registers."""
     for case, renames in {

@@ -81,6 +81,7 @@ def bare(case: str, tmp_path: Path, **keywords: Any) -> Checkpoint:
     return opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["each", "shared"])
 def test_bare_weights_tell_all(case: str, tmp_path: Path) -> None:
     """Tables of relative positions have a column for each head, and rows for the grid."""

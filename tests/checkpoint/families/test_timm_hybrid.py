@@ -86,6 +86,7 @@ def test_outputs_at_another_size_equal_timm(case: str) -> None:
     assert max(farthest(case, "other.").values()) <= 2e-6
 
 
+@pytest.mark.slow
 def test_what_a_file_tells_of_its_stem() -> None:
     for case, stages in STAGES.items():
         config = config_of(load(RECORDED / case))
@@ -109,6 +110,7 @@ def test_bare_weights_tell_all_but_heads(case: str, tmp_path: Path) -> None:
     assert any("heads" in note for note in bare.notes)
 
 
+@pytest.mark.slow
 def test_a_photograph_has_the_scores_of_timms_transform_and_model() -> None:
     image = Image.fromarray(load_sample_images().images[0])
     for case in STAGES:
@@ -315,6 +317,7 @@ def test_every_hybrid_of_timm_is_known_with_what_no_tensor_tells(monkeypatch: py
         assert (list(config.image_size), list(config.grid)) == (facts["image_size"], facts["grid"])
 
 
+@pytest.mark.slow
 def test_names_that_timm_gave_up(tmp_path: Path) -> None:
     for name in ("vit_base_resnet50_384", "vit_base_resnet50_224_in21k", "vit_small_r26_s32_224_in21k"):
         load(copy("r26", tmp_path / name, architecture=name))

@@ -167,6 +167,7 @@ def test_the_authors_files_tell_all(case: str, tmp_path: Path) -> None:
     assert not any("image size" in note for note in opened.notes)
 
 
+@pytest.mark.slow
 def test_bare_weights_of_version_1_tell_all_but_the_image_size(tmp_path: Path) -> None:
     shutil.copy(RECORDED / "v1" / "model.safetensors", tmp_path / "weights.safetensors")
     opened = open_model(checkpoint=tmp_path / "weights.safetensors")

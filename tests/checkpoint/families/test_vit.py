@@ -54,6 +54,7 @@ def test_logits_of_full_size_equal_transformers(save: Save, agree: Agree) -> Non
     assert sum(tensor.numel() for tensor in opened.state.values()) == 86_567_656
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configured", [32, [32, 128]])
 @pytest.mark.parametrize("size", [(64, 64), (16, 16), (24, 56), (40, 32), (16, 64)])
 def test_interpolated_positions_equal_transformers(

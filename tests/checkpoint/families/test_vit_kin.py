@@ -48,6 +48,7 @@ def in_order(patches: int) -> torch.Tensor:
     return torch.arange(float(patches)).expand(2, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, (48, 48), (24, 56)])
 @pytest.mark.parametrize(
     "changes", [{}, {"qkv_bias": False, "hidden_act": "gelu_new"}, {"image_size": [16, 64]}]

@@ -105,6 +105,7 @@ def test_the_first_configurations_of_clip_end_at_the_highest_token(tmp_path: Pat
     assert float((head(tmp_path, "clip").weight - expected).abs().max()) < 1e-12
 
 
+@pytest.mark.slow
 def test_both_rules_end_at_the_first_of_several_ends(tmp_path: Path) -> None:
     labels = ("cat <|endoftext|> dog", "cat")
     for name, legacy in (("now", False), ("then", True)):
@@ -361,6 +362,7 @@ def edit_text(folder: Path, **changes: Any) -> None:
     edit_config(folder, text_config=stated | changes)
 
 
+@pytest.mark.slow
 def test_texts_that_are_too_long_or_of_another_tokenizer(
     tmp_path: Path, folders: dict[str, tuple[Path, Any, Any]]
 ) -> None:

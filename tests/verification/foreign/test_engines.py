@@ -79,6 +79,7 @@ def test_accuracy_of_an_engine(plan: Path, tmp_path: Path) -> None:
     assert len(LABELS) == 5
 
 
+@pytest.mark.slow
 def test_an_engine_of_rtx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here(monkeypatch, tmp_path, RTX, L4)
     bundle = engines(tmp_path / "bundle", RTX)

@@ -62,6 +62,7 @@ def test_wrong_preprocessing(bundle: Bundle, wrong: dict[str, Any], cause: str) 
     assert cause in report.causes[0]
 
 
+@pytest.mark.slow
 def test_squeezed_instead_of_cropped(tmp_path: Path) -> None:
     spec = Preprocess(size=(SIZE, SIZE), resize="shortest_edge", resize_edge=SIZE)
     made = write_bundle(tmp_path / "linear.bundle", preprocess=spec)
@@ -88,6 +89,7 @@ def test_wrong_tensors_are_not_blamed_on_preprocessing(bundle: Bundle) -> None:
     assert not any("pixels" in cause for cause in report.causes)
 
 
+@pytest.mark.slow
 def test_labels_in_another_order(bundle: Bundle) -> None:
     report = ask(bundle, predict(labels=tuple(sorted(LABELS))))
     assert all("labels: class 2 is called 'eel'" in failure for failure in report.failures)

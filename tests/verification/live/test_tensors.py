@@ -91,6 +91,7 @@ def test_a_model_for_one_batch_size(tmp_path: Path) -> None:
     assert report.latency.batch == 4
 
 
+@pytest.mark.slow
 def test_images_as_uint8(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "linear.bundle", kind="uint8")
 
@@ -285,6 +286,7 @@ def test_a_bundle_without_golden_data(tmp_path: Path) -> None:
         verify_live(empty, LiveRequest(server.url))
 
 
+@pytest.mark.slow
 def test_an_absolute_bound_holds_here_too(tmp_path: Path) -> None:
     made = write_bundle(tmp_path / "linear.bundle")
     with V2Server({"linear": served(lambda x: linear()(x) + np.float32(1e-4))}) as server:

@@ -36,6 +36,7 @@ def test_a_trusted_server(bundle: Bundle, certificate: tuple[Path, Path]) -> Non
     assert len(report.images) == 4
 
 
+@pytest.mark.slow
 def test_a_server_that_nobody_vouches_for(bundle: Bundle, certificate: tuple[Path, Path]) -> None:
     with V2Server({"linear": served()}, tls=certificate) as server, pytest.raises(ServerError) as caught:
         verify_live(bundle, LiveRequest(server.url))
@@ -51,6 +52,7 @@ def test_grpc_with_tls(bundle: Bundle, certificate: tuple[Path, Path]) -> None:
     assert "--ca-cert" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_tls_to_a_server_without(bundle: Bundle) -> None:
     with V2Server({"linear": served()}) as server:
         for scheme in ("https", "grpcs"):
