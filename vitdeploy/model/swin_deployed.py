@@ -22,6 +22,7 @@ from vitdeploy.model.deployed import (
     Linear,
     Norm,
     Normalise,
+    Reorder,
     ScoreBias,
     Site,
     Softmax,
@@ -30,22 +31,19 @@ from vitdeploy.model.swin import COSINE_EPS
 from vitdeploy.model.vit_deployed import Tokens
 
 
-class Reorder(nn.Module):
+class TokenOrder(Reorder):
     """Tokens in another order, (N T, D) to (N, R, D); number T stands for a token of zeros."""
 
-    index: Tensor
-
-    def __init__(self, index: Tensor, tokens: int) -> None:
-        super().__init__()
-        self.register_buffer("index", index)  # (R)
-        self.tokens, self.pads = tokens, int(index.max()) == tokens
+    def __init__(self, order: Tensor, tokens: int) -> None:
+        super().__init__(order)  # (R)
+        self.tokens, self.pads = tokens, int(order.max()) == tokens
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.reshape(-1, self.tokens, x.shape[1])
-        return torch.index_select(F.pad(x, (0, 0, 0, 1)) if self.pads else x, 1, self.index)
+        return super().forward(F.pad(x, (0, 0, 0, 1)) if self.pads else x)
 
 
-def reordered(x: Tensor, reorder: Reorder | None) -> Tensor:
+def reordered(x: Tensor, reorder: TokenOrder | None) -> Tensor:
     """Rows in another order, as rows."""
     return x if reorder is None else reorder(x).reshape(-1, x.shape[1])
 
@@ -75,7 +73,7 @@ class WindowAttention(nn.Module):
     """
 
     def __init__(
-        self, proj: Linear, heads: int, score_bias: ScoreBias, cut: Reorder | None, join: Reorder | None
+        self, proj: Linear, heads: int, score_bias: ScoreBias, cut: TokenOrder | None, join: TokenOrder | None
     ) -> None:
         super().__init__()
         self.heads, self.cut, self.score_bias = heads, cut, score_bias
@@ -107,8 +105,8 @@ class MergedWindowAttention(WindowAttention):
         proj: Linear,
         heads: int,
         score_bias: ScoreBias,
-        cut: Reorder | None,
-        join: Reorder | None,
+        cut: TokenOrder | None,
+        join: TokenOrder | None,
         cosine: Cosine | None,
     ) -> None:
         super().__init__(proj, heads, score_bias, cut, join)
@@ -136,8 +134,8 @@ class NarrowWindowAttention(WindowAttention):
         proj: Linear,
         heads: int,
         score_bias: ScoreBias,
-        cut: Reorder | None,
-        join: Reorder | None,
+        cut: TokenOrder | None,
+        join: TokenOrder | None,
     ) -> None:
         super().__init__(proj, heads, score_bias, cut, join)
         self.q, self.k, self.v = q, k, v
@@ -154,7 +152,7 @@ class NarrowWindowAttention(WindowAttention):
 class DeployedMerge(nn.Module):
     """Four neighbours become one token: rows (N T, D) to (N T/4, 2D), in the order of the next stage."""
 
-    def __init__(self, four: Reorder, norm: Norm, reduction: Linear, *, post_norm: bool) -> None:
+    def __init__(self, four: TokenOrder, norm: Norm, reduction: Linear, *, post_norm: bool) -> None:
         super().__init__()
         self.four, self.norm, self.reduction = four, norm, reduction
         self.post_norm = post_norm
@@ -172,7 +170,7 @@ class DeployedSwinBlock(nn.Module):
     def __init__(
         self,
         merge: DeployedMerge | None,
-        reorder: Reorder | None,
+        reorder: TokenOrder | None,
         norm1: Norm,
         attn: WindowAttention,
         norm2: Norm,
@@ -247,7 +245,7 @@ class DeployedSwinReadout(nn.Module):
         outputs: tuple[Output, ...],
         tokens: int,
         norm: Norm | None,
-        rows: Reorder | None,
+        rows: TokenOrder | None,
         head: Linear | None,
     ) -> None:
         super().__init__()
@@ -281,7 +279,7 @@ class DeployedSwin(DeployedModel):
         blocks: list[DeployedSwinBlock],
         readout: nn.Module,
         outputs: tuple[Output, ...],
-        rows: dict[int, Reorder],
+        rows: dict[int, TokenOrder],
     ) -> None:
         super().__init__(embedding, blocks, readout, outputs)
         self.rows = nn.ModuleDict({str(block): reorder for block, reorder in rows.items()})

@@ -37,7 +37,7 @@ from vitdeploy.model.swin_deployed import (
     DeployedSwinReadout,
     MergedWindowAttention,
     NarrowWindowAttention,
-    Reorder,
+    TokenOrder,
     WindowAttention,
 )
 from vitdeploy.model.vit_deployed import Tokens
@@ -92,9 +92,9 @@ def places_of(order: Tensor, tokens: int) -> Tensor:
     return places
 
 
-def reorder(now: Tensor, then: Tensor) -> Reorder | None:
+def reorder(now: Tensor, then: Tensor) -> TokenOrder | None:
     """The change from one order of tokens to another; None where they are the same."""
-    return None if torch.equal(now, then) else Reorder(places_of(now, len(now))[then], len(now))
+    return None if torch.equal(now, then) else TokenOrder(places_of(now, len(now))[then], len(now))
 
 
 def window_attention(attn: Attention) -> WindowAttention:
@@ -106,8 +106,8 @@ def window_attention(attn: Attention) -> WindowAttention:
     if is_padded(attn.config, attn.stage):
         height, width = attn.config.maps[attn.stage]
         order = order_of(attn)
-        cut = Reorder(order, height * width)
-        join = Reorder(places_of(order, height * width)[:-1], len(order))
+        cut = TokenOrder(order, height * width)
+        join = TokenOrder(places_of(order, height * width)[:-1], len(order))
     rest = deployed_linear(attn.proj), attn.heads, ScoreBias(attn.bias()), cut, join
     if is_narrow(attn.config, attn.stage):
         q, k, v = (deployed_linear(layer) for layer in (attn.q, attn.k, attn.v))
@@ -116,7 +116,7 @@ def window_attention(attn: Attention) -> WindowAttention:
     return MergedWindowAttention(merged_linear(attn.q, attn.k, attn.v), *rest, cosine)
 
 
-def deployed_block(block: Block, merge: DeployedMerge | None, change: Reorder | None) -> DeployedSwinBlock:
+def deployed_block(block: Block, merge: DeployedMerge | None, change: TokenOrder | None) -> DeployedSwinBlock:
     if not block.post_norm:  # of cosines, the scale is another
         block = fold_attention_scale(block)
     block = move_value_bias(drop_key_bias(block))
@@ -135,7 +135,7 @@ def merge_by_gather(merge: Merge, now: Tensor, then: Tensor) -> DeployedMerge:
     """The four neighbours of each next token, which come in the order of the next stage, side by side."""
     four = places_of(now, len(now))[four_of(merge)[then]]
     return DeployedMerge(
-        Reorder(four.flatten(), len(now)),
+        TokenOrder(four.flatten(), len(now)),
         deployed_norm(merge.norm),
         deployed_linear(merge.reduction),
         post_norm=merge.post_norm,
@@ -292,7 +292,7 @@ def deploy(
     order = stream_order(cast(Attention, stages[0].blocks[0].attn))
     embedding = patches_to_gemm(doubled(swin.embedding), order, preprocess if input_kind == "uint8" else None)
     blocks: list[DeployedSwinBlock] = []
-    rows: dict[int, Reorder] = {}
+    rows: dict[int, TokenOrder] = {}
     for number, (stage, place) in enumerate(config.blocks[:count]):
         block = doubled(cast(Block, stages[stage].blocks[place]))
         then, merge, change = stream_order(block.attn), None, None
@@ -303,7 +303,7 @@ def deploy(
         order = then
         blocks.append(assign_dtypes(deployed_block(block, merge, change), f"blocks.{number}", plan))
         if number in wanted:
-            rows[number] = Reorder(places_of(order, len(order))[:-1], len(order))
+            rows[number] = TokenOrder(places_of(order, len(order))[:-1], len(order))
     read = tuple(output for output in outputs if layer_of(output) is None)
     readout = assign_dtypes(read_out(doubled(swin.readout), read, order), "readout", plan)
     result = DeployedSwin(assign_dtypes(embedding, "embedding", plan), blocks, readout, outputs, rows)
