@@ -43,7 +43,6 @@ from vitdeploy.config import (
     Preprocess,
     Scores,
     Size,
-    Stem,
     SwinConfig,
     ViTConfig,
     model_fields,
@@ -413,8 +412,7 @@ def _check_template(source: str, config: ModelConfig, template: ViTConfig | Swin
 
 def _stages(config: ModelConfig) -> tuple[int, ...]:
     """The blocks in each stage of the ResNet before the patches."""
-    stem = getattr(config, "stem", None)
-    return stem.stages if isinstance(stem, Stem) else ()
+    return config.stem.stages if isinstance(config, ViTConfig) and config.stem else ()
 
 
 _SIZES: Mapping[str, tuple[str, ...]] = {
