@@ -85,6 +85,35 @@ def test_export_vit_b16_fp32_and_fp16(
     }
 
 
+@pytest.mark.parametrize("size", ["384", "512x336"])
+def test_export_of_a_further_size(
+    benchmark: BenchmarkFixture, vit_b16: Path, tmp_path: Path, rounds: Rounds, size: str
+) -> None:
+    """What a second image size adds to an export of 224 pixels, with and without it in the same rounds."""
+    alone: list[float] = []
+
+    def export_at(sizes: str) -> float:
+        command = ["export", "-m", str(vit_b16), "--fp16", "--format", "onnx", "--image-size", sizes]
+        begin = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "vitdeploy", *command, "-o", str(tmp_path / "sizes.bundle"), "--force"],
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        return time.perf_counter() - begin
+
+    def first() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        alone.append(export_at("224"))
+        return (), {}
+
+    benchmark.pedantic(lambda: export_at(f"224,{size}"), setup=first, rounds=rounds(5), iterations=1)
+    both = benchmark.stats.stats.data
+    benchmark.extra_info |= {
+        "processors": os.cpu_count(),
+        "further_over_first_seconds": quartiles([b / a - 1 for a, b in zip(alone, both, strict=True)]),
+    }
+
+
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 
 

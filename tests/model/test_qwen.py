@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitdeploy.checkpoint.opening import random_state
 from vitdeploy.config import InputKind, Preprocess, QwenVisionConfig, model_fields, model_type
@@ -187,14 +187,13 @@ def test_flops_and_rewrites() -> None:
         for rewrite in architecture.applied_rewrites(windows, ("image_features",), "uint8")
     }
     assert rewrites.keys() == {
-        *("patches_to_gemm", "sum_temporal_kernel", "group_windows", "merge_qkv", "fold_attention_scale"),
+        *("patches_to_gemm", "sum_temporal_kernel", "group_windows", "fold_attention_scale"),
         *("move_value_bias", "fold_rms_weights", "fix_rotation", "fold_normalisation"),
     }
     assert rewrites["sum_temporal_kernel"].flops_saved == 2 * t * d * 588
     assert rewrites["group_windows"].detail == "windows of 28 blocks without a mask: 16 of 64 patches"
     patches = architecture.applied_rewrites(CONFIGS["qwen3"], ("deepstack_features",), "patches")
     assert {"sum_temporal_kernel", "group_windows", "fold_normalisation"}.isdisjoint(r.name for r in patches)
-    assert next(r for r in patches if r.name == "merge_qkv").detail == "6 projections in 2 GEMMs"
 
 
 # --- planted faults ---------------------------------------------------------------------------------------
@@ -247,15 +246,13 @@ def test_planted_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_key_bias_that_is_dropped_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a rotation it does not cancel."""
     tower = random_tower(CONFIGS["qwen2"])
-    whole = qwen_deployed.merged_linear
+    grouped = qwen_deployed.group_windows
 
-    def without(*layers: Any) -> Linear:
-        merged = whole(*layers)
-        assert merged.bias is not None
-        merged.bias[32:64] = 0
-        return merged
+    def without(projections: Sequence[Linear], *args: Any, **kwargs: Any) -> nn.Module:
+        projections[1].bias = None
+        return grouped(projections, *args, **kwargs)
 
-    monkeypatch.setattr(qwen_deployed, "merged_linear", without)
+    monkeypatch.setattr(qwen_deployed, "group_windows", without)
     with torch.inference_mode():
         assert worst(tower) > 1e-3
 

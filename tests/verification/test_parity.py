@@ -84,6 +84,21 @@ def right(inputs: Array) -> Array:
     return (inputs.astype(np.float64) @ WEIGHT).astype(np.float32)
 
 
+def test_a_single_golden_image_has_neighbours_that_are_not_its_equal() -> None:
+    """Where rows of a batch are mixed up, equal rows would hide it."""
+    one = {name: array[:1] for name, array in GOLDEN_PAIR.items()}
+    good = Computed(right, BatchRange(1, 2, 3))
+    records = check_session(good, one, batches=(1, 2, 3))
+    assert [(r.passed, r.metrics.rows) for r in records] == [(True, 1), (True, 1), (True, 2)]
+    assert good.sizes == [1, 2, 3]
+    for mixed in (lambda x: right(x).mean(0, keepdims=True).repeat(len(x), 0), lambda x: right(x)[::-1]):
+        alone, together = check_session(Computed(mixed, BatchRange(1, 2, 2)), one, batches=(1, 2))
+        assert alone.passed
+        assert not together.passed
+    least = Computed(right, BatchRange(2, 2, 2))
+    assert [(r.batch, r.passed, r.metrics.rows) for r in check_session(least, one)] == [(2, True, 1)]
+
+
 class TestMetrics:
     def test_agree_with_scipy(self) -> None:
         actual = (REFERENCE + RNG.normal(size=REFERENCE.shape) * 0.01).astype(np.float32)

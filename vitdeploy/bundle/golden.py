@@ -202,6 +202,5 @@ _DRAWINGS: dict[str, Callable[[Size], NDArray[np.uint8]]] = {
 
 GOLDEN_NAMES: tuple[str, ...] = tuple(_DRAWINGS)
 """What ``golden_images`` draws, in its order."""
-FEWER_NAMES = ("landscape", "checkerboard")
-"""What stands for all of them at a further image size, whose weights are those of the first: a photograph,
-and the largest contrast."""
+FEWER_NAMES = ("landscape",)
+"""What stands for all of them at a further image size, whose weights are those of the first."""

@@ -21,7 +21,7 @@ from vitdeploy.exporter.graph import trace
 from vitdeploy.exporter.request import NEWEST_OPSET
 from vitdeploy.exporter.shared_weights import SharedWeights
 from vitdeploy.exporter.subject import Subject
-from vitdeploy.machine.memory import release
+from vitdeploy.machine.memory import give_back, release
 from vitdeploy.model.precision import DTYPES, PrecisionPlan
 from vitdeploy.scores import usual_scores
 
@@ -88,7 +88,7 @@ def write_onnx(
     release()  # before the file is read again
     _check(path)
     proof = prove_precision(read_graph(path), default, islands)
-    release()
+    give_back()
     if not proof.ok:
         names = (
             ", ".join(f"{row.name} ({row.dtype})" for row in undeclared(proof.ops, default))

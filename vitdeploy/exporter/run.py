@@ -42,7 +42,7 @@ from vitdeploy.exporter.shared_weights import SharedWeights
 from vitdeploy.exporter.subject import Subject, further_subjects, open_subject
 from vitdeploy.exporter.tensorrt import write_engines
 from vitdeploy.images.preprocess import pixel_values
-from vitdeploy.machine.memory import release
+from vitdeploy.machine.memory import give_back
 from vitdeploy.machine.temporary import temporary_folder
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
@@ -89,7 +89,8 @@ def run_export(
         for job in whole.jobs:
             with progress.stage(job.titled("reference")) as stage:
                 job.golden = golden_arrays(job.subject, None if job.place is None else golden.FEWER_NAMES)
-                stage.detail = f"{len(job.golden['reference'])} golden images in float64"
+                images = "images" if len(job.golden[INPUT]) > 1 else "image"
+                stage.detail = f"{len(job.golden[INPUT])} golden {images} in float64"
         if subject.labels is not None:
             check_labels(subject.labels, whole.classes)
         with progress.stage("weights") as stage:
@@ -310,7 +311,7 @@ class _Job:
         names = dict.fromkeys((WEIGHTS, sized(WEIGHTS, self.place)))
         paths = [self.writer.directory / name for name in names]
         self.subject.reload([path for path in paths if path.exists()])
-        release()
+        give_back()
 
     def build(self, precision: Precision) -> None:
         """The ONNX artifact of a precision, unless another one fell back to it."""
@@ -414,7 +415,7 @@ class _Job:
         precision = plan.name
         with self.progress.stage(self.titled(f"round as {precision}")) as stage:
             results = self.subject.rehearse(plan, torch.from_numpy(self.golden[INPUT]))
-            release()
+            give_back()
             outputs, tolerance = self.subject.outputs, self._tolerance(plan)
             records = []
             for output, result in zip(outputs, results, strict=True):
@@ -482,7 +483,7 @@ class _Job:
             self.reload()  # unmaps what the rewrites have read
             built = bundle.artifact(artifact.name)
             records = onnx_parity(bundle, built, self.golden, self.request.atol, self.batches)
-            release()
+            give_back()
             stage.detail = worst(records)
         return artifact, records
 

@@ -187,22 +187,29 @@ class DeployedAttention(nn.Module):
 
 
 class DeployedMlp(nn.Module):
-    """Two GEMMs with an activation between them, gated where the model is."""
+    """Two GEMMs with an activation between them.
+
+    Args:
+        gate: what is activated in place of ``fc1``'s columns, and multiplies them. A GEMM of its own, because
+            CPU runtimes copy the halves of a common one, and fuse an activation with a whole one.
+    """
 
     def __init__(
-        self, fc1: Linear, fc2: Linear, activation: Activation, gated: bool, norm: Norm | None = None
+        self,
+        fc1: Linear,
+        fc2: Linear,
+        activation: Activation,
+        *,
+        gate: Linear | None = None,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
-        self.fc1, self.norm, self.fc2 = fc1, norm, fc2
-        self.activation, self.gated = activation, gated
+        self.gate, self.fc1, self.norm, self.fc2 = gate, fc1, norm, fc2
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        if self.gated:
-            gate, x = x.split(x.shape[-1] // 2, dim=-1)
-            x = ACTIVATIONS[self.activation](gate) * x
-        else:
-            x = ACTIVATIONS[self.activation](x)
+        activation = ACTIVATIONS[self.activation]
+        x = activation(self.fc1(x)) if self.gate is None else activation(self.gate(x)) * self.fc1(x)
         return self.fc2(x if self.norm is None else self.norm(x))
 
 

@@ -114,8 +114,12 @@ def deployed_norm(norm: nn.LayerNorm) -> Norm:
 
 
 def deployed_mlp(mlp: Mlp) -> DeployedMlp:
+    parts, bias = 2 if mlp.gated else 1, bias_of(mlp.fc1)
+    biases = [None] * parts if bias is None else bias.chunk(parts)
+    layers = [Linear(w.t(), b) for w, b in zip(mlp.fc1.weight.chunk(parts), biases, strict=True)]
+    gate, fc1 = layers[0] if mlp.gated else None, layers[-1]
     norm = None if mlp.norm is None else deployed_norm(mlp.norm)
-    return DeployedMlp(deployed_linear(mlp.fc1), deployed_linear(mlp.fc2), mlp.activation, mlp.gated, norm)
+    return DeployedMlp(fc1, deployed_linear(mlp.fc2), mlp.activation, gate=gate, norm=norm)
 
 
 def merged_linear(*layers: nn.Linear) -> Linear:

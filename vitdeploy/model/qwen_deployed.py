@@ -9,6 +9,7 @@ width, h heads, d columns of a head, E columns of a feature.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,6 @@ from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.config import InputKind, Output, Preprocess, QwenVisionConfig
 from vitdeploy.model.architecture import Architecture
 from vitdeploy.model.deployed import (
-    DeployedAttention,
     DeployedBlock,
     DeployedMlp,
     DeployedModel,
@@ -26,7 +26,7 @@ from vitdeploy.model.deployed import (
     Norm,
     Reorder,
     RmsNorm,
-    Rotate,
+    Site,
     Softmax,
 )
 from vitdeploy.model.folds import (
@@ -37,7 +37,6 @@ from vitdeploy.model.folds import (
     deployed_norm,
     doubled,
     edited,
-    merged_linear,
     normalisation,
     parameter,
 )
@@ -82,35 +81,59 @@ class DeployedEmbedding(nn.Module):
         return embedded  # (N, T, D)
 
 
-class WindowAttention(nn.Module):
-    """Self-attention within windows, without a mask: one batched attention for the windows of each size.
+class RotatePatches(Site):
+    """The same as :class:`vitdeploy.model.deployed.Rotate`, written as OpenVINO knows and fuses it."""
 
-    Args:
-        rotate: for each size of windows, by (count, 1, patches, d).
-    """
-
-    def __init__(self, qkv: Linear, proj: Linear, heads: int, rotate: list[Rotate], groups: Groups) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
         super().__init__()
-        self.qkv, self.rotate, self.proj = qkv, nn.ModuleList(rotate), proj
-        self.softmax = Softmax()
-        self.heads, self.sizes = heads, groups.sizes
+        self.cos, self.sin = parameter(cos), parameter(sin)  # (T, 1, d)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens, width = x.shape[1], x.shape[2]
-        x = self.qkv(x).reshape(-1, tokens, 3 * self.heads, width // self.heads)  # (N, T, 3h, d)
-        parts = x.split([count * size for count, size in self.sizes], dim=1) if len(self.sizes) > 1 else [x]
-        done = [self.attend(*part) for part in zip(parts, self.sizes, self.rotate, strict=True)]
+        x = x.to(self.cos.dtype)
+        half = x.shape[-1] // 2
+        return x * self.cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * self.sin
+
+
+class GroupedAttention(nn.Module):
+    """Self-attention within windows, without a mask: one batched attention for the windows of each size.
+
+    Queries, keys and values are GEMMs of their own, and heads stay behind patches until they are multiplied:
+    nothing has to be copied to be rotated, or to be cut into windows.
+
+    Args:
+        sizes: how many windows there are of each number of patches, (count, patches).
+    """
+
+    def __init__(
+        self,
+        projections: Sequence[Linear],
+        proj: Linear,
+        heads: int,
+        rotate: RotatePatches,
+        sizes: Sequence[tuple[int, int]],
+    ) -> None:
+        super().__init__()
+        self.q, self.k, self.v = projections
+        self.rotate, self.proj = rotate, proj
+        self.softmax = Softmax()
+        self.heads, self.sizes = heads, sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (-1, x.shape[1], self.heads, x.shape[2] // self.heads)
+        q, k, v = (linear(x).reshape(rows) for linear in (self.q, self.k, self.v))  # (N, T, h, d) each
+        lengths = [count * size for count, size in self.sizes]
+        whole = (self.rotate(q), self.rotate(k), v)
+        parts = zip(*(x.split(lengths, dim=1) for x in whole), strict=True) if len(lengths) > 1 else [whole]
+        done = [
+            self.attend(part, size).reshape(-1, length, x.shape[2])
+            for part, (_, size), length in zip(parts, self.sizes, lengths, strict=True)
+        ]
         return self.proj(torch.cat(done, dim=1) if len(done) > 1 else done[0])  # (N, T, D)
 
-    def attend(self, x: Tensor, shape: tuple[int, int], rotate: nn.Module) -> Tensor:
-        """The windows of one size: (N, count size, 3h, d) to (N, count size, D)."""
-        (count, size), heads, columns = shape, self.heads, x.shape[3]
-        x = x.reshape(-1, size, 3 * heads, columns).transpose(1, 2)  # (N count, 3h, size, d)
-        both, v = x.split((2 * heads, heads), dim=1)
-        both = rotate(both.reshape(-1, count, 2 * heads, size, columns))
-        q, k = both.reshape(-1, 2 * heads, size, columns).split(heads, dim=1)
-        x = self.softmax(q @ k.transpose(2, 3)).to(v.dtype) @ v  # (N count, h, size, d)
-        return x.transpose(1, 2).reshape(-1, count * size, heads * columns)
+    def attend(self, part: Sequence[Tensor], size: int) -> Tensor:
+        """Within windows of one size: three of (N, count size, h, d) to (N count, size, h, d)."""
+        q, k, v = (x.reshape(-1, size, *x.shape[2:]).transpose(1, 2) for x in part)  # (N count, h, size, d)
+        return (self.softmax(q @ k.transpose(2, 3)).to(v.dtype) @ v).transpose(1, 2)
 
 
 class DeployedMerger(nn.Module):
@@ -223,26 +246,31 @@ def weightless(norm: nn.LayerNorm | nn.RMSNorm, eps: float) -> Norm | RmsNorm:
 
 
 def group_windows(
-    qkv: Linear, proj: Linear, config: QwenVisionConfig, groups: Groups | None, *, windowed: bool
-) -> DeployedAttention | WindowAttention:
-    """Attention within windows without a mask, since those of equal size lie together."""
-    tables = rotation(config)
+    projections: Sequence[Linear],
+    proj: Linear,
+    config: QwenVisionConfig,
+    groups: Groups | None,
+    *,
+    windowed: bool,
+) -> GroupedAttention:
+    """Attention within windows without a mask, since those of equal size lie together.
+
+    Args:
+        projections: of queries, keys and values.
+        windowed: whether the block has windows; else it has one, of all patches.
+    """
+    cos, sin = rotation(config)
     if groups is not None:
         order = groups.patches(config.merged)
-        tables = tables[0][order], tables[1][order]
-    if groups is None or not windowed:
-        return DeployedAttention(qkv, proj, config.heads, 1.0, Rotate(*tables))
-    lengths = [count * size for count, size in groups.sizes]
-    parts = zip(groups.sizes, *(table.split(lengths) for table in tables), strict=True)
-    rotate = [Rotate(*(t.reshape(count, 1, size, -1) for t in pair)) for (count, size), *pair in parts]
-    return WindowAttention(qkv, proj, config.heads, rotate, groups)
+        cos, sin = cos[order], sin[order]
+    sizes = groups.sizes if groups is not None and windowed else ((1, config.patches),)
+    return GroupedAttention(projections, proj, config.heads, RotatePatches(cos[:, None], sin[:, None]), sizes)
 
 
 def deployed_block(block: Block, config: QwenVisionConfig, groups: Groups | None) -> DeployedBlock:
-    """A rewritten block, its three projections of the same rows as one GEMM."""
     attn = block.attn
-    qkv, proj = merged_linear(attn.q, attn.k, attn.v), deployed_linear(attn.proj)
-    attention = group_windows(qkv, proj, config, groups, windowed=attn.windowed)
+    *projections, proj = (deployed_linear(linear) for linear in (attn.q, attn.k, attn.v, attn.proj))
+    attention = group_windows(projections, proj, config, groups, windowed=attn.windowed)
     norm1, norm2 = (weightless(norm, config.norm_eps) for norm in (block.norm1, block.norm2))
     return DeployedBlock(norm1, attention, norm2, deployed_mlp(block.mlp))
 
@@ -253,7 +281,7 @@ def merge(merger: Merger, config: QwenVisionConfig) -> DeployedMerger:
     weight = fc1.weight
     if not isinstance(norm, nn.LayerNorm):
         weight = weight * norm.weight.repeat(weight.shape[1] // len(norm.weight))
-    mlp = DeployedMlp(Linear(weight.t(), fc1.bias), deployed_linear(merger.fc2), "gelu", gated=False)
+    mlp = DeployedMlp(Linear(weight.t(), fc1.bias), deployed_linear(merger.fc2), "gelu")
     return DeployedMerger(weightless(norm, config.norm_eps), mlp, config.feature_rows, merger.late)
 
 
@@ -302,7 +330,6 @@ class QwenArchitecture(Architecture[QwenVisionConfig, QwenVision]):
                 stills and columns > 0,
             ),
             ("group_windows", f"windows of {windowed} blocks without a mask: {sizes}", 0, windowed > 0),
-            ("merge_qkv", f"{3 * depth} projections in {depth} GEMMs", 0, True),
             ("fold_attention_scale", "attention scale in the query weights", scores, True),
             ("move_value_bias", "in the projection's bias", depth * t * d, True),
             ("fold_rms_weights", "in the layers behind them", 2 * depth * t * d, config.norm == "rms"),
@@ -355,7 +382,8 @@ class QwenArchitecture(Architecture[QwenVisionConfig, QwenVision]):
         blocks = []
         for i, same in enumerate(like.blocks):
             block: Any = same
-            attn = group_windows(block.attn.qkv, block.attn.proj, config, groups, windowed=config.windowed(i))
+            old = block.attn
+            attn = group_windows((old.q, old.k, old.v), old.proj, config, groups, windowed=config.windowed(i))
             again = DeployedBlock(block.norm1, attn, block.norm2, block.mlp)
             blocks.append(assign_dtypes(again, f"blocks.{i}", plan))
         readout = cast(DeployedReadout, like.readout).at(config, groups)

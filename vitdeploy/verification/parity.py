@@ -202,7 +202,8 @@ def check_session(
 ) -> list[ParityRecord]:
     """Hold a session against the reference: a record per batch size and output, over every golden image.
 
-    A batch is filled by going round the golden images, and all its rows are compared.
+    A batch is filled by going round the golden images, and all their rows are compared. A single one has
+    itself turned round for company, which nothing is compared with: no neighbour may be its equal.
 
     Args:
         golden: ``pixel_values`` (K, ...) as the session takes them, ``reference`` (K, ...) float64; one for
@@ -221,15 +222,12 @@ def check_session(
     tolerance = (tolerance or TOLERANCES[facts.precision]).model_copy(update={"max_abs": max_abs})
     least = facts.batch.min if facts.batch else 1
     sizes = batches or (facts.batch.sizes if facts.batch else (1, 8))
-    # With other company than below: alone where the artifact allows it, else with other neighbours.
-    rolled = _outputs(session, np.roll(inputs, 1, axis=0), least)
-    alone = {
-        name: None if array is None else np.roll(array[: len(inputs)], -1, axis=0)
-        for name, array in rolled.items()
-    }
+    turned = np.flip(inputs, axis=tuple(range(1, inputs.ndim)))
+    filled = inputs if len(inputs) > 1 else np.concatenate([inputs, turned])
+    alone = _otherwise(session, inputs, filled, least)
     records = []
     for size in sizes:
-        outputs = alone if size == least == 1 else _outputs(session, inputs, size)
+        outputs = alone if size == least == 1 else _outputs(session, filled, size, len(inputs))
         for name, reference in references.items():
             metrics, problems = _check_batch(outputs[name], alone[name], reference, name, tolerance)
             record = ParityRecord(
@@ -279,15 +277,30 @@ def _require_comparable(inputs: Array, reference: Array, title: str) -> None:
         )
 
 
-def _outputs(session: Session, inputs: Array, size: int) -> dict[str, Array | None]:
-    """Outputs of all inputs in batches of ``size``, filled up by going round; None for a misshapen one."""
-    parts = run_in_batches(session, inputs, size)
-    return {spec.name: _joined([part[spec.name] for part in parts], size) for spec in session.facts.outputs}
+def _otherwise(session: Session, inputs: Array, filled: Array, least: int) -> dict[str, Array | None]:
+    """Outputs of the golden images alone where the artifact allows it, else with other neighbours."""
+    if least == 1:
+        return _outputs(session, inputs, 1, len(inputs))
+    rolled = _outputs(session, np.roll(filled, 1, axis=0), least, len(filled))
+    return {
+        name: None if array is None else np.roll(array[: len(filled)], -1, axis=0)[: len(inputs)]
+        for name, array in rolled.items()
+    }
 
 
-def _joined(parts: Sequence[Array], size: int) -> Array | None:
-    fits = all(part.shape == (size, *parts[0].shape[1:]) for part in parts)
-    return np.concatenate(parts) if fits else None
+def _outputs(session: Session, filled: Array, size: int, golden: int) -> dict[str, Array | None]:
+    """Outputs in batches of ``size``, filled by going round; None for a misshapen one.
+
+    Args:
+        golden: of so many inputs, the first ones, they stay.
+    """
+    parts = run_in_batches(session, filled, size)
+    stays = np.arange(len(parts) * size) % len(filled) < golden
+    outputs: dict[str, Array | None] = {}
+    for name in (spec.name for spec in session.facts.outputs):
+        fits = all(part[name].shape == (size, *parts[0][name].shape[1:]) for part in parts)
+        outputs[name] = np.concatenate([part[name] for part in parts])[stays] if fits else None
+    return outputs
 
 
 def _check_batch(
