@@ -7,8 +7,12 @@ from typing import Literal
 
 from vitdeploy.config import Precision
 
-ArtifactPrecision = Literal[Precision, "mixed"]
-"""What an artifact computes in; ``mixed``: in fp16 or bf16, with islands in fp32."""
+Quantised = Literal["int8", "fp8"]
+"""What GEMMs may be quantised to."""
+
+ArtifactPrecision = Literal[Precision, "mixed", Quantised]
+"""What an artifact computes in; ``mixed``: in fp16 or bf16, with islands in fp32; quantised: but for some of
+its GEMMs."""
 
 DType = Literal["float64", "float32", "float16", "bfloat16", "uint8", "int8", "int32", "int64"]
 """Of a tensor at the border of a model, by numpy's name."""

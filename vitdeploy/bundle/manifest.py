@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, OpDType
+from vitdeploy.bundle.quantisation import QuantisationRecord
 from vitdeploy.config import (
     BatchRange,
     InputKind,
@@ -177,6 +178,7 @@ class Artifact(_Record):
     """The size of ``Manifest.sizes`` that it is for; None is the bundle's first."""
     fallback: str | None = None
     proof: PrecisionProof | None = None
+    quantisation: QuantisationRecord | None = None
     build_seconds: float = Field(default=0.0, ge=0)
     nodes: int | None = None
     size: Count = 0
@@ -188,9 +190,11 @@ class Artifact(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``targets`` and ``image_size`` where there are none: bundles from before them keep their
-        digest."""
+        """Without ``targets``, ``image_size`` and ``quantisation`` where there are none: bundles from before
+        them keep their digest."""
         fields: dict[str, Any] = dump(self)
+        if self.quantisation is None:
+            fields.pop("quantisation", None)
         if not self.targets:
             fields.pop("targets", None)
         if self.image_size is None:

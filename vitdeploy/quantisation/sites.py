@@ -1,0 +1,70 @@
+"""A deployed model whose GEMMs are to be computed in 8 bits: what each of them reads, and how it is rounded.
+
+A GEMM of int8 is symmetric: ``round(x / input_scale)`` in -127 to 127 (a zero point of 0, which every runtime
+takes), weights rounded by column. One of fp8 is E4M3, with one scale for the whole weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitdeploy.bundle.dtypes import Quantised
+from vitdeploy.model.deployed import DeployedModel
+
+FP8_LARGEST = 448.0
+"""Of E4M3."""
+INT8_LARGEST = 127
+
+
+@dataclass(frozen=True)
+class QuantisedSite:
+    """One GEMM.
+
+    Attributes:
+        name: of the site, as in the precision plan.
+        weight: (in, out) int8, or float8_e4m3fn.
+        weight_scale: (out) float32 of int8, () of fp8.
+        input_scale: of what it reads.
+        bias: (out) float32, or None.
+    """
+
+    name: str
+    kind: Quantised
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: float
+    bias: Tensor | None
+
+    @property
+    def dequantised(self) -> Tensor:
+        """The weight that is computed with, (in, out) float32."""
+        return self.weight.float() * self.weight_scale
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """What the GEMM reads in place of ``x``, in the dtype of ``x``."""
+        scaled = x / self.input_scale
+        if self.kind == "int8":
+            return scaled.round().clamp(-INT8_LARGEST, INT8_LARGEST) * self.input_scale
+        largest = scaled.clamp(-FP8_LARGEST, FP8_LARGEST)
+        return largest.to(torch.float8_e4m3fn).to(x.dtype) * self.input_scale
+
+
+@dataclass(frozen=True)
+class QuantisedModel:
+    """The float model around the sites.
+
+    Attributes:
+        model: with migrated weights; at the sites it has the dequantised ones and their bias.
+        sites: by name.
+        left_out: sites that could be quantised, and stay float.
+        macs: share of the GEMMs' multiplications that is in 8 bits, 0 to 1.
+    """
+
+    model: DeployedModel
+    sites: Mapping[str, QuantisedSite]
+    left_out: tuple[str, ...]
+    macs: float
