@@ -45,7 +45,8 @@ def test_every_gemm_is_its_own_product(
     products = {"blocks.0.attn"} if attention else set()
     assert {record.site for record in records} == {*sites, *products}
     assert [record for record in records if not record.passed] == []
-    assert max(record.error for record in records) < (1e-5 if backend == "onnxruntime" else 1e-3)
+    worst = {"onnxruntime": 1e-5, "openvino": 1e-3 if kind == "int8" else 1e-2}[backend]
+    assert max(record.error for record in records) < worst
 
 
 def saturating(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
@@ -110,7 +111,9 @@ def test_swapped_scales_of_two_sites(file: Path) -> None:
         constants[f"{name}.input_scale"].CopyFrom(changed)
     onnx.save(model, file)
     images = pixels(CONFIG, 2).numpy()
-    failed = {r.site: r.failures for r in check_gemms(file, None, "onnxruntime", images, scales) if r.failures}
+    failed = {
+        r.site: r.failures for r in check_gemms(file, None, "onnxruntime", images, scales) if r.failures
+    }
     assert set(failed) == {low, high}
     assert all("are on record" in failures[-1] for failures in failed.values())
     # Without a record, the one whose range is too narrow is still found.

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 BOUND = 1e-3
 """Of a GEMM's relative error: 3e-4 is what reciprocals of scales cost, 2e-2 a kernel that saturates."""
+FP8_BOUND = 1e-2
+"""The same in E4M3: OpenVINO rounds to fp16 on the way to it, and one of 250 values falls to the other side."""
 CLIPPED_BOUND = 0.1
 """Of the relative error that a GEMM's input has because it is cut off at its range."""
 _SCALE_BOUND = 1e-3
@@ -91,6 +93,10 @@ class Gemm:
         """What a runtime has to show."""
         return (*(side.value for side in self.inputs if side.value), self.output)
 
+    @property
+    def is_fp8(self) -> bool:
+        return any(side.dtype.startswith("float8") for side in self.inputs)
+
 
 def check_gemms(
     source: Bundle | Path,
@@ -132,13 +138,13 @@ def check_gemms(
     feeds = {model.graph.input[0].name: inputs}
     names = [name for name in dict.fromkeys(n for gemm in gemms for n in gemm.values) if name not in feeds]
     _expose(model, names)
-    fp8 = any(side.dtype.startswith("float8") for gemm in gemms for side in gemm.inputs)
+    fp8 = any(gemm.is_fp8 for gemm in gemms)
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
         exposed = Path(folder, "exposed.onnx")
         onnx.save(model, exposed)
         del model
         run = _run_onnxruntime if backend == "onnxruntime" else _run_openvino
-        values = run(exposed, feeds, names, fp8)
+        values = run(exposed, feeds, names, fp8=fp8)
     return compare(gemms, {**feeds, **values}, backend, scales)
 
 
@@ -160,15 +166,14 @@ def compare(
         exact = a @ b if gemm.bias is None else a @ b + gemm.bias
         error, clipped = _relative(values[gemm.output].astype(np.float64), exact), max(cut_a, cut_b)
         failures = []
-        if not error <= BOUND:
-            failures.append(f"off by {error:.1e} of its own product, bound {BOUND:g}")
+        bound = FP8_BOUND if gemm.is_fp8 else BOUND
+        if not error <= bound:
+            failures.append(f"off by {error:.1e} of its own product, bound {bound:g}")
         if not clipped <= CLIPPED_BOUND:
             failures.append(f"its range cuts off {clipped:.2g} of what it reads, bound {CLIPPED_BOUND:g}")
         recorded = (scales or {}).get(gemm.site)
         if recorded is not None and abs(gemm.inputs[0].scale - recorded) > _SCALE_BOUND * recorded:
-            failures.append(
-                f"reads in steps of {gemm.inputs[0].scale:.4g}, and {recorded:.4g} are on record"
-            )
+            failures.append(f"reads in steps of {gemm.inputs[0].scale:.4g}, and {recorded:.4g} are on record")
         records.append(GemmRecord(gemm.site, backend, error, clipped, tuple(failures)))
     return tuple(records)
 
@@ -204,7 +209,10 @@ def quantised_gemms(model: onnx.ModelProto) -> tuple[Gemm, ...]:
         sides = [operand(value) for value in node.input[:2]] if node.op_type == "MatMul" else [None]
         if None in sides:
             continue
-        output, bias, followers = node.output[0], None, readers.get(node.output[0], [])
+        output, bias = node.output[0], None
+        followers = readers.get(output, [])
+        if [follower.op_type for follower in followers] == ["Reshape"]:  # to the same shape, before a bias
+            followers = readers.get(followers[0].output[0], [])
         if [follower.op_type for follower in followers] == ["Add"]:
             others = [name for name in followers[0].input if name in constants]
             if others:
@@ -236,7 +244,7 @@ def _expose(model: onnx.ModelProto, names: Sequence[str]) -> None:
 
 
 def _run_onnxruntime(
-    path: Path, feeds: Mapping[str, Array], names: Sequence[str], fp8: bool
+    path: Path, feeds: Mapping[str, Array], names: Sequence[str], *, fp8: bool
 ) -> dict[str, Array]:
     from vitdeploy.backends.onnxruntime import session_settings
     from vitdeploy.backends.onnxruntime_providers import PROVIDERS, import_onnxruntime
@@ -249,11 +257,13 @@ def _run_onnxruntime(
         session = library.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]], enable_fallback=0)
         return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
     except Exception as error:  # its errors have no base class of their own
-        raise BundleError(f"ONNX Runtime fails with the GEMMs shown: {' '.join(str(error).split())}") from error
+        raise BundleError(
+            f"ONNX Runtime fails with the GEMMs shown: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _run_openvino(
-    path: Path, feeds: Mapping[str, Array], names: Sequence[str], fp8: bool
+    path: Path, feeds: Mapping[str, Array], names: Sequence[str], *, fp8: bool
 ) -> dict[str, Array]:
     import openvino
 
