@@ -1,8 +1,8 @@
 """Quantised GEMMs in a traced graph: QuantizeLinear and DequantizeLinear before each of its two inputs.
 
-``x -> QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(weight, scale)) -> Add`` is what ONNX Runtime,
-OpenVINO and TensorRT fuse to one GEMM of 8 bits. Zero points are 0 and of the stored type: TensorRT takes no
-others.
+``x -> QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(weight, scale)) -> Add`` is what ONNX
+Runtime, OpenVINO and TensorRT fuse to one GEMM of 8 bits. Zero points are 0 and of the stored type: TensorRT
+takes no others.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def insert(
         attention: attentions whose two products are to be fp8, by the name of their module.
 
     Raises:
-        ExportError: a site has no GEMM of its own in the graph, or is in another precision than the rest; a scale
-            does not fit into it; the opset has no form of it.
+        ExportError: a site has no GEMM of its own in the graph, or is in another precision than the rest; a
+            scale does not fit into it; the opset has no form of it.
     """
     attention = attention or {}
     fp8 = attention or any(site.kind == "fp8" for site in sites.values())
