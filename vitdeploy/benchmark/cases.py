@@ -89,16 +89,6 @@ class Case:
         return np.ascontiguousarray(pixels[np.arange(batch) % len(pixels)])
 
     @property
-    def golden(self) -> Mapping[str, Array]:
-        """What it is timed with and held against."""
-        return self.target.held_out if self.precision in get_args(Quantised) else self.target.golden
-
-    def inputs(self, batch: int) -> Array:
-        """Golden inputs, filled up by going round."""
-        pixels = self.golden["pixel_values"]
-        return np.ascontiguousarray(pixels[np.arange(batch) % len(pixels)])
-
-    @property
     def name(self) -> str:
         parts = [self.backend, self.artifact]
         parts += [f"{self.threads} threads"] if self.threads else []

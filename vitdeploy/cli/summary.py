@@ -146,8 +146,8 @@ def print_quantisation(manifest: Manifest) -> None:
 
 
 def quantisation_line(precision: str, record: QuantisationRecord) -> str:
-    """``49 of 50 GEMMs in int8 (97.1 % of the multiplications), weights of 7 bits, the rest in fp32; calibrated
-    with 32 images; left in fp32: patch_embed``."""
+    """``49 of 50 GEMMs in int8 (97.1 % of the multiplications), weights of 7 bits, the rest in fp32;
+    calibrated with 32 images; left in fp32: patch_embed``."""
     count = len(record.sites) + len(record.left_out)
     gemms = f"{len(record.sites)} of {output.count(count, 'GEMM')} in {precision}"
     parts = [f"{gemms} ({100 * record.macs:.1f} % of the multiplications)"]

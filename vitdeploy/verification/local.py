@@ -225,12 +225,12 @@ def _pairs_of(bundle: Bundle, backend: Backend) -> list[Pair]:
 
 
 def emulated(facts: SessionFacts) -> str | None:
-    """What to say where a runtime computes a quantised artifact without its 8 bits; None where it has them."""
+    """What to say of a runtime that computes a quantised artifact without its 8 bits; None of others."""
     if facts.precision not in get_args(Quantised) or facts.precision in facts.executes.split("+"):
         return None
     return (
-        f"{facts.artifact} on {facts.backend} computes in {facts.executes}: {facts.precision} is emulated there, "
-        "which proves its answers and says nothing of its speed"
+        f"{facts.artifact} on {facts.backend} computes in {facts.executes}: {facts.precision} is emulated "
+        "there, which proves its answers and says nothing of its speed"
     )
 
 

@@ -312,10 +312,9 @@ class _Round:
                 self.notes.append("no common mistake explains the numbers: other weights, perhaps")
 
     def _quantised(self, subject: Subject, session: LiveSession, output: Output) -> ArtifactPrecision | None:
-        """The precision of a quantised artifact that answers about as exactly, on images of the user's own."""
-        for precision in dict.fromkeys(
-            a.precision for a in subject.view.manifest.artifacts if a.is_quantised
-        ):
+        """That of a quantised artifact whose tolerances the answers keep, on images of the user's own."""
+        artifacts = subject.view.manifest.artifacts
+        for precision in dict.fromkeys(one.precision for one in artifacts if one.is_quantised):
             golden = subject.golden_of(precision)
             with contextlib.suppress(AnswerError, KeyError):
                 answers = session.answer_all(golden["pixel_values"], output)
