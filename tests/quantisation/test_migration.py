@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.quantised import MODELS, deployed, images_of
+from tests.helpers.quantised_models import MODELS, deployed, images_of
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress

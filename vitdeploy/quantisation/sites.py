@@ -7,7 +7,7 @@ takes), weights rounded by column. One of fp8 is E4M3, with one scale for the wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -59,6 +59,15 @@ class QuantisedSite:
 
 
 @dataclass(frozen=True)
+class AttentionScales:
+    """Of what the two products inside of an attention read in fp8; probabilities have 1 / 448."""
+
+    query: float
+    key: float
+    value: float
+
+
+@dataclass(frozen=True)
 class QuantisedModel:
     """The float model around the sites.
 
@@ -70,6 +79,7 @@ class QuantisedModel:
         error: mean relative error of the calibration images' outputs, of the worst output.
         target: what ``error`` was to be.
         ranges: of the float model, to be handed in again.
+        attention: attentions whose products are fp8, by the name of their module.
     """
 
     model: DeployedModel
@@ -79,6 +89,7 @@ class QuantisedModel:
     error: float
     target: float
     ranges: Ranges
+    attention: Mapping[str, AttentionScales] = field(default_factory=dict)
 
     @property
     def falls_short(self) -> bool:
