@@ -150,6 +150,19 @@ def test_other_numbers_than_the_artifact_s(tmp_path: Path) -> None:
     assert narrow.causes[0] == "the numbers are as exact as int8, not as fp32"
 
 
+def test_what_the_bundle_has_is_the_likelier_explanation(tmp_path: Path) -> None:
+    """Numbers that are within bf16's tolerance, too, of a bundle that has int8 and no bf16."""
+    made = write_quantised(tmp_path / "b", kinds=("int8",))
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        return quantised_answer(inputs, "int8").astype(np.float32)
+
+    with V2Server({"linear": served(run)}) as server:
+        report = verify_live(made, LiveRequest(server.url, artifact="onnx-fp32", **FEW))
+    assert report.fits == "bf16"
+    assert report.causes[0] == "the numbers are as exact as int8, not as fp32"
+
+
 def test_a_server_that_does_not_say_what_it_runs_may_be_quantised(tmp_path: Path) -> None:
     made = write_quantised(tmp_path / "b", kinds=("int8",), steps=COARSE)
     with V2Server({"linear": served(in_int8)}) as server:
