@@ -30,7 +30,7 @@ AnyImage = ImageSource | np.ndarray[Any, Any]
 """A path, the bytes of an image file, a binary file object, a Pillow image, (H, W, 3) uint8 RGB, or (H, W) or
 (H, W, 1) uint8 grey."""
 
-EXACTNESS = ("fp32", "mixed", "fp16", "bf16")
+EXACTNESS = ("fp32", "mixed", "fp16", "bf16", "int8", "fp8")
 """Precisions, the most exact first: the order in which an artifact is chosen."""
 
 DEFAULT_BACKEND = "onnxruntime"
@@ -74,11 +74,14 @@ class Predictor:
         note: str = "",
         batch: int | None = None,
         sizes: _Sizes | None = None,
+        instances: int = 1,
     ) -> None:
         self.bundle = bundle
         self.session = session
         self.note = note
         """Why it runs as it does, where the bundle says how: one line, for the user."""
+        self.instances = instances
+        """How many sessions side by side were found best, where the bundle says how it is to run."""
         self._batch = batch
         self._sizes = sizes
 
@@ -115,7 +118,7 @@ class Predictor:
             return open_one(opened)
         sizes = _Sizes(opened.sizes, fit, lambda size: open_one(opened.at_size(size)))
         default = sizes.at(opened.sizes[0])
-        return cls(opened, default.session, default.note, default._batch, sizes)
+        return cls(opened, default.session, default.note, default._batch, sizes, default.instances)
 
     @classmethod
     def _open_one(
@@ -129,7 +132,7 @@ class Predictor:
                 options = Options(threads=threads, provider=choice.provider)
                 chosen = None if choice.artifact is None else opened.artifact(choice.artifact)
                 session = get_backend(choice.backend).load(opened, chosen, options)
-                return cls(opened, session, note, choice.batch)
+                return cls(opened, session, note, choice.batch, instances=choice.concurrency)
         else:
             note = ""
         runtime = get_backend(backend or DEFAULT_BACKEND)

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from vitdeploy._version import __version__
 from vitdeploy.bundle import golden
+from vitdeploy.bundle.dtypes import ArtifactPrecision
+from vitdeploy.bundle.files import names_below
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import (
     AOT,
@@ -31,7 +33,7 @@ from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule
 from vitdeploy.checkpoint.stated import check_labels
 from vitdeploy.config import Precision, Size, size_name
-from vitdeploy.errors import ParityError, PrecisionError, UsageError
+from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.exporter import triton_aot
 from vitdeploy.exporter.artifact_parity import engines_parity, first_failure, onnx_parity, worst
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
@@ -61,9 +63,14 @@ def run_export(
     folder: Path | None = None,
     *,
     force: bool = False,
+    failures: dict[ArtifactPrecision, str] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a model into a new bundle and prove every artifact; nothing is left behind when it fails.
+
+    Args:
+        failures: receives the precisions beside the first that cannot be built or are not right, and why; the
+            bundle is then made without them. When omitted, one that fails is the end of the export.
 
     Raises:
         UsageError, CheckpointError, BundleError: bad input (exit code 2).
@@ -85,7 +92,7 @@ def run_export(
             progress.note(note)
         provenance = _provenance(request, opened)
         del opened  # and its weights, once they are in the bundle
-        whole = _Whole(request, provenance, writer, progress, subjects)
+        whole = _Whole(request, provenance, writer, progress, subjects, failures)
         for job in whole.jobs:
             with progress.stage(job.titled("reference")) as stage:
                 job.golden = golden_arrays(job.subject, None if job.place is None else golden.FEWER_NAMES)
@@ -136,9 +143,11 @@ class _Whole:
         writer: BundleWriter,
         progress: Progress,
         subjects: Sequence[Subject],
+        failures: dict[ArtifactPrecision, str] | None = None,
     ) -> None:
         self.request, self.provenance = request, provenance
         self.writer, self.progress = writer, progress
+        self.failures = failures
         self.jobs = [
             _Job(self, subject, subject.image_size if index else None)
             for index, subject in enumerate(subjects)
@@ -162,7 +171,7 @@ class _Whole:
         """
         precisions = dict.fromkeys(self.request.precisions if self.request.wants_onnx else ())
         for precision in precisions:
-            self._build_precision(precision)  # type: ignore[arg-type]
+            self._try_precision(precision)  # type: ignore[arg-type]
         self._build_engines(orders)
         for note in impossible:
             self.progress.note(note)
@@ -170,6 +179,23 @@ class _Whole:
             for precision in self.request.kernel_precisions:
                 job.build_kernels(precision)
         self.writer.seal(self.manifest())
+
+    def _try_precision(self, precision: Precision) -> None:
+        """One precision at every size; where it may be missing and fails, none of it stays."""
+        if self.failures is None or not self.artifacts:
+            return self._build_precision(precision)
+        artifacts, parity = len(self.artifacts), len(self.parity)
+        files = set(names_below(self.writer.directory))
+        try:
+            return self._build_precision(precision)
+        except (ExportError, ParityError) as error:
+            self.failures[precision] = error.message
+            self.progress.note(f"without {precision}: {error.message}")
+        del self.artifacts[artifacts:], self.parity[parity:]
+        for name in set(names_below(self.writer.directory)) - files:
+            (self.writer.directory / name).unlink()
+        self.shared = {key: shared for key, shared in self.shared.items() if shared.path.exists()}
+        return None
 
     def _build_precision(self, precision: Precision) -> None:
         """One precision at every size, one after the other, so that they can share what they are made of."""
