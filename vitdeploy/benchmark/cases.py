@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from vitdeploy.backends.base import Array
 from vitdeploy.benchmark.results import MeasuredBundle, SkippedCase
-from vitdeploy.bundle.dtypes import ArtifactPrecision
-from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.dtypes import ArtifactPrecision, Quantised
+from vitdeploy.bundle.folder import HELD_OUT, WEIGHTS, Bundle
 from vitdeploy.bundle.sizes import named, unsized
 from vitdeploy.config import BatchRange, Size
 from vitdeploy.errors import ParityError, UsageError
@@ -30,15 +30,13 @@ class BenchTarget:
     name: str
     """The same at every size."""
     golden: Mapping[str, Array] = field(repr=False)
+    held_out: Mapping[str, Array] = field(repr=False, default_factory=dict)
+    """What stands for the golden inputs where an artifact is quantised; empty where none is."""
 
     @property
     def pixels(self) -> Array:
         """Golden inputs (K, ...), as the model takes them."""
         return self.golden["pixel_values"]
-
-    def batch(self, size: int) -> Array:
-        """Golden inputs, filled up by going round."""
-        return np.ascontiguousarray(self.pixels[np.arange(size) % len(self.pixels)])
 
     @property
     def record(self) -> MeasuredBundle:
@@ -76,6 +74,16 @@ class Case:
     batch: BatchRange | None = None
     """Batch sizes it takes; None is any."""
     size_bytes: int | None = None
+
+    @property
+    def golden(self) -> Mapping[str, Array]:
+        """What it is timed with and held against."""
+        return self.target.held_out if self.precision in get_args(Quantised) else self.target.golden
+
+    def inputs(self, batch: int) -> Array:
+        """Golden inputs, filled up by going round."""
+        pixels = self.golden["pixel_values"]
+        return np.ascontiguousarray(pixels[np.arange(batch) % len(pixels)])
 
     @property
     def name(self) -> str:
@@ -134,7 +142,7 @@ def open_targets(bundles: Sequence[Bundle], image_sizes: Sequence[Size] | None =
             golden = view.golden()
             if "pixel_values" not in golden or "reference" not in golden:
                 raise ParityError(f"{bundle.root}: has no golden inputs to measure with")
-            targets.append(BenchTarget(view, name, golden))
+            targets.append(BenchTarget(view, name, golden, view.tensors(HELD_OUT)))
     return targets
 
 

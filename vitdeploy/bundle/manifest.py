@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -25,8 +25,8 @@ from pydantic import (
     model_validator,
 )
 
-from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, OpDType
-from vitdeploy.bundle.quantisation import QuantisationRecord
+from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, OpDType, Quantised
+from vitdeploy.bundle.quantisation import CalibrationRecord, QuantisationRecord
 from vitdeploy.config import (
     BatchRange,
     InputKind,
@@ -184,6 +184,11 @@ class Artifact(_Record):
     size: Count = 0
     """Bytes of all its files together; filled in when the manifest is sealed."""
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether GEMMs of it are in 8 bits; of an engine, whether the file that it is built from is so."""
+        return self.precision in get_args(Quantised)
+
     def output(self, name: Output) -> TensorSpec:
         """The output of this name, which it has."""
         return next(spec for spec in self.outputs if spec.name == name)
@@ -224,6 +229,16 @@ class Tolerance(_Record):
     batch_invariance: float = Field(gt=0)
     max_abs: float | None = Field(default=None, gt=0)
     """An absolute bound on top, where the user gave one."""
+    mean: float | None = Field(default=None, gt=0)
+    """Of the mean of all rows' relative errors, where ``relative`` bounds the worst."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a bound of the mean where there is none: bundles from before it keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        if self.mean is None:
+            fields.pop("mean", None)
+        return fields
 
 
 class ParityMetrics(_Record):
@@ -252,6 +267,19 @@ class ParityMetrics(_Record):
     """Worst relative difference of one image's output with other company in the batch."""
     worst: int | None = None
     """Index of the golden image with the largest relative error, or with NaN."""
+    mean_relative: float | None = None
+    """The mean of all rows' relative errors, where the tolerance bounds it."""
+    agreement: float | None = None
+    """Share of the rows that rank first what the reference does, whatever its margin; there, too."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the means that no tolerance asks for: bundles from before them keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        for name in ("mean_relative", "agreement"):
+            if fields.get(name, 0) is None:
+                del fields[name]
+        return fields
 
 
 class ParityRecord(_Record):
@@ -395,6 +423,8 @@ class Manifest(_Record):
     """At most one per machine and image size."""
     sizes: tuple[SizeRecord, ...] = ()
     """Image sizes beside the first, of which ``model``, ``preprocess`` and ``flops`` are."""
+    calibration: CalibrationRecord | None = None
+    """Of quantised artifacts; null where there are none."""
     provenance: Provenance
     files: dict[SafePath, FileRecord] = Field(default_factory=dict)
     digest: str = ""
@@ -468,11 +498,13 @@ class Manifest(_Record):
         kept = tuple(artifact for artifact in self.artifacts if artifact.name in names)
         used = {file for artifact in kept for file in artifact.files}
         unused = {file for artifact in self.artifacts for file in artifact.files} - used
+        quantised = any(artifact.is_quantised for artifact in kept)
         return self.model_copy(
             update={
                 "artifacts": kept,
                 "parity": tuple(record for record in self.parity if record.artifact in names),
                 "choices": tuple(c for c in self.choices if c.artifact is None or c.artifact in names),
+                "calibration": self.calibration if quantised else None,
                 "files": {name: record for name, record in self.files.items() if name not in unused},
             }
         )
@@ -484,8 +516,8 @@ class Manifest(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out no ``choices`` or ``sizes``, the usual ``scores`` and a single output among ``outputs``:
-        bundles from before them keep their digest."""
+        """Leave out no ``choices``, ``sizes`` or ``calibration``, the usual ``scores`` and a single output
+        among ``outputs``: bundles from before them keep their digest."""
         fields: dict[str, Any] = dump(self)
         if len(self.outputs) == 1:
             fields.pop("outputs", None)
@@ -493,6 +525,8 @@ class Manifest(_Record):
             fields.pop("choices", None)
         if not self.sizes:
             fields.pop("sizes", None)
+        if self.calibration is None:
+            fields.pop("calibration", None)
         if self.scores == "softmax":
             fields.pop("scores", None)
         if self.grid_thw is not None:

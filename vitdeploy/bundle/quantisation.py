@@ -1,12 +1,14 @@
-"""What a manifest says of a quantised artifact."""
+"""What a manifest says of quantised artifacts, and of the images that they were made with."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from vitdeploy.config import Precision
+
+_Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 
 
 class QuantisationRecord(BaseModel):
@@ -27,3 +29,17 @@ class QuantisationRecord(BaseModel):
     """How many images it was calibrated with."""
     attention: bool = False
     """Whether the products inside of attention are fp8, too."""
+
+
+class CalibrationRecord(BaseModel):
+    """The images behind the quantised artifacts of a bundle, by the sha256 of their files.
+
+    Their pixels are in the bundle, too: those that were calibrated with, and those that were held out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: tuple[_Sha256, ...] = Field(min_length=1)
+    """Calibrated with."""
+    held_out: tuple[_Sha256, ...] = Field(min_length=1)
+    """Never calibrated with: what the artifacts are proven on."""

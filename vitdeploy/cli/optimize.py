@@ -18,6 +18,7 @@ SUMMARY = "Build, prove and measure what could win on this machine; keep the win
 EXAMPLES = (
     "vitdeploy optimize -m ./my-finetuned-vit -o vit.bundle",
     "vitdeploy optimize -m B/16 --checkpoint weights.safetensors --goal throughput --batch 16",
+    "vitdeploy optimize -m ./my-finetuned-vit --calibration images/",
     "vitdeploy optimize -m ./my-finetuned-vit --data photos/ --max-drop 0.5 --budget 5m",
     "vitdeploy optimize -m digits --explain-choice",
 )
@@ -42,6 +43,7 @@ def command(
             help="Images that are computed together.  [default: 1 for latency, 8 for throughput]",
         ),
     ] = None,
+    calibration: export.Calibration = None,
     data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Labelled images to measure accuracy on: DIR/<label>/*.jpg."),
@@ -109,6 +111,8 @@ def command(
         stated=Stated(labels=labels, preprocess=preprocess, heads=heads),
         revision=revision,
         cache_dir=cache_dir,
+        calibration=calibration,
+        precisions=("fp32",) if calibration is None else ("fp32", "int8"),
         seed=seed,
         random=random,
         command=parse.command_line(),

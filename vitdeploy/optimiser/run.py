@@ -14,7 +14,7 @@ from vitdeploy.benchmark.ranking import Goal, choice_of
 from vitdeploy.benchmark.results import Results, SkippedCase
 from vitdeploy.benchmark.run import BenchPlan, run_plan
 from vitdeploy.bundle.dtypes import ArtifactPrecision
-from vitdeploy.bundle.folder import Bundle, BundleWriter
+from vitdeploy.bundle.folder import CALIBRATION, HELD_OUT, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import Choice
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ImageError, ParityError, UsageError, did_you_mean
@@ -28,6 +28,7 @@ from vitdeploy.optimiser.contestants import contestants, precisions_here
 from vitdeploy.optimiser.decision import Decision, decide, sieve
 from vitdeploy.optimiser.record import OPTIMISATION, Optimisation, Tried, Verdict
 from vitdeploy.progress import Progress, Stage
+from vitdeploy.quantisation.calibration import WANTED
 from vitdeploy.verification.accuracy import LabelledImages, check_max_drop, find_labelled
 
 GOALS: tuple[Goal, ...] = get_args(Goal)
@@ -109,7 +110,8 @@ def run_optimise(
     """Make a bundle of the fp32 artifact and of what is fastest and right on this machine, all or nothing.
 
     Args:
-        request: the model; its precisions, formats and batch sizes follow from the machine and the aim.
+        request: the model, with int8 among its precisions if it has calibration images; its other precisions,
+            formats and batch sizes follow from the machine and the aim.
 
     Raises:
         UsageError, CheckpointError, ImageError, BundleError: bad input, or a folder that cannot be written.
@@ -123,9 +125,11 @@ def run_optimise(
     temporary_folder()  # measured processes need one: before anything is built
     gpus = find_gpus()
     floats, missing = precisions_here(find_cpu().flags, gpus)
+    if not request.quantised:
+        missing["int8"] = f"ranges are taken from images: {WANTED}"
     wanted = replace(
         request,
-        precisions=floats,
+        precisions=(*floats, *request.quantised),
         formats=("auto",) if gpus else ("onnx",),
         batch=BatchRange(1, aim.images, max(_LARGEST, aim.images)),
     )
@@ -156,7 +160,7 @@ def run_optimise(
         )
         choice = choice_of(decision.winner, results, aim.goal, None)
         draft = trial.manifest.only({PLAIN, decision.winner.artifact})
-        for name in draft.files:
+        for name in draft.files.keys() - ({HELD_OUT, CALIBRATION} if draft.calibration is None else set()):
             (trial.root / name).rename(writer.file(name))
         shutil.rmtree(trial.root)
         writer.file(OPTIMISATION).write_text(record.text(), encoding="utf-8")

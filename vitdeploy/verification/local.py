@@ -239,7 +239,6 @@ class _Verification:
 
     def _run_size(self, bundle: Bundle, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
         """Run what is of one image size, of which the bundle is a view."""
-        golden = bundle.golden()
         answers: dict[str, tuple[str, TopClasses]] = {}
         for pair in pairs:
             if pair.reason is not None:
@@ -254,7 +253,7 @@ class _Verification:
                         self.executed.remove(pair.name)
                         why = "its files are not for this machine; what was compared was compiled here"
                         self.skipped.append(SkippedArtifact(pair.name, pair.backend.name, why))
-                    self._check_parity(pair, session, golden)
+                    self._check_parity(pair, session, bundle.golden(pair.artifact))
                     if images is not None and pair.name not in answers:
                         classes = self._top_classes(bundle, session, images)
                         answers[pair.name] = pair.backend.name, classes

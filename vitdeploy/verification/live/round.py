@@ -152,6 +152,11 @@ class _Sized:
     replayed: Replay = field(default_factory=Replay)
 
     @property
+    def golden(self) -> Mapping[str, Array]:
+        """The tensors that are sent, and what is right for them."""
+        return self.subject.golden_of(self.precision.precision)
+
+    @property
     def right(self) -> bool:
         """Whether the answers to tensors are."""
         return self.comparable and not self.replayed.failures
@@ -225,7 +230,7 @@ class _Round:
 
     def _tensors(self, sized: _Sized, check: SignatureCheck) -> None:
         subject, model, precision = sized.subject, sized.model, sized.precision
-        signature, golden = subject.signature, subject.golden
+        signature, golden = subject.signature, sized.golden
         image_bytes = max(1, golden["pixel_values"][:1].nbytes if golden else 1)
         batches = plan_batches(subject.view, precision, model, check.batch, self.request.batches, image_bytes)
 
@@ -262,7 +267,7 @@ class _Round:
     def _measure(self, sized: _Sized, session: LiveSession) -> Latency | None:
         try:
             with self.progress.stage("latency") as stage:
-                inputs = sized.subject.golden["pixel_values"]
+                inputs = sized.golden["pixel_values"]
                 latency = measure_latency(session, inputs, self.request.calls)
                 stage.detail = f"{latency.calls} calls, median {latency.median_ms:.3g} ms"
         except AnswerError as error:
@@ -279,7 +284,7 @@ class _Round:
         tolerance += _tolerance(predictor) if predictor else 0.0
         wrong = next((record.output for record in replayed.records if record.failures), None)
         output = wrong or self.bundle.manifest.output
-        inputs, reference = subject.golden["pixel_values"], reference_of(subject.golden, output)
+        inputs, reference = sized.golden["pixel_values"], reference_of(sized.golden, output)
 
         def right(answers: Array) -> bool:
             return answers.shape == reference.shape and relative(reference, answers) <= tolerance
@@ -293,7 +298,7 @@ class _Round:
             except AnswerError:
                 return  # said already
             if not right(answers):
-                text = explain_tensors(subject.view, predictor, subject.golden, answers, output, tolerance)
+                text = explain_tensors(subject.view, predictor, sized.golden, answers, output, tolerance)
                 self.causes += [text] if text else []
                 for version, other in versions.items():
                     with contextlib.suppress(AnswerError, VitdeployError):
