@@ -80,8 +80,8 @@ def command(
 
     Builds every precision that this machine computes in, and measures it on each runtime that is installed,
     with several numbers of threads and sessions: a first look at each, then the best of them in interleaved
-    rounds. Wrong outputs never win. `predict` and `serve` run what was chosen. What was tried, and why it lost,
-    stays in the bundle: `vitdeploy inspect BUNDLE --explain-choice`.
+    rounds. Wrong outputs never win. `predict` and `serve` run what was chosen. What was tried, and why it
+    lost, stays in the bundle: `vitdeploy inspect BUNDLE --explain-choice`.
     """
     from vitdeploy.exporter import exporting
 

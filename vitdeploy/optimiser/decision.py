@@ -12,6 +12,7 @@ from vitdeploy.benchmark.results import Cell, Results
 from vitdeploy.bundle.dtypes import QUANTISED
 from vitdeploy.errors import ParityError
 from vitdeploy.optimiser.record import Tried, Verdict, tried
+from vitdeploy.predictor import EXACTNESS
 from vitdeploy.verification.accuracy import judge_drop
 
 QUANTISED_GAIN: Final = 1.15
@@ -19,7 +20,7 @@ QUANTISED_GAIN: Final = 1.15
 FAR: Final = 1.5
 """A contestant that takes so many times as long as the fastest at a first look is not measured again."""
 FINALISTS: Final = 5
-"""Measured together, at most; with the fastest fp32 and the fastest quantised one, whatever their places."""
+"""Measured together, at most; besides, whatever their places, the fastest fp32 and what is quantised."""
 
 
 class Decision(NamedTuple):
@@ -60,9 +61,10 @@ def sieve(groups: Sequence[Sequence[Cell]]) -> Sieve:
         best += right[:1]
         lost += [tried(cell, "slower", f"{_times(right[0], cell)}, in a first look") for cell in right[1:]]
     best.sort(key=cost)
-    kinds = [[cell for cell in best if cell.precision in kind] for kind in (("fp32",), QUANTISED)]
+    plain = [cell for cell in best if cell.precision == "fp32"][:1]
+    judged = [*plain, *(cell for cell in best if cell.precision in QUANTISED)]
     wanted = [cell for cell in best[:FINALISTS] if cost(cell) <= FAR * cost(best[0])]
-    wanted += [kind[0] for kind in kinds if kind and kind[0] not in wanted]
+    wanted += [cell for cell in judged if cell not in wanted]
     lost += [
         tried(cell, "slower", f"{_times(best[0], cell)}, in a first look")
         for cell in best
@@ -113,7 +115,7 @@ def decide(results: Results, subject: str, goal: Goal, max_drop: float | None = 
             why = f"{gain(cell, best):.2f}x of {label(best)}: less than the {QUANTISED_GAIN:g}x that "
             why += f"{cell.precision} must bring"
         elif gain(cell, winner) >= 1:
-            verdict, why = "level", f"{_times(winner, cell)}: not told apart, and less exact"
+            verdict, why = "level", f"{_times(winner, cell)}: not told apart{_less_exact(cell, winner)}"
         else:
             verdict, why = "slower", _times(winner, cell)
         found.append(tried(cell, verdict, why))
@@ -132,6 +134,11 @@ def label(cell: Cell) -> str:
 
 def _times(winner: Cell, cell: Cell) -> str:
     return f"{gain(cell, winner):.2f}x of {label(winner)}"
+
+
+def _less_exact(cell: Cell, winner: Cell) -> str:
+    less = EXACTNESS.index(cell.precision) > EXACTNESS.index(winner.precision)
+    return ", and less exact" if less else ""
 
 
 def _order(cell: Cell) -> float:

@@ -17,8 +17,8 @@ from vitdeploy.errors import BundleError
 OPTIMISATION: Final = "optimisation.json"
 
 Verdict = Literal["chosen", "refused", "level", "slower", "wrong", "failed", "not run", "not built"]
-"""What became of a contestant. ``refused``: right, perhaps faster, but not worth what it costs; ``level``: not
-slower than the winner as far as can be told, but not as exact."""
+"""What became of a contestant. ``refused``: right, perhaps faster, but not worth what it costs; ``level``:
+not slower than the winner as far as can be told."""
 
 
 class _Record(BaseModel):

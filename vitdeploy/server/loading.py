@@ -28,7 +28,7 @@ class ModelSettings:
     artifact: str | None = None
     options: Options = field(default_factory=Options)
     instances: int | None = None
-    """Sessions per model and image size, each with threads of its own; None is what was found best, or one."""
+    """Sessions per model and image size, each with threads of its own; None is what was found best, or 1."""
     max_batch: int | None = None
     max_delay: float = 0.0
     """Seconds."""
