@@ -45,6 +45,7 @@ class StandInClock:
             "batch": batch,
             "threads": case.threads,
             "concurrency": case.concurrency,
+            "spin": case.spin,
             "p50_ms": time,
             "samples_ms": (time,) * 8,
             "round_samples": 1,

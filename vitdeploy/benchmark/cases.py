@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ class Case:
     batch: BatchRange | None = None
     """Batch sizes it takes; None is any."""
     size_bytes: int | None = None
+    spin: bool = False
+    """Whether its threads spin while they wait."""
 
     @property
     def golden(self) -> Mapping[str, Array]:
@@ -90,6 +93,7 @@ class Case:
         parts = [self.backend, self.artifact]
         parts += [f"{self.threads} threads"] if self.threads else []
         parts += [f"{self.concurrency} callers"] if self.concurrency > 1 else []
+        parts += ["spinning"] if self.spin else []
         return " ".join(parts)
 
     def start(self, limit: float) -> Worker:
@@ -112,6 +116,8 @@ class Choices:
     concurrency: tuple[int, ...] = (1,)
     provider: str | None = None
     device: str | None = None
+    spin: tuple[bool, ...] = (False,)
+    """As ``Options.spin``, of backends that have the choice; others are measured once."""
 
     def __post_init__(self) -> None:
         for name, values in (("threads", self.threads), ("concurrency", self.concurrency)):
@@ -184,13 +190,22 @@ def cases_of(target: BenchTarget, choices: Choices) -> tuple[list[Case], list[Sk
                 )
             )
             continue
-        for threads in choices.threads:
-            cases += [_case(target, pair, threads, n, choices) for n in choices.concurrency]
+        spins = choices.spin if pair.backend.traits.spins else (False,)
+        for threads, n, spin in itertools.product(choices.threads, choices.concurrency, spins):
+            cases.append(_case(target, pair, threads, n, choices, spin=spin))
     _require_batches(target, cases, choices.batches or ())
     return cases, skipped
 
 
-def _case(target: BenchTarget, pair: Pair, threads: int | None, concurrency: int, choices: Choices) -> Case:
+def _case(
+    target: BenchTarget,
+    pair: Pair,
+    threads: int | None,
+    concurrency: int,
+    choices: Choices,
+    *,
+    spin: bool,
+) -> Case:
     artifact, files = pair.artifact, target.bundle.manifest.files
     reads = artifact is not None and artifact.format in pair.backend.formats
     weights = files[WEIGHTS].size if WEIGHTS in files else None
@@ -211,7 +226,9 @@ def _case(target: BenchTarget, pair: Pair, threads: int | None, concurrency: int
             "provider": choices.provider,
             "device": choices.device,
             "concurrency": concurrency,
+            "spin": spin,
         },
+        spin=spin,
         provider=choices.provider or "",
         environment=child_environment(),
         batch=artifact.batch if artifact else None,

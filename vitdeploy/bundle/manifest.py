@@ -331,6 +331,8 @@ class Choice(_Record):
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(ge=1)
     concurrency: int = Field(default=1, ge=1)
+    spin: bool = False
+    """Whether ONNX Runtime's threads keep cores busy while they wait."""
     p50_ms: float
     images_per_s: float
     created: str
@@ -339,10 +341,13 @@ class Choice(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without an ``image_size`` where it is the first: bundles from before it keep their digest."""
+        """Without an ``image_size`` where it is the first, and without ``spin`` where it is off: bundles from
+        before them keep their digest."""
         fields: dict[str, Any] = dump(self)
         if self.image_size is None:
             fields.pop("image_size", None)
+        if not self.spin:
+            fields.pop("spin", None)
         return fields
 
 

@@ -13,6 +13,7 @@ from vitdeploy.bundle.manifest import Artifact, ParityRecord
 from vitdeploy.errors import MissingDependency, ParityError
 from vitdeploy.progress import Progress
 from vitdeploy.verification import parity
+from vitdeploy.verification.gemms import BACKENDS, check_gemms
 
 Golden = Mapping[str, np.ndarray[Any, Any]]
 
@@ -44,6 +45,24 @@ def onnx_parity(
         purpose = f"proving {artifact.path} on this machine"
         raise MissingDependency("openvino", extra="openvino", purpose=purpose)
     return records
+
+
+def gemms_failure(
+    bundle: Bundle, artifact: Artifact, inputs: np.ndarray[Any, Any], scales: Mapping[str, float]
+) -> str | None:
+    """What is wrong with the quantised GEMMs of a file on the runtimes here, each for itself; or None.
+
+    Args:
+        inputs: a few images (K, ...) as the file reads them.
+        scales: of what each site reads, as it was quantised.
+    """
+    # OpenVINO rounds to fp8 by way of fp16, where ties go elsewhere: nothing that a GPU does.
+    for name in BACKENDS if artifact.precision == "int8" else ("onnxruntime",):
+        if get_backend(name).availability().ok:
+            for record in check_gemms(bundle, artifact, name, inputs, scales):
+                if not record.passed:
+                    return f"{artifact.name} on {name}: {record.site}: {record.failures[0]}"
+    return None
 
 
 def engines_parity(

@@ -15,6 +15,7 @@ from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.manifest import Artifact, TensorSpec
 from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, undeclared
 from vitdeploy.bundle.onnx_metadata import properties
+from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.config import BatchRange, Size
 from vitdeploy.errors import ExportError, PrecisionError
@@ -88,7 +89,7 @@ def write_onnx(
     precision = plan.name if quantised is None else quantised.kind
     graph = trace(deployed, example, batch=batch, opset=opset, names=(INPUT, *subject.outputs))
     if quantised is not None:
-        insert(graph, quantised.model.sites, quantised.rest)
+        insert(graph, quantised.model.sites, quantised.rest, quantised.model.attention)
     _describe(graph, subject, precision)
     path = writer.file(sized(FILES[kind], place))
     files = _save(graph, path, shared)
@@ -99,14 +100,16 @@ def write_onnx(
     del graph, deployed
     release()  # before the file is read again
     _check(path)
-    proof = prove_precision(read_graph(path), default, islands)
+    gemms = None if quantised is None else QuantisedGemms.of(quantised.kind, quantised.record)
+    proof = prove_precision(read_graph(path), default, islands, gemms)
     give_back()
     if not proof.ok:
         names = (
-            ", ".join(f"{row.name} ({row.dtype})" for row in undeclared(proof.ops, default))
+            ", ".join(f"{row.name} ({row.dtype})" for row in undeclared(proof.ops, default, gemms))
             or "no GEMM found"
         )
-        raise PrecisionError(f"{path.name} is not {default} everywhere: {names}")
+        declared = default if gemms is None else f"{gemms.kind} where it is quantised, and {default}"
+        raise PrecisionError(f"{path.name} is not {declared} everywhere: {names}")
     return Artifact(
         name=named(f"onnx-{kind}", place),
         format="onnx",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.subject import Subject
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
+from vitdeploy.quantisation.attention import attention_scales
 from vitdeploy.quantisation.calibration import WANTED, CalibrationImages, from_tensors, read_folder
 from vitdeploy.quantisation.recipe import quantise
 from vitdeploy.quantisation.sites import QuantisedModel
@@ -107,7 +108,11 @@ def quantise_subject(
     """
     deployed = subject.deployed(PrecisionPlan.of("fp32"))
     assert isinstance(deployed, DeployedModel)  # modules of users' own are refused
-    return quantise(deployed, subject.inputs_of(images.images), kind=kind, weight_bits=request.weight_bits)
+    inputs = subject.inputs_of(images.images)
+    model = quantise(deployed, inputs, kind=kind, weight_bits=request.weight_bits)
+    if kind == "fp8" and request.fp8_attention:
+        model = replace(model, attention=attention_scales(model.model, inputs))
+    return model
 
 
 def form_of(
@@ -117,11 +122,11 @@ def form_of(
     record = QuantisationRecord(
         rest=rest,
         weight_bits=request.weight_bits if kind == "int8" else 8,
-        sites=tuple(model.sites),
+        sites=(*model.sites, *model.attention),
         left_out=model.left_out,
         macs=model.macs,
         images=len(images.images),
-        attention=request.fp8_attention and kind == "fp8",
+        attention=bool(model.attention),
     )
     return QuantisedForm(model, kind, rest, record)
 

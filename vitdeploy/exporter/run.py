@@ -35,7 +35,13 @@ from vitdeploy.checkpoint.stated import check_labels
 from vitdeploy.config import Precision, Size, size_name
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.exporter import triton_aot
-from vitdeploy.exporter.artifact_parity import engines_parity, first_failure, onnx_parity, worst
+from vitdeploy.exporter.artifact_parity import (
+    engines_parity,
+    first_failure,
+    gemms_failure,
+    onnx_parity,
+    worst,
+)
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
 from vitdeploy.exporter.onnx import FILES, INPUT, write_onnx
 from vitdeploy.exporter.plan import engines_note
@@ -63,6 +69,8 @@ from vitdeploy.verification import parity
 
 _MODE = 0o644
 """safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
+_GEMM_IMAGES = 2
+"""Images whose activations are held in memory, all at once."""
 EMULATION = "emulation"
 """The name of the rehearsal among the backends of parity records."""
 Golden = dict[str, np.ndarray[Any, Any]]
@@ -431,7 +439,8 @@ class _Job:
             except PrecisionError as error:
                 trouble = error.message
                 break
-            if trouble := first_failure(records):
+            trouble = first_failure(records) or self._gemms(artifact, form, golden)
+            if trouble is not None:
                 self.whole.drop(artifact)
                 break
             self.whole.accept([artifact], records)
@@ -447,6 +456,20 @@ class _Job:
             others = ", ".join(artifact.path for artifact in self.whole.artifacts)
             self.whole.give_up(f"{failure}; {others} instead")
         return built
+
+    def _gemms(self, artifact: Artifact, form: QuantisedForm, golden: Golden) -> str | None:
+        """Every quantised GEMM computed again from what it reads; what is wrong with one.
+
+        Processors compute a rest of fp16 in roundings of their own, which would hide what is looked for.
+        """
+        if form.rest != "fp32":
+            return None
+        with self.progress.stage(f"GEMMs {form.name}") as stage:
+            bundle = self.writer.seal(self.whole.manifest([artifact]))
+            scales = {name: site.input_scale for name, site in form.model.sites.items()}
+            trouble = gemms_failure(bundle, artifact, golden[INPUT][:_GEMM_IMAGES], scales)
+            stage.detail = trouble or f"{len(scales)} products, each as its own integers say"
+        return trouble
 
     def build_kernels(self, precision: Precision) -> None:
         """The fused kernels; what they compute is rehearsed here, and measured where the GPU is."""

@@ -82,7 +82,7 @@ def contestants(
         traits = get_backend(name).traits
         ways: list[tuple[Sequence[Split], Choices]] = []
         if not traits.needs_gpu and (asked or traits.formats):
-            ways.append((cpu, Choices()))
+            ways.append((cpu, Choices(spin=(False, True))))
         if gpus and traits.needs_gpu:
             ways.append((gpu, Choices()))
         elif gpus and traits.providers:
@@ -108,5 +108,14 @@ def _cases(
     """The cases of one backend, for each share of the processors."""
     threads, counts = (tuple(dict.fromkeys(column)) for column in zip(*shares, strict=True))
     cases, skipped = cases_of(target, replace(choices, threads=threads, concurrency=counts))
-    mine = [c for c in cases if c.backend == backend and (c.threads, c.concurrency) in shares]
+    mine = [
+        case
+        for case in cases
+        if case.backend == backend and (case.threads, case.concurrency) in shares and _may_spin(case)
+    ]
     return mine, [one for one in skipped if one.backend == backend]
+
+
+def _may_spin(case: Case) -> bool:
+    """False where spinning threads would only keep cores from one another's sessions, or there are none."""
+    return not case.spin or (case.concurrency == 1 and case.threads != 1)

@@ -38,6 +38,8 @@ class Tried(_Record):
     """CPU threads of each session; null is the runtime's own choice."""
     instances: int = Field(default=1, ge=1)
     """Sessions at the same time."""
+    spin: bool = False
+    """Whether threads keep their cores busy while they wait."""
     p50_ms: float | None = None
     """Of a batch; null where it was not measured, or is not right."""
     images_per_s: float | None = None
@@ -60,6 +62,7 @@ class Tried(_Record):
         parts = [f"{self.backend}{'' if plain else f'[{self.provider}]'} {self.artifact}"]
         parts += [f"{self.threads} thread{'s' * (self.threads > 1)}"] if self.threads else []
         parts += [f"{self.instances} sessions"] if self.instances > 1 else []
+        parts += ["spinning"] if self.spin else []
         return ", ".join(parts)
 
 
@@ -72,6 +75,7 @@ def tried(cell: Cell, verdict: Verdict, why: str) -> Tried:
         provider=cell.provider,
         threads=cell.threads,
         instances=cell.concurrency,
+        spin=cell.spin,
         p50_ms=cell.p50_ms,
         images_per_s=cell.images_per_s,
         spread=cell.spread,

@@ -7,7 +7,7 @@ takes), weights rounded by column. One of fp8 is E4M3, with one scale for the wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,6 +54,15 @@ class QuantisedSite:
 
 
 @dataclass(frozen=True)
+class AttentionScales:
+    """Of what the two products inside of an attention read in fp8; probabilities have 1 / 448."""
+
+    query: float
+    key: float
+    value: float
+
+
+@dataclass(frozen=True)
 class QuantisedModel:
     """The float model around the sites.
 
@@ -62,9 +71,11 @@ class QuantisedModel:
         sites: by name.
         left_out: sites that could be quantised, and stay float.
         macs: share of the GEMMs' multiplications that is in 8 bits, 0 to 1.
+        attention: attentions whose products are fp8, by the name of their module.
     """
 
     model: DeployedModel
     sites: Mapping[str, QuantisedSite]
     left_out: tuple[str, ...]
     macs: float
+    attention: Mapping[str, AttentionScales] = field(default_factory=dict)

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Self
 
 from vitdeploy.backends.base import Array
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import reference_of
-from vitdeploy.config import size_name
+from vitdeploy.config import Output, size_name
 from vitdeploy.errors import UsageError, VitdeployError
 from vitdeploy.images.fitting import DEFAULT_RULE, Rule, parse_rule, require_size
 from vitdeploy.predictor import Predictor
@@ -47,7 +48,7 @@ from vitdeploy.verification.live.tensors import (
     replay,
 )
 from vitdeploy.verification.live.triton_client import connect
-from vitdeploy.verification.parity import TOLERANCES
+from vitdeploy.verification.parity import TOLERANCES, passes
 
 LATENCY_CALLS = 100
 """For the latency of a single verification."""
@@ -290,7 +291,7 @@ class _Round:
             return answers.shape == reference.shape and relative(reference, answers) <= tolerance
 
         with self.progress.stage("diagnosis"):
-            fitting = fits([replayed])
+            fitting = fits([replayed]) or self._quantised(subject, session, output)
             if fitting is not None and not any(r.metrics.nonfinite for r in replayed.records):
                 self.causes.append(f"the numbers are as exact as {fitting}, not as {precision.precision}")
             try:
@@ -309,6 +310,17 @@ class _Round:
                             )
             if not self.causes and sized.model.facts.digest in (None, self.bundle.manifest.digest):
                 self.notes.append("no common mistake explains the numbers: other weights, perhaps")
+
+    def _quantised(self, subject: Subject, session: LiveSession, output: Output) -> ArtifactPrecision | None:
+        """That of a quantised artifact whose tolerances the answers keep, on images of the user's own."""
+        artifacts = subject.view.manifest.artifacts
+        for precision in dict.fromkeys(one.precision for one in artifacts if one.is_quantised):
+            golden = subject.golden_of(precision)
+            with contextlib.suppress(AnswerError, KeyError):
+                answers = session.answer_all(golden["pixel_values"], output)
+                if passes(reference_of(golden, output), answers, TOLERANCES[precision], output):
+                    return precision
+        return None
 
     def _images(self, model: LiveModel, sizes: Sequence[_Sized], *, explain: bool) -> list[ImageRecord]:
         """Send image files, each held against the size that the server's rule chooses for it."""

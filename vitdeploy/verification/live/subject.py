@@ -52,10 +52,11 @@ class Subject:
         return self._local
 
     def local_error(self, local: Predictor) -> float:
-        """The largest relative error of its logits here, of the golden tensors."""
+        """The largest relative error of its logits here, of the tensors that prove it."""
         if self._local_error is None:
-            logits = local.outputs(self.golden["pixel_values"])["logits"]
-            self._local_error = relative(reference_of(self.golden, "logits"), logits)
+            golden = self.golden_of(local.session.facts.precision)
+            logits = local.outputs(golden["pixel_values"])["logits"]
+            self._local_error = relative(reference_of(golden, "logits"), logits)
         return self._local_error
 
     def expected(self, local: Predictor, files: Sequence[ImageFile]) -> list[Expected]:
