@@ -92,7 +92,9 @@ def test_the_same_picture_twice_counts_once(tmp_path: Path) -> None:
     pictures(tmp_path, 10)
     for i in range(10):
         shutil.copy(tmp_path / f"{i:03d}.png", tmp_path / f"{i:03d}-copy.png")
-        Image.open(tmp_path / f"{i:03d}.png").save(tmp_path / f"{i:03d}-again.bmp")  # other bytes, same pixels
+        Image.open(tmp_path / f"{i:03d}.png").save(
+            tmp_path / f"{i:03d}-again.bmp"
+        )  # other bytes, same pixels
     found = read_folder(tmp_path, SPEC)
     assert len(found.images) + len(found.held_out) == 10
     assert len({image.tobytes() for image in (*found.images, *found.held_out)}) == 10
