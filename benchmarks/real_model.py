@@ -31,6 +31,7 @@ from zipfile import ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.peers.common import session_options
 from benchmarks.peers.environments import ROOT
 from benchmarks.real_images import TASKS, Pixels, labels, read_images, save_images
 
@@ -210,9 +211,8 @@ def read_weights(model: onnx.ModelProto) -> dict[str, Floats]:
 
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     state = {name.removeprefix(_BODY): found[name] for name in found if name.startswith(_BODY)}
-    products = {
-        n.output[0]: n.input[1] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in found
-    }
+    matmuls = (node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in found)
+    products = {node.output[0]: found[node.input[1]] for node in matmuls}
     for node in model.graph.node:
         if node.op_type == "Add":
             for bias, product in (node.input, reversed(node.input)):
@@ -220,11 +220,9 @@ def read_weights(model: onnx.ModelProto) -> dict[str, Floats]:
                     name = bias.removeprefix(_BODY).removesuffix("bias") + "weight"
                     state[name] = np.ascontiguousarray(products[product].T)
     (width,) = state["layernorm.bias"].shape
-    rows = [array for name, array in found.items() if array.ndim == 3 and not name.startswith(_BODY)]
-    rows = sorted(
-        (array for array in rows if array.shape[::2] == (1, width)), key=lambda array: array.shape[1]
-    )
-    cls, patches = rows
+    others = (array for name, array in found.items() if not name.startswith(_BODY))
+    rows = [array for array in others if array.ndim == 3 and array.shape[::2] == (1, width)]
+    cls, patches = sorted(rows, key=lambda array: array.size)
     state["embeddings.position_embeddings"] = np.concatenate([cls, patches], axis=1)
     state["embeddings.mask_token"] = np.zeros((1, width), np.float32)
     return state
@@ -279,8 +277,7 @@ def tokens_of(file: bytes) -> Callable[[Pixels], Floats]:
     last = next(n for n in model.graph.node if n.op_type == "Add" and f"{_BODY}layernorm.bias" in n.input)
     del model.graph.output[:]
     model.graph.output.add().name = last.output[0]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
+    options = session_options({"threads": THREADS})
     options.log_severity_level = 3  # or it tells of the decoder, which nothing reads now
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
