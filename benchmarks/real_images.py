@@ -26,7 +26,7 @@ CROPS: Mapping[str, int] = {"train": 18, "test": 10}
 """Of each photograph."""
 DIGITS: Mapping[str, slice] = {"train": slice(0, 400), "test": slice(400, 600)}
 """Of the shuffled digits."""
-CALIBRATION = 20
+CALIBRATION = 24
 """Images of each task's training split."""
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png"),

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own quantiser: static U8S8 of the linear layers; or dynamic (``"dynamic": true`` in a job)."""
+"""ONNX Runtime's own quantiser: static U8S8 of the linear layers, or dynamic (a job says ``dynamic``)."""
 
 from __future__ import annotations
 
