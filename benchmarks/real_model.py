@@ -23,7 +23,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import ZipFile
@@ -293,9 +293,13 @@ def tokens_of(file: bytes) -> Callable[[Pixels], Floats]:
 
 def pixel_values(images: Pixels) -> Floats:
     """Images of 256 x 256 as DINOv2 reads them, (N, 3, 224, 224)."""
-    cut = images[:, 16:-16, 16:-16].astype(np.float32) * np.float32(PREPROCESSING["rescale_factor"])
-    mean, std = (np.float32(PREPROCESSING[f"image_{name}"]) for name in ("mean", "std"))
-    return np.ascontiguousarray(((cut - mean) / std).transpose(0, 3, 1, 2))
+    return normalised(images[:, 16:-16, 16:-16], PREPROCESSING["image_mean"], PREPROCESSING["image_std"])
+
+
+def normalised(images: Pixels, mean: Sequence[float], std: Sequence[float]) -> Floats:
+    """Pixels (N, height, width, 3) as models read them, (N, 3, height, width)."""
+    values = (images.astype(np.float32) * np.float32(1 / 255) - np.float32(mean)) / np.float32(std)
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
 
 
 # --- the tasks -------------------------------------------------------------------------------------------
