@@ -12,7 +12,13 @@ import pytest
 from onnx import numpy_helper
 
 from tests.fakes.onnxruntime import CUDA, TENSORRT, Double
-from tests.helpers.quantised_bundles import held_out, quantised_answer, quantised_graph, record, write_quantised
+from tests.helpers.quantised_bundles import (
+    held_out,
+    quantised_answer,
+    quantised_graph,
+    record,
+    write_quantised,
+)
 from tests.helpers.weights_bundles import artifact, write_weights
 from vitdeploy.backends import onnxruntime as ort_module
 from vitdeploy.backends import onnxruntime_providers as providers
