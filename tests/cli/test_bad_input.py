@@ -63,6 +63,24 @@ export -m digits -o notes.txt --force
 export -m digits -o notes.txt/x.bundle
 export -m nomodule:build
 export -m timm:
+optimize -m digitz
+optimize -m linear.bundle
+optimize -m digits --goal speed
+optimize -m digits --batch 0
+optimize -m digits --budget soon
+optimize -m digits --backend none
+optimize -m digits --max-drop 1
+optimize -m digits --data nowhere
+optimize -m digits --data photos --max-drop 101
+optimize -m digits --image-size 28,32
+optimize -m digits --calibration nowhere
+optimize -m digits --calibration photos
+optimize -m digits --calibration notes.txt
+optimize -m digits -o linear.bundle
+optimize -m digits -o notes.txt --force
+optimize -m digits -o notes.txt/x.bundle
+inspect linear.bundle --explain-choice
+inspect notes.txt --explain-choice
 engine nope.bundle --format tensorrt-rtx
 engine linear.bundle --format tensort
 engine linear.bundle --opt-level 9

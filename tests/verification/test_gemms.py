@@ -110,7 +110,9 @@ def test_swapped_scales_of_two_sites(file: Path) -> None:
         constants[f"{name}.input_scale"].CopyFrom(changed)
     onnx.save(model, file)
     images = pixels(CONFIG, 2).numpy()
-    failed = {r.site: r.failures for r in check_gemms(file, None, "onnxruntime", images, scales) if r.failures}
+    failed = {
+        r.site: r.failures for r in check_gemms(file, None, "onnxruntime", images, scales) if r.failures
+    }
     assert set(failed) == {low, high}
     assert all("are on record" in failures[-1] for failures in failed.values())
     # Without a record, the one whose range is too narrow is still found.
@@ -139,9 +141,9 @@ def test_what_cannot_be_proven(file: Path, tmp_path: Path) -> None:
     model = onnx.load(file)
     producers = {output: node for node in model.graph.node for output in node.output}
     for node in model.graph.node:
-        if node.op_type == "MatMul" and (load := producers.get(node.input[0])) is not None:
-            if load.op_type == "DequantizeLinear":
-                node.input[0] = producers[load.input[0]].input[0]
+        load = producers.get(node.input[0])
+        if node.op_type == "MatMul" and load is not None and load.op_type == "DequantizeLinear":
+            node.input[0] = producers[load.input[0]].input[0]
     assert quantised_gemms(model) == ()
     onnx.save(model, file)
     with pytest.raises(BundleError, match=r"model\.onnx has no quantised GEMM of any site"):
@@ -158,7 +160,8 @@ def test_what_cannot_be_proven(file: Path, tmp_path: Path) -> None:
         (
             ("avx2", "avx512f"),
             8,
-            "old has no VNNI: int8 gains little on it, and sums of 8-bit weights may saturate: --weight-bits 7",
+            "old has no VNNI: int8 gains little on it, and sums of 8-bit weights may saturate: "
+            "--weight-bits 7",
         ),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from vitdeploy._version import __version__
 from vitdeploy.bundle import golden
 from vitdeploy.bundle.dtypes import ArtifactPrecision
+from vitdeploy.bundle.files import names_below
 from vitdeploy.bundle.folder import CALIBRATION, GOLDEN, HELD_OUT, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import (
     AOT,
@@ -32,7 +33,7 @@ from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule
 from vitdeploy.checkpoint.stated import check_labels
 from vitdeploy.config import Precision, Size, size_name
-from vitdeploy.errors import ParityError, PrecisionError, UsageError
+from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
 from vitdeploy.exporter import triton_aot
 from vitdeploy.exporter.artifact_parity import (
     engines_parity,
@@ -81,9 +82,14 @@ def run_export(
     folder: Path | None = None,
     *,
     force: bool = False,
+    failures: dict[ArtifactPrecision, str] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a model into a new bundle and prove every artifact; nothing is left behind when it fails.
+
+    Args:
+        failures: receives the precisions beside the first that cannot be built or are not right, and why; the
+            bundle is then made without them. When omitted, one that fails is the end of the export.
 
     Raises:
         UsageError, CheckpointError, BundleError: bad input (exit code 2).
@@ -98,7 +104,9 @@ def run_export(
     orders, impossible = orders_of(request.engines)
     with BundleWriter(target, force=force) as writer:
         with progress.stage("load") as stage:
-            opened, subject = open_subject(request)
+            opened, subject = open_subject(request, failures)
+            if failures:
+                request = replace(request, precisions=request.floats, calibration=None)
             subjects = (subject, *further_subjects(opened, request))
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
             images = open_calibration(request, subject) if request.quantised else None
@@ -109,7 +117,7 @@ def run_export(
             progress.note(note)
         provenance = _provenance(request, opened)
         del opened  # and its weights, once they are in the bundle
-        whole = _Whole(request, provenance, writer, progress, subjects, images)
+        whole = _Whole(request, provenance, writer, progress, subjects, images, failures)
         for job in whole.jobs:
             with progress.stage(job.titled("reference")) as stage:
                 job.golden = golden_arrays(job.subject, None if job.place is None else golden.FEWER_NAMES)
@@ -163,10 +171,11 @@ class _Whole:
         progress: Progress,
         subjects: Sequence[Subject],
         images: CalibrationImages | None = None,
+        failures: dict[ArtifactPrecision, str] | None = None,
     ) -> None:
         self.request, self.provenance = request, provenance
         self.writer, self.progress = writer, progress
-        self.images = images
+        self.images, self.failures = images, failures
         self.jobs = [
             _Job(self, subject, subject.image_size if index else None)
             for index, subject in enumerate(subjects)
@@ -189,7 +198,7 @@ class _Whole:
             impossible: what cannot be built here, and why.
         """
         for precision in self.request.floats if self.request.wants_onnx else ():
-            self._build_precision(precision)
+            self._try_precision(precision)
         if self.images is not None:
             self._build_quantised(self.images, self.request.rests(orders))
         self._build_engines(orders)
@@ -199,6 +208,23 @@ class _Whole:
             for precision in self.request.kernel_precisions:
                 job.build_kernels(precision)
         self.writer.seal(self.manifest())
+
+    def _try_precision(self, precision: Precision) -> None:
+        """One precision at every size; where it may be missing and fails, none of it stays."""
+        if self.failures is None or not self.artifacts:
+            return self._build_precision(precision)
+        artifacts, parity = len(self.artifacts), len(self.parity)
+        files = set(names_below(self.writer.directory))
+        try:
+            return self._build_precision(precision)
+        except (ExportError, ParityError) as error:
+            self.failures[precision] = error.message
+            self.progress.note(f"without {precision}: {error.message}")
+        del self.artifacts[artifacts:], self.parity[parity:]
+        for name in set(names_below(self.writer.directory)) - files:
+            (self.writer.directory / name).unlink()
+        self.shared = {key: shared for key, shared in self.shared.items() if shared.path.exists()}
+        return None
 
     def _build_precision(self, precision: Precision) -> None:
         """One precision at every size, one after the other, so that they can share what they are made of."""
@@ -416,6 +442,9 @@ class _Job:
             built.append(artifact)
         if trouble is not None:
             failed = forms[len(built)]
+            if self.whole.failures is not None and not built:
+                self.whole.failures[failed.kind] = f"it would cost too much of the answers: {trouble}"
+                return built
             failure = f"no {FILES[failed.name]}: {failed.kind} would cost too much of the answers: {trouble}"
             if not self.request.fallback:
                 hint = "leave out --no-fallback, and the others are written"
