@@ -62,6 +62,8 @@ def export(
     weight_bits: Literal[7, 8] = 7,
     fp8_attention: bool = False,
     target: Literal["tensorrt"] | None = None,
+    data: Path | None = None,
+    max_drop: float | None = None,
     fallback: bool = True,
     seed: int = 0,
     random: bool = False,
@@ -119,8 +121,11 @@ def export(
             bundle of the same model, whose images are taken.
         weight_bits: of int8: with 7 no processor saturates, 8 are for those with VNNI and for GPUs.
         fp8_attention: whether the products inside of attention are fp8, too.
-        target: ``"tensorrt"`` adds int8 and fp8 artifacts in the form that it builds from, in fp16 where they
-            are not quantised; so does a format that builds engines.
+        target: ``"tensorrt"`` adds int8 and fp8 artifacts in the form that it builds from, in fp16 where
+            they are not quantised; a format that builds engines does so, too.
+        data: labelled images (a sub-folder per label, or files named ``<label>_*.png``), on which int8 and fp8
+            may not lose more than a point of top-1 against fp32, as far as the images can tell.
+        max_drop: points of top-1 on ``data`` that they may lose, whatever the images can tell.
         fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16, or leave a
             quantised artifact out; else raise.
         seed: of random weights.
@@ -179,6 +184,8 @@ def export(
         weight_bits=weight_bits,
         fp8_attention=fp8_attention,
         target=target,
+        data=None if data is None else pathlib.Path(data),
+        max_drop=max_drop,
         fallback=fallback,
         seed=seed,
         random=random,
@@ -413,6 +420,7 @@ def bench(
     batches: Sequence[int] | None = None,
     threads: int | Sequence[int | None] | None = None,
     concurrency: int | Sequence[int] = 1,
+    spin: bool | Sequence[bool] = False,
     provider: str | None = None,
     device: str | None = None,
     data: Path | None = None,
@@ -432,6 +440,7 @@ def bench(
         batches: batch sizes; 1, 8 and 32, as far as they are served, when omitted.
         threads: CPU threads, one number or several to compare; the runtime's own choice when omitted.
         concurrency: callers at the same time, each with a session of its own; one number or several.
+        spin: whether ONNX Runtime's threads keep cores busy while they wait; ``(False, True)`` compares.
         provider: ONNX Runtime's execution provider; goes with ``backends=["onnxruntime"]``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, for backends that have the choice.
         data: a folder of labelled images, for the accuracy; the digits' own when omitted, for their bundle.
@@ -456,6 +465,7 @@ def bench(
         batches=None if batches is None else tuple(batches),
         threads=tuple(threads) if isinstance(threads, Sequence) else (threads,),
         concurrency=(concurrency,) if isinstance(concurrency, int) else tuple(concurrency),
+        spin=(spin,) if isinstance(spin, bool) else tuple(spin),
         provider=provider,
         device=device,
     )

@@ -75,11 +75,14 @@ class Predictor:
         note: str = "",
         batch: int | None = None,
         sizes: _Sizes | None = None,
+        instances: int = 1,
     ) -> None:
         self.bundle = bundle
         self.session = session
         self.note = note
         """Why it runs as it does, where the bundle says how: one line, for the user."""
+        self.instances = instances
+        """How many sessions side by side were found best, where the bundle says how it is to run."""
         self._batch = batch
         self._sizes = sizes
 
@@ -116,7 +119,7 @@ class Predictor:
             return open_one(opened)
         sizes = _Sizes(opened.sizes, fit, lambda size: open_one(opened.at_size(size)))
         default = sizes.at(opened.sizes[0])
-        return cls(opened, default.session, default.note, default._batch, sizes)
+        return cls(opened, default.session, default.note, default._batch, sizes, default.instances)
 
     @classmethod
     def _open_one(
@@ -130,7 +133,7 @@ class Predictor:
                 options = Options(threads=threads, provider=choice.provider, spin=choice.spin)
                 chosen = None if choice.artifact is None else opened.artifact(choice.artifact)
                 session = get_backend(choice.backend).load(opened, chosen, options)
-                return cls(opened, session, note, choice.batch)
+                return cls(opened, session, note, choice.batch, instances=choice.concurrency)
         else:
             note = ""
         runtime = get_backend(backend or DEFAULT_BACKEND)

@@ -15,7 +15,7 @@ from tests.helpers.commands import COMMAND, Run
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.cli import diagnosis, main
 
-VERBS = ("export", "engine", "verify", "bench", "inspect", "predict", "list", "doctor")
+VERBS = ("export", "optimize", "engine", "verify", "bench", "inspect", "predict", "list", "doctor")
 
 
 @pytest.mark.slow

@@ -39,6 +39,15 @@ export -m digits --image-size 32,32
 export -m digits --image-size 32,33x64
 export -m B/16 --image-size 32000
 export -m digits --precision fp8x
+export -m digits --int8
+export -m digits --int8 --calibration nowhere
+export -m digits --int8 --calibration empty
+export -m digits --int8 --calibration notes.txt
+export -m digits --int8 --calibration linear.bundle
+export -m digits --int8 --calibration . --weight-bits 9
+export -m digits --fp8 --calibration . --opset 18
+export -m digits --fp8 --calibration . --image-size 32,64
+export -m digits --calibration .
 export -m digits --format onxx
 export -m digits --input uint9
 export -m digits --output logit
@@ -54,6 +63,24 @@ export -m digits -o notes.txt --force
 export -m digits -o notes.txt/x.bundle
 export -m nomodule:build
 export -m timm:
+optimize -m digitz
+optimize -m linear.bundle
+optimize -m digits --goal speed
+optimize -m digits --batch 0
+optimize -m digits --budget soon
+optimize -m digits --backend none
+optimize -m digits --max-drop 1
+optimize -m digits --data nowhere
+optimize -m digits --data photos --max-drop 101
+optimize -m digits --image-size 28,32
+optimize -m digits --calibration nowhere
+optimize -m digits --calibration photos
+optimize -m digits --calibration notes.txt
+optimize -m digits -o linear.bundle
+optimize -m digits -o notes.txt --force
+optimize -m digits -o notes.txt/x.bundle
+inspect linear.bundle --explain-choice
+inspect notes.txt --explain-choice
 engine nope.bundle --format tensorrt-rtx
 engine linear.bundle --format tensort
 engine linear.bundle --opt-level 9

@@ -25,8 +25,8 @@ from vitdeploy.benchmark.results import (
 )
 
 ROUND_SAMPLES = 5
-TOLERANCES = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.05, "mixed": 0.05}
-ERRORS = {"fp32": 6e-7, "fp16": 7e-4, "bf16": 6e-3, "mixed": 2e-3}
+TOLERANCES = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.05, "mixed": 0.05, "int8": 0.25, "fp8": 0.35}
+ERRORS = {"fp32": 6e-7, "fp16": 7e-4, "bf16": 6e-3, "mixed": 2e-3, "int8": 0.03, "fp8": 0.05}
 
 
 def samples(p50_ms: float, count: int = 40, *, spread: float = 0.015, seed: int = 0) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_forty_eight_images_are_chosen_evenly(folder: Path, images: CalibrationI
     assert chosen == [i * 100 // 48 for i in range(48)]
     held = [numbers[text] for text in images.record.held_out]
     assert held == sorted(held)
-    assert all(5 <= later - earlier <= 8 for earlier, later in zip(held, held[1:], strict=False))
+    assert all(5 <= later - earlier <= 8 for earlier, later in itertools.pairwise(held))
 
 
 def test_no_held_out_image_is_calibrated_with(images: CalibrationImages) -> None:
@@ -92,7 +93,9 @@ def test_the_same_picture_twice_counts_once(tmp_path: Path) -> None:
     pictures(tmp_path, 10)
     for i in range(10):
         shutil.copy(tmp_path / f"{i:03d}.png", tmp_path / f"{i:03d}-copy.png")
-        Image.open(tmp_path / f"{i:03d}.png").save(tmp_path / f"{i:03d}-again.bmp")  # other bytes, same pixels
+        Image.open(tmp_path / f"{i:03d}.png").save(
+            tmp_path / f"{i:03d}-again.bmp"
+        )  # other bytes, same pixels
     found = read_folder(tmp_path, SPEC)
     assert len(found.images) + len(found.held_out) == 10
     assert len({image.tobytes() for image in (*found.images, *found.held_out)}) == 10

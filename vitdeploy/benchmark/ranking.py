@@ -170,14 +170,14 @@ def pick(
     if goal == "latency":
         smallest = min((cell.concurrency, cell.batch) for cell in allowed)
         allowed = [cell for cell in allowed if (cell.concurrency, cell.batch) == smallest]
-    costs = [(_seconds_per_image(cell), cell) for cell in allowed]
+    costs = [(seconds_per_image(cell), cell) for cell in allowed]
     best_costs = min((rounds for rounds, _ in costs), key=lambda rounds: float(np.median(rounds)))
     level = [cell for rounds, cell in costs if _level(rounds, best_costs)]
     return min(level, key=lambda cell: (EXACTNESS.index(cell.precision), -(cell.images_per_s or 0.0)))
 
 
-def _seconds_per_image(cell: Cell) -> Rounds:
-    """(R,) what an image costs in each round, all callers working."""
+def seconds_per_image(cell: Cell) -> Rounds:
+    """(R,) what an image costs in each round in milliseconds, all callers working."""
     return round_medians(cell) / (cell.batch * cell.concurrency)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from vitdeploy.config import Precision
 
 Quantised = Literal["int8", "fp8"]
 """What GEMMs may be quantised to."""
+QUANTISED: tuple[Quantised, ...] = get_args(Quantised)
 
 ArtifactPrecision = Literal[Precision, "mixed", Quantised]
 """What an artifact computes in; ``mixed``: in fp16 or bf16, with islands in fp32; quantised: but for some of

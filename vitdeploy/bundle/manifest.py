@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
@@ -496,6 +496,23 @@ class Manifest(_Record):
         if self.model is None or self.model.output_shape("embedding") is not None:
             return "export with --output embedding"
         return "Predictor.outputs in Python, and /v2/models/NAME/infer of a server, give what comes out"
+
+    def only(self, names: Collection[str]) -> Manifest:
+        """The draft of a bundle that has these artifacts alone: with what is said of them, and without
+        the files that only others use."""
+        kept = tuple(artifact for artifact in self.artifacts if artifact.name in names)
+        used = {file for artifact in kept for file in artifact.files}
+        unused = {file for artifact in self.artifacts for file in artifact.files} - used
+        quantised = any(artifact.is_quantised for artifact in kept)
+        return self.model_copy(
+            update={
+                "artifacts": kept,
+                "parity": tuple(record for record in self.parity if record.artifact in names),
+                "choices": tuple(c for c in self.choices if c.artifact is None or c.artifact in names),
+                "calibration": self.calibration if quantised else None,
+                "files": {name: record for name, record in self.files.items() if name not in unused},
+            }
+        )
 
     @property
     def max_abs(self) -> float | None:

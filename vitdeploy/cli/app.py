@@ -18,6 +18,7 @@ from vitdeploy.cli import (
     engine,
     export,
     inspect,
+    optimize,
     output,
     package,
     predict,
@@ -34,7 +35,20 @@ _ParserError: type[Any] = typer.BadParameter.__mro__[2]
 
 _VERBS = {
     verb.__name__.rpartition(".")[2]: verb
-    for verb in (export, engine, verify, bench, inspect, predict, serve, package, tune, listing, doctor)
+    for verb in (
+        export,
+        optimize,
+        engine,
+        verify,
+        bench,
+        inspect,
+        predict,
+        serve,
+        package,
+        tune,
+        listing,
+        doctor,
+    )
 }
 _SUMMARY = "Carry a Vision Transformer checkpoint to production, and prove each step."
 _CODES = "Exit codes: 0 ok, 2 bad input, 3 something is missing, 4 export failed, 5 parity failed, 6 slower."

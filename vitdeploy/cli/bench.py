@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from vitdeploy.cli import output, parse
+from vitdeploy.cli import output, parse, summary
 from vitdeploy.cli.interruption import Interrupted
 from vitdeploy.config import size_name
 from vitdeploy.errors import ParityError, RegressionError, UsageError, VitdeployError
@@ -299,10 +299,10 @@ def _document(
 
 
 def _print(results: Results) -> None:
-    from vitdeploy.benchmark.tables import side_by_side, summary
+    from vitdeploy.benchmark import tables
 
     several = len(results.subjects) > 1
-    _print_table(side_by_side(results) if several else summary(results))
+    _print_table(tables.side_by_side(results) if several else tables.summary(results))
     output.line(f"{results.rounds} interleaved rounds; error: relative to the float64 reference")
     for cell in results.cells:
         if cell.warnings:
@@ -332,11 +332,4 @@ def _print_verdicts(comparison: ResultsComparison | None, picked: list[tuple[Pat
         output.heading(f"Compared, tolerance {comparison.tolerance:.0%}: {comparison.summary}")
         _print_table(compared_table(comparison.rows))
     for path, choice in picked:
-        what = " ".join(filter(None, (choice.backend, choice.artifact)))
-        threads = f", {output.count(choice.threads, 'thread')}" if choice.threads else ""
-        size = f", {size_name(choice.image_size)}" if choice.image_size else ""
-        threads += ", spinning" if choice.spin else ""
-        speed = f"{choice.p50_ms:.2f} ms, {choice.images_per_s:.1f} images/s"
-        output.line(
-            f"picked for {choice.goal}: {what}{size}, batch {choice.batch}{threads}: {speed}; in {path}"
-        )
+        output.line(f"picked {summary.choice_line(choice)}; in {path}")

@@ -201,6 +201,18 @@ ActivationKind = Annotated[
     str | None,
     typer.Option("--activation", metavar="NAME", help="gelu, gelu_tanh, quick_gelu, relu or silu."),
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Labelled images (LABEL/*.png or LABEL_*.png), on which int8 and fp8 may not lose more than a "
+        "point of top-1 against fp32.",
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Leave out what is more than P points of top-1 below fp32 on --data."),
+]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="The branch, tag or commit of a model on the hub.")
 ]
@@ -236,6 +248,8 @@ def command(
     weight_bits: WeightBits = 7,
     fp8_attention: Fp8Attention = False,
     for_: For = None,
+    data: Data = None,
+    max_drop: MaxDrop = None,
     image_size: ImageSize = None,
     batch: Batch = "1,8,32",
     opset: Opset = 20,
@@ -273,9 +287,7 @@ def command(
     checkpoint says; `vitdeploy inspect` shows where each fact is from. A token for the hub is read from
     HF_TOKEN.
     """
-    if model is not None and _is_bundle(model):
-        hint = f"`vitdeploy engine {shlex.quote(model)}` adds engines to it"
-        raise UsageError(f"{model} is a bundle, and no model to export", hint=hint)
+    refuse_bundle(model, "`vitdeploy engine {bundle}` adds engines to it")
     named = {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
     flags = [name for name, given in named.items() if given]
     from vitdeploy.checkpoint.stated import Stated
@@ -315,6 +327,8 @@ def command(
         weight_bits=weight_bits,
         fp8_attention=fp8_attention,
         target=for_,
+        data=data,
+        max_drop=max_drop,
         fallback=not no_fallback,
         seed=seed,
         random=random,
@@ -323,11 +337,20 @@ def command(
     return (_dry_run if dry_run else _export)(request, output_dir, force, as_json)
 
 
-def _is_bundle(model: str) -> bool:
-    """Whether ``--model`` names a bundle rather than a model."""
+def refuse_bundle(model: str | None, hint: str) -> None:
+    """Refuse a bundle where a model is asked for.
+
+    Args:
+        hint: what may have been meant; ``{bundle}`` in it is the bundle.
+
+    Raises:
+        UsageError: ``--model`` names one.
+    """
     from vitdeploy.bundle.manifest import MANIFEST
 
-    return Path(model, MANIFEST).is_file()
+    if model is not None and Path(model, MANIFEST).is_file():
+        message = f"{model} is a bundle, and no model to export"
+        raise UsageError(message, hint=hint.format(bundle=shlex.quote(model)))
 
 
 def _export(request: ExportRequest, folder: Path | None, force: bool, as_json: bool) -> None:

@@ -24,6 +24,7 @@ EXAMPLES = (
     "vitdeploy inspect vit.bundle",
     "vitdeploy inspect vit.bundle/model.fp16.onnx",
     "vitdeploy inspect vit.bundle/engines/sm_89-rtx/model.fp16.plan",
+    "vitdeploy inspect vit.bundle --explain-choice",
     "vitdeploy inspect vit.bundle --json | jq .manifest.parity",
 )
 
@@ -37,6 +38,12 @@ def command(
             show_default=False,
         ),
     ],
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain-choice", help="Show what `optimize` tried for the bundle, and why each lost."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Show what a bundle, an ONNX file or an engine contains: artifacts, precision, parity, operators.
@@ -46,7 +53,9 @@ def command(
     from vitdeploy.bundle.folder import Bundle
 
     if path.is_dir():
-        _bundle(Bundle.open(path), as_json)
+        _bundle(Bundle.open(path), explain, as_json)
+    elif explain and path.exists():
+        raise UsageError("--explain-choice is of a bundle", hint="name the bundle's folder")
     elif path.suffix == ".onnx" and path.is_file():
         _onnx(path, as_json)
     elif path.suffix in (".plan", ".engine") and path.is_file():
@@ -57,9 +66,16 @@ def command(
         raise UsageError(f"{path}: does not exist")
 
 
-def _bundle(bundle: Bundle, as_json: bool) -> None:
+def _bundle(bundle: Bundle, explain: bool, as_json: bool) -> None:
     from vitdeploy.bundle.onnx_graph import read_graph, summarise
+    from vitdeploy.optimiser.record import read_optimisation
 
+    tried = read_optimisation(bundle)
+    if explain and tried is None:
+        raise UsageError(
+            f"{bundle.root}: was not made by `vitdeploy optimize`, so nothing was tried for it",
+            hint="`vitdeploy bench BUNDLE` measures what it holds",
+        )
     graphs = {
         artifact.name: summarise(read_graph(bundle.path(artifact.path)))
         for artifact in bundle.manifest.artifacts
@@ -68,10 +84,10 @@ def _bundle(bundle: Bundle, as_json: bool) -> None:
     if as_json:
         operators = {name: graph.operators for name, graph in graphs.items()}
         manifest = bundle.manifest.model_dump(mode="json")
-        output.json_document(
-            {"ok": True, "bundle": str(bundle.root), "manifest": manifest, "operators": operators}
-        )
-        return
+        document = {"ok": True, "bundle": str(bundle.root), "manifest": manifest, "operators": operators}
+        if tried is not None:
+            document["optimisation"] = tried.model_dump(mode="json")
+        return output.json_document(document)
     _facts(bundle.manifest)
     output.line()
     summary.print_artifacts(bundle.manifest)
@@ -83,6 +99,9 @@ def _bundle(bundle: Bundle, as_json: bool) -> None:
         summary.print_parity(bundle.manifest.parity)
     for name, graph in graphs.items():
         _operators(name, graph)
+    if tried is not None and explain:
+        summary.print_optimisation(tried, whole=True)
+    return None
 
 
 def _facts(manifest: Manifest) -> None:
@@ -118,6 +137,10 @@ def _facts(manifest: Manifest) -> None:
     elif manifest.refuses_images:
         rows.append(("images", manifest.refuses_images))
     rows = [(name, text + _origin(made.facts, name)) for name, text in rows]
+    rows.extend(
+        ("choice", f"{summary.choice_line(choice)}, on {', '.join(filter(None, choice.machine))}")
+        for choice in manifest.choices
+    )
     rows.extend(("note", text) for text in made.notes)
     output.facts(rows)
 

@@ -62,8 +62,13 @@ def command(
         ),
     ] = None,
     instances: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of sessions per model and image size.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Number of sessions per model and image size.  [default: what was found best, else 1]",
+        ),
+    ] = None,
     max_batch: Annotated[
         int | None,
         typer.Option(

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vitdeploy.cli import output
+from vitdeploy.config import size_name
 from vitdeploy.errors import ParityError
 
 if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
-    from vitdeploy.bundle.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
+    from vitdeploy.bundle.manifest import Artifact, Choice, Manifest, OpPrecision, ParityRecord, Rewrite
     from vitdeploy.bundle.quantisation import QuantisationRecord
     from vitdeploy.config import Preprocess
+    from vitdeploy.optimiser.record import Optimisation
     from vitdeploy.verification.accuracy import AccuracyRecord
 
 _KINDS = {
@@ -247,18 +249,57 @@ def show_bundle(bundle: Bundle, where: Path, stages: output.Stages, as_json: boo
     """Print a bundle that was written: its artifacts, rewrites and proofs, and what to do next."""
     if not as_json:
         return _print_bundle(bundle, where)
+    return output.json_document(bundle_dict(bundle, where, stages))
+
+
+def bundle_dict(bundle: Bundle, where: Path, stages: output.Stages) -> dict[str, Any]:
+    """A bundle that was written, for ``--json``."""
     manifest = bundle.manifest
-    return output.json_document(
-        {
-            "ok": True,
-            "bundle": str(where),
-            "artifacts": [artifact_dict(manifest, artifact) for artifact in manifest.artifacts],
-            "rewrites": [rewrite.model_dump(mode="json") for rewrite in manifest.rewrites],
-            "parity": [record.model_dump(mode="json") for record in manifest.parity],
-            "stages": stages.as_list(),
-            "notes": stages.notes,
-        }
-    )
+    return {
+        "ok": True,
+        "bundle": str(where),
+        "artifacts": [artifact_dict(manifest, artifact) for artifact in manifest.artifacts],
+        "rewrites": [rewrite.model_dump(mode="json") for rewrite in manifest.rewrites],
+        "parity": [record.model_dump(mode="json") for record in manifest.parity],
+        "stages": stages.as_list(),
+        "notes": stages.notes,
+    }
+
+
+def choice_line(choice: Choice) -> str:
+    """What was found best on a machine, and how fast it is there."""
+    what = " ".join(filter(None, (choice.backend, choice.artifact)))
+    threads = f", {output.count(choice.threads, 'thread')}" if choice.threads else ""
+    threads += ", spinning" if choice.spin else ""
+    sessions = f", {choice.concurrency} sessions" if choice.concurrency > 1 else ""
+    size = f", {size_name(choice.image_size)}" if choice.image_size else ""
+    speed = f"{choice.p50_ms:.2f} ms, {choice.images_per_s:.1f} images/s"
+    return f"for {choice.goal}: {what}{size}, batch {choice.batch}{threads}{sessions}: {speed}"
+
+
+def print_optimisation(record: Optimisation, *, whole: bool) -> None:
+    """Print what was tried.
+
+    Args:
+        whole: every contestant; else without those that were merely slower.
+    """
+    shown = [one for one in record.tried if whole or one.verdict not in ("slower", "level")]
+    output.heading(f"tried for {record.goal} at batch {record.batch}, on {', '.join(record.machine)}")
+    rows = [
+        (
+            one.label,
+            "-" if one.p50_ms is None else f"{one.p50_ms:.2f}",
+            "-" if one.images_per_s is None else f"{one.images_per_s:.1f}",
+            "-" if one.spread is None else f"±{one.spread:.0%}",
+            output.small(one.relative),
+            "-" if one.top1_difference is None else f"{100 * one.top1_difference:+.2f}",
+            one.verdict,
+            one.why,
+        )
+        for one in shown
+    ]
+    columns = ("what", ">median ms", ">images/s", ">spread", ">relative error", ">top-1 points", "", "why")
+    output.table(columns, rows)
 
 
 def _print_bundle(bundle: Bundle, where: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vitdeploy.bundle.dtypes import Quantised
+from vitdeploy.bundle.dtypes import ArtifactPrecision, Quantised
 from vitdeploy.bundle.golden import golden_inputs, inputs_of
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
@@ -263,8 +263,13 @@ class ModuleSubject(Subject):
         return island_norms(deployed) if plan.default != torch.float32 else ()
 
 
-def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subject]:
+def open_subject(
+    request: ExportRequest, failures: dict[ArtifactPrecision, str] | None = None
+) -> tuple[Checkpoint | UserModule, Subject]:
     """Load the model that is asked for, for the first of its sizes.
+
+    Args:
+        failures: receives why the model cannot be quantised, which otherwise is an error.
 
     Raises:
         UsageError, CheckpointError, MissingDependency: it cannot be opened, or not so.
@@ -295,8 +300,13 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
         if said is not None and "logits" not in subject.outputs:
             message = f"{flag} is what becomes of logits; {opened.source} gives {', '.join(subject.outputs)}"
             raise UsageError(message, hint=f"leave {flag} out, or take a model with a head")
-    if request.quantised:
-        _require_quantisable(opened, subject, request.quantised[0])
+    for kind in request.quantised:
+        try:
+            _require_quantisable(opened, subject, kind)
+        except UsageError as error:
+            if failures is None:
+                raise
+            failures[kind] = error.message
     subject.notes = (*subject.notes, *_batch_notes(subject, request.batch))
     return opened, subject
 

@@ -26,6 +26,7 @@ class Lane:
         """None where the bundle does not tell its only one."""
         self.facts = loaded.predictors[0].session.facts
         self.note = loaded.predictors[0].note
+        self.instances = len(loaded.predictors)
         self.rules = loaded.rules
         self._predictors = loaded.predictors
         self._statistics = statistics

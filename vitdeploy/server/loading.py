@@ -27,8 +27,8 @@ class ModelSettings:
     backend: str | None = None
     artifact: str | None = None
     options: Options = field(default_factory=Options)
-    instances: int = 1
-    """Sessions per model and image size, each with threads of its own."""
+    instances: int | None = None
+    """Sessions per model and image size, each with threads of its own; None is what was found best, or 1."""
     max_batch: int | None = None
     max_delay: float = 0.0
     """Seconds."""
@@ -120,13 +120,17 @@ def load_bundle(path: Path, settings: ModelSettings) -> LoadedBundle:
 
 def _load_size(view: Bundle, settings: ModelSettings) -> LoadedSize:
     predictors: list[Predictor] = []
+
+    def open_one() -> None:
+        one = Predictor.open(
+            view, backend=settings.backend, artifact=settings.artifact, options=settings.options
+        )
+        predictors.append(one)
+
     try:
-        for _ in range(settings.instances):
-            predictors.append(
-                Predictor.open(
-                    view, backend=settings.backend, artifact=settings.artifact, options=settings.options
-                )
-            )
+        open_one()
+        for _ in range(1, settings.instances or predictors[0].instances):
+            open_one()
         session = predictors[0].session
         rules = settings.rules(session.facts, predictors[0].chunk)
         batches = sorted({rules.padded(1), rules.padded(rules.gather)})

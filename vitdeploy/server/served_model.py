@@ -300,7 +300,7 @@ class ServedModel:
             "backend": self.facts.backend,
             "max_batch_size": min(lane.rules.max_rows for lane in self._lanes.values()),
             **tensors,
-            "instance_group": [{"name": self.name, "count": self._settings.instances}],
+            "instance_group": [{"name": self.name, "count": self._first.instances}],
             "dynamic_batching": {
                 "preferred_batch_size": [rules.gather],
                 "max_queue_delay_microseconds": round(1e6 * rules.delay),

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ TopClasses = NDArray[np.int64]
 
 REFERENCE = "reference"
 """What records call the reference model."""
+USUAL_DROP = 1.0
+"""Points of top-1 that what is quantised may lose where nothing else is said."""
 _TOP = 5
 _Z = 1.959963984540054
 """Of a standard normal variable, the quantile 0.975."""
@@ -49,6 +52,27 @@ class AccuracyRecord:
     """Its share of right first places less the reference's."""
     top1_interval: tuple[float, float]
     """95 % confidence interval of that difference."""
+
+    @property
+    def top1(self) -> float:
+        """Its share of right first places."""
+        return self.correct / self.images
+
+
+class Scored(Protocol):
+    """What says how accurate a model is beside the reference: a record, a comparison, a measured cell's."""
+
+    @property
+    def images(self) -> int: ...
+
+    @property
+    def top1(self) -> float: ...
+
+    @property
+    def top1_difference(self) -> float: ...
+
+    @property
+    def top1_interval(self) -> tuple[float, float]: ...
 
 
 @dataclass(frozen=True)
@@ -207,7 +231,7 @@ def check_max_drop(max_drop: float | None, data: object) -> None:
         raise UsageError("--max-drop is measured on labelled images, and there are none", hint="--data DIR")
 
 
-def judge_drop(record: AccuracyRecord, max_drop: float) -> tuple[bool, str]:
+def judge_drop(record: Scored, max_drop: float) -> tuple[bool, str]:
     """Whether an artifact's top-1 stays within ``max_drop`` points of the reference's, and one line about it.
 
     What was observed decides. Where the interval of the true drop holds what is allowed, the line says so:
@@ -216,7 +240,7 @@ def judge_drop(record: AccuracyRecord, max_drop: float) -> tuple[bool, str]:
     lost = -round(record.top1_difference * record.images)  # images, net
     held = lost * 100 <= max_drop * record.images + 1e-9
     low, high = sorted(-100 * limit for limit in record.top1_interval)
-    share = 100 * record.correct / record.images
+    share = 100 * record.top1
     verdict = f"{'within' if held else 'more than'} the {max_drop:g} allowed"
     said = (
         f"top-1 {share:.2f} %, {100 * lost / record.images:.2f} points below the reference "
@@ -225,6 +249,21 @@ def judge_drop(record: AccuracyRecord, max_drop: float) -> tuple[bool, str]:
     if low < max_drop < high:
         said += f"; {record.images} images cannot tell: the interval holds {max_drop:g}"
     return held, said
+
+
+def judge_quantised(record: AccuracyRecord) -> tuple[bool, str]:
+    """Whether images show that a quantised artifact loses more than ``USUAL_DROP``, and one line about it.
+
+    They do where the whole interval of the true drop lies beyond it. Few images show little either way.
+    """
+    low, high = sorted(-100 * limit for limit in record.top1_interval)
+    held = low <= USUAL_DROP
+    share, lost = 100 * record.correct / record.images, 0.0 - 100 * record.top1_difference
+    said = (
+        f"top-1 {share:.2f} % of {record.images} images, {lost:.2f} points below the reference "
+        f"(95 % interval {low:.2f} to {high:.2f})"
+    )
+    return held, said if held else f"{said}, which is wholly beyond the {USUAL_DROP:g} that 8 bits may cost"
 
 
 def compare_accuracy(classes: TopClasses, reference: TopClasses, labels: Labels) -> AccuracyComparison:

@@ -270,9 +270,7 @@ def _run_onnxruntime(
     from vitdeploy.backends.onnxruntime_providers import PROVIDERS, import_onnxruntime
 
     library = import_onnxruntime()
-    settings = session_settings(library, None, "cpu")
-    if fp8:  # it has no fused kernels for it, and fails where it looks for them
-        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    settings = session_settings(library, None, "cpu", fp8=fp8)
     try:
         session = library.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]], enable_fallback=0)
         return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))

@@ -1,0 +1,1 @@
+"""What is fastest and right on this machine: built, proven, measured, and chosen."""
