@@ -61,6 +61,7 @@ from vitdeploy.exporter.shared_weights import SharedWeights
 from vitdeploy.exporter.subject import Subject, further_subjects, open_subject
 from vitdeploy.exporter.tensorrt import builds_engines, write_engines
 from vitdeploy.images.preprocess import pixel_values
+from vitdeploy.machine.identity import find_cpu
 from vitdeploy.machine.memory import give_back
 from vitdeploy.machine.temporary import temporary_folder
 from vitdeploy.model.precision import PrecisionPlan
@@ -68,6 +69,7 @@ from vitdeploy.progress import Progress
 from vitdeploy.quantisation.calibration import CalibrationImages
 from vitdeploy.scores import usual_scores
 from vitdeploy.verification import parity
+from vitdeploy.verification.gemms import processor_note
 from vitdeploy.verification.accuracy import (
     LabelledImages,
     TopClasses,
@@ -255,6 +257,10 @@ class _Whole:
         A quantised artifact has one image size, the only one.
         """
         job, outcome = self.jobs[0], []
+        if "int8" in self.request.quantised:
+            note = processor_note(find_cpu(), self.request.weight_bits)
+            if note is not None:
+                self.progress.note(note)
         if self.labelled is not None:
             job.exact = self._exact(self.labelled)
         with self.progress.stage("held out") as stage:
