@@ -69,7 +69,6 @@ from vitdeploy.progress import Progress
 from vitdeploy.quantisation.calibration import CalibrationImages
 from vitdeploy.scores import usual_scores
 from vitdeploy.verification import parity
-from vitdeploy.verification.gemms import processor_note
 from vitdeploy.verification.accuracy import (
     LabelledImages,
     TopClasses,
@@ -78,6 +77,7 @@ from vitdeploy.verification.accuracy import (
     judge_quantised,
     score,
 )
+from vitdeploy.verification.gemms import processor_note
 
 _MODE = 0o644
 """safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
