@@ -61,6 +61,7 @@ from vitdeploy.exporter.shared_weights import SharedWeights
 from vitdeploy.exporter.subject import Subject, further_subjects, open_subject
 from vitdeploy.exporter.tensorrt import builds_engines, write_engines
 from vitdeploy.images.preprocess import pixel_values
+from vitdeploy.machine.identity import find_cpu
 from vitdeploy.machine.memory import give_back
 from vitdeploy.machine.temporary import temporary_folder
 from vitdeploy.model.precision import PrecisionPlan
@@ -76,6 +77,7 @@ from vitdeploy.verification.accuracy import (
     judge_quantised,
     score,
 )
+from vitdeploy.verification.gemms import processor_note
 
 _MODE = 0o644
 """safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
@@ -255,6 +257,10 @@ class _Whole:
         A quantised artifact has one image size, the only one.
         """
         job, outcome = self.jobs[0], []
+        if "int8" in self.request.quantised:
+            note = processor_note(find_cpu(), self.request.weight_bits)
+            if note is not None:
+                self.progress.note(note)
         if self.labelled is not None:
             job.exact = self._exact(self.labelled)
         with self.progress.stage("held out") as stage:
