@@ -162,9 +162,8 @@ class _Emitter:
     def stop_scales(self) -> None:
         """A Reshape before those that make tokens or windows of rows: it ends OpenVINO's way for scales.
 
-        OpenVINO moves the scales of columns behind a Reshape wherever there are more tokens than columns. Where
-        the one is a multiple of the other, its answers are wrong then; where it is not, it does not load the
-        file.
+        OpenVINO moves the scales of columns behind a Reshape wherever there are more tokens than columns. It
+        answers wrongly then where the one is a multiple of the other, and loads nothing where it is not.
         """
         for node in list(self.graph):
             x = node.inputs[0] if node.op_type == "Reshape" else None
