@@ -302,6 +302,12 @@ def test_a_model_that_reads_no_images_is_refused(photographs: Path, tmp_path: Pa
         run_export(request, tmp_path / "out.bundle")
 
 
+@pytest.mark.parametrize("fields", [{"max_drop": 1.0}, {"max_drop": 101.0, "data": IMAGES}], ids=str)
+def test_a_drop_that_cannot_be_measured(tmp_path: Path, photographs: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--max-drop"):
+        run_export(asked(tmp_path, photographs, **fields), tmp_path / "out.bundle")
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -310,10 +316,7 @@ def test_a_model_that_reads_no_images_is_refused(photographs: Path, tmp_path: Pa
         ({"calibration": Path("d")}, "--calibration is for --int8 and --fp8"),
         ({"target": "tensorrt"}, "--for is for --int8 and --fp8"),
         ({"data": Path("d")}, "--data is for --int8 and --fp8"),
-        (
-            {"precisions": ("int8",), "calibration": Path("d"), "max_drop": 1},
-            "--max-drop is measured on labelled",
-        ),
+        ({"max_drop": 1.0}, "--max-drop is for --int8 and --fp8"),
         ({"precisions": ("fp8",), "calibration": Path("d"), "weight_bits": 8}, "--weight-bits is for --int8"),
         ({"precisions": ("int8",), "calibration": Path("d"), "weight_bits": 9}, "weights of 9 bits"),
         (

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.absent import looks_like_bundle
 from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.bundle.files import sha256
 from vitdeploy.bundle.folder import CALIBRATION, WEIGHTS, Bundle
 from vitdeploy.bundle.golden import reference_key
+from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.bundle.quantisation import QuantisationRecord
 from vitdeploy.config import Precision
 from vitdeploy.errors import UsageError
@@ -24,12 +26,14 @@ from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.subject import Subject
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
+from vitdeploy.predictor import Predictor
 from vitdeploy.progress import Progress
 from vitdeploy.quantisation.attention import attention_scales
 from vitdeploy.quantisation.calibration import WANTED, CalibrationImages, from_tensors, read_folder
 from vitdeploy.quantisation.ranges import Ranges
 from vitdeploy.quantisation.recipe import quantise
 from vitdeploy.quantisation.sites import QuantisedModel
+from vitdeploy.verification.accuracy import LabelledImages, TopClasses, check_max_drop, top_classes
 
 LEAST_MACS = 0.7
 """Share of the GEMMs' multiplications below which an artifact is not worth its error."""
@@ -64,11 +68,12 @@ def open_calibration(request: ExportRequest, subject: Subject) -> CalibrationIma
     """The images that the request names.
 
     Raises:
-        ImageError, UsageError: there are none, or none that serve.
+        ImageError, UsageError: there are none, or none that serve; or a drop that cannot be measured.
         BundleError: the bundle is damaged.
     """
     source = request.calibration
     assert source is not None  # which the request has checked
+    check_max_drop(request.max_drop, request.data)
     if source.is_file():
         raise UsageError(f"{source} is a file: calibration takes a folder", hint=WANTED)
     if not looks_like_bundle(source):
@@ -149,6 +154,16 @@ def quantise_subject(
     if kind == "fp8" and request.fp8_attention:
         model = replace(model, attention=attention_scales(model.model, inputs))
     return model
+
+
+def onnx_answers(bundle: Bundle, artifact: Artifact, images: LabelledImages) -> TopClasses:
+    """The classes that an ONNX artifact puts first on ONNX Runtime.
+
+    Raises:
+        ImageError: an image cannot be decoded.
+    """
+    with get_backend("onnxruntime").load(bundle, artifact, Options()) as session:
+        return top_classes(Predictor(bundle, session), images)
 
 
 def form_of(

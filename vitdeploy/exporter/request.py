@@ -27,7 +27,6 @@ from vitdeploy.quantisation.calibration import WANTED
 from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets, lacks_fp8
 from vitdeploy.tensorrt.records import BuildSettings
 from vitdeploy.variants import DEFAULT_MODEL
-from vitdeploy.verification.accuracy import check_max_drop
 
 if TYPE_CHECKING:
     from torch import nn
@@ -203,13 +202,13 @@ class ExportRequest:
             ("--calibration", self.calibration is not None, get_args(Quantised)),
             ("--for", self.target is not None, get_args(Quantised)),
             ("--data", self.data is not None, get_args(Quantised)),
+            ("--max-drop", self.max_drop is not None, get_args(Quantised)),
             ("--weight-bits", self.weight_bits != _WEIGHT_BITS[0], ("int8",)),
             ("--fp8-attention", self.fp8_attention, ("fp8",)),
         ):
             if said and set(kinds).isdisjoint(self.precisions):
                 asked = " and ".join(f"--{kind}" for kind in kinds)
                 raise UsageError(f"{flag} is for {asked}", hint=f"leave {flag} out, or add --{kinds[0]}")
-        check_max_drop(self.max_drop, self.data)
         if not self.quantised:
             return
         names = " and ".join(self.quantised)

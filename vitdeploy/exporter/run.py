@@ -39,7 +39,6 @@ from vitdeploy.exporter.artifact_parity import (
     engines_parity,
     first_failure,
     gemms_failure,
-    onnx_answers,
     onnx_parity,
     worst,
 )
@@ -51,6 +50,7 @@ from vitdeploy.exporter.quantised import (
     form_of,
     held_out_arrays,
     kept_ranges,
+    onnx_answers,
     open_calibration,
     quantise_subject,
     require_same_model,
