@@ -19,8 +19,8 @@ from vitdeploy.model.folds import parameter
 from vitdeploy.quantisation.layers import BATCH, Look, tensors_of, watching
 from vitdeploy.quantisation.sites import QuantisedSite
 
-MOST_LEFT_OUT = 0.3
-"""Share of the multiplications: with more of them in float, 8 bits do not pay."""
+MOST_FLOAT = 0.3
+"""Share of the multiplications: with more of them in float, for whatever reason, 8 bits do not pay."""
 _RANKED_WITH = 8
 """Images, evenly chosen."""
 
@@ -94,7 +94,8 @@ def leave_out(
         return (), error
     squares = _alone(work, places, pixel_values, model)
     order = sorted(places, key=lambda name: squares[name] / macs[name], reverse=True)
-    most, total = MOST_LEFT_OUT * sum(macs.values()), sum(squares.values())
+    most = sum(macs[name] for name in places) - (1 - MOST_FLOAT) * sum(macs.values())
+    total = sum(squares.values())
     while error > target and order:
         share = error**2 / max(total - sum(squares[name] for name in left), 1e-30)
         predicted = error**2

@@ -25,8 +25,8 @@ def rounded(x: Tensor, scale: float, kind: Quantised) -> Tensor:
     """What an 8-bit GEMM reads in place of ``x``, in the dtype of ``x``, as QuantizeLinear rounds it."""
     scaled = x / scale
     if kind == "int8":
-        return scaled.round().clamp(-INT8_LARGEST - 1, INT8_LARGEST) * scale
-    return scaled.clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * scale
+        return scaled.round_().clamp_(-INT8_LARGEST - 1, INT8_LARGEST).mul_(scale)
+    return scaled.clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).to(x.dtype).mul_(scale)
 
 
 @dataclass(frozen=True)
