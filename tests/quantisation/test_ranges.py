@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.quantised import deployed, images_of
+from tests.helpers.quantised_models import deployed, images_of
 from vitdeploy.errors import UsageError
 from vitdeploy.model.folds import parameter
 from vitdeploy.progress import Progress, Stage

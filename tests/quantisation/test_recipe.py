@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.quantised import MODELS, deployed, images_of
+from tests.helpers.quantised_models import MODELS, deployed, images_of
 from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.errors import UsageError
 from vitdeploy.model.deployed import DeployedModel, Linear, Shift
