@@ -64,11 +64,11 @@ def sieve(groups: Sequence[Sequence[Cell]]) -> Sieve:
     plain = [cell for cell in best if cell.precision == "fp32"][:1]
     judged = [*plain, *(cell for cell in best if cell.precision in QUANTISED)]
     wanted = [cell for cell in best[:FINALISTS] if cost(cell) <= FAR * cost(best[0])]
-    wanted += [cell for cell in judged if cell not in wanted]
+    wanted += [cell for cell in judged if not _among(cell, wanted)]
     lost += [
         tried(cell, "slower", f"{_times(best[0], cell)}, in a first look")
         for cell in best
-        if cell not in wanted
+        if not _among(cell, wanted)
     ]
     return Sieve(tuple(places[id(cell)] for cell in wanted), tuple(lost))
 
@@ -100,7 +100,9 @@ def decide(results: Results, subject: str, goal: Goal, max_drop: float | None = 
     exact = [cell for cell in fit if cell.precision not in QUANTISED]
     best = pick(results.model_copy(update={"cells": tuple(exact)}), subject, goal) if exact else None
     quick = [
-        cell for cell in fit if cell not in exact and (best is None or gain(cell, best) >= QUANTISED_GAIN)
+        cell
+        for cell in fit
+        if not _among(cell, exact) and (best is None or gain(cell, best) >= QUANTISED_GAIN)
     ]
     winner = min(quick, key=cost) if quick else best
     assert winner is not None  # something fits: if it is no float, nothing refuses it
@@ -110,7 +112,7 @@ def decide(results: Results, subject: str, goal: Goal, max_drop: float | None = 
             continue
         if index in out:
             verdict, why = out[index]
-        elif cell not in exact and cell not in quick and best is not None:
+        elif best is not None and not _among(cell, exact) and not _among(cell, quick):
             verdict = "refused"
             why = f"{gain(cell, best):.2f}x of {label(best)}: less than the {QUANTISED_GAIN:g}x that "
             why += f"{cell.precision} must bring"
@@ -130,6 +132,11 @@ def gain(cell: Cell, over: Cell) -> float:
 def label(cell: Cell) -> str:
     """What it is, for a sentence."""
     return tried(cell, "chosen", "").label
+
+
+def _among(cell: Cell, cells: Sequence[Cell]) -> bool:
+    """Whether it is one of them itself: two cells may say the same."""
+    return any(cell is other for other in cells)
 
 
 def _times(winner: Cell, cell: Cell) -> str:
