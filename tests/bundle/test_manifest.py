@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.helpers.small_bundles import artifact
+from tests.helpers.small_bundles import draft as small
 from vitdeploy.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     SCHEMA_VERSION,
@@ -333,3 +335,21 @@ def test_means_are_as_many_as_channels() -> None:
     assert not bands.classifies_images
     assert bands.refuses_images == "reads tensors of 12 channels, not images"
     assert draft().refuses_images == "says nothing of preprocessing"
+
+
+def test_only_some_artifacts() -> None:
+    """What belongs to the others goes with them; what several use stays as long as one does."""
+    shared = [
+        artifact("onnx-fp32", "model.onnx"),
+        artifact("onnx-fp16", "model.fp16.onnx", "fp16"),
+        artifact("onnx-bf16", "model.bf16.onnx", "bf16"),
+    ]
+    shared = [a.model_copy(update={"files": (a.path, "all.data", f"{a.precision}.json")}) for a in shared]
+    files = {name: RECORD for a in shared for name in a.files} | {"weights.safetensors": RECORD}
+    whole = seal(small("tiny", artifacts=tuple(shared)), files)
+    some = whole.only({"onnx-fp16", "no such artifact"})
+    assert [a.name for a in some.artifacts] == ["onnx-fp16"]
+    assert set(some.files) == {"model.fp16.onnx", "all.data", "fp16.json", "weights.safetensors"}
+    assert seal(some, some.files).digest != whole.digest
+    assert set(whole.only(()).files) == {"weights.safetensors"}
+    assert whole.only({a.name for a in shared}) == whole

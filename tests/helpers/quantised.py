@@ -11,11 +11,11 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from tests.helpers.models import CONFIGS, pixels, random_vit
+from tests.helpers.models import pixels, random_vit
 from tests.helpers.traces import RANGE, SPREAD
 from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.bundle.quantisation import QuantisedGemms
-from vitdeploy.config import Precision, ViTConfig
+from vitdeploy.config import BatchRange, Precision, ViTConfig
 from vitdeploy.exporter.graph import trace
 from vitdeploy.model.deployed import DeployedModel, Linear
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
@@ -86,17 +86,16 @@ def quantised_file(
         return path.read_bytes()
 
 
-def graph_of(made: QuantisedModel, config: ViTConfig, rest: Precision, opset: int = 20) -> ir.Model:
+def graph_of(
+    made: QuantisedModel, config: ViTConfig, rest: Precision, opset: int = 20, batch: BatchRange = RANGE
+) -> ir.Model:
     """The float graph around the sites."""
     model = assign_dtypes(copy.deepcopy(made.model), "", PrecisionPlan.of(rest))
     names = ("pixel_values", config.outputs[0])
-    return trace(model, pixels(config, 1), batch=RANGE, opset=opset, names=names)
+    return trace(model, pixels(config, 1), batch=batch, opset=opset, names=names)
 
 
 def declared(config: ViTConfig, kind: Quantised, attention: bool = False) -> QuantisedGemms:
     """What the manifest would say of it."""
     made = quantised_vit(config, kind)
     return QuantisedGemms(kind=kind, sites=(*made.sites, *(made.attention if attention else ())))
-
-
-SMALL = CONFIGS["vit"]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from vitdeploy._version import __version__
 from vitdeploy.bundle import golden
-from vitdeploy.bundle.dtypes import ArtifactPrecision, Quantised
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.files import names_below
 from vitdeploy.bundle.folder import CALIBRATION, GOLDEN, HELD_OUT, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import (
@@ -49,6 +49,7 @@ from vitdeploy.exporter.quantised import (
     QuantisedForm,
     form_of,
     held_out_arrays,
+    kept_ranges,
     open_calibration,
     quantise_subject,
     require_same_model,
@@ -253,10 +254,15 @@ class _Whole:
         with self.progress.stage("held out") as stage:
             golden = held_out_arrays(job.subject, images)
             stage.detail = f"{len(golden[INPUT])} held-out images in float64"
+        ranges = kept_ranges(self.request, job.subject)
         for kind in self.request.quantised:
-            outcome += job.build_quantised(kind, images, golden, rests)
-        if outcome:
-            for file, arrays in ((HELD_OUT, golden), (CALIBRATION, images.tensors())):
+            model = quantise_subject(job.subject, images, kind, self.request, rests, ranges, self.progress)
+            ranges = model.ranges
+            forms = [form_of(model, kind, rest, images, self.request) for rest in rests]
+            outcome += job.build_quantised(forms, golden)
+        if outcome and ranges is not None:
+            tensors = {name: tensor.numpy() for name, tensor in ranges.tensors().items()}
+            for file, arrays in ((HELD_OUT, golden), (CALIBRATION, {**images.tensors(), **tensors})):
                 _save_arrays(arrays, self.writer.file(file))
 
     def _build_engines(self, orders: Sequence[Order]) -> None:
@@ -417,25 +423,23 @@ class _Job:
         self.progress.note(failure)
         return self._fall_back(plan, precision, trouble)
 
-    def build_quantised(
-        self, kind: Quantised, images: CalibrationImages, golden: Golden, rests: Sequence[Precision]
-    ) -> list[Artifact]:
-        """The ONNX artifacts of a kind, one for each rest; none where it costs too much.
+    def build_quantised(self, forms: Sequence[QuantisedForm], golden: Golden) -> list[Artifact]:
+        """The ONNX artifacts of a quantised model, up to the first that costs too much.
+
+        Args:
+            forms: of one model, each around another rest.
+            golden: what they are held against.
 
         Raises:
             ParityError: it does, and no fallback is wanted.
         """
-        with self.progress.stage(f"quantise {kind}") as stage:
-            model = quantise_subject(self.subject, images, kind, self.request)
-            stage.detail = f"{len(model.sites)} layers, {100 * model.macs:.0f} % of the multiplications"
-            if model.left_out:
-                stage.detail += f", but not {', '.join(model.left_out)}"
         built: list[Artifact] = []
-        trouble = shortage(model)
-        for rest in rests if trouble is None else ():
-            form = form_of(model, kind, rest, images, self.request)
+        trouble = shortage(forms[0].model)
+        for form in forms if trouble is None else ():
             try:
-                artifact, records = self._attempt(PrecisionPlan.of(rest), kind, quantised=(form, golden))
+                artifact, records = self._attempt(
+                    PrecisionPlan.of(form.rest), form.kind, quantised=(form, golden)
+                )
             except PrecisionError as error:
                 trouble = error.message
                 break
@@ -446,13 +450,14 @@ class _Job:
             self.whole.accept([artifact], records)
             built.append(artifact)
         if trouble is not None:
+            failed = forms[len(built)]
             if self.whole.failures is not None and not built:
-                self.whole.failures[kind] = f"it would cost too much of the answers: {trouble}"
+                self.whole.failures[failed.kind] = f"it would cost too much of the answers: {trouble}"
                 return built
-            name = FILES[kind if not built else f"{kind}-{rests[len(built)]}"]
-            failure = f"no {name}: {kind} would cost too much of the answers: {trouble}"
+            failure = f"no {FILES[failed.name]}: {failed.kind} would cost too much of the answers: {trouble}"
             if not self.request.fallback:
-                raise ParityError(failure, hint="leave out --no-fallback, and the others are written")
+                hint = "leave out --no-fallback, and the others are written"
+                raise ParityError(failure, hint=hint)
             others = ", ".join(artifact.path for artifact in self.whole.artifacts)
             self.whole.give_up(f"{failure}; {others} instead")
         return built
