@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tests.helpers.small_bundles import artifact
-from tests.helpers.small_bundles import draft as small
 from vitdeploy.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     SCHEMA_VERSION,
@@ -339,14 +337,13 @@ def test_means_are_as_many_as_channels() -> None:
 
 def test_only_some_artifacts() -> None:
     """What belongs to the others goes with them; what several use stays as long as one does."""
+    paths = {name: f"model.{name}.onnx" for name in ("fp32", "fp16", "bf16")}
     shared = [
-        artifact("onnx-fp32", "model.onnx"),
-        artifact("onnx-fp16", "model.fp16.onnx", "fp16"),
-        artifact("onnx-bf16", "model.bf16.onnx", "bf16"),
+        artifact(f"onnx-{name}", path=path, files=(path, "all.data", f"{name}.json"))
+        for name, path in paths.items()
     ]
-    shared = [a.model_copy(update={"files": (a.path, "all.data", f"{a.precision}.json")}) for a in shared]
     files = {name: RECORD for a in shared for name in a.files} | {"weights.safetensors": RECORD}
-    whole = seal(small("tiny", artifacts=tuple(shared)), files)
+    whole = seal(draft(artifacts=tuple(shared)), files)
     some = whole.only({"onnx-fp16", "no such artifact"})
     assert [a.name for a in some.artifacts] == ["onnx-fp16"]
     assert set(some.files) == {"model.fp16.onnx", "all.data", "fp16.json", "weights.safetensors"}
