@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from vitdeploy.benchmark import disturbances
 from vitdeploy.benchmark.cases import Case
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.data import digits_heldout
+from vitdeploy.exporter.request import ExportRequest
+from vitdeploy.exporter.run import run_export
 from vitdeploy.machine.identity import this_machine
 from vitdeploy.optimiser import run as optimiser
 
@@ -51,18 +54,38 @@ def _time(case: Case, times: dict[str, float]) -> float:
     return times[case.precision] * (0.9 if case.backend == "openvino" else 1) * (1 + 0.1 * case.spin)
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images to calibrate with."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("photos")
     images, labels = digits_heldout()
     for place, (image, label) in enumerate(zip(images[:24], labels, strict=False)):
         Image.fromarray(image).save(folder / f"{label}_{place}.png")
     return folder
 
 
+@pytest.fixture(scope="module")
+def contestants(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits model in every precision, as `optimize` exports it."""
+    folder = tmp_path_factory.mktemp("trial") / "d"
+    request = ExportRequest(
+        model="digits", precisions=("fp32", "bf16", "int8"), formats=("onnx",), calibration=photos
+    )
+    return run_export(request, folder).root
+
+
+@pytest.fixture
+def exported(contestants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimisations take a copy of that export, to save time."""
+
+    def export(request: ExportRequest, folder: Path, **more: object) -> Bundle:
+        return Bundle.open(shutil.copytree(contestants, folder))
+
+    monkeypatch.setattr(optimiser, "run_export", export)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("exported")
 def test_int8_without_gain_is_refused_on_digits(
     run: Run, tmp_path: Path, clock: Callable[..., StandInClock], photos: Path
 ) -> None:
@@ -92,6 +115,7 @@ def test_int8_without_gain_is_refused_on_digits(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("exported")
 def test_int8_that_pays(run: Run, tmp_path: Path, clock: Callable[..., StandInClock], photos: Path) -> None:
     clock(fp32=1.0, bf16=0.8, int8=0.5)
     folder = tmp_path / "d.bundle"
