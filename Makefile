@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 # The tests start some hundred processes, and each would compile every module anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test check evidence lint docs bench-peers bench-serve clean
+.PHONY: help demo test check evidence lint docs real-model bench-peers bench-serve clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ lint: $(READY)  ## ruff, mypy, import contracts
 
 docs: $(READY)  ## build the documentation as a site, in build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+real-model: $(READY)  ## DINOv2-small's weights and two tasks for it, in build/real (two or three minutes the first time)
+	$(BIN)/python -m benchmarks.real_model
 
 bench-peers: $(READY)  ## measure against other tools, for the documents' tables (more than half an hour, on a quiet machine)
 	$(BIN)/python -m benchmarks.peers.run

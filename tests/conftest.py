@@ -69,6 +69,14 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Strangers:
 
 
 @pytest.fixture(scope="session")
+def real_model_folder() -> Path:
+    """A real trained model and its images (``make real-model``); built once for the checkout, in minutes."""
+    from benchmarks.real_model import build
+
+    return build()
+
+
+@pytest.fixture(scope="session")
 def digits(exports: Exports) -> Exported:
     """The digits model, really exported, in fp32 and fp16."""
     return export_digits(exports, "--fp32", "--fp16")

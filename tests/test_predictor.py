@@ -24,9 +24,13 @@ from tests.helpers.bundles import (
     random_image,
     write_bundle,
 )
+from tests.helpers.quantised_bundles import write_quantised
+from vitdeploy.benchmark.ranking import write_choice
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Choice
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, ImageError, UsageError
+from vitdeploy.machine.identity import this_machine
 from vitdeploy.predictor import Predictor
 from vitdeploy.scores import softmax
 
@@ -319,3 +323,40 @@ print(*(name for name in sys.modules if name.startswith(rooms) and not name.star
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_quantised_artifact_is_never_chosen_unsaid(tmp_path: Path) -> None:
+    both = write_quantised(tmp_path / "a")
+    with vitdeploy.load(both) as predictor:
+        assert (predictor.session.facts.artifact, predictor.note) == ("onnx-fp32", "")
+    with vitdeploy.load(both, artifact="int8") as predictor:
+        assert (predictor.session.facts.precision, predictor.note) == ("int8", "")
+    alone = write_quantised(tmp_path / "b", precisions=())
+    with vitdeploy.load(alone) as predictor:
+        assert predictor.session.facts.artifact == "onnx-int8"
+        assert predictor.note == (
+            "onnx-int8 is quantised; the onnxruntime backend runs no other artifact of the bundle"
+        )
+
+
+def test_a_choice_may_be_quantised(tmp_path: Path) -> None:
+    choice = Choice(
+        machine=this_machine(),
+        goal="latency",
+        backend="onnxruntime",
+        provider="cpu",
+        artifact="onnx-int8",
+        threads=1,
+        batch=4,
+        spin=True,
+        p50_ms=1.0,
+        images_per_s=1.0,
+        created="2026-11-21T03:00:00Z",
+    )
+    made = write_choice(write_quantised(tmp_path / "b"), choice)
+    with vitdeploy.load(made.root) as predictor:
+        assert (predictor.session.facts.artifact, predictor.chunk) == ("onnx-int8", 4)
+        assert predictor.note == (
+            "onnxruntime onnx-int8, 1 thread, spinning: picked for latency on this machine on 2026-11-21"
+        )
+    assert "spin" not in choice.model_copy(update={"spin": False}).model_dump()

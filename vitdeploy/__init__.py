@@ -413,6 +413,7 @@ def bench(
     batches: Sequence[int] | None = None,
     threads: int | Sequence[int | None] | None = None,
     concurrency: int | Sequence[int] = 1,
+    spin: bool | Sequence[bool] = False,
     provider: str | None = None,
     device: str | None = None,
     data: Path | None = None,
@@ -432,6 +433,7 @@ def bench(
         batches: batch sizes; 1, 8 and 32, as far as they are served, when omitted.
         threads: CPU threads, one number or several to compare; the runtime's own choice when omitted.
         concurrency: callers at the same time, each with a session of its own; one number or several.
+        spin: whether ONNX Runtime's threads keep cores busy while they wait; ``(False, True)`` compares.
         provider: ONNX Runtime's execution provider; goes with ``backends=["onnxruntime"]``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, for backends that have the choice.
         data: a folder of labelled images, for the accuracy; the digits' own when omitted, for their bundle.
@@ -456,6 +458,7 @@ def bench(
         batches=None if batches is None else tuple(batches),
         threads=tuple(threads) if isinstance(threads, Sequence) else (threads,),
         concurrency=(concurrency,) if isinstance(concurrency, int) else tuple(concurrency),
+        spin=(spin,) if isinstance(spin, bool) else tuple(spin),
         provider=provider,
         device=device,
     )

@@ -15,16 +15,18 @@ import pytest
 import vitdeploy
 from tests.helpers.bundles import FEATURES, write_bundle
 from tests.helpers.exports import Exported
+from tests.helpers.quantised_bundles import write_quantised
 from tests.helpers.script_cases import RIGHT, case, target
 from vitdeploy.benchmark import cells
 from vitdeploy.benchmark.cells import TimeLimits
 from vitdeploy.benchmark.disturbances import ZERO, Counters
-from vitdeploy.benchmark.ranking import fastest, pick
+from vitdeploy.benchmark.ranking import choice_of, fastest, pick
 from vitdeploy.benchmark.results import Results
 from vitdeploy.benchmark.run import BenchPlan, run_plan
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, ParityError, UsageError
 from vitdeploy.progress import Progress, Stage
+from vitdeploy.verification.parity import TOLERANCES
 
 ORT = ["onnxruntime"]
 QUIET = TimeLimits(load=60, run=20)
@@ -98,6 +100,27 @@ def test_several_bundles_threads_and_callers(tmp_path: Path) -> None:
     assert all(cell.valid for cell in found.cells)
     for cell in found.cells:  # every caller's samples are kept
         assert cell.round_samples % cell.concurrency == 0
+
+
+@pytest.mark.slow
+def test_quantised_cells_with_threads_that_spin_or_not(tmp_path: Path) -> None:
+    made = write_quantised(tmp_path / "b", kinds=("int8",))
+    found = vitdeploy.bench(
+        made, backends=[*ORT, "openvino"], artifacts=["int8"], batches=(4,), spin=(False, True), budget=0.3
+    )
+    assert [(c.backend, c.spin, c.executes) for c in found.cells] == [
+        ("onnxruntime", False, "int8+fp32"),
+        ("onnxruntime", True, "int8+fp32"),
+        ("openvino", False, "int8"),
+    ]
+    for cell in found.cells:
+        assert cell.valid, cell.parity
+        assert (cell.precision, cell.parity.tolerance) == ("int8", TOLERANCES["int8"].relative)
+        assert 1e-3 < cell.parity.relative < 0.1  # of held-out images; of the drawn ones it is more
+    assert len({found.key(cell) for cell in found.cells}) == 3
+    assert found.settings.spin == (False, True)
+    chosen = choice_of(found.cells[1], found, "latency", None)
+    assert (chosen.artifact, chosen.spin) == ("onnx-int8", True)
 
 
 @pytest.mark.slow
@@ -327,6 +350,7 @@ def test_a_case_names_itself(tmp_path: Path) -> None:
     made = case(aim, tmp_path, "a", RIGHT, threads=2, concurrency=3)
     assert made.name == "a onnx-fp32 2 threads 3 callers"
     assert dataclasses.replace(made, threads=None, concurrency=1).name == "a onnx-fp32"
+    assert dataclasses.replace(made, threads=None, concurrency=1, spin=True).name == "a onnx-fp32 spinning"
 
 
 HEAVY = {"torch", "openvino", "tensorrt", "tensorrt_rtx", "triton", "transformers", "onnx", "matplotlib"}

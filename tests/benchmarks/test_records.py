@@ -35,6 +35,18 @@ def test_cost_of_an_engine() -> None:
     ]  # fmt: skip
 
 
+def test_cost_of_a_further_image_size() -> None:
+    table = rows()
+    for size in ("384", "512x336"):
+        record = records("sizes_cpu")[f"test_export_of_a_further_size[{size}]"]
+        share = record["extra_info"]["further_over_first_seconds"]
+        name = size if "x" in size else f"{size}x{size}"
+        assert table[f"a further image size, {name}, over the export of 224x224 to fp16"] == [
+            f"{share['median']:.2f} ×", f"{share['q1']:.2f} to {share['q3']:.2f}",
+        ]  # fmt: skip
+        assert share["median"] <= 0.4
+
+
 def test_cost_of_an_export() -> None:
     record = records("export_cpu")["test_export_vit_b16_fp32_and_fp16"]
     memory = record["extra_info"]["peak_beyond_framework_over_weights"]

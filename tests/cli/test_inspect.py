@@ -11,8 +11,10 @@ import vitdeploy
 from tests.helpers.bundles import FEATURES, WEIGHT, graph, write_bundle
 from tests.helpers.commands import Run
 from tests.helpers.exports import Exported
+from tests.helpers.quantised_bundles import record, write_quantised
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import FactSource, Provenance
+from vitdeploy.cli.summary import quantisation_line
 from vitdeploy.config import Preprocess
 
 
@@ -119,3 +121,28 @@ def test_a_folder_that_is_no_bundle(run: Run, tmp_path: Path) -> None:
     result = run("inspect", tmp_path)
     assert result.code == 2
     assert "is not a bundle" in result.err
+
+
+def test_what_is_quantised(run: Run, tmp_path: Path) -> None:
+    made = write_quantised(tmp_path / "b", kinds=("int8", "fp8"))
+    lines = run("inspect", made.root).out.splitlines()
+    assert (
+        "  model.int8.onnx: 1 of 1 GEMM in int8 (100.0 % of the multiplications), weights of 7 bits, "
+        "the rest in fp32; calibrated with 24 images"
+    ) in lines
+    document = run("inspect", made.root, "--json").document
+    assert [a.get("quantisation", {}).get("macs") for a in document["manifest"]["artifacts"]] == [
+        None,
+        1.0,
+        1.0,
+    ]
+
+
+def test_what_is_left_out_of_quantisation() -> None:
+    made = record(
+        rest="fp16", weight_bits=8, sites=("a", "b"), left_out=("patch_embed",), macs=0.95, attention=True
+    )
+    assert quantisation_line("fp8", made) == (
+        "2 of 3 GEMMs in fp8 (95.0 % of the multiplications), the products of attention, too, "
+        "the rest in fp16; calibrated with 24 images; left in fp16: patch_embed"
+    )

@@ -55,18 +55,20 @@ def stored_weight(kind: Kind) -> tuple[Array, Array]:
     return np.round(WEIGHT / scales).astype(np.int8), scales
 
 
-def rounded(inputs: Array, kind: Kind, steps: int = STEPS) -> Array:
-    """Pixels as the GEMM reads them."""
+def rounded(inputs: Array, kind: Kind, steps: int = STEPS, *, by_half: bool = False) -> Array:
+    """Pixels as the GEMM reads them; ``by_half``, as OpenVINO does, rounded to fp16 on the way to fp8."""
     scale = _scale(kind, steps)
     if kind == "fp8":
-        return (inputs / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+        values = (inputs / scale).astype(np.float16 if by_half else np.float32)
+        return values.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
     return np.clip(np.round(inputs / scale), -128, 127).astype(np.float64) * scale
 
 
-def quantised_answer(inputs: Array, kind: Kind, steps: int = STEPS) -> Array:
+def quantised_answer(inputs: Array, kind: Kind, steps: int = STEPS, *, by_half: bool = False) -> Array:
     """The logits (N, 5) of rounded pixels and weights, in float64."""
     weight, scale = stored_weight(kind)
-    return rounded(inputs, kind, steps).reshape(len(inputs), -1) @ (weight.astype(np.float64) * scale)
+    pixels = rounded(inputs, kind, steps, by_half=by_half)
+    return pixels.reshape(len(inputs), -1) @ (weight.astype(np.float64) * scale)
 
 
 def _scale(kind: Kind, steps: int) -> np.float32:

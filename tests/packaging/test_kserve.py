@@ -14,6 +14,7 @@ import yaml
 
 from tests.helpers.bundles import write_bundle
 from tests.helpers.kserve import in_kserve_python
+from tests.helpers.quantised_bundles import write_quantised
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.packaging.kserve import SERVICE, _resources
@@ -52,6 +53,15 @@ def test_the_service(package: Make, bundle: Bundle) -> None:
     assert model["resources"]["requests"] == model["resources"]["limits"] == {"cpu": "8", "memory": "2Gi"}
     assert (made.folder / "models/linear/config.pbtxt").exists()
     assert any(URI in line for line in made.next)
+
+
+def test_a_quantised_service(package: Make, tmp_path: Path) -> None:
+    made = package(write_quantised(tmp_path / "b"), "kserve", storage_uri=URI, artifact="int8")
+    annotations = service(made)["metadata"]["annotations"]
+    assert annotations["vitdeploy-artifact"] == "onnx-int8"
+    config = model_config(made.folder / "models/linear/config.pbtxt")
+    assert config.parameters["vitdeploy_artifact"].string_value == "onnx-int8"
+    assert config.output[0].label_filename == "labels.txt"
 
 
 def test_the_server_starts_the_threads_that_the_service_asks_for(package: Make, bundle: Bundle) -> None:

@@ -17,6 +17,7 @@ from onnx.external_data_helper import convert_model_to_external_data
 from tests.fakes.machines import L4, RTX, go_to
 from tests.helpers.bundles import FEATURES, LABELS, answer, write_bundle
 from tests.helpers.engine_bundles import engines
+from tests.helpers.quantised_bundles import held_out, write_quantised
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, UsageError
@@ -24,6 +25,7 @@ from vitdeploy.packaging.triton_config import parse_config
 from vitdeploy.packaging.triton_network import check_external_data
 from vitdeploy.packaging.triton_repository import IMAGE, VENDORED
 from vitdeploy.packaging.write import Package
+from vitdeploy.verification.parity import TOLERANCES, passes
 
 Make = Callable[..., Package]
 
@@ -290,3 +292,32 @@ def test_everything_in_the_readme_is_there(package: Make, bundle: Bundle) -> Non
     assert "${" not in text.replace("${#head}", "")
     for block in text.split("```python\n")[1:]:
         compile(block.partition("```")[0], "README.md", "exec")
+
+
+@pytest.mark.parametrize("kind, level", [("fp32", None), ("int8", None), ("fp8", -1)])
+def test_how_quantised_networks_are_optimised(
+    package: Make, tmp_path: Path, kind: str, level: int | None
+) -> None:
+    """At the level that the configuration says, ONNX Runtime loads the file and is right."""
+    made = package(write_quantised(tmp_path / "b"), artifact=kind, tensors_only=True)
+    found = config(made, "linear")
+    assert found.parameters["vitdeploy_artifact"].string_value == f"onnx-{kind}"
+    assert (found.optimization.graph.level if found.HasField("optimization") else None) == level
+    settings = onnxruntime.SessionOptions()
+    if level is not None:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    path, golden = made.folder / "models/linear/1/model.onnx", held_out()
+    (logits,) = onnxruntime.InferenceSession(path, settings).run(
+        None, {"pixel_values": golden["pixel_values"]}
+    )
+    precision: Any = kind
+    assert passes(golden["reference"], logits, TOLERANCES[precision], "logits")
+
+
+def test_a_quantised_artifact_is_not_packaged_unsaid(package: Make, tmp_path: Path) -> None:
+    both = write_quantised(tmp_path / "a")
+    assert package(both, folder="fp32").artifact == "onnx-fp32"
+    assert not any("quantised" in note for note in package(both, folder="int8", artifact="int8").notes)
+    alone = package(write_quantised(tmp_path / "b", precisions=()), folder="alone")
+    assert alone.artifact == "onnx-int8"
+    assert "onnx-int8 is quantised; the bundle has no other artifact to package" in alone.notes

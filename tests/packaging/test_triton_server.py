@@ -22,6 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.helpers.bundles import FEATURES, LABELS, SPEC, answer, random_image, write_bundle
 from tests.helpers.commands import in_a_process
+from tests.helpers.quantised_bundles import write_quantised
 from tests.helpers.triton_server import NotReady, Triton, running_triton
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
@@ -31,6 +32,7 @@ from vitdeploy.images.preprocess import apply
 from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import write_package
 from vitdeploy.predictor import Predictor
+from vitdeploy.verification.live.round import LiveRequest, verify_live
 from vitdeploy.verification.parity import TOLERANCES
 
 pytestmark = pytest.mark.slow
@@ -49,6 +51,7 @@ def triton(digits: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     fixed = write_bundle(folder / "fixed.bundle", batch=BatchRange(3, 3, 3), name="fixed")
     features = write_bundle(folder / "features.bundle", output="features", labels=None, name="features")
     two = write_bundle(folder / "two.bundle", features=FEATURES, name="two")
+    quantised = write_quantised(folder / "quantised.bundle", name="quantised")
     for bundle, name, version in (
         (digits, "digits", 1),
         (uint8, "uint8", 3),
@@ -60,6 +63,10 @@ def triton(digits: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         made = write_package(
             bundle, "triton-server", folder / name, name=name, version=version, settings=given
         )
+        for model in (made.folder / "models").iterdir():
+            model.rename(models / model.name)
+    for kind in ("int8", "fp8"):
+        made = write_package(quantised, "triton-server", folder / kind, name=kind, artifact=kind)
         for model in (made.folder / "models").iterdir():
             model.rename(models / model.name)
     with running_triton(models, folder / "scratch") as server:
@@ -400,3 +407,14 @@ def test_verify_finds_a_package_that_was_changed(
         result = in_a_process("verify", digits.root, "--url", server.url)
     assert result.code == 5, result.out
     assert word in (result.out + result.err).lower()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantised_network(triton: Triton, tmp_path: Path, kind: str) -> None:
+    """Held against images of the user's own, at the tolerance of its artifact; labels and scores, too."""
+    made = write_quantised(tmp_path / "quantised.bundle", name="quantised")
+    report = verify_live(made, LiveRequest(triton.url, model=kind, calls=5))
+    assert report.passed, (report.failures, report.causes)
+    assert (report.precision, report.labels) == (kind, len(LABELS))
+    assert {record.metrics.rows for record in report.parity if record.batch == 1} == {6}
+    assert len(report.images) == 4

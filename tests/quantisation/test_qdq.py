@@ -16,11 +16,11 @@ from onnx import TensorProto, numpy_helper
 
 from tests.helpers.models import CONFIGS, pixels, random_vit
 from tests.helpers.quantised import HEAD, declared, graph_of, quantised_file, quantised_vit
-from tests.helpers.traces import SPREAD
+from tests.helpers.traces import RANGE, SPREAD
 from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.bundle.onnx_graph import prove_precision, undeclared
 from vitdeploy.bundle.quantisation import QuantisedGemms
-from vitdeploy.config import Precision, ViTConfig
+from vitdeploy.config import BatchRange, Precision, ViTConfig
 from vitdeploy.errors import ExportError
 from vitdeploy.exporter.onnx import save_streaming
 from vitdeploy.exporter.shared_weights import SharedWeights
@@ -95,30 +95,35 @@ NORMS = ("norm", *(f"blocks.{i}.norm{j}" for i in range(2) for j in (1, 2)))
 
 
 @pytest.mark.slow
-def test_sites_that_read_the_same_share_it(tmp_path: Path) -> None:
-    model = opened(tmp_path / "m.onnx", GATED, "int8")
-    gate, fc1 = (
-        next(n for n in model.graph.node if n.name == f"blocks.0.mlp.{part}/MatMul")
-        for part in ("gate", "fc1")
-    )
-    assert gate.input[0] == fc1.input[0]
-    sites = len(quantised_vit(GATED, "int8").sites)
+@pytest.mark.parametrize("kind, rest, shares", [("int8", "fp16", 2), ("fp8", "fp32", 2), ("int8", "fp32", 0)])
+def test_sites_that_read_the_same_share_it(
+    tmp_path: Path, kind: Quantised, rest: Precision, shares: int
+) -> None:
+    """But in int8 on CPUs, where ONNX Runtime wants a value for each product."""
+    model = opened(tmp_path / "m.onnx", GATED, kind, rest)
+    nodes = {node.name: node for node in model.graph.node}
+    gate, fc1 = (nodes[f"blocks.0.mlp.{part}/MatMul"].input[0] for part in ("gate", "fc1"))
+    assert (gate == fc1) == bool(shares)
+    sites = len(quantised_vit(GATED, kind).sites)
     operators = Counter(node.op_type for node in model.graph.node)
-    assert operators["QuantizeLinear"] == sites - GATED.depth  # one of gate and fc1 in each block
-    assert operators["DequantizeLinear"] == 2 * sites - GATED.depth
+    assert operators["QuantizeLinear"] == sites - shares  # one of gate and fc1 in each block
+    assert operators["DequantizeLinear"] == 2 * sites - shares
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [RANGE, BatchRange(3, 3, 3)], ids=["dynamic", "fixed"])
 @pytest.mark.parametrize("config", [CONFIG, GATED], ids=["vit", "gated"])
-def test_onnxruntime_computes_in_integers(tmp_path: Path, config: ViTConfig) -> None:
-    opened(tmp_path / "m.onnx", config, "int8")
+def test_onnxruntime_computes_in_integers(tmp_path: Path, config: ViTConfig, batch: BatchRange) -> None:
+    """Over rows and with a fixed batch too, where it would make float Gemms of products and biases."""
+    made = quantised_vit(config, "int8")
+    model = graph_of(made, config, "fp32", batch=batch)
+    insert(model, made.sites, "fp32")
+    ir.save(model, tmp_path / "m.onnx")
     assert on_onnxruntime(tmp_path / "m.onnx", config, tmp_path / "optimised.onnx") < 0.1
     fused = onnx.load(tmp_path / "optimised.onnx").graph
     operators = Counter(node.op_type for node in fused.node)
     assert operators["MatMulIntegerToFloat"] == len(quantised_vit(config, "int8").sites)
-    weights = {tensor.name for tensor in fused.initializer if tensor.data_type == TensorProto.FLOAT}
-    in_float = [n.name for n in fused.node if n.op_type in ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")]
-    assert all(not weights.intersection(n.input[:2]) for n in fused.node if n.op_type == "MatMul"), in_float
+    assert operators["DequantizeLinear"] == 0
 
 
 @pytest.mark.slow
@@ -126,7 +131,7 @@ def test_onnxruntime_computes_in_integers(tmp_path: Path, config: ViTConfig) -> 
 @pytest.mark.parametrize("attention", [False, True])
 def test_onnxruntime_reads_fp8(tmp_path: Path, attention: bool, rest: Precision) -> None:
     opened(tmp_path / "m.onnx", CONFIG, "fp8", rest, attention)
-    assert on_onnxruntime(tmp_path / "m.onnx", CONFIG) < 0.15
+    assert on_onnxruntime(tmp_path / "m.onnx", CONFIG) < (0.25 if attention else 0.15)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.bundles import write_bundle
+from tests.helpers.quantised_bundles import write_quantised
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError
 from vitdeploy.ray.job import JobRequest, allot, cut, make_plan, on_gpu
@@ -109,6 +110,17 @@ def test_the_plan_says_what_actors_run(tmp_path: Path) -> None:
     assert (plan.digest, note) == (made.manifest.digest, "")
     assert Path(plan.bundle).is_absolute()
     assert make_plan(request(made.root, artifact="fp16", batch=16))[0].artifact == "onnx-fp16"
+
+
+def test_a_quantised_plan_is_said(tmp_path: Path) -> None:
+    both = write_quantised(tmp_path / "a").root
+    plan, note = make_plan(request(both))
+    assert (plan.artifact, note) == ("onnx-fp32", "")
+    plan, note = make_plan(request(both, artifact="int8"))
+    assert (plan.artifact, note) == ("onnx-int8", "")
+    plan, note = make_plan(request(write_quantised(tmp_path / "b", precisions=()).root))
+    assert plan.artifact == "onnx-int8"
+    assert note.startswith("onnx-int8 is quantised; the onnxruntime backend runs no other artifact")
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,9 @@ def test_what_cannot_be_proven(file: Path, tmp_path: Path) -> None:
     model = onnx.load(file)
     producers = {output: node for node in model.graph.node for output in node.output}
     for node in model.graph.node:
-        if node.op_type == "MatMul" and (load := producers.get(node.input[0])) is not None:
-            if load.op_type == "DequantizeLinear":
-                node.input[0] = producers[load.input[0]].input[0]
+        load = producers.get(node.input[0])
+        if node.op_type == "MatMul" and load is not None and load.op_type == "DequantizeLinear":
+            node.input[0] = producers[load.input[0]].input[0]
     assert quantised_gemms(model) == ()
     onnx.save(model, file)
     with pytest.raises(BundleError, match=r"model\.onnx has no quantised GEMM of any site"):
@@ -160,7 +160,8 @@ def test_what_cannot_be_proven(file: Path, tmp_path: Path) -> None:
         (
             ("avx2", "avx512f"),
             8,
-            "old has no VNNI: int8 gains little on it, and sums of 8-bit weights may saturate: --weight-bits 7",
+            "old has no VNNI: int8 gains little on it, and sums of 8-bit weights may saturate: "
+            "--weight-bits 7",
         ),
     ],
 )

@@ -20,6 +20,7 @@ from tests.helpers.bundles import (
     random_image,
     write_bundle,
 )
+from tests.helpers.quantised_bundles import write_quantised
 from vitdeploy.backends import base
 from vitdeploy.backends.onnxruntime import OnnxRuntime
 from vitdeploy.bundle.folder import Bundle
@@ -374,3 +375,21 @@ def test_a_drop_is_measured_on_something(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there are none") as caught:
         vitdeploy.verify(tmp_path, max_drop=0.5)
     assert caught.value.hint == "--data DIR"
+
+
+def test_quantised_artifacts_are_proven_on_held_out_images(tmp_path: Path) -> None:
+    made = write_quantised(tmp_path / "b")
+    report = vitdeploy.verify(made, backends=ORT, batches=[2])
+    assert report.passed, report.failures
+    rows = {record.artifact: record.metrics.rows for record in report.parity}
+    assert rows == {"onnx-fp32": 8, "onnx-int8": 6, "onnx-fp8": 6}
+    (note,) = report.notes
+    assert note.startswith("onnx-fp8 on onnxruntime computes in fp32: fp8 is emulated there")
+
+
+def test_a_quantised_artifact_that_loses_too_much(tmp_path: Path) -> None:
+    made = write_quantised(tmp_path / "b", kinds=("int8",), steps=2)
+    report = vitdeploy.verify(made, backends=ORT, batches=[2])
+    assert not report.passed
+    assert all(failure.startswith("onnx-int8 on onnxruntime, batch 2: ") for failure in report.failures)
+    assert any("mean relative error" in failure for failure in report.failures)

@@ -227,6 +227,11 @@ class Backend(ABC):
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
         """None if it can run this artifact (or, with None, the weights alone); else the reason why not."""
 
+    def widened(self, bundle: Bundle, artifact: Artifact) -> tuple[str, ...]:
+        """Sites of a quantised artifact that run without their 8 bits on the CPU, where no session's
+        ``executes`` tells it. To find them, the artifact is compiled once more."""
+        return ()
+
     @abstractmethod
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         """Open an artifact after checking the hashes of its files.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,15 @@ from vitdeploy.backends.onnxruntime_providers import (
 from vitdeploy.bundle.dtypes import from_onnx
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest
+from vitdeploy.bundle.onnx_graph import read_graph, site_of
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
+from vitdeploy.machine.temporary import temporary_folder
 
 if TYPE_CHECKING:
     import onnxruntime
 
+_FLOAT_GEMMS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+"""Operators of an optimised graph; one in int8 is a ``MatMulIntegerToFloat``."""
 NO_BF16 = "ONNX Runtime's CPU provider has no bf16 kernels"
 
 
@@ -59,6 +64,27 @@ class OnnxRuntime(Backend):
         if has_bf16(artifact) and self.availability().ok and not has_gpu_provider(available_providers()):
             return NO_BF16
         return None
+
+    def widened(self, bundle: Bundle, artifact: Artifact) -> tuple[str, ...]:
+        if artifact.precision != "int8" or artifact.quantisation is None:
+            return ()
+        library = providers.import_onnxruntime()
+        settings = session_settings(library, bundle, "cpu")
+        with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
+            optimised = Path(folder, "optimised.onnx")
+            settings.optimized_model_filepath = str(optimised)
+            for name, value in (
+                ("file_name", "weights"),
+                ("min_size_in_bytes", "0"),
+            ):  # it is read without them
+                settings.add_session_config_entry(
+                    f"session.optimized_model_external_initializers_{name}", value
+                )
+            path = bundle.path(artifact.path)
+            library.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]], enable_fallback=0)
+            nodes = read_graph(optimised).graph.node
+        wide = {site_of(node.name) for node in nodes if node.op_type in _FLOAT_GEMMS}
+        return tuple(site for site in artifact.quantisation.sites if site in wide)
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
         provider, device = choose_provider(options)

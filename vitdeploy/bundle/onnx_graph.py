@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from vitdeploy.bundle.dtypes import PRECISION_DTYPES, OpDType, from_onnx
+from vitdeploy.bundle.dtypes import PRECISION_DTYPES, QUANTISED_DTYPES, OpDType, from_onnx
 from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
 from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.config import Precision
@@ -162,7 +162,9 @@ class _Stored:
         first, second = (self._of(value) for value in gemm.input[:2])
         if first is None or second is None:
             return None
-        return first if first == second else "undefined"
+        if first == second:
+            return first
+        return next((d for d in (first, second) if d not in QUANTISED_DTYPES.values()), "undefined")
 
     def _of(self, value: str) -> OpDType | None:
         node = self.producers.get(value)

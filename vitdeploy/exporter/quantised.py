@@ -176,8 +176,6 @@ def shortage(model: QuantisedModel) -> str | None:
         )
     if model.falls_short:
         layers = len(model.left_out) + len(model.sites)
-        return (
-            f"the calibration images' mean relative error is {model.error:.2g}, with {len(model.left_out)} of "
-            f"{layers} layers left float, and was to be {model.target:g}"
-        )
+        floats = f"{len(model.left_out)} of {layers} layers left float"
+        return f"the mean relative error of the calibration images is {model.error:.2g} with {floats}"
     return None

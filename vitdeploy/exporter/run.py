@@ -109,9 +109,12 @@ def run_export(
                 request = replace(request, precisions=request.floats, calibration=None)
             subjects = (subject, *further_subjects(opened, request))
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
-        for note in (*opened.notes, *subject.notes):
+            images = open_calibration(request, subject) if request.quantised else None
+            if images is not None:
+                counts = f"{len(images.images)} images to calibrate with, {len(images.held_out)} held out"
+                stage.detail = f"{stage.detail}, {counts}"
+        for note in (*opened.notes, *subject.notes, *([images.note] if images and images.note else [])):
             progress.note(note)
-        images = _calibration(request, subject, progress)
         provenance = _provenance(request, opened)
         del opened  # and its weights, once they are in the bundle
         whole = _Whole(request, provenance, writer, progress, subjects, images, failures)
@@ -131,18 +134,6 @@ def run_export(
             job.reload()
         whole.build(orders, engines_note(orders, impossible))
         return writer.commit()
-
-
-def _calibration(request: ExportRequest, subject: Subject, progress: Progress) -> CalibrationImages | None:
-    """The images for what is quantised; None where nothing is."""
-    if not request.quantised:
-        return None
-    with progress.stage("images") as stage:
-        images = open_calibration(request, subject)
-        stage.detail = f"{len(images.images)} to calibrate with, {len(images.held_out)} held out"
-    if images.note:
-        progress.note(images.note)
-    return images
 
 
 def golden_arrays(subject: Subject, names: Sequence[str] | None = None) -> Golden:

@@ -102,8 +102,14 @@ class Network:
             ],
             "model_warmup": warm_up(artifact.inputs, self.batching, sorted(sizes)),
             "parameters": {key: {"string_value": value} for key, value in self._parameters().items()},
+            **self._optimization(),
             **self.batching.scheduling(delay),
         }
+
+    def _optimization(self) -> Document:
+        """ONNX Runtime's fusions of what is quantised know integers only, and the server hands on no option
+        of a session but the level of its optimisations: -1 is that of before the fusions."""
+        return {"optimization": {"graph": {"level": -1}}} if self.artifact.precision == "fp8" else {}
 
     def _labelled(self, output: Output) -> dict[str, str]:
         """Whether an output's columns are classes with names."""

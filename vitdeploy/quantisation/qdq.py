@@ -1,14 +1,16 @@
 """Quantised GEMMs in a traced graph: QuantizeLinear and DequantizeLinear before each of its two inputs.
 
-``x -> QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(weight, scale)) -> Add`` is what ONNX Runtime,
-OpenVINO and TensorRT fuse to one GEMM of 8 bits. Zero points are 0 and of the stored type: TensorRT takes no
-others.
+``x -> QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(weight, scale)) -> Add`` is what ONNX
+Runtime, OpenVINO and TensorRT fuse to one GEMM of 8 bits. Zero points are 0 and of the stored type: TensorRT
+takes no others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.convenience import replace_nodes_and_values
@@ -40,8 +42,8 @@ def insert(
         attention: attentions whose two products are to be fp8, by the name of their module.
 
     Raises:
-        ExportError: a site has no GEMM of its own in the graph, or is in another precision than the rest; a scale
-            does not fit into it; the opset has no form of it.
+        ExportError: a site has no GEMM of its own in the graph, or is in another precision than the rest; a
+            scale does not fit into it; the opset has no form of it.
     """
     attention = attention or {}
     fp8 = attention or any(site.kind == "fp8" for site in sites.values())
@@ -64,7 +66,8 @@ class _Emitter:
     def __init__(self, graph: ir.Graph, rest: Precision) -> None:
         self.graph, self.rest = graph, rest
         self.floats = DTYPES[rest]
-        self.read: dict[tuple[ir.Value, float, torch.dtype], ir.Value] = {}
+        self.for_cpus = rest == "fp32"
+        self.read: dict[tuple[ir.Value, float, torch.dtype, str], ir.Value] = {}
         """What came out of DequantizeLinear already: sites that read one value with one scale share it."""
 
     def linear(self, site: QuantisedSite) -> None:
@@ -96,26 +99,43 @@ class _Emitter:
         self.graph.insert_before(node, read)
         w = _described(read, numbers.shape, scale.dtype)
         if node.op_type == "Gemm":
-            self.split(name, node, x, w)
-        else:
-            node.replace_input_with(0, x)
-            node.replace_input_with(1, w)
+            node = self.split(name, node)
+        node.replace_input_with(0, x)
+        node.replace_input_with(1, w)
+        if site.kind == "int8" and self.for_cpus:
+            self.keep_apart(name, node)
 
-    def split(self, name: str, gemm: ir.Node, x: ir.Value, weight: ir.Value) -> None:
-        """MatMul and Add in place of Gemm: ONNX Runtime quantises no Gemm whose bias is float."""
+    def split(self, name: str, gemm: ir.Node) -> ir.Node:
+        """MatMul and Add in place of Gemm, which ONNX Runtime does not quantise beside a float bias."""
         if any(gemm.attributes.get_int(key, 0) for key in ("transA", "transB")):
             raise ExportError(f"{name}: its Gemm transposes, and cannot be quantised", hint=_LEAVE_OUT)
         old, bias = gemm.outputs[0], gemm.inputs[2] if len(gemm.inputs) > 2 else None
-        product = ir.node("MatMul", [x, weight], name=f"{name}/MatMul")
+        product = ir.node("MatMul", gemm.inputs[:2], name=f"{name}/MatMul")
         made = [product]
         if bias is not None:
-            _described(product, old.shape, x.dtype)
+            _described(product, old.shape, old.dtype)
             made.append(ir.node("Add", [product.outputs[0], bias], name=f"{name}/Add"))
-        is_output = old.is_graph_output()
-        label = old.name
-        new = _described(made[-1], old.shape, old.dtype)
+        new, label = made[-1].outputs[0], old.name if old.is_graph_output() else made[-1].name
         replace_nodes_and_values(self.graph, gemm, [gemm], made, [old], [new])
-        new.name = label if is_output else made[-1].name
+        new.name = label
+        return product
+
+    def keep_apart(self, name: str, product: ir.Node) -> None:
+        """A Reshape to the same shape between a product and its bias, where ONNX Runtime would join them.
+
+        It makes a Gemm of them before it looks for quantised products, wherever rows or a fixed batch let it;
+        that Gemm is float.
+        """
+        value = product.outputs[0]
+        users, shape = list(value.uses()), value.shape
+        if shape is None or [use.node.op_type for use in users] != ["Add"]:
+            return
+        if len(shape) > 2 and not all(isinstance(size, int) for size in shape):
+            return
+        target = np.array([-1, *shape[1:]], np.int64)
+        same = ir.node("Reshape", [value, self.constant(f"{name}/Reshape.1", target)], name=f"{name}/Reshape")
+        self.graph.insert_after(product, same)
+        users[0].node.replace_input_with(users[0].idx, _described(same, shape, value.dtype))
 
     def attention(self, name: str, scales: AttentionScales) -> None:
         """Quantise queries, keys, probabilities and values to fp8.
@@ -144,7 +164,8 @@ class _Emitter:
             raise ExportError(
                 f"{name} reads {x.dtype.name.lower()} in a graph of {self.rest}", hint=_LEAVE_OUT
             )
-        key = x, scale, dtype
+        # ONNX Runtime computes in integers only where one product reads a value: on CPUs nothing is shared.
+        key = x, scale, dtype, name if self.for_cpus and dtype == torch.int8 else ""
         if key not in self.read:
             step = self.scale(f"{name}.input_scale", torch.tensor(scale))
             zero = self.constant(f"{name}.input_zero", torch.zeros((), dtype=dtype))
@@ -166,7 +187,7 @@ class _Emitter:
             raise ExportError(f"{name} of {worst:.3g} does not fit into {self.rest}")
         return self.constant(name, rounded)
 
-    def constant(self, name: str, tensor: torch.Tensor) -> ir.Value:
+    def constant(self, name: str, tensor: torch.Tensor | np.ndarray[Any, Any]) -> ir.Value:
         const = ir.tensor(tensor, name=name)
         value = ir.Value(
             name=name, shape=ir.Shape(const.shape.numpy()), type=ir.TensorType(const.dtype), const_value=const

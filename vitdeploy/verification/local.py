@@ -292,10 +292,21 @@ class _Verification:
         self.records += records
         if said := emulated(session.facts):
             self.notes.append(said)
+        self._note_widened(pair, session.facts)
         if session.facts.fusion:
             self.fusion.append(Fusion(pair.name, pair.backend.name, session.facts.fusion))
         for record in records:
             self.failures += [f"{record.title}: {reason}" for reason in record.failures]
+
+    def _note_widened(self, pair: Pair, facts: SessionFacts) -> None:
+        if pair.artifact is None or not pair.artifact.is_quantised or facts.device != "cpu":
+            return
+        if sites := pair.backend.widened(self.bundle, pair.artifact):
+            count = len(pair.artifact.quantisation.sites) if pair.artifact.quantisation else 0
+            more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
+            share = f"{len(sites)} of its {count} quantised GEMMs"
+            named = f"{', '.join(sites[:3])}{more}"
+            self.notes.append(f"{pair.name} on {pair.backend.name} computes {share} in floats: {named}")
 
     def judge_drops(self, max_drop: float) -> None:
         """Hold the accuracy of every artifact against the reference's."""

@@ -16,7 +16,10 @@ class TritonPythonModel:
         self.inputs = [one["name"] for one in config["input"]]
         self.outputs = [one["name"] for one in config["output"]]
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        settings = onnxruntime.SessionOptions()
+        if (config.get("optimization") or {}).get("graph", {}).get("level") == -1:
+            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        self.session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
     def execute(self, requests):  # type: ignore[no-untyped-def]
         return [self.answer(request) for request in requests]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.fakes.v2_grpc_server import GrpcServer
 from tests.fakes.v2_models import ensemble, in_half, linear, served
 from tests.fakes.v2_server import V2Server
 from tests.helpers.bundles import write_bundle
+from tests.helpers.quantised_bundles import quantised_answer, write_quantised
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import ServerError, UsageError
 from vitdeploy.verification.live.round import LiveRequest, verify_live
@@ -117,3 +119,53 @@ def test_another_build_of_the_bundle(bundle: Bundle) -> None:
     with V2Server({"linear": served(lambda x: linear()(x) + x[:, 0, 0, :5], **facts)}) as server:
         wrong = verify_live(bundle, LiveRequest(server.url, **FEW))
     assert any(cause.startswith("the server serves another bundle (digest") for cause in wrong.causes)
+
+
+COARSE = 12
+
+
+def in_int8(inputs: np.ndarray) -> np.ndarray:
+    """Rounded so coarsely that no float precision's tolerance holds."""
+    return quantised_answer(inputs, "int8", COARSE).astype(np.float32)
+
+
+def test_quantised_answers_are_held_against_held_out_images(tmp_path: Path) -> None:
+    made = write_quantised(tmp_path / "b", kinds=("int8",), steps=COARSE)
+    named = {"parameters": {"vitdeploy_artifact": "onnx-int8"}}
+    with V2Server({"linear": served(in_int8, **named)}) as server:
+        right = verify_live(made, LiveRequest(server.url, **FEW))
+    assert right.passed, right.failures
+    assert (right.precision, right.fits) == ("int8", "int8")
+    assert {record.metrics.rows for record in right.parity} == {6}
+
+
+def test_other_numbers_than_the_artifact_s(tmp_path: Path) -> None:
+    made = write_quantised(tmp_path / "b", kinds=("int8",), steps=COARSE)
+    with V2Server({"linear": served(parameters={"vitdeploy_artifact": "onnx-int8"})}) as server:
+        wide = verify_live(made, LiveRequest(server.url, **FEW))
+    assert (wide.passed, wide.precision, wide.fits) == (True, "int8", "fp32")
+    with V2Server({"linear": served(in_int8, parameters={"vitdeploy_artifact": "onnx-fp32"})}) as server:
+        narrow = verify_live(made, LiveRequest(server.url, **FEW))
+    assert (narrow.passed, narrow.precision) == (False, "fp32")
+    assert narrow.causes[0] == "the numbers are as exact as int8, not as fp32"
+
+
+def test_what_the_bundle_has_is_the_likelier_explanation(tmp_path: Path) -> None:
+    """Numbers that are within bf16's tolerance, too, of a bundle that has int8 and no bf16."""
+    made = write_quantised(tmp_path / "b", kinds=("int8",))
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        return quantised_answer(inputs, "int8").astype(np.float32)
+
+    with V2Server({"linear": served(run)}) as server:
+        report = verify_live(made, LiveRequest(server.url, artifact="onnx-fp32", **FEW))
+    assert report.fits == "bf16"
+    assert report.causes[0] == "the numbers are as exact as int8, not as fp32"
+
+
+def test_a_server_that_does_not_say_what_it_runs_may_be_quantised(tmp_path: Path) -> None:
+    made = write_quantised(tmp_path / "b", kinds=("int8",), steps=COARSE)
+    with V2Server({"linear": served(in_int8)}) as server:
+        report = verify_live(made, LiveRequest(server.url, **FEW))
+    assert (report.passed, report.precision, report.fits) == (True, "int8", "int8")
+    assert any("so int8 decides" in note for note in report.notes)

@@ -16,6 +16,7 @@ import pytest
 from tests.helpers.bundles import LABELS, SIZE, WEIGHT, golden_arrays, write_bundle
 from tests.helpers.commands import COMMAND
 from tests.helpers.exports import Exported
+from tests.helpers.quantised_bundles import write_quantised
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange, Preprocess
 from vitdeploy.verification.live.round import LiveRequest, verify_live
@@ -82,6 +83,7 @@ class Everything:
     """Served as ``linear``, and as version 1 of ``versions``."""
     fixed: Bundle
     uint8: Bundle
+    quantised: Bundle
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +92,14 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Everything]
     right = write_bundle(folder / "linear.bundle", precisions=("fp32", "fp16"))
     fixed = write_bundle(folder / "fixed.bundle", batch=BatchRange(4, 4, 4))
     uint8 = write_bundle(folder / "uint8.bundle", kind="uint8")
+    quantised = write_quantised(folder / "quantised.bundle", precisions=(), kinds=("int8",), name="quantised")
     other = np.random.default_rng(3).normal(size=WEIGHT.shape).astype(np.float32)
     new = consistent(folder / "new.bundle", other)
     wrong = [f"{name}={write_bundle(folder / name, **facts).root}" for name, (facts, _) in WRONG.items()]
     models = [f"linear={right.root}", f"fixed={fixed.root}", f"uint8={uint8.root}", *wrong]
+    models.append(f"quantised={quantised.root}")
     with serving(*models, f"versions@1={right.root}", f"versions@2={new.root}") as server:
-        yield Everything(server, right, fixed, uint8)
+        yield Everything(server, right, fixed, uint8, quantised)
 
 
 def test_a_right_server(everything: Everything) -> None:
@@ -109,6 +113,17 @@ def test_a_right_server(everything: Everything) -> None:
     assert over_http.precision == "fp32"
     assert len(over_http.images) == 4
     assert not any("does not say which artifact" in note for note in over_http.notes)
+
+
+def test_a_quantised_bundle(everything: Everything) -> None:
+    """Of which there is no other artifact: labels and scores travel as any others do."""
+    for url in (everything.server.http, everything.server.grpc):
+        report = verify_live(everything.quantised, LiveRequest(url, calls=5))
+        assert report.passed, (report.failures, report.causes)
+        assert (report.model, report.precision, report.labels) == ("quantised", "int8", len(LABELS))
+        assert {record.metrics.rows for record in report.parity if record.batch == 1} == {6}
+    images = verify_live(everything.quantised, LiveRequest(everything.server.http, calls=5)).images
+    assert [image.passed for image in images] == [True] * 4
 
 
 @pytest.mark.slow

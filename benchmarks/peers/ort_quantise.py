@@ -1,0 +1,51 @@
+"""ONNX Runtime's own quantiser: static U8S8 of the linear layers, or dynamic (a job says ``dynamic``)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main(job: dict[str, Any]) -> None:
+    """Read ``source`` and ``images``, write ``file``."""
+    from onnxruntime import quantization as tools
+
+    if job.get("dynamic"):
+        tools.quantize_dynamic(job["source"], job["file"], weight_type=tools.QuantType.QInt8)
+        return
+    prepared = Path(job["file"]).with_name("prepared.onnx")
+    tools.quant_pre_process(job["source"], prepared, skip_symbolic_shape=True)
+    tools.quantize_static(
+        prepared,
+        job["file"],
+        _images(tools, np.load(job["images"])),
+        quant_format=tools.QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        activation_type=tools.QuantType.QUInt8,
+        weight_type=tools.QuantType.QInt8,
+        calibrate_method=tools.CalibrationMethod.MinMax,
+        # Neither scores nor probabilities, only products with weights.
+        extra_options={"MatMulConstBOnly": True},
+    )
+    prepared.unlink()
+
+
+def _images(tools: Any, images: np.ndarray) -> Any:
+    class Images(tools.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._left = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self._left, None)
+            return None if image is None else {"pixel_values": image[None]}
+
+    return Images()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,162 @@
+"""The record of quantisation says what holds of our claims, and the document says what the record says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import quantisation
+from benchmarks.peers import environments, quantisers
+from benchmarks.peers.quantisers import QUANTISERS, QuantiserFailure
+from benchmarks.real_images import TASKS
+from vitdeploy.benchmark.loop import Array, Caller
+from vitdeploy.bundle.folder import Bundle
+
+TIMES = {"fp32": 100.0, "bf16": 50.0, "int8": 25.0, "int8-ort": 50.0}
+ERRORS = {"fp32": 0.0, "int8": 0.03, "int8-ort": 0.03, "fp8": 0.05}
+
+
+def record(**changes: float) -> dict[str, Any]:
+    """Everything holds in it, but for the times and errors of the variants that are named."""
+    cells = [
+        {"model": model, "variant": name, "batch": batch, "ms": [(TIMES | changes).get(name, 30.0)] * 3}
+        for model in (quantisation.SMALL, quantisation.BASE)
+        for name in quantisation.VARIANTS
+        for batch in quantisation.BATCHES
+    ]
+    judged = [
+        {"variant": name, "task": task, "error": ERRORS.get(name, 0.07), "worst": 0.2, "top1": 80.0}
+        for name in quantisation.VARIANTS
+        for task in TASKS
+    ]
+    return {
+        "environment": {"cpu": {"name": "a processor"}},
+        "skipped": {},
+        "threads": 2,
+        "rounds": 3,
+        "quantising": {"seconds": 200.0, "peak_gb": 6.0},
+        "speed": cells,
+        "accuracy": [cell | {"agreement": 98.0} for cell in judged],
+    }
+
+
+def test_what_holds_is_not_complained_of() -> None:
+    assert quantisation.broken_claims(record()) == []
+
+
+def test_speeds_that_do_not_hold_are_said() -> None:
+    lines = quantisation.broken_claims(record(bf16=30.0, **{"int8-ort": 60.0}))
+    assert lines == [
+        "DINOv2-S/14, batch 8: int8 over bf16: 1.20 × instead of 1.4 ×",
+        "DINOv2-S/14, batch 1: int8-ort over fp32: 1.67 × instead of 1.8 ×",
+        "DINOv2-S/14, batch 8: int8-ort over fp32: 1.67 × instead of 1.7 ×",
+    ]
+    slow = quantisation.broken_claims(record(**{"nncf-plain": 24.0}))
+    assert slow[0] == "DINOv2-S/14, batch 1: int8 over nncf-plain: 0.96 × instead of 1.0 ×"
+
+
+def test_errors_that_do_not_hold_are_said() -> None:
+    wrong = record()
+    for cell in wrong["accuracy"]:
+        if (cell["variant"], cell["task"]) == ("int8", "crops"):
+            cell |= {"error": 0.041, "top1": 78.5}
+        if cell["variant"] == "fp8":
+            cell |= {"error": 0.061, "top1": 70.0}
+    assert quantisation.broken_claims(wrong) == [
+        "crops, int8: error 0.041 instead of 0.04",
+        "crops, int8: 1.5 points of top-1 lost instead of 1.0",
+        "crops, fp8: error 0.061 instead of 0.06",
+        *(f"crops: error 0.041 is more than half of {name}'s 0.07" for name in quantisation.NNCF),
+        "digits, fp8: error 0.061 instead of 0.06",
+    ]
+
+
+def test_what_was_not_measured_is_no_success() -> None:
+    lines = quantisation.broken_claims({"skipped": {}})
+    assert len(lines) == len(quantisation.LEAST) + len(TASKS) + len(quantisation.QUANTISING)
+    assert all("not measured" in line or "None" in line for line in lines)
+
+
+def test_errors_and_answers_of_features() -> None:
+    random = np.random.default_rng(0)
+    exact = random.standard_normal((8, 2 * quantisation.CLS), dtype=np.float32)
+    weight, bias = random.standard_normal((5, exact.shape[1]), dtype=np.float32), np.zeros(5, np.float32)
+    answers = [int((weight @ row).argmax()) for row in exact]
+    same = quantisation.judged(exact, exact, weight, bias, answers)
+    assert same == {"error": 0, "worst": 0, "cls": 0, "cls_worst": 0, "top1": 100, "agreement": 100}
+    other = exact.copy()
+    other[3, : quantisation.CLS] *= 1.5  # of the CLS token alone, of one image of eight
+    found = quantisation.judged(other, exact, weight, bias, [(answers[0] + 1) % 5, *answers[1:]])
+    assert found["cls_worst"] == pytest.approx(0.5, abs=1e-4)
+    assert found["cls"] == pytest.approx(0.5 / 8, abs=1e-4)
+    share = np.linalg.norm(exact[3, : quantisation.CLS]) / np.linalg.norm(exact[3])
+    assert found["worst"] == pytest.approx(0.5 * share, abs=1e-4)
+    assert found["top1"] <= 87.5
+
+
+def test_every_variant_runs_once_unmeasured_and_then_measured_in_every_round() -> None:
+    calls: list[str] = []
+
+    def caller(name: str) -> Caller:
+        def run(pixels: Array) -> tuple[Array, float | None]:
+            calls.append(name)
+            return pixels, None
+
+        return run
+
+    found = quantisation.taking_turns({"a": caller("a"), "b": caller("b")}, np.zeros((8, 1), np.float32), 4)
+    assert {len(times) for cell in found.values() for times in cell.values()} == {4}
+    rounds = ["".join(calls[i : i + 4]) for i in range(0, 16, 4)]
+    assert set(rounds) <= {"aabb", "bbaa"}
+
+
+def test_the_tables_have_a_row_for_what_was_measured() -> None:
+    text = quantisation.tables(record())
+    assert "| **int8**, 7-bit weights | ONNX Runtime | 0.030, 0.20, 80.0, 98.0 |" in text
+    assert "| bf16 | OpenVINO | 2.00 × (2.00 to 2.00) |" in text
+    assert "took 200 s" in text
+    skipped = quantisation.tables(record() | {"skipped": {"nncf": "no network"}})
+    assert skipped.endswith("Not measured: NNCF, its default (SmoothQuant) (no network).")
+    assert "batch" not in quantisation.tables({**record(), "speed": []})
+
+
+def test_a_record_has_a_line_for_each_cell() -> None:
+    text = quantisation.dumped(record())
+    assert json.loads(text) == record()
+    assert sum(line.startswith('{"variant"') for line in text.splitlines()) == 2 * len(quantisation.VARIANTS)
+
+
+def test_the_document_says_what_the_record_says() -> None:
+    committed = json.loads(quantisation.RESULTS.read_text(encoding="utf-8"))
+    assert quantisation.PART.read() == quantisation.tables(committed)
+    assert quantisation.broken_claims(committed) == []
+
+
+def test_every_quantiser_has_a_file_and_an_environment() -> None:
+    folder = Path(environments.__file__).parent
+    for tool in QUANTISERS.values():
+        assert (folder / f"{tool.module}.py").is_file()
+        assert tool.environment is None or tool.environment in environments.NAMES
+
+
+def test_a_tool_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> None:
+    with pytest.raises(QuantiserFailure, match=r"ort-dynamic ended with 1: .*none\.onnx"):
+        quantisers.quantised("ort-dynamic", tmp_path / "none.onnx", tmp_path / "none.npy", tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ort-static", "ort-dynamic"])
+def test_onnx_runtimes_quantiser_takes_our_graph(name: str, digits_onnx: Path, tmp_path: Path) -> None:
+    import onnx
+
+    images = tmp_path / "images.npy"
+    np.save(images, Bundle.open(digits_onnx).golden()["pixel_values"])
+    file = quantisers.quantised(name, digits_onnx / "model.onnx", images, tmp_path / "made")
+    kinds = [node.op_type for node in onnx.load(file).graph.node]
+    assert "QuantizeLinear" in kinds or "MatMulInteger" in kinds
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
