@@ -18,9 +18,9 @@ from vitdeploy.verification.accuracy import judge_drop
 QUANTISED_GAIN: Final = 1.15
 """How many times as fast as the best float artifact a quantised one must be: it costs accuracy."""
 FAR: Final = 1.5
-"""A contestant that takes so many times as long as the fastest at a first look is not measured again."""
+"""A float contestant that takes so many times as long as the fastest at a first look goes no further."""
 FINALISTS: Final = 5
-"""Measured together, at most; besides, whatever their places, the fastest fp32 and what is quantised."""
+"""Floats that are measured together, at most; besides the fastest fp32, and all that is quantised."""
 
 
 class Decision(NamedTuple):
@@ -61,15 +61,17 @@ def sieve(groups: Sequence[Sequence[Cell]]) -> Sieve:
         best += right[:1]
         lost += [tried(cell, "slower", f"{_times(right[0], cell)}, in a first look") for cell in right[1:]]
     best.sort(key=cost)
-    plain = [cell for cell in best if cell.precision == "fp32"][:1]
-    judged = [*plain, *(cell for cell in best if cell.precision in QUANTISED)]
-    wanted = [cell for cell in best[:FINALISTS] if cost(cell) <= FAR * cost(best[0])]
-    wanted += [cell for cell in judged if not _among(cell, wanted)]
+    # Floats are held against floats: the best of them is what a quantised one has to beat.
+    floats = [cell for cell in best if cell.precision not in QUANTISED]
+    wanted = [cell for cell in floats[:FINALISTS] if cost(cell) <= FAR * cost(floats[0])]
+    plain = [cell for cell in floats if cell.precision == "fp32"][:1]
+    wanted += [cell for cell in plain if not _among(cell, wanted)]
     lost += [
-        tried(cell, "slower", f"{_times(best[0], cell)}, in a first look")
-        for cell in best
+        tried(cell, "slower", f"{_times(floats[0], cell)}, in a first look")
+        for cell in floats
         if not _among(cell, wanted)
     ]
+    wanted += [cell for cell in best if cell.precision in QUANTISED]
     return Sieve(tuple(places[id(cell)] for cell in wanted), tuple(lost))
 
 
