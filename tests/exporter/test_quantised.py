@@ -24,15 +24,18 @@ from tests.helpers.models import CONFIGS, random_state
 from tests.helpers.pictures import pictures
 from vitdeploy.backends.base import all_backends
 from vitdeploy.bundle.folder import CALIBRATION, HELD_OUT, Bundle
+from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.config import BatchRange
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.exporter import quantised as making
+from vitdeploy.exporter import run as exporting
 from vitdeploy.exporter.plan import plan_export
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
 from vitdeploy.model.registry import build_reference
 from vitdeploy.quantisation.sites import QuantisedModel
+from vitdeploy.verification.accuracy import LabelledImages
 
 IMAGES = digits_folder() / "images"
 SMALL = dataclasses.replace(CONFIGS["vit"], depth=2)
@@ -43,8 +46,10 @@ RUNTIMES = {b.name for b in all_backends() if b.name in ("onnxruntime", "openvin
 @pytest.fixture(scope="session")
 def digits_int8(exports: Exports) -> Bundle:
     """The digits model in int8, calibrated with its own pictures."""
-    flags = ("--int8", "--calibration", str(IMAGES), "--format", "onnx", "--batch", "1,2,4")
-    return Bundle.open(export_digits(exports, *flags).folder)
+    flags = ("--int8", "--calibration", str(IMAGES), "--data", str(IMAGES), "--batch", "1,2,4")
+    exported = export_digits(exports, *flags, "--format", "onnx")
+    assert "top-1 100.00 % of 20 images, 0.00 points below" in exported.result.err
+    return Bundle.open(exported.folder)
 
 
 def integers(bundle: Bundle, name: str = "onnx-int8") -> dict[str, np.ndarray[Any, Any]]:
@@ -232,6 +237,24 @@ def test_what_costs_too_much_is_left_out_aloud(
 
 
 @pytest.mark.slow
+def test_what_names_other_classes_is_left_out(
+    tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(photographs, tmp_path / "labelled" / "3")
+
+    def answers(_: Bundle, artifact: Artifact, images: LabelledImages) -> np.ndarray[Any, Any]:
+        return images.labels[:, None] + artifact.is_quantised
+
+    monkeypatch.setattr(exporting, "onnx_answers", answers)
+    recorder = Recorder()
+    request = asked(tmp_path, photographs, output="logits,tokens", data=tmp_path / "labelled")
+    bundle = run_export(request, tmp_path / "out.bundle", progress=recorder)
+    assert [artifact.name for artifact in bundle.manifest.artifacts] == ["onnx-fp32"]
+    (note,) = (note for note in recorder.notes if "no model.int8.onnx" in note)
+    assert "top-1 0.00 % of 12 images, 100.00 points below the reference" in note
+
+
+@pytest.mark.slow
 def test_without_a_fallback_nothing_is_written(
     tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +309,11 @@ def test_a_model_that_reads_no_images_is_refused(photographs: Path, tmp_path: Pa
         ({"precisions": ("fp8", "int8")}, "int8 and fp8 cannot be without images"),
         ({"calibration": Path("d")}, "--calibration is for --int8 and --fp8"),
         ({"target": "tensorrt"}, "--for is for --int8 and --fp8"),
+        ({"data": Path("d")}, "--data is for --int8 and --fp8"),
+        (
+            {"precisions": ("int8",), "calibration": Path("d"), "max_drop": 1},
+            "--max-drop is measured on labelled",
+        ),
         ({"precisions": ("fp8",), "calibration": Path("d"), "weight_bits": 8}, "--weight-bits is for --int8"),
         ({"precisions": ("int8",), "calibration": Path("d"), "weight_bits": 9}, "weights of 9 bits"),
         (

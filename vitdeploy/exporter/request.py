@@ -27,6 +27,7 @@ from vitdeploy.quantisation.calibration import WANTED
 from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets, lacks_fp8
 from vitdeploy.tensorrt.records import BuildSettings
 from vitdeploy.variants import DEFAULT_MODEL
+from vitdeploy.verification.accuracy import check_max_drop
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,6 +133,10 @@ class ExportRequest:
     """Whether ``fp8`` takes the products inside of attention, too."""
     target: str | None = None
     """``tensorrt``: quantised artifacts in the form that it takes, whether it is here or not."""
+    data: Path | None = None
+    """Labelled images, on which quantised artifacts may not be worse than fp32."""
+    max_drop: float | None = None
+    """Points of top-1 that they may lose there; what the images cannot tell passes where it is None."""
     fallback: bool = True
     seed: int = 0
     random: bool = False
@@ -197,12 +202,14 @@ class ExportRequest:
         for flag, said, kinds in (
             ("--calibration", self.calibration is not None, get_args(Quantised)),
             ("--for", self.target is not None, get_args(Quantised)),
+            ("--data", self.data is not None, get_args(Quantised)),
             ("--weight-bits", self.weight_bits != _WEIGHT_BITS[0], ("int8",)),
             ("--fp8-attention", self.fp8_attention, ("fp8",)),
         ):
             if said and set(kinds).isdisjoint(self.precisions):
                 asked = " and ".join(f"--{kind}" for kind in kinds)
                 raise UsageError(f"{flag} is for {asked}", hint=f"leave {flag} out, or add --{kinds[0]}")
+        check_max_drop(self.max_drop, self.data)
         if not self.quantised:
             return
         names = " and ".join(self.quantised)

@@ -39,6 +39,7 @@ from vitdeploy.exporter.artifact_parity import (
     engines_parity,
     first_failure,
     gemms_failure,
+    onnx_answers,
     onnx_parity,
     worst,
 )
@@ -67,6 +68,14 @@ from vitdeploy.progress import Progress
 from vitdeploy.quantisation.calibration import CalibrationImages
 from vitdeploy.scores import usual_scores
 from vitdeploy.verification import parity
+from vitdeploy.verification.accuracy import (
+    LabelledImages,
+    TopClasses,
+    find_labelled,
+    judge_drop,
+    judge_quantised,
+    score,
+)
 
 _MODE = 0o644
 """safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
@@ -129,6 +138,8 @@ def run_export(
             stage.size = sum(job.write_tensors() for job in whole.jobs)
         if request.calibration is not None:
             require_same_model(request.calibration, writer.directory / WEIGHTS)
+        if request.data is not None:
+            whole.labelled = find_labelled(request.data, whole.manifest())
         del subjects, subject
         for job in whole.jobs:
             job.reload()
@@ -176,6 +187,8 @@ class _Whole:
         self.request, self.provenance = request, provenance
         self.writer, self.progress = writer, progress
         self.images, self.failures = images, failures
+        self.labelled: LabelledImages | None = None
+        """What quantised artifacts are judged on, too."""
         self.jobs = [
             _Job(self, subject, subject.image_size if index else None)
             for index, subject in enumerate(subjects)
@@ -242,6 +255,8 @@ class _Whole:
         A quantised artifact has one image size, the only one.
         """
         job, outcome = self.jobs[0], []
+        if self.labelled is not None:
+            job.exact = self._exact(self.labelled)
         with self.progress.stage("held out") as stage:
             golden = held_out_arrays(job.subject, images)
             stage.detail = f"{len(golden[INPUT])} held-out images in float64"
@@ -255,6 +270,15 @@ class _Whole:
             tensors = {name: tensor.numpy() for name, tensor in ranges.tensors().items()}
             for file, arrays in ((HELD_OUT, golden), (CALIBRATION, {**images.tensors(), **tensors})):
                 _save_arrays(arrays, self.writer.file(file))
+
+    def _exact(self, images: LabelledImages) -> TopClasses:
+        """What fp32 says of labelled images."""
+        with self.progress.stage("accuracy fp32") as stage:
+            bundle = self.writer.seal(self.manifest())
+            answers = onnx_answers(bundle, bundle.artifact("onnx-fp32"), images)
+            right = int((answers[:, 0] == images.labels).sum())
+            stage.detail = f"top-1 {100 * right / len(images.labels):.2f} % of {len(images.labels)} images"
+        return answers
 
     def _build_engines(self, orders: Sequence[Order]) -> None:
         """Engines of every ONNX artifact; held against the reference where they run here."""
@@ -349,6 +373,8 @@ class _Job:
     place: Size | None
     """The size as artifacts name it; None is the first."""
     golden: Golden = field(default_factory=dict)
+    exact: TopClasses | None = None
+    """What fp32 says of the labelled images."""
 
     @property
     def request(self) -> ExportRequest:
@@ -434,7 +460,7 @@ class _Job:
             except PrecisionError as error:
                 trouble = error.message
                 break
-            trouble = first_failure(records) or self._gemms(artifact, form, golden)
+            trouble = first_failure(records) or self._gemms(artifact, form, golden) or self._drop(artifact)
             if trouble is not None:
                 self.whole.drop(artifact)
                 break
@@ -466,6 +492,19 @@ class _Job:
             trouble = gemms_failure(bundle, artifact, golden[INPUT][:_GEMM_IMAGES], scales)
             stage.detail = trouble or f"{len(scales)} products, each as its own integers say"
         return trouble
+
+    def _drop(self, artifact: Artifact) -> str | None:
+        """What is wrong with the classes of labelled images."""
+        images, exact = self.whole.labelled, self.exact
+        if images is None or exact is None:
+            return None
+        with self.progress.stage(f"accuracy {artifact.name.removeprefix('onnx-')}") as stage:
+            bundle = self.writer.seal(self.whole.manifest([artifact]))
+            answers = onnx_answers(bundle, bundle.artifact(artifact.name), images)
+            record = score(artifact.name, "onnxruntime", answers, exact, images.labels)
+            limit = self.request.max_drop
+            held, stage.detail = judge_quantised(record) if limit is None else judge_drop(record, limit)
+        return None if held else stage.detail
 
     def build_kernels(self, precision: Precision) -> None:
         """The fused kernels; what they compute is rehearsed here, and measured where the GPU is."""
