@@ -13,7 +13,7 @@ from vitdeploy.bundle.dtypes import QUANTISED
 from vitdeploy.errors import ParityError
 from vitdeploy.optimiser.record import Tried, Verdict, tried
 from vitdeploy.predictor import EXACTNESS
-from vitdeploy.verification.accuracy import judge_drop
+from vitdeploy.verification.accuracy import judge_drop, judge_quantised
 
 QUANTISED_GAIN: Final = 1.15
 """How many times as fast as the best float artifact a quantised one must be: it costs accuracy."""
@@ -83,7 +83,8 @@ def decide(results: Results, subject: str, goal: Goal, max_drop: float | None = 
 
     Args:
         subject: the bundle's name in the results.
-        max_drop: points of top-1 that a cell may be below the reference; one without accuracy then loses.
+        max_drop: points of top-1 that a cell may be below the reference; one without accuracy then loses. Where
+            it is None, a quantised one must not be worse beyond doubt (``judge_quantised``).
 
     Raises:
         ParityError: no cell is right.
@@ -163,12 +164,16 @@ def _trouble(cell: Cell) -> tuple[Verdict, str]:
 
 
 def _dropped(cell: Cell, max_drop: float | None) -> tuple[Verdict, str] | None:
-    """Why a cell is not accurate enough; None where it is."""
-    if max_drop is None:
-        return None
+    """Why a cell is not accurate enough; None where it is, or nothing says that it is not."""
     if cell.accuracy is None:
-        return "refused", "its accuracy could not be measured beside the reference's"
-    held, said = judge_drop(cell.accuracy, max_drop)
+        why = "its accuracy could not be measured beside the reference's"
+        return None if max_drop is None else ("refused", why)
+    if max_drop is not None:
+        held, said = judge_drop(cell.accuracy, max_drop)
+    elif cell.precision in QUANTISED:
+        held, said = judge_quantised(cell.accuracy)
+    else:
+        return None
     return None if held else ("refused", said)
 
 
