@@ -83,8 +83,8 @@ def decide(results: Results, subject: str, goal: Goal, max_drop: float | None = 
 
     Args:
         subject: the bundle's name in the results.
-        max_drop: points of top-1 that a cell may be below the reference; one without accuracy then loses. Where
-            it is None, a quantised one must not be worse beyond doubt (``judge_quantised``).
+        max_drop: points of top-1 that a cell may be below the reference; one without accuracy then loses.
+            Where it is None, a quantised one must not be worse beyond doubt (``judge_quantised``).
 
     Raises:
         ParityError: no cell is right.
