@@ -123,8 +123,8 @@ def export(
         fp8_attention: whether the products inside of attention are fp8, too.
         target: ``"tensorrt"`` adds int8 and fp8 artifacts in the form that it builds from, in fp16 where
             they are not quantised; a format that builds engines does so, too.
-        data: labelled images (a sub-folder per label, or files named ``<label>_*.png``), on which int8 and fp8
-            may not lose more than a point of top-1 against fp32, as far as the images can tell.
+        data: labelled images (a sub-folder per label, or files named ``<label>_*.png``), on which int8 and
+            fp8 may not lose more than a point of top-1 against fp32, as far as the images can tell.
         max_drop: points of top-1 on ``data`` that they may lose, whatever the images can tell.
         fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16, or leave a
             quantised artifact out; else raise.

@@ -15,18 +15,23 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from tests.helpers.models import CONFIGS, pixels, random_vit
-from tests.helpers.quantised import HEAD, declared, graph_of, quantised_file, quantised_vit
+from tests.helpers.quantised import HEAD, declared, graph_of, quantised, quantised_file, quantised_vit
+from tests.helpers.swins import SWINS, random_swin
 from tests.helpers.traces import RANGE, SPREAD
 from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.bundle.onnx_graph import prove_precision, undeclared
 from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.config import BatchRange, Precision, ViTConfig
 from vitdeploy.errors import ExportError
+from vitdeploy.exporter.graph import trace
 from vitdeploy.exporter.onnx import save_streaming
 from vitdeploy.exporter.shared_weights import SharedWeights
+from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.model.reference import forward_float64
+from vitdeploy.model.registry import architecture_of
 from vitdeploy.quantisation.qdq import insert
 from vitdeploy.quantisation.sites import AttentionScales
+from vitdeploy.verification.gemms import check_gemms
 
 CONFIG = dataclasses.replace(CONFIGS["vit"], depth=2)
 GATED = dataclasses.replace(CONFIGS["dinov2"], depth=2)
@@ -194,6 +199,31 @@ def test_scales_of_an_attention_are_its_largest_magnitudes() -> None:
     hook.remove()
     # The scales were taken before the weights were rounded.
     assert dataclasses.asdict(made.attention["blocks.0.attn"]) == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v1", "padded"])
+def test_a_swin_is_int8_on_both(tmp_path: Path, name: str) -> None:
+    """All its GEMMs are over rows; where tokens are no multiple of columns, OpenVINO would not load it."""
+    config, path = SWINS[name], tmp_path / "m.onnx"
+    plan = PrecisionPlan.of("fp32")
+    deployed = architecture_of(config).deploy(
+        random_swin(config), plan, outputs=("logits",), input_kind="float", preprocess=None
+    )  # type: ignore[arg-type]
+    made = quantised(deployed, pixels(config, 4, seed=5), "int8")
+    model = trace(made.model, pixels(config, 1), batch=RANGE, opset=20, names=("pixel_values", "logits"))
+    insert(model, made.sites, "fp32")
+    ir.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    settings.log_severity_level = 3
+    onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in nodes) == len(made.sites)
+    for backend in ("onnxruntime", "openvino"):
+        records = check_gemms(path, None, backend, pixels(config, 2).numpy())
+        assert {record.site for record in records if record.passed} == set(made.sites)
 
 
 # --- planted faults, found by name ----------------------------------------------------------------------

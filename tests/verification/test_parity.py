@@ -233,11 +233,32 @@ class TestVerdicts:
         assert tolerance_failures(measure_parity(np.zeros((0, 3)), np.zeros((0, 3)), FP32, "logits"), FP32)
         assert not passes(np.zeros((3, 0)), np.zeros((3, 0)), TOLERANCES["fp32"], "logits")
 
+    def test_the_mean_is_a_limit_of_its_own(self) -> None:
+        limit = TOLERANCES["int8"].mean
+        assert limit is not None
+        good = ParityMetrics(rows=1, elements=1, relative=limit, mean_relative=limit)
+        assert tolerance_failures(good, TOLERANCES["int8"]) == ()
+        bad = good.model_copy(update={"mean_relative": 1.01 * limit})
+        assert tolerance_failures(bad, TOLERANCES["int8"]) == ("mean relative error 0.081 exceeds 0.08",)
+
+    def test_the_mean_and_every_first_class_where_they_are_bounded(self) -> None:
+        reference, change = np.zeros((3, 5)), np.zeros((3, 5))
+        reference[:, :2] = [3.0, 4.0], [0.6, 0.8], [6.0, 8.0]
+        change[:2, 0] = 0.5, 0.3
+        outputs = reference + change
+        found = measure_parity(reference, outputs, TOLERANCES["int8"], "logits")
+        assert found.mean_relative == pytest.approx((0.1 + 0.3 + 0.0) / 3)
+        assert found.agreement == pytest.approx(2 / 3)  # 0.9 beats 0.8, whatever the margin
+        exact = measure_parity(reference, outputs, FP16, "logits")
+        assert (exact.mean_relative, exact.agreement) == (None, None)
+        assert not {"mean_relative", "agreement"} & exact.model_dump().keys()
+        assert "mean" not in FP16.model_dump()
+
     def test_tolerances_widen_with_precision(self) -> None:
-        order = [TOLERANCES[precision] for precision in ("fp32", "fp16", "bf16")]
+        order = [TOLERANCES[precision] for precision in ("fp32", "fp16", "bf16", "int8", "fp8")]
         for narrow, wide in itertools.pairwise(order):
             assert narrow.relative < wide.relative
-            assert narrow.kl < wide.kl
+            assert narrow.kl <= wide.kl
         assert TOLERANCES["mixed"] == TOLERANCES["fp16"]
 
 

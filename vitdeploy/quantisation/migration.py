@@ -176,5 +176,5 @@ def _bias(linear: Linear) -> Tensor:
 
 def _give(site: nn.Module, name: str, value: Tensor) -> None:
     """A parameter in the dtype of the site's weight."""
-    dtype: torch.dtype = site.weight.dtype  # type: ignore[assignment,union-attr]
+    dtype: torch.dtype = site.weight.dtype  # type: ignore[assignment]
     setattr(site, name, parameter(value.to(dtype)))

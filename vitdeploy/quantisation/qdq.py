@@ -57,6 +57,8 @@ def insert(
         emitter.linear(site)
     for name, scales in attention.items():
         emitter.attention(name, scales)
+    if emitter.for_cpus and any(site.kind == "int8" for site in sites.values()):
+        emitter.stop_scales()
     model.ir_version = max(model.ir_version, 9)  # the first with fp8
 
 
@@ -156,6 +158,27 @@ class _Emitter:
             ):
                 x = self.rounded(f"{name}.{part}{suffix}", node.inputs[index], scale, torch.float8_e4m3fn)
                 node.replace_input_with(index, x)
+
+    def stop_scales(self) -> None:
+        """A Reshape before those that make tokens or windows of rows: it ends OpenVINO's way for scales.
+
+        OpenVINO moves the scales of columns behind a Reshape wherever there are more tokens than columns. It
+        can do so only where the one is a multiple of the other, and does not load what is not.
+        """
+        for node in list(self.graph):
+            x = node.inputs[0] if node.op_type == "Reshape" else None
+            if x is None or x.shape is None or len(x.shape) != 2 or isinstance(x.shape[0], int):
+                continue
+            columns, target = x.shape[1], node.inputs[1]
+            sizes = target.const_value.numpy().tolist() if target and target.const_value else []
+            if len(sizes) < 3 or not isinstance(columns, int):
+                continue
+            if sizes[1] > columns and sizes[1] % columns:
+                name = f"{node.name}_apart"
+                shape = self.constant(f"{name}.1", np.array([1, -1, columns], np.int64))
+                apart = ir.node("Reshape", [x, shape], name=name)
+                self.graph.insert_before(node, apart)
+                node.replace_input_with(0, _described(apart, ir.Shape([1, None, columns]), x.dtype))
 
     def rounded(self, name: str, x: ir.Value | None, scale: float, dtype: torch.dtype) -> ir.Value:
         """``x`` by way of 8 bits; right behind what computes it, so that all who read it may share it."""

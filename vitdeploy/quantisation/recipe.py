@@ -176,13 +176,14 @@ class _Sequence:
         """Quantise layers that read the same."""
         x, low, high = inputs.rows, inputs.low, inputs.high
         floats = {name: (linear.weight, linear.bias) for name, linear in linears.items()}
-        if mlp is not None and mlp.norm is None and self.grid.kind == "int8":
-            step = self.grid.input_scale((high - low) / 2)
-            c = step * round((high + low) / 2 / step)
-            if c:
-                shift_input(mlp, c)
-                x, low, high = x - c, low - c, high - c
         scale = self.grid.input_scale(max(high, -low))
+        if mlp is not None and mlp.norm is None and self.grid.kind == "int8":
+            # A whole number of steps, so that zero stays exact: nearly all that a GELU gives lies there. The
+            # largest may lie half a step beyond the grid, which is what rounding takes from any number.
+            scale = self.grid.input_scale((high - low) / 2)
+            c = scale * round((high + low) / 2 / scale)
+            shift_input(mlp, c)
+            x = x - c
         read = rounded(x, scale, self.grid.kind)
         hessian = Hessian.of(read[torch.randperm(len(read), generator=self.random)[:ROWS]])
         for name, linear in linears.items():

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 BOUND = 1e-3
 """Of a GEMM's relative error: 3e-4 is what reciprocals of scales cost, 2e-2 a kernel that saturates."""
-CLIPPED_BOUND = 0.1
+CLIPPED_BOUND = 0.3
 """Of the relative error that a GEMM's input has because it is cut off at its range."""
 _SCALE_BOUND = 1e-3
 """Of the difference between a scale and its record: its rounding to fp16."""
