@@ -14,6 +14,7 @@ of two times of one round. ViT-B/16 is measured for its speed alone: its weights
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -174,15 +175,16 @@ def base_files(skipped: dict[str, str]) -> tuple[Files, dict[str, float]]:
 
 
 def _others(kind: str, bundle: Path, names: Sequence[str], skipped: dict[str, str]) -> dict[str, Path]:
-    """What other tools make of the bundle's fp32 graph and its calibration images."""
-    opened = Bundle.open(bundle)
+    """What other tools make of the bundle's fp32 graph and its calibration images; made once for these."""
+    opened, source = Bundle.open(bundle), bundle / "model.onnx"
     spec = opened.manifest.preprocess
     images = WORK / f"{kind}-calibration.npy"
     np.save(images, normalised(opened.tensors("calibration.safetensors")["images"], spec.mean, spec.std))
+    made_of = hashlib.sha256(source.read_bytes() + images.read_bytes()).hexdigest()[:8]
     found = {}
     for name in names:
         try:
-            found[name] = quantised(name, bundle / "model.onnx", images, WORK / f"{kind}-{name}")
+            found[name] = quantised(name, source, images, WORK / f"{kind}-{name}-{made_of}")
         except QuantiserFailure as failure:
             skipped[name] = str(failure)
             print(f"skipped {failure}", file=sys.stderr, flush=True)
