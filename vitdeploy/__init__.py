@@ -58,6 +58,10 @@ def export(
     revision: str | None = None,
     cache_dir: Path | None = None,
     atol: float | None = None,
+    calibration: Path | None = None,
+    weight_bits: Literal[7, 8] = 7,
+    fp8_attention: bool = False,
+    target: Literal["tensorrt"] | None = None,
     fallback: bool = True,
     seed: int = 0,
     random: bool = False,
@@ -74,7 +78,8 @@ def export(
             given; a named variant without a checkpoint has seeded random weights.
         output_dir: the bundle's folder; named after the model, in the working directory, when omitted.
         checkpoint: a file or folder with the weights of a named variant, or of what a library builds.
-        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, or several of them: one artifact each.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"fp8"``, or several of them: one artifact
+            each. With ``"int8"`` and ``"fp8"`` always goes fp32.
         format: ``"onnx"``; ``"tensorrt"``, engines for the GPU that is here; ``"tensorrt-rtx"``, engines for
             ``arch``; ``"triton-aot"``, fused kernels for ``arch``; ``"auto"``: ONNX and what engines it can.
         arch: GPUs to build for, ``"sm_89"``; ``"sm_80+sm_89"`` is one engine for both.
@@ -110,7 +115,14 @@ def export(
         revision: a branch, tag or commit, of a model on the hub.
         cache_dir: where downloads are kept.
         atol: an absolute tolerance on top of the table in ``vitdeploy.verification.parity``.
-        fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16; else raise.
+        calibration: for int8 and fp8: a folder with 48 or more typical images, at least 8; or a quantised
+            bundle of the same model, whose images are taken.
+        weight_bits: of int8: with 7 no processor saturates, 8 are for those with VNNI and for GPUs.
+        fp8_attention: whether the products inside of attention are fp8, too.
+        target: ``"tensorrt"`` adds int8 and fp8 artifacts in the form that it builds from, in fp16 where they
+            are not quantised; so does a format that builds engines.
+        fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16, or leave a
+            quantised artifact out; else raise.
         seed: of random weights.
         random: random weights of ``"timm:<name>"`` or ``"torchvision:<name>"``, without a download.
         force: replace an existing bundle.
@@ -163,6 +175,10 @@ def export(
         revision=revision,
         cache_dir=None if cache_dir is None else pathlib.Path(cache_dir),
         atol=atol,
+        calibration=None if calibration is None else pathlib.Path(calibration),
+        weight_bits=weight_bits,
+        fp8_attention=fp8_attention,
+        target=target,
         fallback=fallback,
         seed=seed,
         random=random,

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vitdeploy.backends.base import Array, Backend, Options, Session, all_backends, get_backend, runs_nothing
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Choice, TensorSpec
 from vitdeploy.bundle.sizes import size_of_shape
@@ -30,7 +31,7 @@ AnyImage = ImageSource | np.ndarray[Any, Any]
 """A path, the bytes of an image file, a binary file object, a Pillow image, (H, W, 3) uint8 RGB, or (H, W) or
 (H, W, 1) uint8 grey."""
 
-EXACTNESS = ("fp32", "mixed", "fp16", "bf16")
+EXACTNESS: tuple[ArtifactPrecision, ...] = ("fp32", "mixed", "fp16", "bf16", "int8", "fp8")
 """Precisions, the most exact first: the order in which an artifact is chosen."""
 
 DEFAULT_BACKEND = "onnxruntime"
@@ -126,7 +127,7 @@ class Predictor:
             choice, note = choice_for_this_machine(opened)
             if choice is not None:
                 threads = options.threads or choice.threads
-                options = Options(threads=threads, provider=choice.provider)
+                options = Options(threads=threads, provider=choice.provider, spin=choice.spin)
                 chosen = None if choice.artifact is None else opened.artifact(choice.artifact)
                 session = get_backend(choice.backend).load(opened, chosen, options)
                 return cls(opened, session, note, choice.batch)
@@ -134,6 +135,8 @@ class Predictor:
             note = ""
         runtime = get_backend(backend or DEFAULT_BACKEND)
         chosen = opened.artifact(artifact) if artifact is not None else choose_artifact(opened, runtime)
+        if artifact is None:
+            note = note or quantised_note(chosen, runtime)
         return cls(opened, runtime.load(opened, chosen, options), note)
 
     @classmethod
@@ -437,7 +440,8 @@ class _Sizes:
 def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:
     """The most exact artifact that ``backend`` runs on this machine; None is the reference weights.
 
-    Of several image sizes, the first one's.
+    Of several image sizes, the first one's. A quantised one where there is no other, which
+    :func:`quantised_note` says.
 
     Raises:
         UsageError, DeviceUnavailable: it runs none; says why for each.
@@ -451,6 +455,13 @@ def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:
     if backend.supports(bundle.manifest, None) is None:
         return None
     raise runs_nothing(backend, bundle)
+
+
+def quantised_note(chosen: Artifact | None, backend: Backend) -> str:
+    """One line for the user where what was chosen is quantised, and nobody asked for it; else empty."""
+    if chosen is None or not chosen.is_quantised:
+        return ""
+    return f"{chosen.name} is quantised; the {backend.name} backend runs no other artifact of the bundle"
 
 
 def choice_for_this_machine(bundle: Bundle) -> tuple[Choice | None, str]:
@@ -470,6 +481,7 @@ def choice_for_this_machine(bundle: Bundle) -> tuple[Choice | None, str]:
     if not state.ok:
         return None, f"{what} was picked for this machine, but does not run here now: {state.reason}"
     threads = f", {choice.threads} thread{'s' * (choice.threads > 1)}" if choice.threads else ""
+    threads += ", spinning" if choice.spin else ""
     return choice, f"{what}{threads}: picked for {choice.goal} on this machine on {choice.created[:10]}"
 
 

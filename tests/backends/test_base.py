@@ -28,6 +28,7 @@ from vitdeploy.backends.base import (
 from vitdeploy.bundle.manifest import TensorSpec
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import UsageError
+from vitdeploy.predictor import EXACTNESS
 
 FROM_WEIGHTS = ("torch", "torch-compile", "aotinductor", "triton")
 
@@ -91,12 +92,12 @@ def test_what_a_backend_refuses_is_none_of_its_precisions(backend: Backend, tmp_
     made = write_weights(tmp_path / "b")
     refused = {
         precision
-        for precision in ("fp32", "mixed", "fp16", "bf16")
+        for precision in EXACTNESS
         if backend.supports(made.manifest, artifact(precision)) is not None
     }
     if "onnx" in backend.formats or not backend.formats or backend.name == "triton":
         assert refused.isdisjoint(set(backend.traits.precisions) - {"bf16"})
-        assert {"fp32", "mixed", "fp16", "bf16"} - refused <= set(backend.traits.precisions)
+        assert set(EXACTNESS) - refused <= set(backend.traits.precisions)
 
 
 def test_the_first_that_reads_an_artifact() -> None:

@@ -76,7 +76,7 @@ def test_only_what_is_said_is_stated() -> None:
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("precision", "fp8", "vitdeploy.precision in its metadata is none of fp32, fp16, bf16, mixed"),
+        ("precision", "fp4", "vitdeploy.precision in its metadata is none of fp32, fp16, bf16, mixed, int8"),
         ("scores", "", "vitdeploy.scores in its metadata is none of softmax, sigmoid, none"),
         ("labels", "{", "vitdeploy.labels in its metadata is no JSON list of labels"),
         ("labels", '["a", 1]', "vitdeploy.labels"),

@@ -55,6 +55,9 @@ class Options:
     """ONNX Runtime's execution provider: cpu, cuda, tensorrt or tensorrt-rtx."""
     device: str | None = None
     """cpu, cuda, or cuda:1; the backend's own default when omitted."""
+    spin: bool = False
+    """Whether threads keep a core busy while they wait for work, where the runtime has the choice. Each
+    operation begins sooner for it; but other threads lack the cores."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -79,12 +82,14 @@ class Traits:
     """Of vitdeploy, what installs the libraries; none where vitdeploy itself requires them."""
     formats: tuple[str, ...] = ()
     """Formats of artifacts whose files it reads; of others it takes the precision and batch sizes only."""
-    precisions: tuple[ArtifactPrecision, ...] = ("fp32", "mixed", "fp16", "bf16")
+    precisions: tuple[ArtifactPrecision, ...] = ("fp32", "mixed", "fp16", "bf16", "int8", "fp8")
     """Of the artifacts that it takes."""
     devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu",)
     """Kinds of device it runs on, its default first."""
     providers: tuple[str, ...] = ()
     """What ``Options.provider`` may be; all but ``cpu`` run on a GPU."""
+    spins: bool = False
+    """Whether ``Options.spin`` is a choice."""
 
     @property
     def needs_gpu(self) -> bool:
@@ -307,11 +312,12 @@ def split_device(device: str) -> tuple[str, int]:
     return kind, int(index or 0)
 
 
-def refuse(backend: str, **options: str | None) -> None:
-    """Raise a UsageError for the first option given that this backend has no use for."""
-    for name, value in options.items():
-        if value is not None:
-            raise UsageError(f"the {backend} backend takes no {name} (given: {value!r})")
+def refuse(backend: str, options: Options) -> None:
+    """Raise a UsageError for the first option given of those that ONNX Runtime alone has a use for."""
+    if options.provider is not None:
+        raise UsageError(f"the {backend} backend takes no provider (given: {options.provider!r})")
+    if options.spin:
+        raise UsageError(f"the {backend} backend has no threads that can be told to spin")
 
 
 def check_inputs(facts: SessionFacts, inputs: Mapping[str, Array]) -> None:

@@ -50,6 +50,7 @@ class OnnxRuntime(Backend):
         formats=("onnx",),
         devices=("cpu", "cuda"),
         providers=tuple(PROVIDERS),
+        spins=True,
     )
 
     def supports(self, manifest: Manifest, artifact: Artifact | None) -> str | None:
@@ -68,7 +69,7 @@ class OnnxRuntime(Backend):
             raise UsageError(f"{artifact.name}: {NO_BF16}", hint="--provider cuda, or another precision")
         setup = set_up(library, bundle, artifact, provider, device)
         bundle.verify_hashes(artifact.files)
-        session = _open(library, bundle, artifact, provider, setup, options.session_threads)
+        session = _open(library, bundle, artifact, provider, setup, options)
         facts = SessionFacts(
             backend=self.name,
             artifact=artifact.name,
@@ -111,15 +112,23 @@ def available_providers() -> tuple[str, ...]:
     return tuple(providers.import_onnxruntime().get_available_providers())
 
 
-def session_settings(library: Any, bundle: Bundle | None, provider: str) -> Any:
-    """What every session is made with, whatever it is for; on the CPU it may be of no bundle."""
+def session_settings(
+    library: Any, bundle: Bundle | None, provider: str, *, fp8: bool = False, spin: bool = False
+) -> Any:
+    """What every session is made with, whatever it is for; on the CPU it may be of no bundle.
+
+    Args:
+        fp8: the file has 8-bit floats.
+        spin: as ``Options.spin``; a server, and any other session, then lacks the cores.
+    """
     severity = 4 if provider == "cpu" else 3  # errors are raised; the log only adds why a GPU is not usable
     library.set_default_logger_severity(severity)
     settings = library.SessionOptions()
     settings.log_severity_level = severity
-    # Threads that spin while they wait take the cores from whatever else runs: another session, a server.
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     settings.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if fp8:  # what looks for quantised operations to fuse knows integers only
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     if provider != "cpu":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if bundle is not None and bundle.manifest.model is not None:
@@ -128,14 +137,14 @@ def session_settings(library: Any, bundle: Bundle | None, provider: str) -> Any:
     return settings
 
 
-def open_file(path: Path, threads: int | None) -> Any:
+def open_file(path: Path, threads: int | None, *, fp8: bool = False) -> Any:
     """An ONNX file of no bundle, on the CPU.
 
     Raises:
         BundleError: ONNX Runtime cannot load it.
     """
     library = providers.import_onnxruntime()
-    settings = session_settings(library, None, "cpu")
+    settings = session_settings(library, None, "cpu", fp8=fp8)
     if threads is not None:
         settings.intra_op_num_threads = threads
     try:
@@ -145,9 +154,10 @@ def open_file(path: Path, threads: int | None) -> Any:
 
 
 def _open(
-    library: Any, bundle: Bundle, artifact: Artifact, provider: str, setup: Setup, threads: int | None
+    library: Any, bundle: Bundle, artifact: Artifact, provider: str, setup: Setup, options: Options
 ) -> Any:
-    settings = session_settings(library, bundle, provider)
+    fp8, threads = artifact.precision == "fp8", options.session_threads
+    settings = session_settings(library, bundle, provider, fp8=fp8, spin=options.spin)
     if threads is not None:
         settings.intra_op_num_threads = threads
     path = bundle.path(artifact.path)

@@ -123,9 +123,21 @@ def set_up(library: Any, bundle: Bundle, artifact: Artifact, provider: str, devi
     if provider == "tensorrt-rtx":
         return _tensorrt_rtx(library, bundle, artifact, device, built_in)
     if provider == "cuda":
-        return Setup((_cuda(device),), executes=artifact.precision)
-    fallen = "" if artifact.precision == "fp32" else ", in fp32 where this CPU has no kernel for it"
-    return Setup(((PROVIDERS["cpu"], {}),), executes=f"{artifact.precision}{fallen}")
+        return Setup((_cuda(device),), executes=_rest(artifact))
+    return Setup(((PROVIDERS["cpu"], {}),), executes=_on_the_cpu(artifact))
+
+
+def _rest(artifact: Artifact) -> str:
+    """What an artifact computes in where nothing takes its 8 bits: quantised values, in floats."""
+    return artifact.quantisation.rest if artifact.quantisation else artifact.precision
+
+
+def _on_the_cpu(artifact: Artifact) -> str:
+    """Its kernels take int8; fp8 is computed in floats of rounded values."""
+    rest = _rest(artifact)
+    narrow = "int8+" if artifact.precision == "int8" else ""
+    fallen = "" if rest == "fp32" else ", in fp32 where this CPU has no kernel for it"
+    return f"{narrow}{rest}{fallen}"
 
 
 def _cuda(device: int) -> tuple[str, dict[str, str]]:
@@ -144,6 +156,7 @@ def _tensorrt(library: Any, bundle: Bundle, artifact: Artifact, device: int) -> 
         options |= {
             "trt_fp16_enable": str(int(_has_type(artifact, "fp16"))),
             "trt_bf16_enable": str(int(_has_type(artifact, "bf16"))),
+            **({"trt_int8_enable": "1"} if artifact.precision == "int8" else {}),
             "trt_layer_norm_fp32_fallback": "1",
         }
         executes = f"{artifact.precision}, in types that TensorRT chooses layer by layer"

@@ -27,7 +27,7 @@ from vitdeploy.bundle.manifest import Artifact, Manifest, TensorSpec
 from vitdeploy.errors import BundleError, UsageError
 
 _HINTS: Mapping[ArtifactPrecision, tuple[str, str]] = {"fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
-_NAMES = {"f32": "fp32", "f16": "fp16"}
+_NAMES = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
 _GEMMS = ("FullyConnected", "MatMul", "Convolution")
 
 
@@ -46,7 +46,7 @@ class OpenVino(Backend):
         return None if artifact is not None and artifact.format == "onnx" else "it runs ONNX artifacts only"
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
-        refuse(self.name, provider=options.provider)
+        refuse(self.name, options)
         if split_device(options.device or "cpu")[0] != "cpu":
             raise UsageError(f"the {self.name} backend runs on the cpu, not on {options.device}")
         library = _library()
@@ -102,7 +102,7 @@ def _compile(library: Any, path: Path, artifact: Artifact, threads: int | None) 
     core = library.Core()
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": _precision(core, artifact.precision),
+        "INFERENCE_PRECISION_HINT": _precision(core, hinted(artifact)),
     }
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
@@ -126,6 +126,13 @@ def _dtypes(values: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str]:
         next(iter(names & value.get_names()), value.get_any_name()): value.get_element_type().to_dtype().name
         for value in values
     }
+
+
+def hinted(artifact: Artifact) -> ArtifactPrecision:
+    """What to ask for: an int8 artifact is fast where what is not quantised is in bf16; fp8 is computed in
+    fp32, as it is to prove answers only."""
+    rest = artifact.quantisation.rest if artifact.quantisation else artifact.precision
+    return "bf16" if artifact.precision == "int8" and rest == "fp32" else rest
 
 
 def _precision(core: Any, precision: ArtifactPrecision) -> str:

@@ -76,7 +76,7 @@ class _EngineBackend(Backend):
         return foreign_to(artifact.targets, find_gpus())
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
-        refuse(self.name, provider=options.provider)
+        refuse(self.name, options)
         if artifact is None or artifact.format != self.flavour.name:
             require_support(self, bundle, artifact)
         assert artifact is not None

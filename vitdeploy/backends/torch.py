@@ -57,11 +57,12 @@ class Torch(Backend):
         if artifact is not None and artifact.format == "triton-aot":
             return f"{artifact.name} holds kernels for the triton backend"
         if artifact is not None and artifact.precision not in self.traits.precisions:
-            return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
+            what = "has fp32 islands" if artifact.precision == "mixed" else f"is {artifact.precision}"
+            return f"it runs one precision throughout, and {artifact.name} {what}"
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
-        refuse(self.name, provider=options.provider)
+        refuse(self.name, options)
         torch = import_torch(self.traits)
         require_support(self, bundle, artifact)
         bundle = bundle.of(artifact)

@@ -91,7 +91,7 @@ class Triton(Backend):
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
-        refuse(self.name, provider=options.provider)
+        refuse(self.name, options)
         torch = import_torch(self.traits)
         if importlib.util.find_spec("triton") is None:
             raise self.traits.missing("triton")

@@ -13,8 +13,8 @@ def open_sessions(job: dict[str, Any]) -> LoadedModel:
 
     Args:
         job: ``bundle``, a path; ``image_size``, a further one of it, or null for the first; ``backend``;
-            ``artifact``, a name, or null for the weights; ``threads``, ``provider``, ``device`` as in
-            ``Options``; ``concurrency``.
+            ``artifact``, a name, or null for the weights; ``threads``, ``provider``, ``device``, ``spin``
+            as in ``Options``; ``concurrency``.
     """
     from pydantic import TypeAdapter
 
@@ -26,7 +26,7 @@ def open_sessions(job: dict[str, Any]) -> LoadedModel:
         height, width = job["image_size"] or bundle.sizes[0]
         bundle = bundle.at_size((height, width))
     artifact = None if job["artifact"] is None else bundle.artifact(job["artifact"])
-    options = Options(threads=job["threads"], provider=job["provider"], device=job["device"])
+    options = Options(**{name: job[name] for name in ("threads", "provider", "device", "spin")})
     sessions: list[Session] = [backend.load(bundle, artifact, options) for _ in range(job["concurrency"])]
     facts = TypeAdapter(SessionFacts).dump_python(sessions[0].facts, mode="json")
     return LoadedModel([_caller(session) for session in sessions], facts)

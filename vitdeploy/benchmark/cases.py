@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from vitdeploy.backends.base import Array
 from vitdeploy.benchmark.results import MeasuredBundle, SkippedCase
-from vitdeploy.bundle.dtypes import ArtifactPrecision
-from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.dtypes import ArtifactPrecision, Quantised
+from vitdeploy.bundle.folder import HELD_OUT, WEIGHTS, Bundle
 from vitdeploy.bundle.sizes import named, unsized
 from vitdeploy.config import BatchRange, Size
 from vitdeploy.errors import ParityError, UsageError
@@ -30,15 +31,13 @@ class BenchTarget:
     name: str
     """The same at every size."""
     golden: Mapping[str, Array] = field(repr=False)
+    held_out: Mapping[str, Array] = field(repr=False, default_factory=dict)
+    """What stands for the golden inputs where an artifact is quantised; empty where none is."""
 
     @property
     def pixels(self) -> Array:
         """Golden inputs (K, ...), as the model takes them."""
         return self.golden["pixel_values"]
-
-    def batch(self, size: int) -> Array:
-        """Golden inputs, filled up by going round."""
-        return np.ascontiguousarray(self.pixels[np.arange(size) % len(self.pixels)])
 
     @property
     def record(self) -> MeasuredBundle:
@@ -76,12 +75,25 @@ class Case:
     batch: BatchRange | None = None
     """Batch sizes it takes; None is any."""
     size_bytes: int | None = None
+    spin: bool = False
+    """Whether its threads spin while they wait."""
+
+    @property
+    def golden(self) -> Mapping[str, Array]:
+        """What it is timed with and held against."""
+        return self.target.held_out if self.precision in get_args(Quantised) else self.target.golden
+
+    def inputs(self, batch: int) -> Array:
+        """Golden inputs, filled up by going round."""
+        pixels = self.golden["pixel_values"]
+        return np.ascontiguousarray(pixels[np.arange(batch) % len(pixels)])
 
     @property
     def name(self) -> str:
         parts = [self.backend, self.artifact]
         parts += [f"{self.threads} threads"] if self.threads else []
         parts += [f"{self.concurrency} callers"] if self.concurrency > 1 else []
+        parts += ["spinning"] if self.spin else []
         return " ".join(parts)
 
     def start(self, limit: float) -> Worker:
@@ -104,6 +116,8 @@ class Choices:
     concurrency: tuple[int, ...] = (1,)
     provider: str | None = None
     device: str | None = None
+    spin: tuple[bool, ...] = (False,)
+    """As ``Options.spin``, of backends that have the choice; others are measured once."""
 
     def __post_init__(self) -> None:
         for name, values in (("threads", self.threads), ("concurrency", self.concurrency)):
@@ -134,7 +148,7 @@ def open_targets(bundles: Sequence[Bundle], image_sizes: Sequence[Size] | None =
             golden = view.golden()
             if "pixel_values" not in golden or "reference" not in golden:
                 raise ParityError(f"{bundle.root}: has no golden inputs to measure with")
-            targets.append(BenchTarget(view, name, golden))
+            targets.append(BenchTarget(view, name, golden, view.tensors(HELD_OUT)))
     return targets
 
 
@@ -176,13 +190,22 @@ def cases_of(target: BenchTarget, choices: Choices) -> tuple[list[Case], list[Sk
                 )
             )
             continue
-        for threads in choices.threads:
-            cases += [_case(target, pair, threads, n, choices) for n in choices.concurrency]
+        spins = choices.spin if pair.backend.traits.spins else (False,)
+        for threads, n, spin in itertools.product(choices.threads, choices.concurrency, spins):
+            cases.append(_case(target, pair, threads, n, choices, spin=spin))
     _require_batches(target, cases, choices.batches or ())
     return cases, skipped
 
 
-def _case(target: BenchTarget, pair: Pair, threads: int | None, concurrency: int, choices: Choices) -> Case:
+def _case(
+    target: BenchTarget,
+    pair: Pair,
+    threads: int | None,
+    concurrency: int,
+    choices: Choices,
+    *,
+    spin: bool,
+) -> Case:
     artifact, files = pair.artifact, target.bundle.manifest.files
     reads = artifact is not None and artifact.format in pair.backend.formats
     weights = files[WEIGHTS].size if WEIGHTS in files else None
@@ -203,7 +226,9 @@ def _case(target: BenchTarget, pair: Pair, threads: int | None, concurrency: int
             "provider": choices.provider,
             "device": choices.device,
             "concurrency": concurrency,
+            "spin": spin,
         },
+        spin=spin,
         provider=choices.provider or "",
         environment=child_environment(),
         batch=artifact.batch if artifact else None,

@@ -161,7 +161,7 @@ class CaseRun:
         target, session = self.case.target, self.session(batch)
         with self._failures():
             bound = target.bundle.manifest.max_abs
-            records = check_session(session, target.golden, batches=[batch], max_abs=bound)
+            records = check_session(session, self.case.golden, batches=[batch], max_abs=bound)
         worst = max(records, key=_badness)
         return Parity(
             passed=all(record.passed for record in records),
@@ -191,7 +191,7 @@ class CaseRun:
     def _prepare(self, batch: int) -> tuple[float, int | None]:
         assert self._session is not None
         assert self._worker is not None
-        path = self._session.file(self.case.target.batch(batch))
+        path = self._session.file(self.case.inputs(batch))
         answer = self._worker.ask("prepare", batch=batch, inputs=path)
         self._prepared.add(batch)
         return float(answer["seconds"]), answer["peak_memory"]
@@ -268,7 +268,7 @@ class CellRun:
         """What was timed must be what had parity: hold the last timed run against the reference."""
         if not self.right or self.parity is None:
             return
-        golden = self.run.case.target.golden
+        golden = self.run.case.golden
         try:
             outputs = self.run.last(self.batch)
         except CellFailure as error:

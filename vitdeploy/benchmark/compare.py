@@ -52,6 +52,7 @@ class ComparedCell(BaseModel):
     batch: int
     threads: int | None
     concurrency: int
+    spin: bool = False
     old_ms: float | None
     new_ms: float | None
     ratio: float | None = None
@@ -181,6 +182,7 @@ def _row(
         batch=new.batch,
         threads=new.threads,
         concurrency=new.concurrency,
+        spin=new.spin,
         old_ms=old.p50_ms if old else None,
         new_ms=new.p50_ms,
         ratio=found.value if found else None,

@@ -208,6 +208,7 @@ def choice_of(
         threads=cell.threads,
         batch=cell.batch,
         concurrency=cell.concurrency,
+        spin=cell.spin,
         p50_ms=cell.p50_ms,
         images_per_s=cell.images_per_s,
         created=results.created,

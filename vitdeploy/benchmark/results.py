@@ -79,6 +79,8 @@ class BenchSettings(_Record):
     batches: tuple[int, ...]
     threads: tuple[int | None, ...]
     concurrency: tuple[int, ...]
+    spin: tuple[bool, ...] = (False,)
+    """Of backends that have the choice."""
 
 
 class MeasuredBundle(_Record):
@@ -145,6 +147,7 @@ class Key(NamedTuple):
     image_size: Size
     threads: int | None
     concurrency: int
+    spin: bool
 
 
 class Cell(_Record):
@@ -168,6 +171,8 @@ class Cell(_Record):
     """CPU threads asked for; null is the runtime's own choice."""
     concurrency: int = Field(ge=1)
     """Callers at the same time, each with a session of its own."""
+    spin: bool = False
+    """Whether the runtime's threads keep cores busy while they wait, where it has the choice."""
     status: Literal["ok", "failed"]
     reason: str = ""
     p50_ms: float | None = None
@@ -264,6 +269,7 @@ class Results(_Record):
             cell.image_size,
             cell.threads,
             cell.concurrency,
+            cell.spin,
         )
 
     def subject(self, cell: Cell) -> MeasuredBundle | None:

@@ -235,6 +235,7 @@ def _settings(plan: BenchPlan) -> BenchSettings:
         batches=tuple(plan.batches),
         threads=tuple(dict.fromkeys(case.threads for case in plan.cases)),
         concurrency=tuple(dict.fromkeys(case.concurrency for case in plan.cases)),
+        spin=tuple(dict.fromkeys(case.spin for case in plan.cases)),
     )
 
 
@@ -267,6 +268,7 @@ def _cell(cell: CellRun, processors: int) -> Cell:
         image_size=case.target.record.image_size,
         threads=case.threads,
         concurrency=case.concurrency,
+        spin=case.spin,
         status="failed" if failure else "ok",
         reason=failure,
         **({} if failure else _numbers(timing, cell.batch, case.concurrency)),

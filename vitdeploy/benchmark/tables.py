@@ -89,6 +89,7 @@ def series_name(results: Results, cell: Cell) -> str:
         words.append(_counted(cell.threads, "thread") if cell.threads else "default threads")
     if len({c.concurrency for c in results.cells}) > 1:
         words.append(_counted(cell.concurrency, "caller"))
+    words += ["spinning"] if cell.spin else []
     return plain_text(", ".join(words))
 
 
@@ -186,6 +187,7 @@ def _backend(cell: Cell) -> str:
     words = [cell.label.removesuffix(f" {cell.artifact}")]
     words += [_counted(cell.threads, "thread")] if cell.threads else []
     words += [f"{cell.concurrency} callers"] if cell.concurrency > 1 else []
+    words += ["spinning"] if cell.spin else []
     return ", ".join(words)
 
 
@@ -414,6 +416,7 @@ def compared_table(rows: Sequence[ComparedCell]) -> Table:
         words = [f"{row.subject}: {row.label}" if several else row.label]
         words += [_counted(row.threads, "thread")] if row.threads else []
         words += [f"{row.concurrency} callers"] if row.concurrency > 1 else []
+        words += ["spinning"] if row.spin else []
         return plain_text(", ".join(words))
 
     columns = (

@@ -27,6 +27,9 @@ PRECISION_DTYPES: Mapping[ArtifactPrecision, DType] = {
 }
 """The dtype of each precision that has only one."""
 
+QUANTISED_DTYPES: Mapping[Quantised, OpDType] = {"int8": "int8", "fp8": "float8e4m3fn"}
+"""What a quantised GEMM reads."""
+
 DATATYPES: Mapping[str, str] = {
     "bool": "BOOL",
     "uint8": "UINT8",

@@ -40,6 +40,10 @@ from vitdeploy.errors import BundleError, UsageError, VitdeployError, did_you_me
 
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
+HELD_OUT = "held_out.safetensors"
+"""As golden tensors, of images of the user's own: what quantised artifacts are proven on."""
+CALIBRATION = "calibration.safetensors"
+"""The images that quantised artifacts were made with."""
 
 
 class Bundle:
@@ -156,14 +160,31 @@ class Bundle:
             hint=f"it has {', '.join(names)}" if names else "it has no artifacts at all",
         )
 
-    def golden(self) -> dict[str, np.ndarray[Any, Any]]:
+    def golden(self, artifact: Artifact | str | None = None) -> dict[str, np.ndarray[Any, Any]]:
         """Golden inputs and outputs, their hash checked; empty if the bundle has none.
+
+        A quantised artifact is held against images of the user's own, which were held out from calibration:
+        noise and constants say nothing of what it loses.
+
+        Args:
+            artifact: what is to be held against them, or its name; None, and the name of none, is one that
+                is not quantised.
 
         ``pixel_values`` (K, ...) are network inputs, ``reference`` (K, ...) the float64 reference's outputs
         (of several the first; ``reference.NAME`` is another), ``image.i`` (H, W, 3) uint8 and
         ``image.i.pixel_values`` are for comparing the preprocessing, where images can go in.
         """
-        name = sized(GOLDEN, self._size)
+        if isinstance(artifact, str):
+            artifact = next((a for a in self.manifest.artifacts if a.name == artifact), None)
+        return self.tensors(HELD_OUT if artifact is not None and artifact.is_quantised else GOLDEN)
+
+    def tensors(self, file: str) -> dict[str, np.ndarray[Any, Any]]:
+        """A file of tensors at this image size, its hash checked; empty if the bundle has none.
+
+        Raises:
+            BundleError: it is damaged.
+        """
+        name = sized(file, self._size)
         if name not in self.manifest.files:
             return {}
         self.verify_hashes([name])

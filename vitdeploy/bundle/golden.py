@@ -46,7 +46,11 @@ def golden_inputs(
 
     Patches are made of the former, by the model's architecture.
     """
-    images = np.stack(golden_images(size, spec.channels, names))
+    return inputs_of(np.stack(golden_images(size, spec.channels, names)), spec, kind)
+
+
+def inputs_of(images: NDArray[np.uint8], spec: Preprocess, kind: InputKind) -> NDArray[Any]:
+    """Images (K, H, W, C) uint8 of the model's size as it reads them; see :func:`golden_inputs`."""
     if kind == "uint8":
         return images
     mean, std = (np.array(values, np.float64) for values in (spec.mean, spec.std))

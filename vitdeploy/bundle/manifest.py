@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -25,8 +25,8 @@ from pydantic import (
     model_validator,
 )
 
-from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, OpDType
-from vitdeploy.bundle.quantisation import QuantisationRecord
+from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, OpDType, Quantised
+from vitdeploy.bundle.quantisation import CalibrationRecord, QuantisationRecord
 from vitdeploy.config import (
     BatchRange,
     InputKind,
@@ -184,6 +184,11 @@ class Artifact(_Record):
     size: Count = 0
     """Bytes of all its files together; filled in when the manifest is sealed."""
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether GEMMs of it are in 8 bits; of an engine, whether the file that it is built from is so."""
+        return self.precision in get_args(Quantised)
+
     def output(self, name: Output) -> TensorSpec:
         """The output of this name, which it has."""
         return next(spec for spec in self.outputs if spec.name == name)
@@ -224,6 +229,16 @@ class Tolerance(_Record):
     batch_invariance: float = Field(gt=0)
     max_abs: float | None = Field(default=None, gt=0)
     """An absolute bound on top, where the user gave one."""
+    mean: float | None = Field(default=None, gt=0)
+    """Of the mean of all rows' relative errors, where ``relative`` bounds the worst."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a bound of the mean where there is none: bundles from before it keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        if self.mean is None:
+            fields.pop("mean", None)
+        return fields
 
 
 class ParityMetrics(_Record):
@@ -252,6 +267,19 @@ class ParityMetrics(_Record):
     """Worst relative difference of one image's output with other company in the batch."""
     worst: int | None = None
     """Index of the golden image with the largest relative error, or with NaN."""
+    mean_relative: float | None = None
+    """The mean of all rows' relative errors, where the tolerance bounds it."""
+    agreement: float | None = None
+    """Share of the rows that rank first what the reference does, whatever its margin; there, too."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the means that no tolerance asks for: bundles from before them keep their digest."""
+        fields: dict[str, Any] = dump(self)
+        for name in ("mean_relative", "agreement"):
+            if fields.get(name, 0) is None:
+                del fields[name]
+        return fields
 
 
 class ParityRecord(_Record):
@@ -303,6 +331,8 @@ class Choice(_Record):
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(ge=1)
     concurrency: int = Field(default=1, ge=1)
+    spin: bool = False
+    """Whether ONNX Runtime's threads keep cores busy while they wait."""
     p50_ms: float
     images_per_s: float
     created: str
@@ -311,10 +341,13 @@ class Choice(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without an ``image_size`` where it is the first: bundles from before it keep their digest."""
+        """Without an ``image_size`` where it is the first, and without ``spin`` where it is off: bundles from
+        before them keep their digest."""
         fields: dict[str, Any] = dump(self)
         if self.image_size is None:
             fields.pop("image_size", None)
+        if not self.spin:
+            fields.pop("spin", None)
         return fields
 
 
@@ -395,6 +428,8 @@ class Manifest(_Record):
     """At most one per machine and image size."""
     sizes: tuple[SizeRecord, ...] = ()
     """Image sizes beside the first, of which ``model``, ``preprocess`` and ``flops`` are."""
+    calibration: CalibrationRecord | None = None
+    """Of quantised artifacts; null where there are none."""
     provenance: Provenance
     files: dict[SafePath, FileRecord] = Field(default_factory=dict)
     digest: str = ""
@@ -469,8 +504,8 @@ class Manifest(_Record):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out no ``choices`` or ``sizes``, the usual ``scores`` and a single output among ``outputs``:
-        bundles from before them keep their digest."""
+        """Leave out no ``choices``, ``sizes`` or ``calibration``, the usual ``scores`` and a single output
+        among ``outputs``: bundles from before them keep their digest."""
         fields: dict[str, Any] = dump(self)
         if len(self.outputs) == 1:
             fields.pop("outputs", None)
@@ -478,6 +513,8 @@ class Manifest(_Record):
             fields.pop("choices", None)
         if not self.sizes:
             fields.pop("sizes", None)
+        if self.calibration is None:
+            fields.pop("calibration", None)
         if self.scores == "softmax":
             fields.pop("scores", None)
         if self.grid_thw is not None:

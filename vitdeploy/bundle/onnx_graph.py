@@ -7,13 +7,14 @@ precision decides the answer, and holds it against the islands that the plan dec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vitdeploy.bundle.dtypes import PRECISION_DTYPES, OpDType, from_onnx
 from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
+from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.config import Precision
 from vitdeploy.errors import UsageError
 
@@ -32,6 +33,9 @@ NORMALISATIONS = frozenset(
 )
 WATCHED = GEMMS | NORMALISATIONS | {"Softmax", "ReduceMean"}
 _WIDE = ("float32", "float64")
+_MOVING = ("Transpose", "Reshape")
+"""What may stand between DequantizeLinear and a GEMM: it computes nothing."""
+_QUANTISING = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,20 @@ def _types(model: onnx.ModelProto) -> dict[str, OpDType]:
     return types | {tensor.name: dtype_name(tensor.data_type) for tensor in graph.initializer}
 
 
-def prove_precision(model: onnx.ModelProto, precision: Precision, islands: Collection[str]) -> PrecisionProof:
+def prove_precision(
+    model: onnx.ModelProto,
+    precision: Precision,
+    islands: Collection[str],
+    quantised: QuantisedGemms | None = None,
+) -> PrecisionProof:
     """List every GEMM, normalisation, softmax and mean with its dtype; an undeclared wide GEMM fails.
+
+    A GEMM both of whose inputs come out of DequantizeLinear has the dtype that they were stored in.
 
     Args:
         precision: the graph's default dtype, ``fp32``, ``fp16`` or ``bf16``.
         islands: sites that may be in fp32; a node belongs to the site its name begins with.
+        quantised: GEMMs that must be stored in 8 bits, and no others.
     """
     types = _types(model)
     if any(output not in types for node in model.graph.node for output in node.output):
@@ -123,27 +135,81 @@ def prove_precision(model: onnx.ModelProto, precision: Precision, islands: Colle
 
         types |= _types(onnx.shape_inference.infer_shapes(model))
     wanted = PRECISION_DTYPES[precision]
+    stored = _Stored(model.graph, types)
     rows = []
     for node in model.graph.node:
         if node.op_type not in WATCHED:
             continue
         dtype = next((types[v] for v in (*node.input, *node.output) if v in types), "undefined")
+        if node.op_type in GEMMS:
+            dtype = stored.dtype(node) or dtype
         island = dtype in _WIDE and dtype != wanted and declared(node.name, islands)
         rows.append(OpPrecision(name=node.name, op=node.op_type, dtype=dtype, island=island))
-    ok = bool(rows) and not undeclared(rows, precision)
+    ok = bool(rows) and not undeclared(rows, precision, quantised)
     return PrecisionProof(ops=tuple(rows), ok=ok)
+
+
+class _Stored:
+    """What the values of a graph were stored in before DequantizeLinear."""
+
+    def __init__(self, graph: onnx.GraphProto, types: Mapping[str, OpDType]) -> None:
+        self.types = types
+        self.producers = {output: node for node in graph.node for output in node.output}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def dtype(self, gemm: onnx.NodeProto) -> OpDType | None:
+        """Of both inputs of a GEMM; None where one of them was float all the way."""
+        first, second = (self._of(value) for value in gemm.input[:2])
+        if first is None or second is None:
+            return None
+        return first if first == second else "undefined"
+
+    def _of(self, value: str) -> OpDType | None:
+        node = self.producers.get(value)
+        while node is not None and node.op_type in _MOVING:
+            node = self.producers.get(node.input[0])
+        if node is None or node.op_type != "DequantizeLinear":
+            return None
+        source = self.producers.get(node.input[0])
+        zeros = [list(n.input)[2:3] for n in (node, source) if n is not None and n.op_type in _QUANTISING]
+        if any(self._is_off(name) for names in zeros for name in names):
+            return "undefined"  # an offset, which TensorRT takes from nobody
+        if source is None:
+            return self.types.get(node.input[0], "undefined")
+        # Without a zero point, what is stored is uint8.
+        return self.types.get(zeros[-1][0], "undefined") if zeros[-1] else "uint8"
+
+    def _is_off(self, zero_point: str) -> bool:
+        constant = self.constants.get(zero_point)
+        return constant is None or any(constant.raw_data) or any(constant.int32_data)
 
 
 def declared(node: str, islands: Collection[str]) -> bool:
     """Whether a node lies on an island; inside an attention, the scores follow what produced the queries."""
-    site = node.rsplit("/", 1)[0]
+    site = site_of(node)
     return site in islands or any(f"{site}.{part}" in islands for part in ("qkv", "key"))
 
 
-def undeclared(ops: Iterable[OpPrecision], precision: Precision) -> tuple[OpPrecision, ...]:
-    """The GEMMs that make a proof fail."""
-    wanted = PRECISION_DTYPES[precision]
-    return tuple(row for row in ops if row.op in GEMMS and row.dtype != wanted and not row.island)
+def site_of(node: str) -> str:
+    """``blocks.3.attn.qkv/MatMul`` belongs to ``blocks.3.attn.qkv``."""
+    return node.rsplit("/", 1)[0]
+
+
+def undeclared(
+    ops: Iterable[OpPrecision], precision: Precision, quantised: QuantisedGemms | None = None
+) -> tuple[OpPrecision, ...]:
+    """The GEMMs that make a proof fail; a quantised site without any is among them, of no dtype."""
+    wanted, sites = PRECISION_DTYPES[precision], frozenset(quantised.sites if quantised else ())
+    gemms = [row for row in ops if row.op in GEMMS]
+
+    def holds(row: OpPrecision) -> bool:
+        if quantised is not None and site_of(row.name) in sites:
+            return row.dtype == quantised.dtype
+        return row.dtype == wanted or row.island
+
+    there = {site_of(row.name) for row in gemms}
+    missing = (OpPrecision(name=site, op="MatMul", dtype="undefined") for site in sorted(sites - there))
+    return (*(row for row in gemms if not holds(row)), *missing)
 
 
 def summarise(model: onnx.ModelProto) -> GraphSummary:

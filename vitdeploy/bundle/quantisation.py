@@ -1,12 +1,15 @@
-"""What a manifest says of a quantised artifact."""
+"""What a manifest says of quantised artifacts, and of the images that they were made with."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vitdeploy.bundle.dtypes import QUANTISED_DTYPES, ArtifactPrecision, OpDType, Quantised
 from vitdeploy.config import Precision
+
+_Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 
 
 class QuantisationRecord(BaseModel):
@@ -18,7 +21,7 @@ class QuantisationRecord(BaseModel):
     """Of everything that is not quantised."""
     weight_bits: Literal[7, 8]
     sites: tuple[str, ...]
-    """The quantised GEMMs."""
+    """The quantised GEMMs; an attention's two products go by its own name (``blocks.3.attn``)."""
     left_out: tuple[str, ...] = ()
     """GEMMs that could be, and stay float, because they cost too much of the answer."""
     macs: float = Field(ge=0, le=1)
@@ -27,3 +30,39 @@ class QuantisationRecord(BaseModel):
     """How many images it was calibrated with."""
     attention: bool = False
     """Whether the products inside of attention are fp8, too."""
+
+
+class CalibrationRecord(BaseModel):
+    """The images behind the quantised artifacts of a bundle, by the sha256 of their files.
+
+    Their pixels are in the bundle, too: those that were calibrated with, and those that were held out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: tuple[_Sha256, ...] = Field(min_length=1)
+    """Calibrated with."""
+    held_out: tuple[_Sha256, ...] = Field(min_length=1)
+    """Never calibrated with: what the artifacts are proven on."""
+
+
+class QuantisedGemms(BaseModel):
+    """What an artifact declares of its quantised GEMMs, for the proof that reads its graph."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Quantised
+    sites: tuple[str, ...]
+
+    @classmethod
+    def of(cls, precision: ArtifactPrecision, record: QuantisationRecord | None) -> Self | None:
+        """Of an artifact's precision and record; None where it is not quantised."""
+        if record is None:
+            return None
+        kind = next(kind for kind in get_args(Quantised) if kind == precision)
+        return cls(kind=kind, sites=record.sites)
+
+    @property
+    def dtype(self) -> OpDType:
+        """What both inputs of such a GEMM are stored in."""
+        return QUANTISED_DTYPES[self.kind]

@@ -108,6 +108,13 @@ def command(
     concurrency: Annotated[
         str, typer.Option(metavar="N,...", help="Numbers of callers at the same time to compare.")
     ] = "1",
+    spin: Annotated[
+        str,
+        typer.Option(
+            metavar="off,on",
+            help="Whether ONNX Runtime's threads keep cores busy while they wait; both to compare.",
+        ),
+    ] = "off",
     provider: Annotated[
         str | None,
         typer.Option(
@@ -183,6 +190,7 @@ def command(
         concurrency=parse.integers(concurrency, "--concurrency"),
         provider=provider,
         device=device,
+        spin=_spin(spin),
     )
     seconds, goal = parse.duration(budget), _goal(pick, max_latency_ms)
     old = None if compare is None else read_results(compare)
@@ -218,6 +226,13 @@ def command(
         return 0
     output.error(problem.message, problem.hint)
     return problem.exit_code
+
+
+def _spin(text: str) -> tuple[bool, ...]:
+    words = dict.fromkeys(parse.names(text) or ())
+    if wrong := [word for word in words if word not in ("off", "on")]:
+        raise UsageError(f"--spin {wrong[0]}: neither off nor on", hint="--spin off,on compares both")
+    return tuple(word == "on" for word in words)
 
 
 def _goal(pick: str | None, max_latency_ms: float | None) -> Goal | None:
@@ -320,6 +335,7 @@ def _print_verdicts(comparison: ResultsComparison | None, picked: list[tuple[Pat
         what = " ".join(filter(None, (choice.backend, choice.artifact)))
         threads = f", {output.count(choice.threads, 'thread')}" if choice.threads else ""
         size = f", {size_name(choice.image_size)}" if choice.image_size else ""
+        threads += ", spinning" if choice.spin else ""
         speed = f"{choice.p50_ms:.2f} ms, {choice.images_per_s:.1f} images/s"
         output.line(
             f"picked for {choice.goal}: {what}{size}, batch {choice.batch}{threads}: {speed}; in {path}"

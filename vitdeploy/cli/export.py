@@ -21,6 +21,8 @@ EXAMPLES = (
     "vitdeploy export -m ./my-finetuned-vit -o vit.bundle --fp32 --fp16",
     "vitdeploy export -m B/16 --checkpoint weights.safetensors --image-size 384",
     "vitdeploy export -m B/16 --fp16 --image-size 224,384,518x336",
+    "vitdeploy export -m ./my-finetuned-vit --int8 --calibration images/",
+    "vitdeploy export -m ./my-finetuned-vit --fp8 --calibration images/ --for tensorrt",
     "vitdeploy export -m digits --batch 8 --input uint8",
     "vitdeploy export -m B/16 --output logits,embedding,layers:3,7,11",
     "vitdeploy export -m B/16 --fp16 --format onnx,triton-aot --arch sm_89,sm_90",
@@ -74,7 +76,38 @@ Arch = Annotated[
 Fp32 = Annotated[bool, typer.Option("--fp32", help="Add an fp32 artifact; the default.")]
 Fp16 = Annotated[bool, typer.Option("--fp16", help="Add an fp16 artifact.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Add a bf16 artifact.")]
-Precisions = Annotated[str | None, typer.Option(metavar="P,...", help="The same as a list: fp32,fp16,bf16.")]
+Int8 = Annotated[
+    bool,
+    typer.Option("--int8", help="Add one whose GEMMs are in int8, beside fp32; takes --calibration."),
+]
+Fp8 = Annotated[bool, typer.Option("--fp8", help="The same in fp8 (E4M3), for TensorRT from sm_89 on.")]
+Precisions = Annotated[
+    str | None, typer.Option(metavar="P,...", help="The same as a list: fp32,fp16,bf16,int8,fp8.")
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR|BUNDLE",
+        help="Images for --int8 and --fp8: a folder with 48 or more typical ones, at least 8, no labels; or "
+        "a quantised bundle of the same model.",
+    ),
+]
+WeightBits = Annotated[
+    int,
+    typer.Option(metavar="7|8", help="Bits of int8 weights: 8 are for processors with VNNI, and for GPUs."),
+]
+Fp8Attention = Annotated[
+    bool, typer.Option("--fp8-attention", help="With --fp8, the products inside of attention, too.")
+]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="tensorrt",
+        help="Add int8 and fp8 artifacts in the form that TensorRT builds from, in fp16 where they are not "
+        "quantised.  [default: where an engine is built]",
+    ),
+]
 ImageSize = Annotated[
     str | None,
     typer.Option(
@@ -176,7 +209,7 @@ Atol = Annotated[
     float | None, typer.Option(metavar="X", help="An absolute tolerance on top of the built-in ones.")
 ]
 NoFallback = Annotated[
-    bool, typer.Option("--no-fallback", help="Fail where a precision needs fp32 islands to pass.")
+    bool, typer.Option("--no-fallback", help="Fail where a precision needs fp32 islands, or does not pass.")
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="The seed of random weights.")]
 Random = Annotated[
@@ -196,7 +229,13 @@ def command(
     fp32: Fp32 = False,
     fp16: Fp16 = False,
     bf16: Bf16 = False,
+    int8: Int8 = False,
+    fp8: Fp8 = False,
     precision: Precisions = None,
+    calibration: Calibration = None,
+    weight_bits: WeightBits = 7,
+    fp8_attention: Fp8Attention = False,
+    for_: For = None,
     image_size: ImageSize = None,
     batch: Batch = "1,8,32",
     opset: Opset = 20,
@@ -237,7 +276,8 @@ def command(
     if model is not None and _is_bundle(model):
         hint = f"`vitdeploy engine {shlex.quote(model)}` adds engines to it"
         raise UsageError(f"{model} is a bundle, and no model to export", hint=hint)
-    flags = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
+    named = {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
+    flags = [name for name, given in named.items() if given]
     from vitdeploy.checkpoint.stated import Stated
     from vitdeploy.checkpoint.texts.prompts import zero_shot_of
     from vitdeploy.exporter.request import ExportRequest
@@ -271,6 +311,10 @@ def command(
         revision=revision,
         cache_dir=cache_dir,
         atol=atol,
+        calibration=calibration,
+        weight_bits=weight_bits,
+        fp8_attention=fp8_attention,
+        target=for_,
         fallback=not no_fallback,
         seed=seed,
         random=random,

@@ -76,6 +76,7 @@ def _bundle(bundle: Bundle, as_json: bool) -> None:
     output.line()
     summary.print_artifacts(bundle.manifest)
     summary.print_rewrites(bundle.manifest.rewrites, bundle.manifest.flops)
+    summary.print_quantisation(bundle.manifest)
     summary.print_proofs(bundle.manifest)
     if bundle.manifest.parity:
         output.heading("parity with the float64 reference, when it was exported")

@@ -14,6 +14,7 @@ from vitdeploy.errors import ParityError
 if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
     from vitdeploy.bundle.manifest import Artifact, Manifest, OpPrecision, ParityRecord, Rewrite
+    from vitdeploy.bundle.quantisation import QuantisationRecord
     from vitdeploy.config import Preprocess
     from vitdeploy.verification.accuracy import AccuracyRecord
 
@@ -135,6 +136,30 @@ def print_proofs(manifest: Manifest) -> None:
             output.line(f"  {artifact.path}: {proof_line(artifact.proof.ops)}{verdict}")
 
 
+def print_quantisation(manifest: Manifest) -> None:
+    """Print for each quantised artifact what of it is quantised, and what is not."""
+    records = [(a, a.quantisation) for a in manifest.artifacts if a.quantisation]
+    if records:
+        output.heading("quantisation")
+    for artifact, record in records:
+        output.line(f"  {artifact.path}: {quantisation_line(artifact.precision, record)}")
+
+
+def quantisation_line(precision: str, record: QuantisationRecord) -> str:
+    """``49 of 50 GEMMs in int8 (97.1 % of the multiplications), weights of 7 bits, the rest in fp32;
+    calibrated with 32 images; left in fp32: patch_embed``."""
+    count = len(record.sites) + len(record.left_out)
+    gemms = f"{len(record.sites)} of {output.count(count, 'GEMM')} in {precision}"
+    parts = [f"{gemms} ({100 * record.macs:.1f} % of the multiplications)"]
+    if precision == "int8":
+        parts.append(f"weights of {record.weight_bits} bits")
+    if record.attention:
+        parts.append("the products of attention, too")
+    parts.append(f"the rest in {record.rest}")
+    left = f"; left in {record.rest}: {', '.join(record.left_out)}" if record.left_out else ""
+    return f"{', '.join(parts)}; calibrated with {output.count(record.images, 'image')}{left}"
+
+
 def print_parity(records: Sequence[ParityRecord]) -> None:
     rows, several = [], any(record.output for record in records)
     for record in records:
@@ -240,6 +265,7 @@ def _print_bundle(bundle: Bundle, where: Path) -> None:
     output.heading(f"{where}")
     print_artifacts(bundle.manifest)
     print_rewrites(bundle.manifest.rewrites, bundle.manifest.flops)
+    print_quantisation(bundle.manifest)
     print_proofs(bundle.manifest)
     output.heading("next")
     folder = shlex.quote(str(where))

@@ -10,10 +10,10 @@ import numpy as np
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, ParityRecord
-from vitdeploy.config import Size
 from vitdeploy.errors import MissingDependency, ParityError
 from vitdeploy.progress import Progress
 from vitdeploy.verification import parity
+from vitdeploy.verification.gemms import BACKENDS, check_gemms
 
 Golden = Mapping[str, np.ndarray[Any, Any]]
 
@@ -25,7 +25,7 @@ def onnx_parity(
     max_abs: float | None,
     batches: Sequence[int] | None = None,
 ) -> list[ParityRecord]:
-    """Run an ONNX artifact.
+    """Run an ONNX artifact; a quantised one on every runtime here, as each has integer kernels of its own.
 
     Args:
         batches: at these batch sizes; at the least, the optimal and the most when omitted.
@@ -33,25 +33,45 @@ def onnx_parity(
     Raises:
         MissingDependency: no runtime here takes its precision.
     """
+    records: list[ParityRecord] = []
     for name in ("onnxruntime", "openvino"):
         backend = get_backend(name)
         if backend.supports(bundle.manifest, artifact) is None and backend.availability().ok:
             with backend.load(bundle, artifact, Options()) as session:
-                return parity.check_session(session, golden, batches=batches, max_abs=max_abs)
-    raise MissingDependency("openvino", extra="openvino", purpose=f"proving {artifact.path} on this machine")
+                records += parity.check_session(session, golden, batches=batches, max_abs=max_abs)
+            if not artifact.is_quantised:
+                break
+    if not records:
+        purpose = f"proving {artifact.path} on this machine"
+        raise MissingDependency("openvino", extra="openvino", purpose=purpose)
+    return records
+
+
+def gemms_failure(
+    bundle: Bundle, artifact: Artifact, inputs: np.ndarray[Any, Any], scales: Mapping[str, float]
+) -> str | None:
+    """What is wrong with the quantised GEMMs of a file on the runtimes here, each for itself; or None.
+
+    Args:
+        inputs: a few images (K, ...) as the file reads them.
+        scales: of what each site reads, as it was quantised.
+    """
+    # OpenVINO rounds to fp8 by way of fp16, where ties go elsewhere: nothing that a GPU does.
+    for name in BACKENDS if artifact.precision == "int8" else ("onnxruntime",):
+        if get_backend(name).availability().ok:
+            for record in check_gemms(bundle, artifact, name, inputs, scales):
+                if not record.passed:
+                    return f"{artifact.name} on {name}: {record.site}: {record.failures[0]}"
+    return None
 
 
 def engines_parity(
     bundle: Bundle,
     engines: Sequence[Artifact],
-    golden: Mapping[Size | None, Golden],
     max_abs: float | None,
     progress: Progress,
 ) -> list[ParityRecord]:
     """Run every engine that this machine can run; note those that it cannot.
-
-    Args:
-        golden: of each image size, as artifacts name it.
 
     Raises:
         ParityError: an engine is wrong.
@@ -65,7 +85,8 @@ def engines_parity(
             continue
         with progress.stage(f"parity {engine.precision}") as stage:
             with backend.load(bundle, artifact, Options()) as session:
-                measured = parity.check_session(session, golden[engine.image_size], max_abs=max_abs)
+                golden = bundle.of(artifact).golden(artifact)
+                measured = parity.check_session(session, golden, max_abs=max_abs)
             stage.detail = f"{engine.name}, {worst(measured)}"
         if trouble := first_failure(measured):
             raise ParityError(trouble, hint="build it from another precision")
@@ -77,9 +98,12 @@ def worst(records: Sequence[ParityRecord]) -> str:
     """The largest error among records, for a stage's line."""
     relative = [r.metrics.relative for r in records if r.metrics.relative is not None]
     bad = sum(r.metrics.nonfinite for r in records)
+    means = [r.metrics.mean_relative for r in records if r.metrics.mean_relative is not None]
     shown = f"relative error {max(relative):.2g}" if relative else "no finite output"
+    shown += f", mean {max(means):.2g}" if means else ""
     sizes = ", ".join(dict.fromkeys(str(record.batch) for record in records))
-    where = f" on {records[0].backend}, batch {sizes}" if records else ""
+    backends = " and ".join(dict.fromkeys(record.backend for record in records))
+    where = f" on {backends}, batch {sizes}" if records else ""
     return shown + (f", {bad} NaN or Inf" if bad else "") + where
 
 

@@ -11,11 +11,13 @@ import onnx_ir as ir
 import torch
 
 from vitdeploy._version import __version__
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.manifest import Artifact, TensorSpec
 from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, undeclared
 from vitdeploy.bundle.onnx_metadata import properties
+from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.bundle.sizes import named, sized
-from vitdeploy.config import BatchRange, Precision, Size
+from vitdeploy.config import BatchRange, Size
 from vitdeploy.errors import ExportError, PrecisionError
 from vitdeploy.exporter.graph import trace
 from vitdeploy.exporter.request import NEWEST_OPSET
@@ -23,10 +25,12 @@ from vitdeploy.exporter.shared_weights import SharedWeights
 from vitdeploy.exporter.subject import Subject
 from vitdeploy.machine.memory import give_back, release
 from vitdeploy.model.precision import DTYPES, PrecisionPlan
+from vitdeploy.quantisation.qdq import insert
 from vitdeploy.scores import usual_scores
 
 if TYPE_CHECKING:
     from vitdeploy.bundle.folder import BundleWriter
+    from vitdeploy.exporter.quantised import QuantisedForm
 
 INPUT = "pixel_values"
 EXTERNAL_ABOVE = 1_500_000_000
@@ -36,6 +40,10 @@ FILES = {
     "fp16": "model.fp16.onnx",
     "bf16": "model.bf16.onnx",
     "mixed": "model.mixed.onnx",
+    "int8": "model.int8.onnx",
+    "int8-fp16": "model.int8-fp16.onnx",
+    "fp8": "model.fp8.onnx",
+    "fp8-fp16": "model.fp8-fp16.onnx",
 }
 
 _GRAPH, _INITIALIZER, _RAW_DATA = (
@@ -54,10 +62,11 @@ def write_onnx(
     batch: BatchRange,
     opset: int,
     example: torch.Tensor,
-    requested: Precision,
+    requested: ArtifactPrecision,
     fallback: str | None = None,
     place: Size | None = None,
     shared: SharedWeights | None = None,
+    quantised: QuantisedForm | None = None,
 ) -> Artifact:
     """Trace, name, save, check and prove one artifact; return its record.
 
@@ -66,19 +75,23 @@ def write_onnx(
         requested: the precision the user asked for; ``fallback`` says why it is another one.
         place: the image size as artifacts name it; None is the first.
         shared: where weights go that other sizes have, too; None keeps all of them in the file.
+        quantised: what to quantise in the graph; ``plan`` is of the rest.
 
     Raises:
         PrecisionError: weights overflow, or a GEMM is not in the precision of the plan.
         ExportError: the module cannot be traced, or the graph is not valid ONNX.
     """
     begin = time.perf_counter()
-    deployed = subject.deployed(plan)
+    deployed = subject.deployed(plan) if quantised is None else quantised.deployed(plan)
     islands = subject.islands(deployed, plan)
     default = next(name for name, dtype in DTYPES.items() if dtype == plan.default)
-    precision = plan.name
+    kind = plan.name if quantised is None else quantised.name
+    precision = plan.name if quantised is None else quantised.kind
     graph = trace(deployed, example, batch=batch, opset=opset, names=(INPUT, *subject.outputs))
+    if quantised is not None:
+        insert(graph, quantised.model.sites, quantised.rest, quantised.model.attention)
     _describe(graph, subject, precision)
-    path = writer.file(sized(FILES[precision], place))
+    path = writer.file(sized(FILES[kind], place))
     files = _save(graph, path, shared)
     inputs, outputs = (
         tuple(_spec(value) for value in values) for values in (graph.graph.inputs, graph.graph.outputs)
@@ -87,16 +100,18 @@ def write_onnx(
     del graph, deployed
     release()  # before the file is read again
     _check(path)
-    proof = prove_precision(read_graph(path), default, islands)
+    gemms = None if quantised is None else QuantisedGemms.of(quantised.kind, quantised.record)
+    proof = prove_precision(read_graph(path), default, islands, gemms)
     give_back()
     if not proof.ok:
         names = (
-            ", ".join(f"{row.name} ({row.dtype})" for row in undeclared(proof.ops, default))
+            ", ".join(f"{row.name} ({row.dtype})" for row in undeclared(proof.ops, default, gemms))
             or "no GEMM found"
         )
-        raise PrecisionError(f"{path.name} is not {default} everywhere: {names}")
+        declared = default if gemms is None else f"{gemms.kind} where it is quantised, and {default}"
+        raise PrecisionError(f"{path.name} is not {declared} everywhere: {names}")
     return Artifact(
-        name=named(f"onnx-{precision}", place),
+        name=named(f"onnx-{kind}", place),
         format="onnx",
         precision=precision,
         requested=requested,
@@ -109,6 +124,7 @@ def write_onnx(
         islands=islands,
         fallback=fallback,
         proof=proof,
+        quantisation=None if quantised is None else quantised.record,
         image_size=place,
         build_seconds=round(time.perf_counter() - begin, 3),
         nodes=nodes,

@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, BundleWriter
+from vitdeploy.bundle.folder import CALIBRATION, GOLDEN, HELD_OUT, WEIGHTS, BundleWriter
 from vitdeploy.bundle.golden import FEWER_NAMES, GOLDEN_NAMES, raw_images
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.bundle.sizes import sized
 from vitdeploy.config import Size, model_fields
 from vitdeploy.errors import BundleError
 from vitdeploy.exporter.onnx import FILES, INPUT
+from vitdeploy.exporter.quantised import open_calibration
 from vitdeploy.exporter.request import ExportRequest, Order, engines_of, orders_of
 from vitdeploy.exporter.subject import Subject, further_subjects, open_subject
+from vitdeploy.quantisation.calibration import CalibrationImages
 from vitdeploy.tensorrt.flavours import FLAVOURS
 
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _GRAPH = 200_000
 """Bytes of a graph without its weights, about."""
 
@@ -61,6 +63,7 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
     target = folder or request.default_folder
     orders, impossible = orders_of(request.engines)
     opened, subject = open_subject(request)
+    images = open_calibration(request, subject) if request.quantised else None
     subjects = (subject, *further_subjects(opened, request))
     shapes = " or ".join(map(_input_shape, subjects))
     return ExportPlan(
@@ -72,7 +75,9 @@ def plan_export(request: ExportRequest, folder: Path | None = None, *, force: bo
         output=", ".join(f"{output} float32" for output in subject.outputs),
         rewrites=subject.rewrites,
         folder=target,
-        files=_files(request, subjects) | _engine_files(request, orders, subjects),
+        files=_files(request, subjects)
+        | _quantised_files(request, orders, subject, images)
+        | _engine_files(request, orders, subjects),
         notes=(
             *opened.notes,
             *subject.notes,
@@ -114,15 +119,32 @@ def _engine_files(
 ) -> dict[str, int]:
     """An engine has about the size of its weights."""
     files: dict[str, int] = {}
-    for precision, place in itertools.product(request.precisions, _places(subjects)):
-        size = _BYTES[precision] * subjects[0].parameters
-        files |= {engine.path: size for order in orders for engine in engines_of(order, precision, place)}
+    kinds: dict[str, int] = {name: _BYTES[name] for name in request.floats}
+    kinds |= {f"{name}-fp16": _BYTES[name] for name in request.quantised}
+    for (kind, each), place in itertools.product(kinds.items(), _places(subjects)):
+        size = each * subjects[0].parameters
+        files |= {engine.path: size for order in orders for engine in engines_of(order, kind, place)}
+    return files
+
+
+def _quantised_files(
+    request: ExportRequest, orders: Sequence[Order], subject: Subject, images: CalibrationImages | None
+) -> dict[str, int]:
+    """The artifacts in 8 bits, with their images."""
+    if images is None:
+        return {}
+    pixels = sum(array.nbytes for array in images.tensors().values())
+    held_out = len(images.held_out) * (_input_bytes(subject) + _answer(subject))
+    files = {CALIBRATION: pixels, HELD_OUT: held_out}
+    for kind, rest in itertools.product(request.quantised, request.rests(orders)):
+        name = kind if rest == "fp32" else f"{kind}-{rest}"
+        files[FILES[name]] = _GRAPH + _BYTES[kind] * subject.parameters
     return files
 
 
 def _files(request: ExportRequest, subjects: Sequence[Subject]) -> dict[str, int]:
     files: dict[str, int] = {}
-    precisions = request.precisions if request.wants_onnx else ()
+    precisions = request.floats if request.wants_onnx else ()
     for subject, place in zip(subjects, _places(subjects), strict=True):
         state = subject.state
         own = sum(state[name].nbytes for name in (subject.own if place else state))
@@ -142,8 +164,12 @@ def _files(request: ExportRequest, subjects: Sequence[Subject]) -> dict[str, int
 def _golden(subject: Subject, names: Sequence[str]) -> int:
     """Bytes of the golden tensors."""
     raw = [image.nbytes for image in raw_images()] if subject.takes_images else []
-    pixels = (len(names) + len(raw)) * math.prod(subject.input_shape)
-    return sum(raw) + (pixels if subject.input == "uint8" else 4 * pixels) + len(names) * _answer(subject)
+    return sum(raw) + (len(names) + len(raw)) * _input_bytes(subject) + len(names) * _answer(subject)
+
+
+def _input_bytes(subject: Subject) -> int:
+    """Bytes of one image as artifacts read it."""
+    return math.prod(subject.input_shape) * (1 if subject.input == "uint8" else 4)
 
 
 def _answer(subject: Subject) -> int:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.bundle.manifest import AOT
 from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.checkpoint.stated import Stated
@@ -22,6 +23,7 @@ from vitdeploy.checkpoint.texts.prompts import ZeroShot
 from vitdeploy.config import OUTPUTS, BatchRange, Output, Precision, Size, is_output, layer_of, size_name
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus
+from vitdeploy.quantisation.calibration import WANTED
 from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets
 from vitdeploy.tensorrt.records import BuildSettings
 from vitdeploy.variants import DEFAULT_MODEL
@@ -33,6 +35,12 @@ AUTO = "auto"
 FORMATS: tuple[str, ...] = (AUTO, "onnx", *FLAVOURS, AOT)
 _FOLDER = "engines"
 OLDEST_OPSET, NEWEST_OPSET = 17, 23
+PRECISIONS: tuple[str, ...] = (*get_args(Precision), *get_args(Quantised))
+"""What artifacts can be asked for in."""
+TARGETS = ("tensorrt",)
+"""Runtimes with a form of quantised artifacts of their own."""
+_WEIGHT_BITS = (7, 8)
+_FP8_OPSET = 19
 Group = tuple[str, ...]
 """Architectures of one engine."""
 _LEVELS = range(6)
@@ -116,6 +124,14 @@ class ExportRequest:
     """Optimization profiles of engines; the batch range when empty."""
     settings: BuildSettings = field(default_factory=BuildSettings)
     """Of engines."""
+    calibration: Path | None = None
+    """A folder of images for ``int8`` and ``fp8``, or a bundle whose calibration is taken."""
+    weight_bits: int = 7
+    """Of ``int8``."""
+    fp8_attention: bool = False
+    """Whether ``fp8`` takes the products inside of attention, too."""
+    target: str | None = None
+    """``tensorrt``: quantised artifacts in the form that it takes, whether it is here or not."""
     fallback: bool = True
     seed: int = 0
     random: bool = False
@@ -124,7 +140,7 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         for what, given, choices in (
-            ("precision", self.precisions, get_args(Precision)),
+            ("precision", self.precisions, PRECISIONS),
             ("format", self.formats, FORMATS),
         ):
             for name in given:
@@ -142,6 +158,7 @@ class ExportRequest:
             raise UsageError("--zero-shot names the classes, and --labels does, too", hint="leave one out")
         if self.atol is not None and not self.atol > 0:
             raise UsageError(f"atol must be positive, not {self.atol}")
+        self._check_quantisation()
         if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
             hint = f"choose {OLDEST_OPSET} to {NEWEST_OPSET}"
             raise UsageError(f"opset {self.opset} is not supported", hint=hint)
@@ -166,6 +183,58 @@ class ExportRequest:
                 "--arch names GPUs to build for, and no format needs it",
                 hint=f"--format onnx,tensorrt-rtx, or onnx,{AOT}",
             )
+
+    def _check_quantisation(self) -> None:
+        """Check what concerns int8 and fp8 only."""
+        if self.target not in (None, *TARGETS):
+            known = f"known: {', '.join(TARGETS)}"
+            raise UsageError(f"--for {self.target}: there is no form of its own for it", hint=known)
+        if self.weight_bits not in _WEIGHT_BITS:
+            raise UsageError(
+                f"weights of {self.weight_bits} bits are not supported",
+                hint="--weight-bits 7, which no processor saturates on, or 8",
+            )
+        for flag, said, kinds in (
+            ("--calibration", self.calibration is not None, get_args(Quantised)),
+            ("--for", self.target is not None, get_args(Quantised)),
+            ("--weight-bits", self.weight_bits != _WEIGHT_BITS[0], ("int8",)),
+            ("--fp8-attention", self.fp8_attention, ("fp8",)),
+        ):
+            if said and set(kinds).isdisjoint(self.precisions):
+                asked = " and ".join(f"--{kind}" for kind in kinds)
+                raise UsageError(f"{flag} is for {asked}", hint=f"leave {flag} out, or add --{kinds[0]}")
+        if not self.quantised:
+            return
+        names = " and ".join(self.quantised)
+        if self.calibration is None:
+            raise UsageError(f"{names} cannot be without images to take ranges from", hint=WANTED)
+        if not self.wants_onnx:
+            hint = f"add onnx to the formats, or leave {names} out"
+            raise UsageError(f"{names} artifacts are ONNX files, which no format here makes", hint=hint)
+        if self.further_sizes:
+            hint = "one bundle for each size"
+            raise UsageError(f"{names} artifacts are for one image size: ranges are taken at it", hint=hint)
+        if self.opset < _FP8_OPSET and ("fp8" in self.quantised or self.target):
+            what = "fp8 is" if "fp8" in self.quantised else f"scales in fp16, which {self.target} takes, are"
+            hint = f"--opset {_FP8_OPSET} to {NEWEST_OPSET}, the default is 20"
+            raise UsageError(f"{what} not in opset {self.opset}", hint=hint)
+
+    @property
+    def quantised(self) -> tuple[Quantised, ...]:
+        """What is asked for in 8 bits."""
+        return tuple(kind for kind in get_args(Quantised) if kind in self.precisions)
+
+    @property
+    def floats(self) -> tuple[Precision, ...]:
+        """The other precisions. A quantised artifact is held beside fp32, which is what a fallback leaves."""
+        every: tuple[Precision, ...] = get_args(Precision)
+        asked = {name: name for name in every}
+        wanted = [asked[name] for name in dict.fromkeys(self.precisions) if name in asked]
+        return tuple(dict.fromkeys(("fp32", *wanted) if self.quantised and "fp32" not in wanted else wanted))
+
+    def rests(self, orders: Sequence[Order]) -> tuple[Precision, ...]:
+        """What quantised artifacts are in where they are not quantised: for processors, and for engines."""
+        return ("fp32", "fp16") if orders or self.target else ("fp32",)
 
     @cached_property
     def outputs(self) -> tuple[Output, ...]:

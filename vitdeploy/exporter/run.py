@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from vitdeploy._version import __version__
 from vitdeploy.bundle import golden
-from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, Bundle, BundleWriter
+from vitdeploy.bundle.dtypes import ArtifactPrecision
+from vitdeploy.bundle.folder import CALIBRATION, GOLDEN, HELD_OUT, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import (
     AOT,
     Artifact,
@@ -33,24 +34,43 @@ from vitdeploy.checkpoint.stated import check_labels
 from vitdeploy.config import Precision, Size, size_name
 from vitdeploy.errors import ParityError, PrecisionError, UsageError
 from vitdeploy.exporter import triton_aot
-from vitdeploy.exporter.artifact_parity import engines_parity, first_failure, onnx_parity, worst
+from vitdeploy.exporter.artifact_parity import (
+    engines_parity,
+    first_failure,
+    gemms_failure,
+    onnx_parity,
+    worst,
+)
 from vitdeploy.exporter.fallback import Proposal, smallest_islands
 from vitdeploy.exporter.onnx import FILES, INPUT, write_onnx
 from vitdeploy.exporter.plan import engines_note
+from vitdeploy.exporter.quantised import (
+    QuantisedForm,
+    form_of,
+    held_out_arrays,
+    kept_ranges,
+    open_calibration,
+    quantise_subject,
+    require_same_model,
+    shortage,
+)
 from vitdeploy.exporter.request import ExportRequest, Order, orders_of
 from vitdeploy.exporter.shared_weights import SharedWeights
 from vitdeploy.exporter.subject import Subject, further_subjects, open_subject
-from vitdeploy.exporter.tensorrt import write_engines
+from vitdeploy.exporter.tensorrt import builds_engines, write_engines
 from vitdeploy.images.preprocess import pixel_values
 from vitdeploy.machine.memory import give_back
 from vitdeploy.machine.temporary import temporary_folder
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
+from vitdeploy.quantisation.calibration import CalibrationImages
 from vitdeploy.scores import usual_scores
 from vitdeploy.verification import parity
 
 _MODE = 0o644
 """safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
+_GEMM_IMAGES = 2
+"""Images whose activations are held in memory, all at once."""
 EMULATION = "emulation"
 """The name of the rehearsal among the backends of parity records."""
 Golden = dict[str, np.ndarray[Any, Any]]
@@ -81,20 +101,26 @@ def run_export(
             opened, subject = open_subject(request)
             subjects = (subject, *further_subjects(opened, request))
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
-        for note in (*opened.notes, *subject.notes):
+            images = open_calibration(request, subject) if request.quantised else None
+            if images is not None:
+                counts = f"{len(images.images)} images to calibrate with, {len(images.held_out)} held out"
+                stage.detail = f"{stage.detail}, {counts}"
+        for note in (*opened.notes, *subject.notes, *([images.note] if images and images.note else [])):
             progress.note(note)
         provenance = _provenance(request, opened)
         del opened  # and its weights, once they are in the bundle
-        whole = _Whole(request, provenance, writer, progress, subjects)
+        whole = _Whole(request, provenance, writer, progress, subjects, images)
         for job in whole.jobs:
             with progress.stage(job.titled("reference")) as stage:
                 job.golden = golden_arrays(job.subject, None if job.place is None else golden.FEWER_NAMES)
-                images = "images" if len(job.golden[INPUT]) > 1 else "image"
-                stage.detail = f"{len(job.golden[INPUT])} golden {images} in float64"
+                noun = "images" if len(job.golden[INPUT]) > 1 else "image"
+                stage.detail = f"{len(job.golden[INPUT])} golden {noun} in float64"
         if subject.labels is not None:
             check_labels(subject.labels, whole.classes)
         with progress.stage("weights") as stage:
             stage.size = sum(job.write_tensors() for job in whole.jobs)
+        if request.calibration is not None:
+            require_same_model(request.calibration, writer.directory / WEIGHTS)
         del subjects, subject
         for job in whole.jobs:
             job.reload()
@@ -136,9 +162,11 @@ class _Whole:
         writer: BundleWriter,
         progress: Progress,
         subjects: Sequence[Subject],
+        images: CalibrationImages | None = None,
     ) -> None:
         self.request, self.provenance = request, provenance
         self.writer, self.progress = writer, progress
+        self.images = images
         self.jobs = [
             _Job(self, subject, subject.image_size if index else None)
             for index, subject in enumerate(subjects)
@@ -160,9 +188,10 @@ class _Whole:
             orders: engines to build of each ONNX artifact.
             impossible: what cannot be built here, and why.
         """
-        precisions = dict.fromkeys(self.request.precisions if self.request.wants_onnx else ())
-        for precision in precisions:
-            self._build_precision(precision)  # type: ignore[arg-type]
+        for precision in self.request.floats if self.request.wants_onnx else ():
+            self._build_precision(precision)
+        if self.images is not None:
+            self._build_quantised(self.images, self.request.rests(orders))
         self._build_engines(orders)
         for note in impossible:
             self.progress.note(note)
@@ -181,9 +210,29 @@ class _Whole:
         for job in self.jobs if several else ():
             job.subject.share_deployed(None)
 
+    def _build_quantised(self, images: CalibrationImages, rests: Sequence[Precision]) -> None:
+        """What is asked for in 8 bits, with the images that it is made with and proven on.
+
+        A quantised artifact has one image size, the only one.
+        """
+        job, outcome = self.jobs[0], []
+        with self.progress.stage("held out") as stage:
+            golden = held_out_arrays(job.subject, images)
+            stage.detail = f"{len(golden[INPUT])} held-out images in float64"
+        ranges = kept_ranges(self.request, job.subject)
+        for kind in self.request.quantised:
+            model = quantise_subject(job.subject, images, kind, self.request, rests, ranges, self.progress)
+            ranges = model.ranges
+            forms = [form_of(model, kind, rest, images, self.request) for rest in rests]
+            outcome += job.build_quantised(forms, golden)
+        if outcome and ranges is not None:
+            tensors = {name: tensor.numpy() for name, tensor in ranges.tensors().items()}
+            for file, arrays in ((HELD_OUT, golden), (CALIBRATION, {**images.tensors(), **tensors})):
+                _save_arrays(arrays, self.writer.file(file))
+
     def _build_engines(self, orders: Sequence[Order]) -> None:
         """Engines of every ONNX artifact; held against the reference where they run here."""
-        onnx = [artifact for artifact in self.artifacts if artifact.format == "onnx"]
+        onnx = [artifact for artifact in self.artifacts if builds_engines(artifact)]
         built = [
             engine
             for order in orders
@@ -192,9 +241,11 @@ class _Whole:
         ]
         if built:
             bundle = self.writer.seal(self.manifest(built))
-            goldens = {job.place: job.golden for job in self.jobs}
-            records = engines_parity(bundle, built, goldens, self.request.atol, self.progress)
+            records = engines_parity(bundle, built, self.request.atol, self.progress)
             self.accept(built, records)
+
+    def _is_quantised(self, more: Sequence[Artifact]) -> bool:
+        return any(artifact.is_quantised for artifact in (*self.artifacts, *more))
 
     def has(self, name: str) -> bool:
         """Whether there is an artifact of this name."""
@@ -203,6 +254,12 @@ class _Whole:
     def accept(self, artifacts: Sequence[Artifact], records: Sequence[ParityRecord]) -> None:
         self.artifacts.extend(artifacts)
         self.parity.extend(records)
+
+    def give_up(self, failure: str) -> None:
+        """Say what was asked for and is not there, in the bundle, too."""
+        self.progress.note(failure)
+        notes = (*self.provenance.notes, failure)
+        self.provenance = self.provenance.model_copy(update={"notes": notes})
 
     def drop(self, artifact: Artifact) -> None:
         """Remove the files of an artifact that was not accepted, but for those that others use."""
@@ -252,6 +309,7 @@ class _Whole:
                 )
                 for other in (job.subject for job in self.jobs[1:])
             ),
+            calibration=self.images.record if self.images and self._is_quantised(more) else None,
             provenance=self.provenance,
         )
 
@@ -296,15 +354,10 @@ class _Job:
         """Write the weights (of a further size, those that differ) and golden tensors; return the bytes."""
         state, size = self.subject.state, 0
         weights = state if self.place is None else {name: state[name] for name in self.subject.own}
-        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-        examples = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in self.golden.items()}
-        for file, content in ((WEIGHTS, tensors), (GOLDEN, examples)):
-            if content or self.place is None:
-                path = self.writer.file(sized(file, self.place))
-                save_file(content, path)
-                path.chmod(_MODE)
-                size += path.stat().st_size
-        return size
+        if weights or self.place is None:
+            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+            size += _save(tensors, self.writer.file(sized(WEIGHTS, self.place)))
+        return size + _save_arrays(self.golden, self.writer.file(sized(GOLDEN, self.place)))
 
     def reload(self) -> None:
         """Let go of the memory that the weights take, or that was mapped to read them."""
@@ -334,6 +387,56 @@ class _Job:
             )
         self.progress.note(failure)
         return self._fall_back(plan, precision, trouble)
+
+    def build_quantised(self, forms: Sequence[QuantisedForm], golden: Golden) -> list[Artifact]:
+        """The ONNX artifacts of a quantised model, up to the first that costs too much.
+
+        Args:
+            forms: of one model, each around another rest.
+            golden: what they are held against.
+
+        Raises:
+            ParityError: it does, and no fallback is wanted.
+        """
+        built: list[Artifact] = []
+        trouble = shortage(forms[0].model)
+        for form in forms if trouble is None else ():
+            try:
+                artifact, records = self._attempt(
+                    PrecisionPlan.of(form.rest), form.kind, quantised=(form, golden)
+                )
+            except PrecisionError as error:
+                trouble = error.message
+                break
+            trouble = first_failure(records) or self._gemms(artifact, form, golden)
+            if trouble is not None:
+                self.whole.drop(artifact)
+                break
+            self.whole.accept([artifact], records)
+            built.append(artifact)
+        if trouble is not None:
+            failed = forms[len(built)]
+            failure = f"no {FILES[failed.name]}: {failed.kind} would cost too much of the answers: {trouble}"
+            if not self.request.fallback:
+                hint = "leave out --no-fallback, and the others are written"
+                raise ParityError(failure, hint=hint)
+            others = ", ".join(artifact.path for artifact in self.whole.artifacts)
+            self.whole.give_up(f"{failure}; {others} instead")
+        return built
+
+    def _gemms(self, artifact: Artifact, form: QuantisedForm, golden: Golden) -> str | None:
+        """Every quantised GEMM computed again from what it reads; what is wrong with one.
+
+        Processors compute a rest of fp16 in roundings of their own, which would hide what is looked for.
+        """
+        if form.rest != "fp32":
+            return None
+        with self.progress.stage(f"GEMMs {form.name}") as stage:
+            bundle = self.writer.seal(self.whole.manifest([artifact]))
+            scales = {name: site.input_scale for name, site in form.model.sites.items()}
+            trouble = gemms_failure(bundle, artifact, golden[INPUT][:_GEMM_IMAGES], scales)
+            stage.detail = trouble or f"{len(scales)} products, each as its own integers say"
+        return trouble
 
     def build_kernels(self, precision: Precision) -> None:
         """The fused kernels; what they compute is rehearsed here, and measured where the GPU is."""
@@ -459,11 +562,21 @@ class _Job:
         return proposal
 
     def _attempt(
-        self, plan: PrecisionPlan, requested: Precision, fallback: str | None = None
+        self,
+        plan: PrecisionPlan,
+        requested: ArtifactPrecision,
+        fallback: str | None = None,
+        quantised: tuple[QuantisedForm, Golden] | None = None,
     ) -> tuple[Artifact, list[ParityRecord]]:
-        """Build one artifact and hold it against the reference on a runtime of this machine."""
+        """Build one artifact and hold it against the reference on a runtime of this machine.
+
+        Args:
+            quantised: what is quantised in it, and what it is held against.
+        """
+        form, golden = quantised or (None, self.golden)
+        kind = plan.name if form is None else form.name
         example = torch.from_numpy(self.golden[INPUT][:1])
-        with self.progress.stage(self.titled(f"onnx {plan.name}")) as stage:
+        with self.progress.stage(self.titled(f"onnx {kind}")) as stage:
             artifact = write_onnx(
                 self.subject,
                 plan,
@@ -474,18 +587,30 @@ class _Job:
                 requested=requested,
                 fallback=fallback,
                 place=self.place,
-                shared=self.whole.shared_weights(plan.name, requested),
+                shared=None if form else self.whole.shared_weights(plan.name, requested),
+                quantised=form,
             )
             stage.size = sum((self.writer.directory / name).stat().st_size for name in artifact.files)
             stage.detail = f"{artifact.path}, {artifact.nodes} nodes"
-        with self.progress.stage(self.titled(f"parity {plan.name}")) as stage:
+        with self.progress.stage(self.titled(f"parity {kind}")) as stage:
             bundle = self.writer.seal(self.whole.manifest([artifact]))
             self.reload()  # unmaps what the rewrites have read
             built = bundle.artifact(artifact.name)
-            records = onnx_parity(bundle, built, self.golden, self.request.atol, self.batches)
+            records = onnx_parity(bundle, built, golden, self.request.atol, self.batches)
             give_back()
             stage.detail = worst(records)
         return artifact, records
+
+
+def _save_arrays(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> int:
+    return _save({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, path)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> int:
+    """Write a file of tensors; return its bytes."""
+    save_file(tensors, path)
+    path.chmod(_MODE)
+    return path.stat().st_size
 
 
 def _provenance(request: ExportRequest, opened: Checkpoint | UserModule) -> Provenance:

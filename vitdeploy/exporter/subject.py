@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vitdeploy.bundle.golden import golden_inputs
+from vitdeploy.bundle.dtypes import Quantised
+from vitdeploy.bundle.golden import golden_inputs, inputs_of
 from vitdeploy.bundle.manifest import Rewrite
 from vitdeploy.checkpoint.opening import Checkpoint, UserModule, open_model, user_module
 from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Preprocess, Scores, Size
@@ -112,6 +115,10 @@ class Subject(ABC):
         """The golden images as artifacts read them, (K, ...); some of them only, by their names."""
         return torch.from_numpy(golden_inputs(self.preprocess, self.image_size, self.input, names))
 
+    def inputs_of(self, images: NDArray[np.uint8]) -> Tensor:
+        """Preprocessed images (K, H, W, C) uint8 as artifacts read them, (K, ...)."""
+        return torch.from_numpy(inputs_of(images, self.preprocess, self.input))
+
     @property
     def parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.state.values())
@@ -174,7 +181,12 @@ class CheckpointSubject(Subject):
         self._kept = None
 
     def golden_inputs(self, names: Sequence[str] | None = None) -> Tensor:
-        pixels = super().golden_inputs(names)
+        return self._read(super().golden_inputs(names))
+
+    def inputs_of(self, images: NDArray[np.uint8]) -> Tensor:
+        return self._read(super().inputs_of(images))
+
+    def _read(self, pixels: Tensor) -> Tensor:
         return self._architecture.patches(self.config, pixels) if self.input == "patches" else pixels
 
     def deployed(self, plan: PrecisionPlan) -> DeployedModel:
@@ -283,8 +295,27 @@ def open_subject(request: ExportRequest) -> tuple[Checkpoint | UserModule, Subje
         if said is not None and "logits" not in subject.outputs:
             message = f"{flag} is what becomes of logits; {opened.source} gives {', '.join(subject.outputs)}"
             raise UsageError(message, hint=f"leave {flag} out, or take a model with a head")
+    if request.quantised:
+        _require_quantisable(opened, subject, request.quantised[0])
     subject.notes = (*subject.notes, *_batch_notes(subject, request.batch))
     return opened, subject
+
+
+def _require_quantisable(opened: Checkpoint | UserModule, subject: Subject, kind: Quantised) -> None:
+    """Refuse what cannot be quantised, or not be calibrated.
+
+    Raises:
+        UsageError: a module of the user's own, or one that no image file goes into.
+    """
+    if isinstance(opened, UserModule):
+        message = f"{opened.source} is exported as it is: {kind} is for models that vitdeploy builds itself"
+        raise UsageError(message, hint=f"leave out --{kind}; --fp16 and --bf16 take any module")
+    if not subject.preprocess.takes_images:
+        message = (
+            f"{kind} is calibrated with image files, and {opened.source} reads tensors of "
+            f"{subject.preprocess.channels} channels"
+        )
+        raise UsageError(message, hint=f"leave out --{kind}")
 
 
 def further_subjects(opened: Checkpoint | UserModule, request: ExportRequest) -> tuple[Subject, ...]:

@@ -135,13 +135,13 @@ def add_engines(
     if present and not force:
         raise BundleError(f"{bundle.root}: already has {', '.join(present)}", hint="--force replaces it")
     bundle.verify_hashes(name for source in sources for name in source.files)
-    manifest, golden = bundle.manifest, {a.image_size: bundle.of(a).golden() for a in sources}
+    manifest = bundle.manifest
     kept = tuple(artifact for artifact in manifest.artifacts if artifact.name not in ordered)
     parity = tuple(record for record in manifest.parity if record.artifact not in ordered)
     with bundle.edit() as writer:
         built = [a for order in orders for s in sources for a in write_engines(order, s, writer, progress)]
         draft = manifest.model_copy(update={"artifacts": (*kept, *built), "parity": parity})
-        records = engines_parity(writer.seal(draft), built, golden, manifest.max_abs, progress)
+        records = engines_parity(writer.seal(draft), built, manifest.max_abs, progress)
         writer.seal(draft.model_copy(update={"parity": (*parity, *records)}))
         return writer.commit()
 
@@ -161,8 +161,14 @@ def default_precision(artifact: Artifact) -> Precision:
     return "fp16"
 
 
+def builds_engines(artifact: Artifact) -> bool:
+    """Whether engines are built from it: of what is quantised, from the form whose rest is in fp16."""
+    rest = artifact.quantisation.rest if artifact.quantisation else "fp16"
+    return artifact.format == "onnx" and rest == "fp16"
+
+
 def _sources(bundle: Bundle, precisions: Sequence[str]) -> list[Artifact]:
-    onnx = [artifact for artifact in bundle.manifest.artifacts if artifact.format == "onnx"]
+    onnx = [artifact for artifact in bundle.manifest.artifacts if builds_engines(artifact)]
     chosen = [a for a in onnx if not precisions or {a.precision, a.requested}.intersection(precisions)]
     if not chosen:
         what = f"in {', '.join(precisions)} " if precisions else ""

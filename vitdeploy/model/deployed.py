@@ -151,6 +151,17 @@ class ScoreBias(Site):
         return scores.to(self.value.dtype) + self.value
 
 
+class Shift(Site):
+    """One number added to everything, so that what follows lies around zero."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value, requires_grad=False)  # ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.value.dtype) + self.value
+
+
 class DeployedAttention(nn.Module):
     """Self-attention with one GEMM for queries, keys and values; ``qkv`` has columns (3, h, d)."""
 
@@ -192,6 +203,7 @@ class DeployedMlp(nn.Module):
     Args:
         gate: what is activated in place of ``fc1``'s columns, and multiplies them. A GEMM of its own, because
             CPU runtimes copy the halves of a common one, and fuse an activation with a whole one.
+        shift: before ``fc2``, whose bias takes it back.
     """
 
     def __init__(
@@ -202,15 +214,17 @@ class DeployedMlp(nn.Module):
         *,
         gate: Linear | None = None,
         norm: Norm | None = None,
+        shift: Shift | None = None,
     ) -> None:
         super().__init__()
-        self.gate, self.fc1, self.norm, self.fc2 = gate, fc1, norm, fc2
+        self.gate, self.fc1, self.norm, self.shift, self.fc2 = gate, fc1, norm, shift, fc2
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         activation = ACTIVATIONS[self.activation]
         x = activation(self.fc1(x)) if self.gate is None else activation(self.gate(x)) * self.fc1(x)
-        return self.fc2(x if self.norm is None else self.norm(x))
+        x = x if self.norm is None else self.norm(x)
+        return self.fc2(x if self.shift is None else self.shift(x))
 
 
 class DeployedBlock(nn.Module):

@@ -105,6 +105,10 @@ def write_package(
         raise UsageError(f"version {version}: a model's version is a whole number from 1")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     chosen = artifact_to_package(opened, artifact, settings.backend)
+    if artifact is None and chosen.is_quantised:
+        quantised = f"{chosen.name} is quantised; the bundle has no other artifact to package"
+    else:
+        quantised = ""
     if settings.fit is not None and not isinstance(settings.fit, str):
         require_size(settings.fit, opened.sizes)
     called, note = model_name(opened, name)
@@ -123,7 +127,7 @@ def write_package(
         there = isinstance(error, FileExistsError)
         hint = "--force replaces it" if there else "choose a folder you may write to, on a disk with space"
         raise ExportError(f"{folder}: cannot be written: {reason}", hint=hint) from error
-    notes = tuple(filter(None, (note, *outcome.notes)))
+    notes = tuple(filter(None, (note, quantised, *outcome.notes)))
     return Package(Path(output), target, called, version, chosen.name, files, outcome.next, notes)
 
 

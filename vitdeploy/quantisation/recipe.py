@@ -1,88 +1,206 @@
-"""From a deployed model and images to a quantised one."""
+"""From a deployed model and images to a quantised one, in the order that was measured to matter.
+
+1. Ranges of what every layer reads (:mod:`ranges`), nothing clipped.
+2. Of int8: inputs are centred and scaled where that is exact (:mod:`migration`).
+3. Block by block, on what the model gives whose earlier layers are quantised already: the input's scale, a
+   shift before ``fc2``, weights by GPTQ (:mod:`gptq`), and the bias that makes up for what rounding did to
+   the mean of the output. It is computed with the rounded weights, so that a shift is taken back by the
+   weights that the shifted input meets.
+4. Layers that cost the most of the answer for what they save are left out until the error is the target
+   (:mod:`leaving_out`).
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vitdeploy.bundle.dtypes import Quantised
-from vitdeploy.model.deployed import DeployedModel, Linear
-from vitdeploy.model.precision import sites as all_sites
-from vitdeploy.quantisation.sites import FP8_LARGEST, INT8_LARGEST, QuantisedModel, QuantisedSite
+from vitdeploy.config import Precision
+from vitdeploy.model.deployed import DeployedMlp, DeployedModel, Linear
+from vitdeploy.model.folds import edited
+from vitdeploy.progress import Progress
+from vitdeploy.quantisation.gptq import ROWS, Grid, Hessian, rounded_weight
+from vitdeploy.quantisation.layers import BATCH, macs_of, of_block, quantisable, tensors_of, watching
+from vitdeploy.quantisation.leaving_out import Place, leave_out
+from vitdeploy.quantisation.migration import migrate, shift_input
+from vitdeploy.quantisation.ranges import Ranges, measure
+from vitdeploy.quantisation.sites import QuantisedModel, QuantisedSite, rounded
+
+TARGETS: Mapping[Quantised, float] = {"int8": 0.04, "fp8": 0.07}
+"""Mean relative error of the outputs of the calibration images, above which layers are left out."""
+_KEPT = 8192
+"""Rows of a layer's input that are kept: the means of a bias are taken of them."""
 
 
 @torch.no_grad()
 def quantise(
-    model: DeployedModel, pixel_values: Tensor, *, kind: Quantised, weight_bits: int = 7
+    model: DeployedModel,
+    pixel_values: Tensor,
+    *,
+    kind: Quantised,
+    weight_bits: int = 7,
+    rest: Precision = "fp32",
+    target: float | None = None,
+    ranges: Ranges | None = None,
+    progress: Progress | None = None,
 ) -> QuantisedModel:
     """Quantise the linear layers of a float32 model; it is left as it is.
 
     Args:
         pixel_values: the images to calibrate with, (K, ...), as the model reads them.
         weight_bits: of int8: 7 bits keep processors without VNNI from saturating.
+        rest: the precision of what is not quantised, in which scales will be stored.
+        target: of the mean relative error, in place of :data:`TARGETS`.
+        ranges: of the same model and images, where they were measured before.
+
+    Raises:
+        UsageError: the images are alike, an activation is infinite or no number, ranges are of another model.
     """
-    model = copy.deepcopy(model)
-    linears = {name: site for name, site in all_sites(model) if isinstance(site, Linear)}
-    largest = _largest_inputs(model, linears, pixel_values)
-    sites = {}
-    for name, linear in linears.items():
-        if kind == "int8":
-            bound = 2 ** (weight_bits - 1) - 1
-            scale = linear.weight.abs().amax(0).clamp_min(1e-12) / bound
-            weight = (linear.weight / scale).round().clamp(-bound, bound).to(torch.int8)
-            step = float(INT8_LARGEST)
-        else:
-            scale = linear.weight.abs().amax().clamp_min(1e-12) / FP8_LARGEST
-            weight = (linear.weight / scale).to(torch.float8_e4m3fn)
-            step = FP8_LARGEST
-        sites[name] = QuantisedSite(name, kind, weight, scale, largest[name] / step, linear.bias)
-        linear.weight = nn.Parameter(sites[name].dequantised, requires_grad=False)
-    return QuantisedModel(model, sites, (), 1.0)
+    progress = progress or Progress()
+    target = TARGETS[kind] if target is None else target
+    linears, macs = quantisable(model), macs_of(model, pixel_values[:1])
+    if ranges is None:
+        ranges = measure(model, pixel_values, progress)
+    ranges.check(linears)
+    work = migrate(model, ranges) if kind == "int8" else edited(model)
+    with progress.stage("quantised weights") as stage:
+        recipe = _Sequence(work, Grid(kind, weight_bits, rest), pixel_values)
+        for number in range(len(work.blocks)):
+            stage.detail = f"block {number + 1} of {len(work.blocks)}"
+            progress.updated(stage)
+            recipe.block(number)
+        stage.detail = f"{len(recipe.places)} layers"
+    with progress.stage("layers left out") as stage:
+        left_out, error = leave_out(model, work, recipe.places, macs, pixel_values, target)
+        stage.detail = f"{len(left_out)} of {len(linears)}, error {error:.4f}"
+    sites = {name: place.site for name, place in recipe.places.items() if name not in left_out}
+    share = sum(macs[name] for name in sites) / max(sum(macs.values()), 1)
+    return QuantisedModel(work, sites, left_out, share, error, target, ranges)
 
 
 @torch.no_grad()
 def simulate(quantised: QuantisedModel, pixel_values: Tensor) -> tuple[Tensor, ...]:
     """The outputs where every GEMM of a site reads what is rounded."""
-    with _rounding(quantised):
-        outputs = quantised.model(pixel_values)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    linears, sites = quantisable(quantised.model), quantised.sites
+    with watching({name: linears[name] for name in sites}, lambda name, x: sites[name].rounded(x)):
+        return tensors_of(quantised.model(pixel_values))
 
 
-@contextmanager
-def _rounding(quantised: QuantisedModel) -> Iterator[None]:
-    hooks = []
-    for name, module in all_sites(quantised.model):
-        if (site := quantised.sites.get(name)) is not None:
-            hooks.append(
-                module.register_forward_pre_hook(lambda _, args, site=site: (site.rounded(args[0]),))
-            )
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+class _Reached(Exception):
+    """A block came to the layer whose input was asked for."""
 
 
-def _largest_inputs(
-    model: DeployedModel, linears: dict[str, Linear], pixel_values: Tensor
-) -> dict[str, float]:
-    found: dict[str, float] = {}
+@dataclass
+class _Inputs:
+    """Of one layer: some rows (rows, in), and the least and the largest number of all of them."""
 
-    def watch(name: str, linear: Linear) -> torch.utils.hooks.RemovableHandle:
-        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name] = max(found.get(name, 1e-12), args[0].abs().max().item())
+    rows: Tensor
+    low: float
+    high: float
 
-        return linear.register_forward_pre_hook(look)
 
-    hooks = [watch(name, linear) for name, linear in linears.items()]
-    try:
-        for image in pixel_values.split(1):
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+class _Sequence:
+    """The layers of a model quantised one after the other, in place.
+
+    Attributes:
+        places: the layers so far.
+    """
+
+    def __init__(self, model: DeployedModel, grid: Grid, pixel_values: Tensor) -> None:
+        self.model, self.grid = model, grid
+        self.places: dict[str, Place] = {}
+        self.states = [model.embedding(images) for images in pixel_values.split(BATCH)]
+        self.random = torch.Generator().manual_seed(0)
+
+    def block(self, number: int) -> None:
+        """Quantise the layers of the next block, and let the images pass it."""
+        block, linears = self.model.blocks[number], of_block(self.model, number)
+        mlps = {id(part.fc2): part for part in block.modules() if isinstance(part, DeployedMlp)}
+        for group in self.groups(block, linears):
+            inputs = self.inputs(block, linears, group[0])
+            mlp = mlps.get(id(linears[group[0]]))
+            self.group({name: linears[name] for name in group}, inputs, mlp)
+        with watching(linears, self.rounded):
+            self.states = [block(x) for x in self.states]
+
+    def rounded(self, name: str, x: Tensor) -> Tensor | None:
+        """What a layer reads, so far."""
+        place = self.places.get(name)
+        return None if place is None else place.site.rounded(x)
+
+    def groups(self, block: nn.Module, linears: Mapping[str, Linear]) -> list[list[str]]:
+        """Layers that read the same tensor, in the order in which they run."""
+        read: list[tuple[Tensor, list[str]]] = []
+
+        def look(name: str, x: Tensor) -> None:
+            if read and read[-1][0] is x:
+                read[-1][1].append(name)
+            else:
+                read.append((x, [name]))
+
+        if linears:
+            with watching(linears, look):
+                block(self.states[0])
+        return [names for _, names in read]
+
+    def inputs(self, block: nn.Module, linears: Mapping[str, Linear], wanted: str) -> _Inputs:
+        """What the layer reads in the partly quantised model."""
+        parts: list[Tensor] = []
+        lows, highs = [], []
+
+        def look(name: str, x: Tensor) -> Tensor | None:
+            if name != wanted:
+                return self.rounded(name, x)
+            rows = x.flatten(0, -2)
+            lows.append(rows.min().item())
+            highs.append(rows.max().item())
+            share = min(1.0, _KEPT / (len(rows) * len(self.states)))
+            chosen = torch.randperm(len(rows), generator=self.random)[: math.ceil(share * len(rows))]
+            parts.append(rows[chosen])
+            raise _Reached
+
+        with watching(linears, look):
+            for state in self.states:
+                try:
+                    block(state)
+                except _Reached:
+                    continue
+        return _Inputs(torch.cat(parts), min(lows), max(highs))
+
+    def group(self, linears: Mapping[str, Linear], inputs: _Inputs, mlp: DeployedMlp | None) -> None:
+        """Quantise layers that read the same."""
+        x, low, high = inputs.rows, inputs.low, inputs.high
+        floats = {name: (linear.weight, linear.bias) for name, linear in linears.items()}
+        if mlp is not None and mlp.norm is None and self.grid.kind == "int8":
+            step = self.grid.input_scale((high - low) / 2)
+            c = step * round((high + low) / 2 / step)
+            if c:
+                shift_input(mlp, c)
+                x, low, high = x - c, low - c, high - c
+        scale = self.grid.input_scale(max(high, -low))
+        read = rounded(x, scale, self.grid.kind)
+        hessian = Hessian.of(read[torch.randperm(len(read), generator=self.random)[:ROWS]])
+        for name, linear in linears.items():
+            steps = self.grid.weight_scale(linear.weight)
+            weight = rounded_weight(linear.weight, steps, self.grid, hessian)
+            site = QuantisedSite(name, self.grid.kind, weight, steps, scale, None)
+            bias = corrected_bias(linear, site, x)
+            site = QuantisedSite(name, self.grid.kind, weight, steps, scale, bias)
+            self.places[name] = Place(linear, *floats[name], site, mlp, mlp.shift if mlp else None)
+            self.places[name].use(quantised=True)
+
+
+def corrected_bias(linear: Linear, site: QuantisedSite, inputs: Tensor) -> Tensor:
+    """The bias with which the mean of the rounded layer's output is that of the float layer.
+
+    Args:
+        inputs: (rows, in), shifted as the layer reads them.
+    """
+    mean = inputs.double().mean(0) @ linear.weight.double()
+    mean -= site.rounded(inputs).double().mean(0) @ site.dequantised.double()
+    return (mean if linear.bias is None else linear.bias.double() + mean).float()

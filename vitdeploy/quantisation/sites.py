@@ -1,23 +1,32 @@
 """A deployed model whose GEMMs are to be computed in 8 bits: what each of them reads, and how it is rounded.
 
-A GEMM of int8 is symmetric: ``round(x / input_scale)`` in -127 to 127 (a zero point of 0, which every runtime
+A GEMM of int8 is symmetric: ``round(x / input_scale)`` in -128 to 127 (a zero point of 0, which every runtime
 takes), weights rounded by column. One of fp8 is E4M3, with one scale for the whole weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.model.deployed import DeployedModel
+from vitdeploy.quantisation.ranges import Ranges
 
 FP8_LARGEST = 448.0
 """Of E4M3."""
 INT8_LARGEST = 127
+
+
+def rounded(x: Tensor, scale: float, kind: Quantised) -> Tensor:
+    """What an 8-bit GEMM reads in place of ``x``, in the dtype of ``x``, as QuantizeLinear rounds it."""
+    scaled = x / scale
+    if kind == "int8":
+        return scaled.round().clamp(-INT8_LARGEST - 1, INT8_LARGEST) * scale
+    return scaled.clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,16 @@ class QuantisedSite:
 
     def rounded(self, x: Tensor) -> Tensor:
         """What the GEMM reads in place of ``x``, in the dtype of ``x``."""
-        scaled = x / self.input_scale
-        if self.kind == "int8":
-            return scaled.round().clamp(-INT8_LARGEST, INT8_LARGEST) * self.input_scale
-        largest = scaled.clamp(-FP8_LARGEST, FP8_LARGEST)
-        return largest.to(torch.float8_e4m3fn).to(x.dtype) * self.input_scale
+        return rounded(x, self.input_scale, self.kind)
+
+
+@dataclass(frozen=True)
+class AttentionScales:
+    """Of what the two products inside of an attention read in fp8; probabilities have 1 / 448."""
+
+    query: float
+    key: float
+    value: float
 
 
 @dataclass(frozen=True)
@@ -62,9 +76,22 @@ class QuantisedModel:
         sites: by name.
         left_out: sites that could be quantised, and stay float.
         macs: share of the GEMMs' multiplications that is in 8 bits, 0 to 1.
+        error: mean relative error of the calibration images' outputs, of the worst output.
+        target: what ``error`` was to be.
+        ranges: of the float model, to be handed in again.
+        attention: attentions whose products are fp8, by the name of their module.
     """
 
     model: DeployedModel
     sites: Mapping[str, QuantisedSite]
     left_out: tuple[str, ...]
     macs: float
+    error: float
+    target: float
+    ranges: Ranges
+    attention: Mapping[str, AttentionScales] = field(default_factory=dict)
+
+    @property
+    def falls_short(self) -> bool:
+        """Whether the target was missed although as much was left out as may be."""
+        return not self.error <= self.target

@@ -15,7 +15,12 @@ from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import DeviceUnavailable, UsageError, VitdeployError
 from vitdeploy.images.fitting import DEFAULT_RULE, Rule, require_size, rule_name
-from vitdeploy.predictor import DEFAULT_BACKEND, choice_for_this_machine, choose_artifact
+from vitdeploy.predictor import (
+    DEFAULT_BACKEND,
+    choice_for_this_machine,
+    choose_artifact,
+    quantised_note,
+)
 from vitdeploy.progress import Progress, Stage
 from vitdeploy.ray import data, tables
 from vitdeploy.ray.folder import JobFolder
@@ -137,6 +142,8 @@ def make_plan(request: JobRequest) -> tuple[ActorPlan, str]:
             return replace(plan, backend=backend, artifact=artifact, provider=provider, batch=batch), note
     runtime = get_backend(plan.backend)
     chosen = bundle.artifact(plan.artifact) if plan.artifact else choose_artifact(bundle, runtime)
+    if not plan.artifact:
+        note = note or quantised_note(chosen, runtime)
     if chosen is None:
         return plan, note
     if plan.batch is not None and plan.batch > chosen.batch.max:

@@ -230,7 +230,8 @@ def _check_parity(predictor: Predictor, most: int) -> None:
     least = facts.batch.min if facts.batch else 1
     sizes = sorted({least, max(least, most)})
     max_abs = bundle.manifest.max_abs
-    for record in check_session(predictor.session, bundle.golden(), batches=sizes, max_abs=max_abs):
+    golden = bundle.golden(facts.artifact)
+    for record in check_session(predictor.session, golden, batches=sizes, max_abs=max_abs):
         if not record.passed:
             raise ParityError(
                 f"{bundle.root}: {record.artifact} on {record.backend} gives wrong outputs at "

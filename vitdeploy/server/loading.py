@@ -141,7 +141,7 @@ def _load_size(view: Bundle, settings: ModelSettings) -> LoadedSize:
 
 def _require_parity(session: Session, view: Bundle, batches: Sequence[int]) -> None:
     """Compare with the reference; warms the session up besides."""
-    golden = view.golden()
+    golden = view.golden(session.facts.artifact)
     for record in check_session(session, golden, batches=batches, max_abs=view.manifest.max_abs):
         if not record.passed:
             raise ParityError(

@@ -7,9 +7,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from vitdeploy.backends.base import Backend, Options, Session, all_backends, get_backend, runs_nothing
+from vitdeploy.backends.base import (
+    Backend,
+    Options,
+    Session,
+    SessionFacts,
+    all_backends,
+    get_backend,
+    runs_nothing,
+)
+from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
 from vitdeploy.bundle.manifest import Artifact, ParityRecord
 from vitdeploy.bundle.sizes import named
@@ -215,6 +224,16 @@ def _pairs_of(bundle: Bundle, backend: Backend) -> list[Pair]:
     raise runs_nothing(backend, bundle)
 
 
+def emulated(facts: SessionFacts) -> str | None:
+    """What to say of a runtime that computes a quantised artifact without its 8 bits; None of others."""
+    if facts.precision not in get_args(Quantised) or facts.precision in facts.executes.split("+"):
+        return None
+    return (
+        f"{facts.artifact} on {facts.backend} computes in {facts.executes}: {facts.precision} is emulated "
+        "there, which proves its answers and says nothing of its speed"
+    )
+
+
 @dataclass
 class _Verification:
     bundle: Bundle
@@ -239,7 +258,6 @@ class _Verification:
 
     def _run_size(self, bundle: Bundle, pairs: Sequence[Pair], images: LabelledImages | None) -> None:
         """Run what is of one image size, of which the bundle is a view."""
-        golden = bundle.golden()
         answers: dict[str, tuple[str, TopClasses]] = {}
         for pair in pairs:
             if pair.reason is not None:
@@ -254,7 +272,7 @@ class _Verification:
                         self.executed.remove(pair.name)
                         why = "its files are not for this machine; what was compared was compiled here"
                         self.skipped.append(SkippedArtifact(pair.name, pair.backend.name, why))
-                    self._check_parity(pair, session, golden)
+                    self._check_parity(pair, session, bundle.golden(pair.artifact))
                     if images is not None and pair.name not in answers:
                         classes = self._top_classes(bundle, session, images)
                         answers[pair.name] = pair.backend.name, classes
@@ -272,6 +290,8 @@ class _Verification:
             worst = [r.metrics.relative for r in records if r.metrics.relative is not None]
             stage.detail = f"{pair.backend.name}, relative error {max(worst, default=float('nan')):.1e}"
         self.records += records
+        if said := emulated(session.facts):
+            self.notes.append(said)
         if session.facts.fusion:
             self.fusion.append(Fusion(pair.name, pair.backend.name, session.facts.fusion))
         for record in records:

@@ -10,17 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from vitdeploy.bundle.dtypes import ArtifactPrecision, DType
+from vitdeploy.bundle.dtypes import DType
 from vitdeploy.bundle.manifest import safe_path
 from vitdeploy.bundle.onnx_graph import dtype_name, graphs_of, read_graph, summarise
 from vitdeploy.bundle.onnx_metadata import SelfDescription, read_properties
-from vitdeploy.config import InputKind, Scores, Size
+from vitdeploy.config import InputKind, Precision, Scores, Size
 from vitdeploy.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     import onnx
 
-Claim = ArtifactPrecision | Literal["quantised"]
+Claim = Precision | Literal["mixed", "quantised"]
 
 _QUANTISED_OPS = re.compile(
     r"QuantizeLinear|DequantizeLinear|MatMulInteger\w*|ConvInteger|QLinear\w+|QGemm|QAttention|QMoE|"
@@ -28,7 +28,7 @@ _QUANTISED_OPS = re.compile(
 )
 _WORDS: dict[Claim, re.Pattern[str]] = {
     "quantised": re.compile(
-        r"u?int[248]|quant|quanti[sz]ed|q[248](f(p)?(16|32))?|bnb4|dynamic_?q\w*|qdq|w?8a8"
+        r"u?int[248]|quant|quanti[sz]ed|q[248](f(p)?(16|32))?|bnb4|dynamic_?q\w*|qdq|w?8a8|fp8|float8\w*"
     ),
     "fp32": re.compile(r"fp32|float32|f32"),
     "fp16": re.compile(r"fp16|float16|f16|half"),
@@ -143,10 +143,15 @@ class OnnxFile:
         return Counter(name for name in types if _QUANTISED_OPS.fullmatch(name))
 
     @cached_property
+    def has_fp8(self) -> bool:
+        """Whether any of its constants is in 8-bit floats."""
+        return any(dtype_name(tensor.data_type).startswith("float8") for tensor in self.tensors())
+
+    @cached_property
     def claim(self) -> tuple[Claim, str]:
         """The precision that the file is said to have, and what says so."""
-        if self.said.precision is not None:
-            return self.said.precision, "its metadata"
+        if (stated := self.said.precision) is not None:
+            return "quantised" if stated == "int8" or stated == "fp8" else stated, "its metadata"
         if (said := claim_of_name(self.path)) is not None:
             return said, "its name"
         if self.quantised:

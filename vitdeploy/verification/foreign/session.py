@@ -62,7 +62,8 @@ def open_session(file: OnnxFile, chosen: Chosen, size: Size, options: Options) -
         versions={"onnxruntime": import_onnxruntime().__version__},
         rebuild="the file has this batch size built in",
     )
-    return Renamed(OnnxRuntimeSession(facts, open_file(file.path, options.session_threads)), chosen)
+    session = open_file(file.path, options.session_threads, fp8=file.has_fp8)
+    return Renamed(OnnxRuntimeSession(facts, session), chosen)
 
 
 def tolerated(claim: str) -> ArtifactPrecision:

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Self
 
 from vitdeploy.backends.base import Array
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import reference_of
-from vitdeploy.config import size_name
+from vitdeploy.config import Output, size_name
 from vitdeploy.errors import UsageError, VitdeployError
 from vitdeploy.images.fitting import DEFAULT_RULE, Rule, parse_rule, require_size
 from vitdeploy.predictor import Predictor
@@ -47,7 +48,7 @@ from vitdeploy.verification.live.tensors import (
     replay,
 )
 from vitdeploy.verification.live.triton_client import connect
-from vitdeploy.verification.parity import TOLERANCES
+from vitdeploy.verification.parity import TOLERANCES, passes
 
 LATENCY_CALLS = 100
 """For the latency of a single verification."""
@@ -152,6 +153,11 @@ class _Sized:
     replayed: Replay = field(default_factory=Replay)
 
     @property
+    def golden(self) -> Mapping[str, Array]:
+        """The tensors that are sent, and what is right for them."""
+        return self.subject.golden_of(self.precision.precision)
+
+    @property
     def right(self) -> bool:
         """Whether the answers to tensors are."""
         return self.comparable and not self.replayed.failures
@@ -225,7 +231,7 @@ class _Round:
 
     def _tensors(self, sized: _Sized, check: SignatureCheck) -> None:
         subject, model, precision = sized.subject, sized.model, sized.precision
-        signature, golden = subject.signature, subject.golden
+        signature, golden = subject.signature, sized.golden
         image_bytes = max(1, golden["pixel_values"][:1].nbytes if golden else 1)
         batches = plan_batches(subject.view, precision, model, check.batch, self.request.batches, image_bytes)
 
@@ -262,7 +268,7 @@ class _Round:
     def _measure(self, sized: _Sized, session: LiveSession) -> Latency | None:
         try:
             with self.progress.stage("latency") as stage:
-                inputs = sized.subject.golden["pixel_values"]
+                inputs = sized.golden["pixel_values"]
                 latency = measure_latency(session, inputs, self.request.calls)
                 stage.detail = f"{latency.calls} calls, median {latency.median_ms:.3g} ms"
         except AnswerError as error:
@@ -279,13 +285,13 @@ class _Round:
         tolerance += _tolerance(predictor) if predictor else 0.0
         wrong = next((record.output for record in replayed.records if record.failures), None)
         output = wrong or self.bundle.manifest.output
-        inputs, reference = subject.golden["pixel_values"], reference_of(subject.golden, output)
+        inputs, reference = sized.golden["pixel_values"], reference_of(sized.golden, output)
 
         def right(answers: Array) -> bool:
             return answers.shape == reference.shape and relative(reference, answers) <= tolerance
 
         with self.progress.stage("diagnosis"):
-            fitting = fits([replayed])
+            fitting = fits([replayed]) or self._quantised(subject, session, output)
             if fitting is not None and not any(r.metrics.nonfinite for r in replayed.records):
                 self.causes.append(f"the numbers are as exact as {fitting}, not as {precision.precision}")
             try:
@@ -293,7 +299,7 @@ class _Round:
             except AnswerError:
                 return  # said already
             if not right(answers):
-                text = explain_tensors(subject.view, predictor, subject.golden, answers, output, tolerance)
+                text = explain_tensors(subject.view, predictor, sized.golden, answers, output, tolerance)
                 self.causes += [text] if text else []
                 for version, other in versions.items():
                     with contextlib.suppress(AnswerError, VitdeployError):
@@ -304,6 +310,17 @@ class _Round:
                             )
             if not self.causes and sized.model.facts.digest in (None, self.bundle.manifest.digest):
                 self.notes.append("no common mistake explains the numbers: other weights, perhaps")
+
+    def _quantised(self, subject: Subject, session: LiveSession, output: Output) -> ArtifactPrecision | None:
+        """That of a quantised artifact whose tolerances the answers keep, on images of the user's own."""
+        artifacts = subject.view.manifest.artifacts
+        for precision in dict.fromkeys(one.precision for one in artifacts if one.is_quantised):
+            golden = subject.golden_of(precision)
+            with contextlib.suppress(AnswerError, KeyError):
+                answers = session.answer_all(golden["pixel_values"], output)
+                if passes(reference_of(golden, output), answers, TOLERANCES[precision], output):
+                    return precision
+        return None
 
     def _images(self, model: LiveModel, sizes: Sequence[_Sized], *, explain: bool) -> list[ImageRecord]:
         """Send image files, each held against the size that the server's rule chooses for it."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
-from vitdeploy.bundle.folder import Bundle
+from vitdeploy.backends.base import Array
+from vitdeploy.bundle.dtypes import ArtifactPrecision, Quantised
+from vitdeploy.bundle.folder import HELD_OUT, Bundle
 from vitdeploy.bundle.golden import reference_of
 from vitdeploy.config import Size, size_name
 from vitdeploy.errors import VitdeployError
@@ -29,11 +32,15 @@ class Subject:
 
     def __init__(self, view: Bundle, size: Size | None) -> None:
         self.view, self.size = view, size
-        self.golden = view.golden()
+        self.golden, self._held_out = view.golden(), view.tensors(HELD_OUT)
         self.signature = model_signature(view)
         self._local: Predictor | VitdeployError | None = None
         self._local_error: float | None = None
         self._expected: dict[ImageFile, Expected] = {}
+
+    def golden_of(self, precision: ArtifactPrecision) -> Mapping[str, Array]:
+        """What answers of this precision are held against."""
+        return self._held_out if precision in get_args(Quantised) else self.golden
 
     def local(self) -> Predictor | VitdeployError:
         """It run here, or the reason why it does not."""
@@ -45,10 +52,11 @@ class Subject:
         return self._local
 
     def local_error(self, local: Predictor) -> float:
-        """The largest relative error of its logits here, of the golden tensors."""
+        """The largest relative error of its logits here, of the tensors that prove it."""
         if self._local_error is None:
-            logits = local.outputs(self.golden["pixel_values"])["logits"]
-            self._local_error = relative(reference_of(self.golden, "logits"), logits)
+            golden = self.golden_of(local.session.facts.precision)
+            logits = local.outputs(golden["pixel_values"])["logits"]
+            self._local_error = relative(reference_of(golden, "logits"), logits)
         return self._local_error
 
     def expected(self, local: Predictor, files: Sequence[ImageFile]) -> list[Expected]:

@@ -19,6 +19,7 @@ from vitdeploy.bundle.golden import REFERENCE
 from vitdeploy.bundle.manifest import ParityRecord
 from vitdeploy.config import BatchRange, Output
 from vitdeploy.errors import UsageError
+from vitdeploy.predictor import EXACTNESS
 from vitdeploy.progress import Progress
 from vitdeploy.verification.live.client import AnswerError, Client
 from vitdeploy.verification.live.discovery import ExpectedPrecision, LiveModel
@@ -137,10 +138,10 @@ class Replay:
 def fits(replayed: Sequence[Replay]) -> ArtifactPrecision | None:
     """The most exact precision whose tolerances every answer keeps; None if there is none."""
     records = [record for one in replayed for record in one.records]
-    order: tuple[ArtifactPrecision, ...] = ("fp32", "fp16", "bf16")  # mixed has fp16's
-    for precision in order:
+    for precision in EXACTNESS:
         bounds = TOLERANCES[precision]
-        if records and not any(tolerance_failures(record.metrics, bounds) for record in records):
+        known = all(bounds.mean is None or record.metrics.mean_relative is not None for record in records)
+        if known and records and not any(tolerance_failures(record.metrics, bounds) for record in records):
             return precision
     return None
 
