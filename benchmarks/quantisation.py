@@ -153,9 +153,9 @@ def small_files(skipped: dict[str, str]) -> Files:
         weight_bits=8,
         **settings,
     )
-    ours = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp8": "model.fp8.onnx"}
-    files = {name: bundle / file for name, file in ours.items()}
-    files["int8-8"] = eight.root / "model.int8.onnx"
+    files = _written(bundle, ("fp32", "int8", "fp8"), skipped)
+    for file in _written(eight.root, ("int8",), skipped).values():
+        files["int8-8"] = file
     return files | _others("small", bundle, list(QUANTISERS), skipped)
 
 
@@ -169,9 +169,18 @@ def base_files(skipped: dict[str, str]) -> tuple[Files, dict[str, float]]:
     if status:
         raise SystemExit(f"the export of {BASE} ended with {os.waitstatus_to_exitcode(status)}")
     cost = {"seconds": round(time.perf_counter() - begin, 1), "peak_gb": round(usage.ru_maxrss / 2**20, 2)}
-    ours = {"fp32": bundle / "model.onnx", "int8": bundle / "model.int8.onnx"}
+    ours = _written(bundle, ("fp32", "int8"), skipped)
     wanted = [name for name in QUANTISERS if VARIANTS[name].base]
     return ours | _others("base", bundle, wanted, skipped), cost
+
+
+def _written(bundle: Path, names: Sequence[str], skipped: dict[str, str]) -> dict[str, Path]:
+    """The ONNX files of ours in a bundle; an export leaves out what costs too much of the answers."""
+    artifacts = {artifact.precision: artifact.path for artifact in Bundle.open(bundle).manifest.artifacts}
+    for name in names:
+        if name not in artifacts:
+            skipped[name] = f"the export of {bundle.name} left it out"
+    return {name: bundle / artifacts[name] for name in names if name in artifacts}
 
 
 def _others(kind: str, bundle: Path, names: Sequence[str], skipped: dict[str, str]) -> dict[str, Path]:
@@ -307,7 +316,7 @@ def tables(record: Mapping[str, Any]) -> str:
             lines.append(f"| {variant.title} | {TITLES[variant.runtime]} | {both} |")
     if record.get("speed"):
         lines += ["", *_speed_table(record)]
-    skipped = "; ".join(f"{QUANTISERS[name].title} ({why})" for name, why in record["skipped"].items())
+    skipped = "; ".join(f"{VARIANTS[name].title} ({why})" for name, why in record["skipped"].items())
     return "\n".join(lines + (["", f"Not measured: {skipped}."] if skipped else []))
 
 

@@ -15,7 +15,8 @@ def main(job: dict[str, Any]) -> None:
     from onnxruntime import quantization as tools
 
     if job.get("dynamic"):
-        tools.quantize_dynamic(job["source"], job["file"], weight_type=tools.QuantType.QInt8)
+        signed = tools.QuantType.QInt8
+        tools.quantize_dynamic(job["source"], job["file"], per_channel=True, weight_type=signed)
         return
     prepared = Path(job["file"]).with_name("prepared.onnx")
     tools.quant_pre_process(job["source"], prepared, skip_symbolic_shape=True)
