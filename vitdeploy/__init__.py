@@ -62,6 +62,8 @@ def export(
     weight_bits: Literal[7, 8] = 7,
     fp8_attention: bool = False,
     target: Literal["tensorrt"] | None = None,
+    data: Path | None = None,
+    max_drop: float | None = None,
     fallback: bool = True,
     seed: int = 0,
     random: bool = False,
@@ -119,8 +121,11 @@ def export(
             bundle of the same model, whose images are taken.
         weight_bits: of int8: with 7 no processor saturates, 8 are for those with VNNI and for GPUs.
         fp8_attention: whether the products inside of attention are fp8, too.
-        target: ``"tensorrt"`` adds int8 and fp8 artifacts in the form that it builds from, in fp16 where they
-            are not quantised; so does a format that builds engines.
+        target: ``"tensorrt"`` adds int8 and fp8 artifacts in the form that it builds from, in fp16 where
+            they are not quantised; a format that builds engines does so, too.
+        data: labelled images (a sub-folder per label, or files named ``<label>_*.png``), on which int8 and fp8
+            may not lose more than a point of top-1 against fp32, as far as the images can tell.
+        max_drop: points of top-1 on ``data`` that they may lose, whatever the images can tell.
         fallback: when a reduced precision fails, keep a few operations in fp32, or take bf16, or leave a
             quantised artifact out; else raise.
         seed: of random weights.
@@ -179,6 +184,8 @@ def export(
         weight_bits=weight_bits,
         fp8_attention=fp8_attention,
         target=target,
+        data=None if data is None else pathlib.Path(data),
+        max_drop=max_drop,
         fallback=fallback,
         seed=seed,
         random=random,

@@ -39,6 +39,15 @@ export -m digits --image-size 32,32
 export -m digits --image-size 32,33x64
 export -m B/16 --image-size 32000
 export -m digits --precision fp8x
+export -m digits --int8
+export -m digits --int8 --calibration nowhere
+export -m digits --int8 --calibration empty
+export -m digits --int8 --calibration notes.txt
+export -m digits --int8 --calibration linear.bundle
+export -m digits --int8 --calibration . --weight-bits 9
+export -m digits --fp8 --calibration . --opset 18
+export -m digits --fp8 --calibration . --image-size 32,64
+export -m digits --calibration .
 export -m digits --format onxx
 export -m digits --input uint9
 export -m digits --output logit

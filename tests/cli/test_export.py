@@ -93,6 +93,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[ExportR
         (["--resize", "exact", "--crop", "32x48"], {"stated": Stated(resize="exact", crop=(32, 48))}),
         (["--revision", "v1", "--cache-dir", "c"], {"revision": "v1", "cache_dir": Path("c")}),
         (["--no-fallback", "--format", "onnx"], {"fallback": False, "formats": ("onnx",)}),
+        (
+            ["--int8", "--calibration", "images", "--weight-bits", "8"],
+            {"precisions": ("int8",), "calibration": Path("images"), "weight_bits": 8, "target": None},
+        ),
+        (
+            ["--fp16", "--precision", "fp8", "--calibration", "c", "--for", "tensorrt", "--fp8-attention"],
+            {"precisions": ("fp16", "fp8"), "target": "tensorrt", "fp8_attention": True, "weight_bits": 7},
+        ),
     ],
     ids=str,
 )
@@ -116,6 +124,11 @@ def test_place_and_force(run: Run, asked: list[Any]) -> None:
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["-m", "digits", "--int8"], "int8 cannot be without images"),
+        (["-m", "digits", "--int8", "--calibration", "nowhere"], "nowhere does not exist"),
+        (["-m", "digits", "--int8", "--calibration", "x", "--weight-bits", "9"], "weights of 9 bits"),
+        (["-m", "digits", "--fp8", "--calibration", "x", "--opset", "18"], "fp8 is not in opset 18"),
+        (["-m", "digits", "--fp16", "--for", "tensorrt"], "--for is for --int8 and --fp8"),
         (["--precision", "fp23"], "unknown precision 'fp23'; did you mean 'fp32'?"),
         (["--format", "onxn"], "unknown format 'onxn'; did you mean 'onnx'?"),
         (["--batch", "8,1,32"], "batch sizes must rise"),

@@ -24,27 +24,32 @@ from tests.helpers.models import CONFIGS, random_state
 from tests.helpers.pictures import pictures
 from vitdeploy.backends.base import all_backends
 from vitdeploy.bundle.folder import CALIBRATION, HELD_OUT, Bundle
+from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.config import BatchRange
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.exporter import quantised as making
+from vitdeploy.exporter import run as exporting
 from vitdeploy.exporter.plan import plan_export
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
 from vitdeploy.model.registry import build_reference
 from vitdeploy.quantisation.sites import QuantisedModel
+from vitdeploy.verification.accuracy import LabelledImages
 
 IMAGES = digits_folder() / "images"
-SINGLE = dataclasses.replace(CONFIGS["vit"], depth=1)
-STATE = random_state(SINGLE, spread=0.15)
+SMALL = dataclasses.replace(CONFIGS["vit"], depth=2)
+STATE = random_state(SMALL, spread=0.15)
 RUNTIMES = {b.name for b in all_backends() if b.name in ("onnxruntime", "openvino") and b.availability().ok}
 
 
 @pytest.fixture(scope="session")
 def digits_int8(exports: Exports) -> Bundle:
     """The digits model in int8, calibrated with its own pictures."""
-    flags = ("--int8", "--calibration", str(IMAGES), "--format", "onnx", "--batch", "1,2,4")
-    return Bundle.open(export_digits(exports, *flags).folder)
+    flags = ("--int8", "--calibration", str(IMAGES), "--data", str(IMAGES), "--batch", "1,2,4")
+    exported = export_digits(exports, *flags, "--format", "onnx")
+    assert "top-1 100.00 % of 20 images, 0.00 points below" in exported.result.err
+    return Bundle.open(exported.folder)
 
 
 def integers(bundle: Bundle, name: str = "onnx-int8") -> dict[str, np.ndarray[Any, Any]]:
@@ -67,7 +72,7 @@ class TestDigits:
         assert (small.precision, small.requested, small.path) == ("int8", "int8", "model.int8.onnx")
         assert small.proof is not None
         assert small.proof.ok
-        assert small.size < exact.size / 2
+        assert small.size < 0.75 * exact.size
 
     def test_the_record_says_how_it_was_made(self, digits_int8: Bundle) -> None:
         record = digits_int8.artifact("int8").quantisation
@@ -159,11 +164,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(path: Path, photographs: Path, **fields: Any) -> ExportRequest:
     """An export of a small model."""
     given: dict[str, Any] = {
-        "model": folder(path / "checkpoint", SINGLE, STATE),
+        "model": folder(path / "checkpoint", SMALL, STATE),
         "batch": BatchRange(1, 2, 2),
         "precisions": ("int8",),
         "formats": ("onnx",),
         "calibration": photographs,
+        "output": "tokens",  # else the last block is absorbed, and stays float
     }
     return ExportRequest(**{**given, **fields})
 
@@ -206,7 +212,7 @@ def wrong_scales(model: QuantisedModel) -> QuantisedModel:
 @pytest.mark.parametrize(
     "change, said",
     [
-        (too_few, "40 % of the multiplications (at most 30 % may)"),
+        (too_few, "40 % of the multiplications stay float (at most 30 % may)"),
         (wrong_scales, "relative error"),
     ],
 )
@@ -228,6 +234,24 @@ def test_what_costs_too_much_is_left_out_aloud(
     assert said in note
     assert note.endswith("model.onnx instead")
     assert note in bundle.manifest.provenance.notes
+
+
+@pytest.mark.slow
+def test_what_names_other_classes_is_left_out(
+    tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(photographs, tmp_path / "labelled" / "3")
+
+    def answers(_: Bundle, artifact: Artifact, images: LabelledImages) -> np.ndarray[Any, Any]:
+        return images.labels[:, None] + artifact.is_quantised
+
+    monkeypatch.setattr(exporting, "onnx_answers", answers)
+    recorder = Recorder()
+    request = asked(tmp_path, photographs, output="logits,tokens", data=tmp_path / "labelled")
+    bundle = run_export(request, tmp_path / "out.bundle", progress=recorder)
+    assert [artifact.name for artifact in bundle.manifest.artifacts] == ["onnx-fp32"]
+    (note,) = (note for note in recorder.notes if "no model.int8.onnx" in note)
+    assert "top-1 0.00 % of 12 images, 100.00 points below the reference" in note
 
 
 @pytest.mark.slow
@@ -270,7 +294,7 @@ def test_a_model_that_reads_no_images_is_refused(photographs: Path, tmp_path: Pa
     from vitdeploy.checkpoint.opening import Checkpoint, save_folder
     from vitdeploy.config import Preprocess
 
-    config = dataclasses.replace(SINGLE, channels=4)
+    config = dataclasses.replace(SMALL, channels=4)
     spec = Preprocess(size=config.image_size, mean=(0.5,) * 4, std=(0.5,) * 4)
     save_folder(Checkpoint(config, random_state(config), spec, None, "vitdeploy", "test"), tmp_path / "four")
     request = ExportRequest(tmp_path / "four", precisions=("int8",), calibration=photographs)
@@ -285,9 +309,17 @@ def test_a_model_that_reads_no_images_is_refused(photographs: Path, tmp_path: Pa
         ({"precisions": ("fp8", "int8")}, "int8 and fp8 cannot be without images"),
         ({"calibration": Path("d")}, "--calibration is for --int8 and --fp8"),
         ({"target": "tensorrt"}, "--for is for --int8 and --fp8"),
+        ({"data": Path("d")}, "--data is for --int8 and --fp8"),
+        (
+            {"precisions": ("int8",), "calibration": Path("d"), "max_drop": 1},
+            "--max-drop is measured on labelled",
+        ),
         ({"precisions": ("fp8",), "calibration": Path("d"), "weight_bits": 8}, "--weight-bits is for --int8"),
         ({"precisions": ("int8",), "calibration": Path("d"), "weight_bits": 9}, "weights of 9 bits"),
-        ({"precisions": ("int8",), "calibration": Path("d"), "fp8_attention": True}, "--fp8-attention is for"),
+        (
+            {"precisions": ("int8",), "calibration": Path("d"), "fp8_attention": True},
+            "--fp8-attention is for",
+        ),
         ({"precisions": ("int8",), "calibration": Path("d"), "target": "openvino"}, "--for openvino"),
         ({"precisions": ("fp8",), "calibration": Path("d"), "opset": 18}, "fp8 is not in opset 18"),
         (

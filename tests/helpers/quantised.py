@@ -23,6 +23,7 @@ from vitdeploy.model.precision import sites as all_sites
 from vitdeploy.model.rewrites import deploy
 from vitdeploy.quantisation.attention import attention_scales
 from vitdeploy.quantisation.qdq import insert
+from vitdeploy.quantisation.ranges import Ranges
 from vitdeploy.quantisation.sites import FP8_LARGEST, INT8_LARGEST, QuantisedModel, QuantisedSite
 
 HEAD = "head"
@@ -65,7 +66,7 @@ def quantised(
         found[name] = QuantisedSite(name, kind, weight, scale, step, linear.bias)
         linear.weight = nn.Parameter(found[name].dequantised, requires_grad=False)
     left_out = (HEAD,) if any(name == HEAD for name, _ in all_sites(model)) else ()
-    return QuantisedModel(model, found, left_out, 0.9, attention)
+    return QuantisedModel(model, found, left_out, 0.9, 0.0, 1.0, Ranges({}, {}), attention)
 
 
 @functools.cache

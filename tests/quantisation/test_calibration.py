@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_forty_eight_images_are_chosen_evenly(folder: Path, images: CalibrationI
     assert chosen == [i * 100 // 48 for i in range(48)]
     held = [numbers[text] for text in images.record.held_out]
     assert held == sorted(held)
-    assert all(5 <= later - earlier <= 8 for earlier, later in zip(held, held[1:], strict=False))
+    assert all(5 <= later - earlier <= 8 for earlier, later in itertools.pairwise(held))
 
 
 def test_no_held_out_image_is_calibrated_with(images: CalibrationImages) -> None:

@@ -22,6 +22,7 @@ from vitdeploy.verification.accuracy import (
     check_max_drop,
     compare_accuracy,
     judge_drop,
+    judge_quantised,
     paired_interval,
     score,
     top_classes,
@@ -235,3 +236,26 @@ def test_which_bundles_have_images(tmp_path: Path) -> None:
     assert np.array_equal(np.stack([np.asarray(image) for image in images.images]), digits_heldout()[0])
     features = {"output": "features", "outputs": ("features",)}
     assert bundled_images(digits.model_copy(update=features)) is None
+
+
+@pytest.mark.parametrize(
+    "lost, gained, images, held",
+    [
+        (0, 0, 50, True),
+        (3, 0, 50, True),  # six points, of which few images are no proof
+        (40, 30, 1000, True),  # one point
+        (40, 0, 1000, False),  # four points
+        (0, 40, 1000, True),
+    ],
+)
+def test_what_quantisation_may_cost_is_judged_by_the_interval(
+    lost: int, gained: int, images: int, held: bool
+) -> None:
+    labels = np.zeros(images, np.int64)
+    reference, model = np.zeros((images, 1), np.int64), np.zeros((images, 1), np.int64)
+    model[:lost] = 1
+    reference[lost : lost + gained] = 1
+    found, said = judge_quantised(score("onnx-int8", "onnxruntime", model, reference, labels))
+    assert found == held
+    assert f"of {images} images" in said
+    assert ("wholly beyond the 1 " in said) != held

@@ -201,6 +201,18 @@ ActivationKind = Annotated[
     str | None,
     typer.Option("--activation", metavar="NAME", help="gelu, gelu_tanh, quick_gelu, relu or silu."),
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Labelled images (LABEL/*.png or LABEL_*.png), on which int8 and fp8 may not lose more than a "
+        "point of top-1 against fp32.",
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Leave out what is more than P points of top-1 below fp32 on --data."),
+]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="The branch, tag or commit of a model on the hub.")
 ]
@@ -236,6 +248,8 @@ def command(
     weight_bits: WeightBits = 7,
     fp8_attention: Fp8Attention = False,
     for_: For = None,
+    data: Data = None,
+    max_drop: MaxDrop = None,
     image_size: ImageSize = None,
     batch: Batch = "1,8,32",
     opset: Opset = 20,
@@ -313,6 +327,8 @@ def command(
         weight_bits=weight_bits,
         fp8_attention=fp8_attention,
         target=for_,
+        data=data,
+        max_drop=max_drop,
         fallback=not no_fallback,
         seed=seed,
         random=random,

@@ -11,8 +11,10 @@ from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, ParityRecord
 from vitdeploy.errors import MissingDependency, ParityError
+from vitdeploy.predictor import Predictor
 from vitdeploy.progress import Progress
 from vitdeploy.verification import parity
+from vitdeploy.verification.accuracy import LabelledImages, TopClasses, top_classes
 from vitdeploy.verification.gemms import BACKENDS, check_gemms
 
 Golden = Mapping[str, np.ndarray[Any, Any]]
@@ -63,6 +65,16 @@ def gemms_failure(
                 if not record.passed:
                     return f"{artifact.name} on {name}: {record.site}: {record.failures[0]}"
     return None
+
+
+def onnx_answers(bundle: Bundle, artifact: Artifact, images: LabelledImages) -> TopClasses:
+    """The classes that an ONNX artifact puts first on ONNX Runtime.
+
+    Raises:
+        ImageError: an image cannot be decoded.
+    """
+    with get_backend("onnxruntime").load(bundle, artifact, Options()) as session:
+        return top_classes(Predictor(bundle, session), images)
 
 
 def engines_parity(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.subject import Subject
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
+from vitdeploy.progress import Progress
 from vitdeploy.quantisation.attention import attention_scales
 from vitdeploy.quantisation.calibration import WANTED, CalibrationImages, from_tensors, read_folder
+from vitdeploy.quantisation.ranges import Ranges
 from vitdeploy.quantisation.recipe import quantise
 from vitdeploy.quantisation.sites import QuantisedModel
 
@@ -75,6 +78,21 @@ def open_calibration(request: ExportRequest, subject: Subject) -> CalibrationIma
     return from_tensors(tensors, bundle.manifest.calibration, subject.preprocess, source)
 
 
+def kept_ranges(request: ExportRequest, subject: Subject) -> Ranges | None:
+    """The ranges that a bundle has beside its calibration images; None where there is none.
+
+    With other outputs, other layers are quantised: then they are measured again.
+    """
+    source = request.calibration
+    if source is None or not looks_like_bundle(source):
+        return None
+    bundle = Bundle.open(source)
+    if bundle.manifest.outputs != subject.outputs:
+        return None
+    tensors = bundle.tensors(CALIBRATION)
+    return Ranges.from_tensors({name: torch.from_numpy(array) for name, array in tensors.items()})
+
+
 def require_same_model(source: Path, weights: Path) -> None:
     """Refuse the calibration of a bundle with other weights than those that were written to ``weights``.
 
@@ -99,9 +117,19 @@ def held_out_arrays(subject: Subject, images: CalibrationImages) -> dict[str, np
 
 
 def quantise_subject(
-    subject: Subject, images: CalibrationImages, kind: Quantised, request: ExportRequest
+    subject: Subject,
+    images: CalibrationImages,
+    kind: Quantised,
+    request: ExportRequest,
+    rests: Sequence[Precision],
+    ranges: Ranges | None,
+    progress: Progress,
 ) -> QuantisedModel:
     """Quantise the deployed model.
+
+    Args:
+        rests: all that artifacts are made around, the narrowest last: scales fit into it.
+        ranges: where these images were measured already.
 
     Raises:
         UsageError: it gives NaN or infinite values for a calibration image.
@@ -109,7 +137,15 @@ def quantise_subject(
     deployed = subject.deployed(PrecisionPlan.of("fp32"))
     assert isinstance(deployed, DeployedModel)  # modules of users' own are refused
     inputs = subject.inputs_of(images.images)
-    model = quantise(deployed, inputs, kind=kind, weight_bits=request.weight_bits)
+    model = quantise(
+        deployed,
+        inputs,
+        kind=kind,
+        weight_bits=request.weight_bits,
+        rest=rests[-1],
+        ranges=ranges,
+        progress=progress,
+    )
     if kind == "fp8" and request.fp8_attention:
         model = replace(model, attention=attention_scales(model.model, inputs))
     return model
@@ -133,10 +169,13 @@ def form_of(
 
 def shortage(model: QuantisedModel) -> str | None:
     """Why a quantised model is not worth an artifact; None where it is."""
-    if model.macs >= LEAST_MACS:
-        return None
-    left = f"{len(model.left_out)} of {len(model.left_out) + len(model.sites)} layers"
-    return (
-        f"{left} would have to stay float, {100 * (1 - model.macs):.0f} % of the multiplications (at most "
-        f"{100 * (1 - LEAST_MACS):.0f} % may)"
-    )
+    if model.macs < LEAST_MACS:
+        return (
+            f"{100 * (1 - model.macs):.0f} % of the multiplications stay float (at most "
+            f"{100 * (1 - LEAST_MACS):.0f} % may)"
+        )
+    if model.falls_short:
+        layers = len(model.left_out) + len(model.sites)
+        floats = f"{len(model.left_out)} of {layers} layers left float"
+        return f"the mean relative error of the calibration images is {model.error:.2g} with {floats}"
+    return None

@@ -24,9 +24,10 @@ from vitdeploy.config import OUTPUTS, BatchRange, Output, Precision, Size, is_ou
 from vitdeploy.errors import DeviceUnavailable, MissingDependency, UsageError, did_you_mean
 from vitdeploy.machine.gpus import find_gpus
 from vitdeploy.quantisation.calibration import WANTED
-from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets
+from vitdeploy.tensorrt.flavours import FLAVOURS, Flavour, check_targets, lacks_fp8
 from vitdeploy.tensorrt.records import BuildSettings
 from vitdeploy.variants import DEFAULT_MODEL
+from vitdeploy.verification.accuracy import check_max_drop
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,6 +133,10 @@ class ExportRequest:
     """Whether ``fp8`` takes the products inside of attention, too."""
     target: str | None = None
     """``tensorrt``: quantised artifacts in the form that it takes, whether it is here or not."""
+    data: Path | None = None
+    """Labelled images, on which quantised artifacts may not be worse than fp32."""
+    max_drop: float | None = None
+    """Points of top-1 that they may lose there; what the images cannot tell passes where it is None."""
     fallback: bool = True
     seed: int = 0
     random: bool = False
@@ -197,12 +202,14 @@ class ExportRequest:
         for flag, said, kinds in (
             ("--calibration", self.calibration is not None, get_args(Quantised)),
             ("--for", self.target is not None, get_args(Quantised)),
+            ("--data", self.data is not None, get_args(Quantised)),
             ("--weight-bits", self.weight_bits != _WEIGHT_BITS[0], ("int8",)),
             ("--fp8-attention", self.fp8_attention, ("fp8",)),
         ):
             if said and set(kinds).isdisjoint(self.precisions):
                 asked = " and ".join(f"--{kind}" for kind in kinds)
                 raise UsageError(f"{flag} is for {asked}", hint=f"leave {flag} out, or add --{kinds[0]}")
+        check_max_drop(self.max_drop, self.data)
         if not self.quantised:
             return
         names = " and ".join(self.quantised)
@@ -251,7 +258,11 @@ class ExportRequest:
         """What is asked of engines."""
         formats = tuple(name for name in self.formats if name == AUTO or name in FLAVOURS)
         return EngineRequest(
-            formats, self._architectures(kernels=False), profiles=self.profiles, settings=self.settings
+            formats,
+            self._architectures(kernels=False),
+            profiles=self.profiles,
+            settings=self.settings,
+            precisions=self.precisions,
         )
 
     @cached_property
@@ -372,7 +383,7 @@ def orders_of(request: EngineRequest) -> tuple[tuple[Order, ...], tuple[str, ...
     Only what ``auto`` asks for is left out with a note; what is named must be there.
 
     Raises:
-        UsageError: an architecture or a setting that the flavour does not have.
+        UsageError: an architecture or a setting that the flavour does not have; fp8 for GPUs without it.
         MissingDependency, DeviceUnavailable: a named flavour's library, or the GPU it needs, is not there.
     """
     orders, notes = [], []
@@ -384,10 +395,34 @@ def orders_of(request: EngineRequest) -> tuple[tuple[Order, ...], tuple[str, ...
                 orders.append(_order(flavour, request))
             except (MissingDependency, DeviceUnavailable, UsageError) as error:
                 notes.append(f"no {flavour.name} engine: {error.message} ({error.hint})")
+    if "fp8" in request.precisions:
+        chosen = orders if request.architectures else [o for o in orders if o.flavour.name in request.formats]
+        require_fp8(chosen)
     unused = AUTO in request.formats and not any(order.flavour.portable for order in orders)
     if request.architectures and unused:
         raise UsageError(f"nothing here builds for {', '.join(request.architectures)}", hint="; ".join(notes))
     return tuple(orders), tuple(notes)
+
+
+def without_fp8(order: Order) -> tuple[str, ...]:
+    """The architectures of an order that have no fp8."""
+    archs = (arch for engine in engines_of(order, "fp8") for arch in engine.targets)
+    return tuple(dict.fromkeys(filter(lacks_fp8, archs)))
+
+
+def require_fp8(orders: Sequence[Order]) -> None:
+    """Refuse to build engines of fp8 for GPUs without it.
+
+    Raises:
+        UsageError: names those that have it.
+    """
+    for order in orders:
+        if lacking := without_fp8(order):
+            has = [arch for arch in FLAVOURS["tensorrt-rtx"].targets if not lacks_fp8(arch)]
+            raise UsageError(
+                f"{order.flavour.title}: {', '.join(lacking)} has no fp8",
+                hint=f"{', '.join(has)} have it; int8 is for every GPU",
+            )
 
 
 def _order(flavour: Flavour, request: EngineRequest) -> Order:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from vitdeploy._version import __version__
 from vitdeploy.bundle import golden
-from vitdeploy.bundle.dtypes import ArtifactPrecision, Quantised
+from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.files import names_below
 from vitdeploy.bundle.folder import CALIBRATION, GOLDEN, HELD_OUT, WEIGHTS, Bundle, BundleWriter
 from vitdeploy.bundle.manifest import (
@@ -39,6 +39,7 @@ from vitdeploy.exporter.artifact_parity import (
     engines_parity,
     first_failure,
     gemms_failure,
+    onnx_answers,
     onnx_parity,
     worst,
 )
@@ -49,6 +50,7 @@ from vitdeploy.exporter.quantised import (
     QuantisedForm,
     form_of,
     held_out_arrays,
+    kept_ranges,
     open_calibration,
     quantise_subject,
     require_same_model,
@@ -66,6 +68,14 @@ from vitdeploy.progress import Progress
 from vitdeploy.quantisation.calibration import CalibrationImages
 from vitdeploy.scores import usual_scores
 from vitdeploy.verification import parity
+from vitdeploy.verification.accuracy import (
+    LabelledImages,
+    TopClasses,
+    find_labelled,
+    judge_drop,
+    judge_quantised,
+    score,
+)
 
 _MODE = 0o644
 """safetensors gives files to their owner alone, but a server that runs as somebody else reads them too."""
@@ -108,9 +118,12 @@ def run_export(
                 request = replace(request, precisions=request.floats, calibration=None)
             subjects = (subject, *further_subjects(opened, request))
             stage.detail = f"{opened.source}, {subject.parameters / 1e6:.1f} M parameters"
-        for note in (*opened.notes, *subject.notes):
+            images = open_calibration(request, subject) if request.quantised else None
+            if images is not None:
+                counts = f"{len(images.images)} images to calibrate with, {len(images.held_out)} held out"
+                stage.detail = f"{stage.detail}, {counts}"
+        for note in (*opened.notes, *subject.notes, *([images.note] if images and images.note else [])):
             progress.note(note)
-        images = _calibration(request, subject, progress)
         provenance = _provenance(request, opened)
         del opened  # and its weights, once they are in the bundle
         whole = _Whole(request, provenance, writer, progress, subjects, images, failures)
@@ -125,23 +138,13 @@ def run_export(
             stage.size = sum(job.write_tensors() for job in whole.jobs)
         if request.calibration is not None:
             require_same_model(request.calibration, writer.directory / WEIGHTS)
+        if request.data is not None:
+            whole.labelled = find_labelled(request.data, whole.manifest())
         del subjects, subject
         for job in whole.jobs:
             job.reload()
         whole.build(orders, engines_note(orders, impossible))
         return writer.commit()
-
-
-def _calibration(request: ExportRequest, subject: Subject, progress: Progress) -> CalibrationImages | None:
-    """The images for what is quantised; None where nothing is."""
-    if not request.quantised:
-        return None
-    with progress.stage("images") as stage:
-        images = open_calibration(request, subject)
-        stage.detail = f"{len(images.images)} to calibrate with, {len(images.held_out)} held out"
-    if images.note:
-        progress.note(images.note)
-    return images
 
 
 def golden_arrays(subject: Subject, names: Sequence[str] | None = None) -> Golden:
@@ -184,6 +187,8 @@ class _Whole:
         self.request, self.provenance = request, provenance
         self.writer, self.progress = writer, progress
         self.images, self.failures = images, failures
+        self.labelled: LabelledImages | None = None
+        """What quantised artifacts are judged on, too."""
         self.jobs = [
             _Job(self, subject, subject.image_size if index else None)
             for index, subject in enumerate(subjects)
@@ -250,14 +255,30 @@ class _Whole:
         A quantised artifact has one image size, the only one.
         """
         job, outcome = self.jobs[0], []
+        if self.labelled is not None:
+            job.exact = self._exact(self.labelled)
         with self.progress.stage("held out") as stage:
             golden = held_out_arrays(job.subject, images)
             stage.detail = f"{len(golden[INPUT])} held-out images in float64"
+        ranges = kept_ranges(self.request, job.subject)
         for kind in self.request.quantised:
-            outcome += job.build_quantised(kind, images, golden, rests)
-        if outcome:
-            for file, arrays in ((HELD_OUT, golden), (CALIBRATION, images.tensors())):
+            model = quantise_subject(job.subject, images, kind, self.request, rests, ranges, self.progress)
+            ranges = model.ranges
+            forms = [form_of(model, kind, rest, images, self.request) for rest in rests]
+            outcome += job.build_quantised(forms, golden)
+        if outcome and ranges is not None:
+            tensors = {name: tensor.numpy() for name, tensor in ranges.tensors().items()}
+            for file, arrays in ((HELD_OUT, golden), (CALIBRATION, {**images.tensors(), **tensors})):
                 _save_arrays(arrays, self.writer.file(file))
+
+    def _exact(self, images: LabelledImages) -> TopClasses:
+        """What fp32 says of labelled images."""
+        with self.progress.stage("accuracy fp32") as stage:
+            bundle = self.writer.seal(self.manifest())
+            answers = onnx_answers(bundle, bundle.artifact("onnx-fp32"), images)
+            right = int((answers[:, 0] == images.labels).sum())
+            stage.detail = f"top-1 {100 * right / len(images.labels):.2f} % of {len(images.labels)} images"
+        return answers
 
     def _build_engines(self, orders: Sequence[Order]) -> None:
         """Engines of every ONNX artifact; held against the reference where they run here."""
@@ -352,6 +373,8 @@ class _Job:
     place: Size | None
     """The size as artifacts name it; None is the first."""
     golden: Golden = field(default_factory=dict)
+    exact: TopClasses | None = None
+    """What fp32 says of the labelled images."""
 
     @property
     def request(self) -> ExportRequest:
@@ -417,42 +440,41 @@ class _Job:
         self.progress.note(failure)
         return self._fall_back(plan, precision, trouble)
 
-    def build_quantised(
-        self, kind: Quantised, images: CalibrationImages, golden: Golden, rests: Sequence[Precision]
-    ) -> list[Artifact]:
-        """The ONNX artifacts of a kind, one for each rest; none where it costs too much.
+    def build_quantised(self, forms: Sequence[QuantisedForm], golden: Golden) -> list[Artifact]:
+        """The ONNX artifacts of a quantised model, up to the first that costs too much.
+
+        Args:
+            forms: of one model, each around another rest.
+            golden: what they are held against.
 
         Raises:
             ParityError: it does, and no fallback is wanted.
         """
-        with self.progress.stage(f"quantise {kind}") as stage:
-            model = quantise_subject(self.subject, images, kind, self.request)
-            stage.detail = f"{len(model.sites)} layers, {100 * model.macs:.0f} % of the multiplications"
-            if model.left_out:
-                stage.detail += f", but not {', '.join(model.left_out)}"
         built: list[Artifact] = []
-        trouble = shortage(model)
-        for rest in rests if trouble is None else ():
-            form = form_of(model, kind, rest, images, self.request)
+        trouble = shortage(forms[0].model)
+        for form in forms if trouble is None else ():
             try:
-                artifact, records = self._attempt(PrecisionPlan.of(rest), kind, quantised=(form, golden))
+                artifact, records = self._attempt(
+                    PrecisionPlan.of(form.rest), form.kind, quantised=(form, golden)
+                )
             except PrecisionError as error:
                 trouble = error.message
                 break
-            trouble = first_failure(records) or self._gemms(artifact, form, golden)
+            trouble = first_failure(records) or self._gemms(artifact, form, golden) or self._drop(artifact)
             if trouble is not None:
                 self.whole.drop(artifact)
                 break
             self.whole.accept([artifact], records)
             built.append(artifact)
         if trouble is not None:
+            failed = forms[len(built)]
             if self.whole.failures is not None and not built:
-                self.whole.failures[kind] = f"it would cost too much of the answers: {trouble}"
+                self.whole.failures[failed.kind] = f"it would cost too much of the answers: {trouble}"
                 return built
-            name = FILES[kind if not built else f"{kind}-{rests[len(built)]}"]
-            failure = f"no {name}: {kind} would cost too much of the answers: {trouble}"
+            failure = f"no {FILES[failed.name]}: {failed.kind} would cost too much of the answers: {trouble}"
             if not self.request.fallback:
-                raise ParityError(failure, hint="leave out --no-fallback, and the others are written")
+                hint = "leave out --no-fallback, and the others are written"
+                raise ParityError(failure, hint=hint)
             others = ", ".join(artifact.path for artifact in self.whole.artifacts)
             self.whole.give_up(f"{failure}; {others} instead")
         return built
@@ -470,6 +492,19 @@ class _Job:
             trouble = gemms_failure(bundle, artifact, golden[INPUT][:_GEMM_IMAGES], scales)
             stage.detail = trouble or f"{len(scales)} products, each as its own integers say"
         return trouble
+
+    def _drop(self, artifact: Artifact) -> str | None:
+        """What is wrong with the classes of labelled images."""
+        images, exact = self.whole.labelled, self.exact
+        if images is None or exact is None:
+            return None
+        with self.progress.stage(f"accuracy {artifact.name.removeprefix('onnx-')}") as stage:
+            bundle = self.writer.seal(self.whole.manifest([artifact]))
+            answers = onnx_answers(bundle, bundle.artifact(artifact.name), images)
+            record = score(artifact.name, "onnxruntime", answers, exact, images.labels)
+            limit = self.request.max_drop
+            held, stage.detail = judge_quantised(record) if limit is None else judge_drop(record, limit)
+        return None if held else stage.detail
 
     def build_kernels(self, precision: Precision) -> None:
         """The fused kernels; what they compute is rehearsed here, and measured where the GPU is."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from vitdeploy.bundle.files import sha256
 from vitdeploy.bundle.folder import Bundle, BundleWriter
 from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.bundle.sizes import named
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import BundleError, UsageError
 from vitdeploy.exporter.artifact_parity import engines_parity
-from vitdeploy.exporter.request import EngineRequest, Order, PlannedEngine, engines_of, orders_of
+from vitdeploy.exporter.request import (
+    EngineRequest,
+    Order,
+    PlannedEngine,
+    engines_of,
+    orders_of,
+    require_fp8,
+    without_fp8,
+)
 from vitdeploy.progress import Progress
 from vitdeploy.tensorrt.child import build_engines
 from vitdeploy.tensorrt.records import BuildJob, BuildResult, BuiltEngine, EngineRecord
@@ -22,18 +32,24 @@ def write_engines(
 ) -> tuple[Artifact, ...]:
     """Build an order's engines of an ONNX artifact that lies in the writer's folder; all from one parse.
 
+    Of fp8 there are none, and a note, where the order is for GPUs without it.
+
     Raises:
         UsageError: the artifact's fixed batch size and the profiles do not agree.
         PrecisionError, ExportError: an engine could not be built, or not as declared.
         MissingDependency, DeviceUnavailable: the library does not load, or the GPU is gone.
     """
     engines = _engines(order, source)
+    if source.precision == "fp8" and (lacking := without_fp8(order)):
+        progress.note(f"no {order.flavour.name} engine of {source.name}: {', '.join(lacking)} has no fp8")
+        return ()
     job = BuildJob(
         flavour=order.flavour.name,
         onnx=str(writer.directory / source.path),
         input=source.inputs[0],
         precision=default_precision(source),
         islands=source.islands,
+        quantised=QuantisedGemms.of(source.precision, source.quantisation),
         profiles=_profiles(order.request, source),
         targets=order.groups,
         outputs=tuple(str(writer.file(engine.path)) for engine in engines),
@@ -100,6 +116,7 @@ def _keep(
         image_size=source.image_size,
         fallback=source.fallback,
         proof=result.proof,
+        quantisation=source.quantisation,
         build_seconds=built.seconds,
         nodes=result.layers,
     )
@@ -118,7 +135,7 @@ def add_engines(
         force: replace engines of the same name.
 
     Raises:
-        UsageError: nothing to build, or nothing to build it from.
+        UsageError: nothing to build, or nothing to build it from; fp8 for GPUs without it.
         BundleError: the bundle is damaged, has such an engine, or was changed by somebody else meanwhile.
         MissingDependency, DeviceUnavailable, PrecisionError, ExportError: as :func:`write_engines`.
         ParityError: an engine that runs here does not compute what the reference computes.
@@ -130,6 +147,8 @@ def add_engines(
     if not orders:
         raise UsageError("no engine can be built here", hint="vitdeploy doctor shows what is installed")
     sources = _sources(bundle, request.precisions)
+    if any(source.precision == "fp8" for source in sources):
+        require_fp8(orders)
     ordered = [engine.name for order in orders for source in sources for engine in _engines(order, source)]
     present = [artifact.name for artifact in bundle.manifest.artifacts if artifact.name in ordered]
     if present and not force:
@@ -154,11 +173,12 @@ def _engines(order: Order, source: Artifact) -> tuple[PlannedEngine, ...]:
 
 
 def default_precision(artifact: Artifact) -> Precision:
-    """The dtype of an artifact outside of its islands."""
-    for precision in (artifact.precision, artifact.requested):
-        if precision != "mixed":
-            return precision
-    return "fp16"
+    """The dtype of an artifact outside of its islands, and of its quantised GEMMs."""
+    if artifact.quantisation is not None:
+        return artifact.quantisation.rest
+    every: tuple[Precision, ...] = get_args(Precision)
+    stated = (artifact.precision, artifact.requested)
+    return next((name for said in stated for name in every if name == said), "fp16")
 
 
 def builds_engines(artifact: Artifact) -> bool:

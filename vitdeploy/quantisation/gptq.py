@@ -93,8 +93,10 @@ class Hessian:
         diagonal = hessian.diagonal()
         order = diagonal.argsort(descending=True)
         diagonal += DAMPING * diagonal.mean().clamp_min(_SMALLEST)
-        lower = torch.linalg.cholesky(hessian[order][:, order])
-        return cls(order, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True))
+        # From the last row on, H = R R' with R upper, so that the inverse is U' U with U = R^-1.
+        lower = torch.linalg.cholesky(hessian[order][:, order].flip(0, 1))
+        upper, ones = lower.flip(0, 1), torch.eye(len(lower), dtype=lower.dtype)
+        return cls(order, torch.linalg.solve_triangular(upper, ones, upper=True))
 
 
 def rounded_weight(weight: Tensor, scale: Tensor, grid: Grid, hessian: Hessian) -> Tensor:

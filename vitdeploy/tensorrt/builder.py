@@ -60,8 +60,8 @@ def run_build_job(job: BuildJob, report: Report) -> BuildResult:
     work = _Work(job, flavour, library, gpu, log, report)
     layers = work.parse()
     parsed = time.perf_counter() - begin
-    proof = prove_network(layers, job.precision, job.islands)
-    require(proof, job.precision, f"an engine of {Path(job.onnx).name}")
+    proof = prove_network(layers, job.precision, job.islands, job.quantised)
+    require(proof, job.precision, f"an engine of {Path(job.onnx).name}", job.quantised)
     fusion = fusible(layers)
     engines = tuple(work.build(index, proof, fusion) for index in range(len(job.targets)))
     return BuildResult(

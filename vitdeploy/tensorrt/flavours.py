@@ -44,6 +44,7 @@ class Flavour:
         return importlib.util.find_spec(self.module) is not None
 
 
+_FP8_SINCE = 89
 _RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 FLAVOURS: Mapping[str, Flavour] = {
     "tensorrt": Flavour("tensorrt", "tensorrt", "TensorRT", (10, 11), b"ftrt", {}),
@@ -90,6 +91,11 @@ def import_tensorrt(flavour: Flavour, purpose: str) -> TensorRt:
 def parse_version(text: str) -> tuple[int, ...]:
     """``"10.16.1.11"`` as numbers: major, minor, patch, build."""
     return tuple(int(part) for part in text.split(".")[:4] if part.isdecimal())
+
+
+def lacks_fp8(arch: str) -> bool:
+    """Whether GPUs of an architecture have no fp8: ``sm_86``; ``sm_80+`` is that one and all later ones."""
+    return int(arch.removeprefix("sm_").removesuffix("+")) < _FP8_SINCE
 
 
 def check_targets(flavour: Flavour, groups: tuple[tuple[str, ...], ...]) -> None:

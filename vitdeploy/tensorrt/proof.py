@@ -14,6 +14,7 @@ from typing import Any
 from vitdeploy.bundle.dtypes import PRECISION_DTYPES, OpDType
 from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
 from vitdeploy.bundle.onnx_graph import GEMMS, declared, undeclared
+from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.config import Precision
 from vitdeploy.errors import ExportError, PrecisionError
 from vitdeploy.tensorrt.api import ILayer, INetworkDefinition
@@ -68,7 +69,7 @@ class Layer:
     nodes: tuple[str, ...]
     """ONNX nodes it stands for; none for what the parser adds by itself."""
     quantised: OpDType | None = None
-    """What a GEMM computes in when all its operands come out of DequantizeLinear."""
+    """What a GEMM computes in when both its operands come out of DequantizeLinear."""
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     """Tensors, of a network's layers."""
@@ -142,7 +143,7 @@ def _columns(layer: ILayer) -> int | None:
 
 
 def _quantised(layer: ILayer, producers: Mapping[str, ILayer]) -> OpDType | None:
-    """The narrow type that all floating-point operands of a layer were in before DequantizeLinear."""
+    """The narrow type that both operands of a layer were in before DequantizeLinear."""
     sources = []
     for tensor in list(_inputs(layer))[:2]:
         producer = producers.get(tensor.name)
@@ -151,8 +152,8 @@ def _quantised(layer: ILayer, producers: Mapping[str, ILayer]) -> OpDType | None
             producer = producers.get(first.name) if first is not None else None
         if producer is None or producer.type.name != "DEQUANTIZE":
             return None
-        sources.append(next(_inputs(producer)))
-    return _dtype(sources[0]) if sources else None
+        sources.append(_dtype(next(_inputs(producer))))
+    return sources[0] if len(set(sources)) == 1 else None
 
 
 def _inspected(row: Mapping[str, Any]) -> Layer:
@@ -172,7 +173,12 @@ def _spelled(tensor: Mapping[str, Any]) -> OpDType:
     return next((dtype for form, dtype in _SPELLINGS if re.search(form, text)), "undefined")
 
 
-def prove_network(layers: Sequence[Layer], precision: Precision, islands: Collection[str]) -> PrecisionProof:
+def prove_network(
+    layers: Sequence[Layer],
+    precision: Precision,
+    islands: Collection[str],
+    quantised: QuantisedGemms | None = None,
+) -> PrecisionProof:
     """Read the proof from the layers of a parsed network.
 
     A strongly typed network is built in the dtypes it has: what stands here is what the engine computes in.
@@ -180,6 +186,7 @@ def prove_network(layers: Sequence[Layer], precision: Precision, islands: Collec
     Args:
         precision: the default dtype of the graph it was parsed from.
         islands: its sites that may be in fp32.
+        quantised: GEMMs that must be in 8 bits on both sides, and no others; None takes what comes.
     """
     default = PRECISION_DTYPES[precision]
     ops = []
@@ -191,11 +198,13 @@ def prove_network(layers: Sequence[Layer], precision: Precision, islands: Collec
         dtype = (layer.quantised if operator in GEMMS else None) or layer.inputs[0]
         island = dtype == "float32" and dtype != default and declared(name, islands)
         ops.append(OpPrecision(name=name, op=operator, dtype=dtype, island=island))
-    ok = any(op.op in GEMMS for op in ops) and not _wide(ops, precision)
+    ok = any(op.op in GEMMS for op in ops) and not _wide(ops, precision, quantised)
     return PrecisionProof(ops=tuple(ops), ok=ok)
 
 
-def require(proof: PrecisionProof, precision: Precision, where: str) -> None:
+def require(
+    proof: PrecisionProof, precision: Precision, where: str, quantised: QuantisedGemms | None = None
+) -> None:
     """Refuse a proof that does not hold.
 
     Raises:
@@ -203,10 +212,11 @@ def require(proof: PrecisionProof, precision: Precision, where: str) -> None:
     """
     if proof.ok:
         return
-    wide = _wide(proof.ops, precision)
+    wide = _wide(proof.ops, precision, quantised)
     names = ", ".join(f"{op.name} ({op.dtype})" for op in wide) or "no GEMM found"
+    dtypes = precision if quantised is None else f"{quantised.kind} where it is quantised, and {precision}"
     raise PrecisionError(
-        f"{where} would not be {precision} everywhere: {names}",
+        f"{where} would not be {dtypes} everywhere: {names}",
         hint="export the model again, or ask for fp32",
     )
 
@@ -225,6 +235,9 @@ def check_built(layers: Sequence[Layer], proof: PrecisionProof, where: str) -> N
             raise PrecisionError(f"{where}: {layer.name} computes {', '.join(sorted(widened))} in fp32")
 
 
-def _wide(ops: Sequence[OpPrecision], precision: Precision) -> list[OpPrecision]:
-    """The undeclared GEMMs, but for those that are quantised on purpose."""
-    return [op for op in undeclared(ops, precision) if op.dtype not in _NARROW]
+def _wide(
+    ops: Sequence[OpPrecision], precision: Precision, quantised: QuantisedGemms | None
+) -> list[OpPrecision]:
+    """The undeclared GEMMs; where nothing is said of quantised ones, not those."""
+    wrong = undeclared(ops, precision, quantised)
+    return [op for op in wrong if quantised is not None or op.dtype not in _NARROW]

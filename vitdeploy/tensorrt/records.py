@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitdeploy.bundle.manifest import PrecisionProof, Sha256, TensorSpec, first_problem
+from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.tensorrt.flavours import FlavourName
@@ -72,6 +73,8 @@ class BuildJob(_Record):
     precision: Precision
     """The graph's default dtype."""
     islands: tuple[str, ...]
+    quantised: QuantisedGemms | None = None
+    """Of its GEMMs, those that must be in 8 bits; None asks for none."""
     profiles: tuple[BatchRange, ...]
     targets: tuple[tuple[str, ...], ...]
     """Architectures of each engine; one empty group is the GPU that is here."""

@@ -27,6 +27,8 @@ TopClasses = NDArray[np.int64]
 
 REFERENCE = "reference"
 """What records call the reference model."""
+USUAL_DROP = 1.0
+"""Points of top-1 that what is quantised may lose where nothing else is said."""
 _TOP = 5
 _Z = 1.959963984540054
 """Of a standard normal variable, the quantile 0.975."""
@@ -247,6 +249,21 @@ def judge_drop(record: Scored, max_drop: float) -> tuple[bool, str]:
     if low < max_drop < high:
         said += f"; {record.images} images cannot tell: the interval holds {max_drop:g}"
     return held, said
+
+
+def judge_quantised(record: AccuracyRecord) -> tuple[bool, str]:
+    """Whether images show that a quantised artifact loses more than ``USUAL_DROP``, and one line about it.
+
+    They do where the whole interval of the true drop lies beyond it. Few images show little either way.
+    """
+    low, high = sorted(-100 * limit for limit in record.top1_interval)
+    held = low <= USUAL_DROP
+    share, lost = 100 * record.correct / record.images, 0.0 - 100 * record.top1_difference
+    said = (
+        f"top-1 {share:.2f} % of {record.images} images, {lost:.2f} points below the reference "
+        f"(95 % interval {low:.2f} to {high:.2f})"
+    )
+    return held, said if held else f"{said}, which is wholly beyond the {USUAL_DROP:g} that 8 bits may cost"
 
 
 def compare_accuracy(classes: TopClasses, reference: TopClasses, labels: Labels) -> AccuracyComparison:

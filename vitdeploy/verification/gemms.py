@@ -78,7 +78,8 @@ class Operand:
             rounded = np.rint(cut)
         else:
             rounded = (cut.astype(np.float16) if by_half else cut).astype(_dtype(self.dtype))
-        return rounded.astype(np.float64) * self.scale
+        read: Array = rounded.astype(np.float64) * self.scale
+        return read
 
     def clipped(self, values: Mapping[str, Array]) -> float:
         """The relative error of being cut off."""
@@ -298,7 +299,8 @@ def _run_openvino(
 def _dtype(name: str) -> np.dtype[Any]:
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, name))
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return dtype
 
 
 def _relative(got: Array, exact: Array) -> float:

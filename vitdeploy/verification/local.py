@@ -35,6 +35,7 @@ from vitdeploy.verification.accuracy import (
     check_max_drop,
     find_labelled,
     judge_drop,
+    judge_quantised,
     score,
     top_classes,
 )
@@ -135,8 +136,7 @@ def verify_bundle(
         job.notes.append(f"the bundle {opened.manifest.refuses_images}: no pixels were compared")
     job.failures += [f"preprocessing: {reason}" for reason in preprocess.failures]
     job.run(pairs, images)
-    if max_drop is not None:
-        job.judge_drops(max_drop)
+    job.judge_drops(max_drop)
     unproven = tuple(a.name for a in opened.manifest.artifacts if a.name not in job.executed)
     if backends is None:
         job.require_all(unproven)
@@ -309,12 +309,13 @@ class _Verification:
             named = f"{', '.join(sites[:3])}{more}"
             self.notes.append(f"{pair.name} on {pair.backend.name} computes {share} in floats: {named}")
 
-    def judge_drops(self, max_drop: float) -> None:
-        """Hold the accuracy of every artifact against the reference's."""
+    def judge_drops(self, max_drop: float | None) -> None:
+        """Hold artifacts' accuracy against the reference's; without a number, that of quantised ones."""
+        quantised = {artifact.name for artifact in self.bundle.manifest.artifacts if artifact.is_quantised}
         for record in self.accuracy:
-            if record.model in self.references:
+            if record.model in self.references or (max_drop is None and record.model not in quantised):
                 continue
-            held, said = judge_drop(record, max_drop)
+            held, said = judge_quantised(record) if max_drop is None else judge_drop(record, max_drop)
             if held:
                 self.notes.append(f"{record.model}: {said}")
             else:
