@@ -57,8 +57,7 @@ def insert(
         emitter.linear(site)
     for name, scales in attention.items():
         emitter.attention(name, scales)
-    if emitter.for_cpus and any(site.kind == "int8" for site in sites.values()):
-        emitter.stop_scales()
+    emitter.stop_scales()
     model.ir_version = max(model.ir_version, 9)  # the first with fp8
 
 
