@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.helpers.models import CONFIGS, pixels, random_vit
 from tests.helpers.quantised import HEAD, declared, graph_of, quantised, quantised_file, quantised_vit
@@ -30,7 +30,7 @@ from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import architecture_of
 from vitdeploy.quantisation.qdq import insert
-from vitdeploy.quantisation.sites import AttentionScales
+from vitdeploy.quantisation.sites import AttentionScales, QuantisedSite
 from vitdeploy.verification.gemms import check_gemms
 
 CONFIG = dataclasses.replace(CONFIGS["vit"], depth=2)
@@ -231,6 +231,50 @@ def test_a_swin_is_int8_on_both(tmp_path: Path, name: str) -> None:
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     others = compiled([pixels(config, 2).numpy()])[0]
     assert np.linalg.norm(others - answers) < 0.1 * np.linalg.norm(answers)
+
+
+def rows_to_tokens(tokens: int, columns: int) -> ir.Model:
+    """A norm over rows, which become tokens before they are multiplied."""
+    generator = np.random.default_rng(0)
+    constants = {
+        "gain": generator.uniform(0.5, 1.5, columns).astype(np.float32),
+        "shape": np.array([-1, tokens, columns], np.int64),
+        "fc.weight": generator.standard_normal((columns, 24)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "gain"], ["normed"], name="norm/LayerNormalization"),
+        helper.make_node("Reshape", ["normed", "shape"], ["tokens"], name="cut/Reshape"),
+        helper.make_node("MatMul", ["tokens", "fc.weight"], ["y"], name="fc/MatMul"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "rows",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["R", columns])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", tokens, 24])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [8, 16, 24, 32])
+def test_openvino_keeps_the_scales_of_columns_on_columns(tmp_path: Path, tokens: int) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = rows_to_tokens(tokens, 16)
+    const = model.graph.initializers["fc.weight"].const_value
+    assert const is not None
+    weight = torch.from_numpy(const.numpy().copy())
+    scale = weight.abs().amax(0) / 63
+    stored = (weight / scale).round().to(torch.int8)
+    insert(model, {"fc": QuantisedSite("fc", "int8", stored, scale, 0.03, None)}, "fp32")
+    ir.save(model, tmp_path / "m.onnx")
+    x = np.random.default_rng(1).standard_normal((2 * tokens, 16)).astype(np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"x": x})
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    (got,) = openvino.Core().compile_model(str(tmp_path / "m.onnx"), "CPU", hint)([x]).values()
+    assert np.linalg.norm(got - expected) < 1e-2 * np.linalg.norm(expected)
 
 
 # --- planted faults, found by name ----------------------------------------------------------------------

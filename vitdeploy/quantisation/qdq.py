@@ -57,8 +57,7 @@ def insert(
         emitter.linear(site)
     for name, scales in attention.items():
         emitter.attention(name, scales)
-    if emitter.for_cpus and any(site.kind == "int8" for site in sites.values()):
-        emitter.stop_scales()
+    emitter.stop_scales()
     model.ir_version = max(model.ir_version, 9)  # the first with fp8
 
 
@@ -162,7 +161,7 @@ class _Emitter:
     def stop_scales(self) -> None:
         """A Reshape before those that make tokens or windows of rows: it ends OpenVINO's way for scales.
 
-        OpenVINO moves the scales of columns behind a Reshape wherever there are more tokens than columns. It
+        OpenVINO moves the scales of columns behind a Reshape wherever there are as many tokens, or more. It
         answers wrongly then where the one is a multiple of the other, and loads nothing where it is not.
         """
         for node in list(self.graph):
@@ -173,7 +172,7 @@ class _Emitter:
             sizes = target.const_value.numpy().tolist() if target and target.const_value else []
             if len(sizes) < 3 or not isinstance(columns, int):
                 continue
-            if sizes[1] > columns:
+            if sizes[1] >= columns:
                 name = f"{node.name}_apart"
                 shape = self.constant(f"{name}.1", np.array([1, -1, columns], np.int64))
                 apart = ir.node("Reshape", [x, shape], name=name)
