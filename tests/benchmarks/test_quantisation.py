@@ -184,7 +184,7 @@ def test_onnx_runtimes_quantiser_takes_our_graph(name: str, digits_onnx: Path, t
         read = [makers[node.input[1]].op_type for node in products if node.input[1] in makers]
         heads = len([node for node in graph.node if node.op_type == "Softmax"])
         assert len(read) - read.count("DequantizeLinear") == 2 * heads  # in attention
-        assert read.count("DequantizeLinear") >= 4 * heads
+        assert read.count("DequantizeLinear") > 3 * heads  # the last block reads one token, and has fewer
     else:
         assert any(node.op_type.startswith("MatMulInteger") for node in graph.node)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
