@@ -37,7 +37,9 @@ def spread(model: DeployedModel, images: Tensor) -> dict[str, tuple[float, float
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "swin wide" else []) for name in MODELS]
+)
 @torch.no_grad()
 def test_migrated_models_are_the_same_function(name: str) -> None:
     model, images = deployed(name, PrecisionPlan.exact()), images_of(name).double()
