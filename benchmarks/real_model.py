@@ -322,7 +322,7 @@ def save_classifier(
     features = pooled(tokens(pixels)).astype(np.float64)
     mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-6
     probe = LogisticRegression(max_iter=300).fit((features - mean) / deviation, list(map(names.index, given)))
-    weight = probe.coef_ / deviation
+    weight = np.ascontiguousarray(probe.coef_ / deviation)  # safetensors writes memory as it lies
     state = {f"dinov2.{name}": array for name, array in load_file(plain / "model.safetensors").items()}
     state["classifier.weight"] = weight.astype(np.float32)
     state["classifier.bias"] = (probe.intercept_ - weight @ mean).astype(np.float32)

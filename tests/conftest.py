@@ -18,6 +18,7 @@ from tests.helpers.exports import Exported, Exports
 
 if TYPE_CHECKING:
     from tests.helpers.strangers import Strangers
+    from vitdeploy.bundle.folder import Bundle
 
 # Tests run in several processes at once: one core each, or their thread pools fight over the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -93,6 +94,19 @@ def digits_onnx(exports: Exports) -> Path:
 def digits_embedding(exports: Exports) -> Path:
     """The digits model as ONNX that gives embeddings: its pooled vector, of length 1."""
     return export_digits(exports, "--output", "embedding", "--format", "onnx").folder
+
+
+@pytest.fixture(scope="session")
+def digits_int8(exports: Exports) -> Bundle:
+    """The digits model in int8, calibrated with its own pictures."""
+    from vitdeploy.bundle.folder import Bundle
+    from vitdeploy.data import digits_folder
+
+    images = str(digits_folder() / "images")
+    flags = ("--int8", "--calibration", images, "--data", images, "--batch", "1,2,4", "--format", "onnx")
+    exported = export_digits(exports, *flags)
+    assert "top-1 100.00 % of 20 images, 0.00 points below" in exported.result.err
+    return Bundle.open(exported.folder)
 
 
 def export_digits(exports: Exports, *flags: str) -> Exported:

@@ -270,6 +270,11 @@ def test_the_most_exact_that_any_backend_runs(tmp_path: Path, monkeypatch: pytes
     with Predictor.open_most_exact(narrow) as predictor:
         facts = predictor.session.facts
     assert (facts.artifact, facts.backend) == ("onnx-bf16", "openvino")
+    beside = write_quantised(tmp_path / "c", precisions=("bf16",))
+    with Predictor.open_most_exact(beside) as predictor:
+        assert predictor.session.facts.artifact == "onnx-bf16"
+    with Predictor.open_most_exact(write_quantised(tmp_path / "d", precisions=())) as predictor:
+        assert predictor.session.facts.artifact == "onnx-int8"
     monkeypatch.setattr("vitdeploy.predictor.all_backends", lambda: ())
     with pytest.raises(UsageError, match=r"onnx-bf16: .*bf16"):
         Predictor.open_most_exact(narrow)

@@ -283,7 +283,8 @@ def load(
             run: what ``vitdeploy bench --pick`` chose for this machine; else ONNX Runtime. The predictor's
             ``note`` says which choice was taken.
         artifact: its name or precision (``"onnx-fp16"``, ``"fp16"``). When omitted: the most precise that
-            the backend runs on this machine (fp32, mixed, fp16, bf16).
+            the backend runs on this machine (fp32, mixed, fp16, bf16); int8 or fp8 where it runs no other,
+            and ``note`` says so.
         threads: CPU threads; the runtime's own choice when omitted.
         provider: ONNX Runtime's execution provider: ``"cpu"``, ``"cuda"`` or ``"tensorrt"``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, for backends that have the choice.

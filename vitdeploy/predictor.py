@@ -144,19 +144,22 @@ class Predictor:
 
     @classmethod
     def open_most_exact(cls, bundle: Bundle) -> Predictor:
-        """Open the most exact artifact that something on this machine runs: ONNX Runtime, if that does.
+        """Open the most exact artifact that something on this machine runs: ONNX Runtime, if that does; a
+        quantised one where nothing runs another.
 
         Raises:
             VitdeployError: nothing runs one; the reason of the first backend that might.
         """
         reason: VitdeployError | None = None
         others = [backend for backend in all_backends() if backend.name != DEFAULT_BACKEND]
-        for backend in (get_backend(DEFAULT_BACKEND), *others):
-            if backend.availability().ok:
-                try:
-                    return cls(bundle, backend.load(bundle, choose_artifact(bundle, backend), Options()))
-                except VitdeployError as error:
-                    reason = reason or error
+        able = [b for b in (get_backend(DEFAULT_BACKEND), *others) if b.availability().ok]
+        for quantised, backend in itertools.product((False, True), able):
+            try:
+                chosen = choose_artifact(bundle, backend)
+                if (chosen is not None and chosen.is_quantised) == quantised:
+                    return cls(bundle, backend.load(bundle, chosen, Options()))
+            except VitdeployError as error:
+                reason = reason or error
         raise reason or VitdeployError(f"{bundle.root}: no backend works on this machine")
 
     def predict(self, images: AnyImage | Iterable[AnyImage], top_k: int = 5) -> list[list[Prediction]]:

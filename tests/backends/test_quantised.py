@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def test_gpu_providers(bundle: Bundle, kind: Any) -> None:
     double = Double(TENSORRT, CUDA, version="1.28.0")
     assert providers.set_up(double, bundle, chosen, "cuda").executes == "fp32"
     setup = providers.set_up(double, bundle, chosen, "tensorrt")
+    assert "in types that TensorRT chooses" in setup.executes
     assert setup.providers[0][1].get("trt_int8_enable") == ("1" if kind == "int8" else None)
 
 
@@ -142,3 +144,21 @@ def test_threads_spin_where_asked(bundle: Bundle) -> None:
         assert session.run({"pixel_values": held_out()["pixel_values"]})["logits"].shape == (6, 5)
     with pytest.raises(UsageError, match="the openvino backend has no threads that can be told to spin"):
         get_backend("openvino").load(bundle, chosen, Options(spin=True))
+
+
+@pytest.mark.parametrize(
+    "precision, executes, said",
+    [
+        ("int8", "int8", False),
+        ("int8", "bf16+int8", False),
+        ("int8", "int8+fp16, in fp32 where this CPU has no kernel for it", False),
+        ("int8", "int8, in types that TensorRT chooses layer by layer", False),
+        ("int8", "bf16", True),
+        ("fp8", "fp32", True),
+        ("bf16", "fp32", False),
+    ],
+)
+def test_where_8_bits_are_missing(bundle: Bundle, precision: Any, executes: str, said: bool) -> None:
+    with get_backend("onnxruntime").load(bundle, bundle.artifact("int8"), Options()) as session:
+        facts = dataclasses.replace(session.facts, precision=precision, executes=executes)
+    assert (emulated(facts) is not None) == said

@@ -70,15 +70,18 @@ def test_errors_that_do_not_hold_are_said() -> None:
         "crops, int8: error 0.041 instead of 0.04",
         "crops, int8: 1.5 points of top-1 lost instead of 1.0",
         "crops, fp8: error 0.061 instead of 0.06",
-        *(f"crops: error 0.041 is more than half of {name}'s 0.07" for name in quantisation.NNCF),
+        "crops, int8: error 0.041 instead of 0.5 × nncf-plain's 0.07",
         "digits, fp8: error 0.061 instead of 0.06",
     ]
 
 
 def test_what_was_not_measured_is_no_success() -> None:
-    lines = quantisation.broken_claims({"skipped": {}})
-    assert len(lines) == len(quantisation.LEAST) + len(TASKS) + len(quantisation.QUANTISING)
-    assert all("not measured" in line or "None" in line for line in lines)
+    assert quantisation.unmeasured(record()) == []
+    lines = quantisation.unmeasured({})
+    names = {quantisation.FIRST, *quantisation.MOST, *quantisation.NNCF}
+    assert len(lines) == len(quantisation.LEAST) + len(TASKS) * len(names) + 1
+    assert quantisation.broken_claims({}) == []
+    assert quantisation.doubts({})[-1] == "ViT-B/16, the export: not measured"
 
 
 def test_errors_and_answers_of_features() -> None:
@@ -130,10 +133,26 @@ def test_a_record_has_a_line_for_each_cell() -> None:
     assert sum(line.startswith('{"variant"') for line in text.splitlines()) == 2 * len(quantisation.VARIANTS)
 
 
+def test_the_errors_of_other_tools_that_are_slower_are_larger_too() -> None:
+    wrong = record(nncf=29.0)
+    for cell in wrong["accuracy"]:
+        cell["error"] = {"nncf": 0.06, "nncf-plain": 0.02}.get(cell["variant"], cell["error"])
+    assert quantisation.broken_claims(wrong) == [
+        f"{task}, int8: error 0.03 instead of 1 × nncf-plain's 0.02" for task in TASKS
+    ]
+
+
 def test_the_document_says_what_the_record_says() -> None:
     committed = json.loads(quantisation.RESULTS.read_text(encoding="utf-8"))
     assert quantisation.PART.read() == quantisation.tables(committed)
     assert quantisation.broken_claims(committed) == []
+
+
+@pytest.mark.xfail(
+    reason="the speeds, fp8 and 8-bit weights are measured on a machine that does nothing else"
+)
+def test_every_claim_was_measured() -> None:
+    assert quantisation.unmeasured(json.loads(quantisation.RESULTS.read_text(encoding="utf-8"))) == []
 
 
 def test_every_quantiser_has_a_file_and_an_environment() -> None:
@@ -143,6 +162,7 @@ def test_every_quantiser_has_a_file_and_an_environment() -> None:
         assert tool.environment is None or tool.environment in environments.NAMES
 
 
+@pytest.mark.slow
 def test_a_tool_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> None:
     with pytest.raises(QuantiserFailure, match=r"ort-dynamic ended with 1: .*none\.onnx"):
         quantisers.quantised("ort-dynamic", tmp_path / "none.onnx", tmp_path / "none.npy", tmp_path / "made")
@@ -157,6 +177,14 @@ def test_onnx_runtimes_quantiser_takes_our_graph(name: str, digits_onnx: Path, t
     images = tmp_path / "images.npy"
     np.save(images, Bundle.open(digits_onnx).golden()["pixel_values"])
     file = quantisers.quantised(name, digits_onnx / "model.onnx", images, tmp_path / "made")
-    kinds = [node.op_type for node in onnx.load(file).graph.node]
-    assert "QuantizeLinear" in kinds or "MatMulInteger" in kinds
+    graph = onnx.load(file).graph
+    makers = {output: node for node in graph.node for output in node.output}
+    if name == "ort-static":
+        products = [node for node in graph.node if node.op_type == "MatMul"]
+        read = [makers[node.input[1]].op_type for node in products if node.input[1] in makers]
+        heads = len([node for node in graph.node if node.op_type == "Softmax"])
+        assert len(read) - read.count("DequantizeLinear") == 2 * heads  # in attention
+        assert read.count("DequantizeLinear") > 3 * heads  # the last block reads one token, and has fewer
+    else:
+        assert any(node.op_type.startswith("MatMulInteger") for node in graph.node)
     assert [path.name for path in file.parent.iterdir()] == [file.name]

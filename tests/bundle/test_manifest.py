@@ -333,3 +333,20 @@ def test_means_are_as_many_as_channels() -> None:
     assert not bands.classifies_images
     assert bands.refuses_images == "reads tensors of 12 channels, not images"
     assert draft().refuses_images == "says nothing of preprocessing"
+
+
+def test_only_some_artifacts() -> None:
+    """What belongs to the others goes with them; what several use stays as long as one does."""
+    paths = {name: f"model.{name}.onnx" for name in ("fp32", "fp16", "bf16")}
+    shared = [
+        artifact(f"onnx-{name}", path=path, files=(path, "all.data", f"{name}.json"))
+        for name, path in paths.items()
+    ]
+    files = {name: RECORD for a in shared for name in a.files} | {"weights.safetensors": RECORD}
+    whole = seal(draft(artifacts=tuple(shared)), files)
+    some = whole.only({"onnx-fp16", "no such artifact"})
+    assert [a.name for a in some.artifacts] == ["onnx-fp16"]
+    assert set(some.files) == {"model.fp16.onnx", "all.data", "fp16.json", "weights.safetensors"}
+    assert seal(some, some.files).digest != whole.digest
+    assert set(whole.only(()).files) == {"weights.safetensors"}
+    assert whole.only({a.name for a in shared}) == whole

@@ -73,9 +73,6 @@ optimize -m digits --max-drop 1
 optimize -m digits --data nowhere
 optimize -m digits --data photos --max-drop 101
 optimize -m digits --image-size 28,32
-optimize -m digits --calibration nowhere
-optimize -m digits --calibration photos
-optimize -m digits --calibration notes.txt
 optimize -m digits -o linear.bundle
 optimize -m digits -o notes.txt --force
 optimize -m digits -o notes.txt/x.bundle

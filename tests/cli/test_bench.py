@@ -218,6 +218,8 @@ def test_a_foreign_file_to_compare_with(
         (["--tolerance", "much"], "--tolerance much: not a share"),
         (["--tolerance", "500%"], "--tolerance 500%: not a share"),
         (["--pick", "speed"], "--pick speed: not a goal"),
+        (["--spin", "off,yes"], "--spin yes: neither off nor on"),
+        (["--spin", ","], "names nothing"),
         (["--max-latency-ms", "5"], "--max-latency-ms goes with --pick"),
         (["-o", "no/such/folder/results.json"], "the folder no/such/folder does not exist"),
         (["--html", "/proc/report.html"], "/proc/report.html: cannot be written"),

@@ -17,9 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vitdeploy
-from tests.conftest import export_digits
 from tests.exporter.test_run import Recorder, folder
-from tests.helpers.exports import Exports
 from tests.helpers.models import CONFIGS, random_state
 from tests.helpers.pictures import pictures
 from vitdeploy.backends.base import all_backends
@@ -41,15 +39,6 @@ IMAGES = digits_folder() / "images"
 SMALL = dataclasses.replace(CONFIGS["vit"], depth=2)
 STATE = random_state(SMALL, spread=0.15)
 RUNTIMES = {b.name for b in all_backends() if b.name in ("onnxruntime", "openvino") and b.availability().ok}
-
-
-@pytest.fixture(scope="session")
-def digits_int8(exports: Exports) -> Bundle:
-    """The digits model in int8, calibrated with its own pictures."""
-    flags = ("--int8", "--calibration", str(IMAGES), "--data", str(IMAGES), "--batch", "1,2,4")
-    exported = export_digits(exports, *flags, "--format", "onnx")
-    assert "top-1 100.00 % of 20 images, 0.00 points below" in exported.result.err
-    return Bundle.open(exported.folder)
 
 
 def integers(bundle: Bundle, name: str = "onnx-int8") -> dict[str, np.ndarray[Any, Any]]:

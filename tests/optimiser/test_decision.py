@@ -125,6 +125,17 @@ def test_what_loses_too_much_accuracy_is_refused() -> None:
         decided(int8, max_drop=0.5)
 
 
+def test_without_a_limit_int8_must_not_be_worse_beyond_doubt() -> None:
+    fp32 = contestant(p50=20.0, accuracy=accuracy(-0.05))
+    worse = contestant("int8", 5.0, accuracy=accuracy(-0.05))
+    found = decided(fp32, worse)
+    assert found.winner == fp32, "a float is as it is"
+    verdict, said = why(found, worse)
+    assert (verdict, "wholly beyond the 1 that 8 bits may cost" in said) == ("refused", True)
+    doubtful = contestant("int8", 5.0, accuracy=accuracy(-0.02))
+    assert decided(fp32, doubtful).winner == doubtful
+
+
 CELLS = st.lists(
     st.tuples(
         st.sampled_from(("fp32", "fp16", "bf16", "int8", "fp8")),
@@ -198,4 +209,6 @@ def test_the_sieve_keeps_the_best_of_each_group_that_may_win(
         assert not of_it or min(of_it) in [cost(one) for one in kept]
     others = [one for one in kept if one.precision not in QUANTISED]
     assert len(others) <= FINALISTS + 1
-    assert all(cost(one) <= FAR * min(map(cost, best)) for one in others if one.precision != "fp32")
+    floats = [cost(one) for one in best if one.precision not in QUANTISED]
+    assert all(cost(one) <= FAR * min(floats) for one in others if one.precision != "fp32")
+    assert not floats or min(floats) == min(map(cost, others)), "what int8 has to beat"

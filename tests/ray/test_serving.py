@@ -25,13 +25,10 @@ from sklearn.datasets import load_sample_images
 
 from tests.helpers.bundles import LABELS, WEIGHT, answer_images, golden_arrays, write_bundle
 from tests.helpers.processes import MARK, marked, wait_for
-from tests.helpers.quantised_bundles import write_quantised
-from vitdeploy.errors import ParityError, UsageError
+from vitdeploy.errors import UsageError
 from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import write_package
-from vitdeploy.predictor import Predictor
 from vitdeploy.ray.serving import DeploymentSettings, application
-from vitdeploy.ray.serving import _check_parity as check_parity
 
 CLIENTS = 32
 SCALE = np.float32(2**-5)
@@ -47,17 +44,6 @@ def test_settings_are_checked_before_anything_starts() -> None:
     with pytest.raises(UsageError, match="says no size"):
         application("b", {"name": "m", "fit": "widest"})
     assert DeploymentSettings(name="m").top_k == 5
-
-
-def test_a_quantised_replica_is_held_against_its_own_images(tmp_path: Path) -> None:
-    with Predictor.open(write_quantised(tmp_path / "a"), artifact="int8") as predictor:
-        check_parity(predictor, 4)
-    coarse = write_quantised(tmp_path / "b", steps=2)
-    with (
-        Predictor.open(coarse, artifact="int8") as predictor,
-        pytest.raises(ParityError, match="onnx-int8 on"),
-    ):
-        check_parity(predictor, 4)
 
 
 def jpeg(number: int) -> bytes:

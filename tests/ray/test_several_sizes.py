@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from starlette.requests import Request
 
+from tests.helpers.ray_replicas import MAX_BATCH, MAX_DELAY_MS, gathering, post
 from tests.helpers.several_sizes import LABELS, SIZES, answer_image, several_sizes
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import Size, size_name
@@ -105,39 +105,6 @@ def test_one_size_has_no_column_for_it(tmp_path: Path, photos: list[Path]) -> No
     assert "image_size" not in row
 
 
-def post(body: bytes) -> Request:
-    """A request to ``:predict``."""
-    sent = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        return sent.pop()
-
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/models/m:predict",
-        "query_string": b"",
-        "headers": [],
-        "server": ("127.0.0.1", 80),
-        "scheme": "http",
-    }
-    return Request(scope, receive)
-
-
-def gathering(max_batch_size: int, batch_wait_timeout_s: float) -> Any:
-    """In place of Ray Serve's batching, which runs within Ray only: each image is a batch of its own."""
-
-    def decorate(run: Any) -> Any:
-        async def one(pixels: Any) -> Any:
-            (row,) = await run([pixels])
-            return row
-
-        return one
-
-    assert (max_batch_size, batch_wait_timeout_s) == (4, 0.02)
-    return decorate
-
-
 @pytest.mark.slow
 def test_a_replica_chooses_for_each_image(
     bundle: Bundle, photos: list[Path], monkeypatch: pytest.MonkeyPatch
@@ -147,7 +114,9 @@ def test_a_replica_chooses_for_each_image(
     monkeypatch.setattr(serve, "batch", gathering)
 
     async def main() -> list[Any]:
-        replica = Replica(str(bundle.root), {"name": "m", "max_batch": 4, "max_delay_ms": 20})
+        replica = Replica(
+            str(bundle.root), {"name": "m", "max_batch": MAX_BATCH, "max_delay_ms": MAX_DELAY_MS}
+        )
         asked = [replica(post(path.read_bytes())) for path in 3 * photos]
         return [json.loads(bytes(answer.body)) for answer in await asyncio.gather(*asked)]
 

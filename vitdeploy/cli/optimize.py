@@ -43,7 +43,14 @@ def command(
             help="Images that are computed together.  [default: 1 for latency, 8 for throughput]",
         ),
     ] = None,
-    calibration: export.Calibration = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR|BUNDLE",
+            help="Images for int8, which else does not take part: a folder with 48 or more typical ones, at "
+            "least 8, no labels; or a quantised bundle of the same model.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Labelled images to measure accuracy on: DIR/<label>/*.jpg."),
@@ -60,7 +67,10 @@ def command(
         str | None,
         typer.Option(metavar="B,...", help="Backends to try.  [default: those that could win here]"),
     ] = None,
-    image_size: export.ImageSize = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(metavar="N|HxW", help="Height and width in pixels.  [default: the checkpoint's own]"),
+    ] = None,
     input: export.Input = "float",
     output_kind: export.Output = None,
     labels: export.Labels = None,

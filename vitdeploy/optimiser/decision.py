@@ -13,14 +13,14 @@ from vitdeploy.bundle.dtypes import QUANTISED
 from vitdeploy.errors import ParityError
 from vitdeploy.optimiser.record import Tried, Verdict, tried
 from vitdeploy.predictor import EXACTNESS
-from vitdeploy.verification.accuracy import judge_drop
+from vitdeploy.verification.accuracy import judge_drop, judge_quantised
 
 QUANTISED_GAIN: Final = 1.15
 """How many times as fast as the best float artifact a quantised one must be: it costs accuracy."""
 FAR: Final = 1.5
-"""A contestant that takes so many times as long as the fastest at a first look is not measured again."""
+"""A float contestant that takes so many times as long as the fastest at a first look goes no further."""
 FINALISTS: Final = 5
-"""Measured together, at most; besides, whatever their places, the fastest fp32 and what is quantised."""
+"""Floats that are measured together, at most; besides the fastest fp32, and all that is quantised."""
 
 
 class Decision(NamedTuple):
@@ -61,15 +61,17 @@ def sieve(groups: Sequence[Sequence[Cell]]) -> Sieve:
         best += right[:1]
         lost += [tried(cell, "slower", f"{_times(right[0], cell)}, in a first look") for cell in right[1:]]
     best.sort(key=cost)
-    plain = [cell for cell in best if cell.precision == "fp32"][:1]
-    judged = [*plain, *(cell for cell in best if cell.precision in QUANTISED)]
-    wanted = [cell for cell in best[:FINALISTS] if cost(cell) <= FAR * cost(best[0])]
-    wanted += [cell for cell in judged if cell not in wanted]
+    # Floats are held against floats: the best of them is what a quantised one has to beat.
+    floats = [cell for cell in best if cell.precision not in QUANTISED]
+    wanted = [cell for cell in floats[:FINALISTS] if cost(cell) <= FAR * cost(floats[0])]
+    plain = [cell for cell in floats if cell.precision == "fp32"][:1]
+    wanted += [cell for cell in plain if not _among(cell, wanted)]
     lost += [
-        tried(cell, "slower", f"{_times(best[0], cell)}, in a first look")
-        for cell in best
-        if cell not in wanted
+        tried(cell, "slower", f"{_times(floats[0], cell)}, in a first look")
+        for cell in floats
+        if not _among(cell, wanted)
     ]
+    wanted += [cell for cell in best if cell.precision in QUANTISED]
     return Sieve(tuple(places[id(cell)] for cell in wanted), tuple(lost))
 
 
@@ -82,6 +84,7 @@ def decide(results: Results, subject: str, goal: Goal, max_drop: float | None = 
     Args:
         subject: the bundle's name in the results.
         max_drop: points of top-1 that a cell may be below the reference; one without accuracy then loses.
+            Where it is None, a quantised one must not be worse beyond doubt (``judge_quantised``).
 
     Raises:
         ParityError: no cell is right.
@@ -100,7 +103,9 @@ def decide(results: Results, subject: str, goal: Goal, max_drop: float | None = 
     exact = [cell for cell in fit if cell.precision not in QUANTISED]
     best = pick(results.model_copy(update={"cells": tuple(exact)}), subject, goal) if exact else None
     quick = [
-        cell for cell in fit if cell not in exact and (best is None or gain(cell, best) >= QUANTISED_GAIN)
+        cell
+        for cell in fit
+        if not _among(cell, exact) and (best is None or gain(cell, best) >= QUANTISED_GAIN)
     ]
     winner = min(quick, key=cost) if quick else best
     assert winner is not None  # something fits: if it is no float, nothing refuses it
@@ -110,7 +115,7 @@ def decide(results: Results, subject: str, goal: Goal, max_drop: float | None = 
             continue
         if index in out:
             verdict, why = out[index]
-        elif cell not in exact and cell not in quick and best is not None:
+        elif best is not None and not _among(cell, exact) and not _among(cell, quick):
             verdict = "refused"
             why = f"{gain(cell, best):.2f}x of {label(best)}: less than the {QUANTISED_GAIN:g}x that "
             why += f"{cell.precision} must bring"
@@ -130,6 +135,11 @@ def gain(cell: Cell, over: Cell) -> float:
 def label(cell: Cell) -> str:
     """What it is, for a sentence."""
     return tried(cell, "chosen", "").label
+
+
+def _among(cell: Cell, cells: Sequence[Cell]) -> bool:
+    """Whether it is one of them itself: two cells may say the same."""
+    return any(cell is other for other in cells)
 
 
 def _times(winner: Cell, cell: Cell) -> str:
@@ -154,12 +164,16 @@ def _trouble(cell: Cell) -> tuple[Verdict, str]:
 
 
 def _dropped(cell: Cell, max_drop: float | None) -> tuple[Verdict, str] | None:
-    """Why a cell is not accurate enough; None where it is."""
-    if max_drop is None:
-        return None
+    """Why a cell is not accurate enough; None where it is, or nothing says that it is not."""
     if cell.accuracy is None:
-        return "refused", "its accuracy could not be measured beside the reference's"
-    held, said = judge_drop(cell.accuracy, max_drop)
+        why = "its accuracy could not be measured beside the reference's"
+        return None if max_drop is None else ("refused", why)
+    if max_drop is not None:
+        held, said = judge_drop(cell.accuracy, max_drop)
+    elif cell.precision in QUANTISED:
+        held, said = judge_quantised(cell.accuracy)
+    else:
+        return None
     return None if held else ("refused", said)
 
 

@@ -21,7 +21,7 @@ from vitdeploy.quantisation.sites import QuantisedSite
 
 MOST_FLOAT = 0.3
 """Share of the multiplications: with more of them in float, for whatever reason, 8 bits do not pay."""
-_RANKED_WITH = 8
+_RANKED_WITH = 4
 """Images, evenly chosen."""
 
 

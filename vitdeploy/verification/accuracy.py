@@ -251,14 +251,14 @@ def judge_drop(record: Scored, max_drop: float) -> tuple[bool, str]:
     return held, said
 
 
-def judge_quantised(record: AccuracyRecord) -> tuple[bool, str]:
+def judge_quantised(record: Scored) -> tuple[bool, str]:
     """Whether images show that a quantised artifact loses more than ``USUAL_DROP``, and one line about it.
 
     They do where the whole interval of the true drop lies beyond it. Few images show little either way.
     """
     low, high = sorted(-100 * limit for limit in record.top1_interval)
     held = low <= USUAL_DROP
-    share, lost = 100 * record.correct / record.images, 0.0 - 100 * record.top1_difference
+    share, lost = 100 * record.top1, 0.0 - 100 * record.top1_difference
     said = (
         f"top-1 {share:.2f} % of {record.images} images, {lost:.2f} points below the reference "
         f"(95 % interval {low:.2f} to {high:.2f})"

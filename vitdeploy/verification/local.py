@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,7 +227,7 @@ def _pairs_of(bundle: Bundle, backend: Backend) -> list[Pair]:
 
 def emulated(facts: SessionFacts) -> str | None:
     """What to say of a runtime that computes a quantised artifact without its 8 bits; None of others."""
-    if facts.precision not in get_args(Quantised) or facts.precision in facts.executes.split("+"):
+    if facts.precision not in get_args(Quantised) or facts.precision in re.findall(r"\w+", facts.executes):
         return None
     return (
         f"{facts.artifact} on {facts.backend} computes in {facts.executes}: {facts.precision} is emulated "

@@ -127,6 +127,17 @@ def test_a_quantised_bundle(everything: Everything) -> None:
 
 
 @pytest.mark.slow
+def test_what_export_quantises(digits_int8: Bundle) -> None:
+    with serving(digits_int8.root, flags=("--artifact", "int8")) as server:
+        report = verify_live(digits_int8, LiveRequest(server.http, calls=5))
+        assert report.passed, (report.failures, report.causes)
+        assert (report.precision, report.labels, len(report.images)) == ("int8", 10, 4)
+        strict = verify_live(digits_int8, LiveRequest(server.grpc, artifact="fp32", calls=5))
+    assert not strict.passed
+    assert strict.causes[0] == "the numbers are as exact as int8, not as fp32"
+
+
+@pytest.mark.slow
 def test_versions_and_other_weights(everything: Everything) -> None:
     right, server = everything.right, everything.server
     assert verify_live(right, LiveRequest(server.http, model="versions", version="1")).passed
