@@ -19,8 +19,9 @@ from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ParityError, UsageError
+from vitdeploy.exporter.job import EMULATION
 from vitdeploy.exporter.request import ExportRequest, parse_outputs
-from vitdeploy.exporter.run import EMULATION, run_export
+from vitdeploy.exporter.run import run_export
 from vitdeploy.exporter.subject import CheckpointSubject
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan

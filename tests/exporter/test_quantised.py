@@ -26,8 +26,8 @@ from vitdeploy.bundle.manifest import Artifact
 from vitdeploy.config import BatchRange
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import ParityError, UsageError
+from vitdeploy.exporter import assembly, job
 from vitdeploy.exporter import quantised as making
-from vitdeploy.exporter import run as exporting
 from vitdeploy.exporter.plan import plan_export
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
@@ -234,7 +234,8 @@ def test_what_names_other_classes_is_left_out(
     def answers(_: Bundle, artifact: Artifact, images: LabelledImages) -> np.ndarray[Any, Any]:
         return images.labels[:, None] + artifact.is_quantised
 
-    monkeypatch.setattr(exporting, "onnx_answers", answers)
+    for place in (assembly, job):
+        monkeypatch.setattr(place, "onnx_answers", answers)
     recorder = Recorder()
     request = asked(tmp_path, photographs, output="logits,tokens", data=tmp_path / "labelled")
     bundle = run_export(request, tmp_path / "out.bundle", progress=recorder)

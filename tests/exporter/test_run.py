@@ -23,8 +23,9 @@ from vitdeploy.checkpoint.opening import Checkpoint, save_folder, user_module
 from vitdeploy.checkpoint.stated import Stated
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import ExportError, ParityError, PrecisionError, UsageError
+from vitdeploy.exporter.job import golden_arrays
 from vitdeploy.exporter.request import ExportRequest
-from vitdeploy.exporter.run import golden_arrays, run_export
+from vitdeploy.exporter.run import run_export
 from vitdeploy.exporter.subject import CheckpointSubject, ModuleSubject
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.registry import build_reference

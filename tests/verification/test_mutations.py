@@ -30,7 +30,7 @@ from vitdeploy.bundle.manifest import canonical, digest_of
 from vitdeploy.checkpoint.opening import Checkpoint, open_model, save_folder
 from vitdeploy.config import BatchRange, Preprocess
 from vitdeploy.errors import BundleError, CheckpointError, ParityError, PrecisionError
-from vitdeploy.exporter import run
+from vitdeploy.exporter import job
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
 from vitdeploy.images import preprocess
@@ -211,12 +211,12 @@ def test_a_fault_of_deployment_is_caught_by_export_and_by_verify(
     plant, request = DEPLOYMENT[fault]
     plant(monkeypatch)
     verdicts: list[str | None] = []
-    real = run.first_failure
+    real = job.first_failure
 
     def hold_open(records: Any) -> None:
         verdicts.append(real(records))
 
-    monkeypatch.setattr(run, "first_failure", hold_open)
+    monkeypatch.setattr(job, "first_failure", hold_open)
     bundle = export(tmp_path, **request)
     assert any(verdicts), "the export's own gate"
     bundle.verify()  # every hash is in order
@@ -238,7 +238,7 @@ def test_one_nan_weight_is_named_when_it_appears_later() -> None:
     vit = build_reference(CONFIG, random_state(CONFIG))
     vit.blocks[1].mlp.fc2.weight[3, 5] = float("nan")
     with pytest.raises(PrecisionError, match=r"blocks\.1\.mlp\.fc2\.weight"):
-        rewrites.deploy(vit, run.PrecisionPlan.of("fp32"))
+        rewrites.deploy(vit, job.PrecisionPlan.of("fp32"))
 
 
 def other_filter(patch: pytest.MonkeyPatch) -> None:
