@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.subjects import Subject
+from vitdeploy.backends.base import Options
+from vitdeploy.benchmark.backend_process import job_of
 from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, run_process
 from vitdeploy.machine.child import Worker, child_environment
 
@@ -68,16 +70,7 @@ def raw_session(subject: Subject, kind: str, threads: int, folder: Path) -> Iter
         WorkerFailure: its process fails.
     """
     (artifact,) = subject.bundle.manifest.artifacts
-    job: dict[str, Any] = {
-        "bundle": str(subject.bundle.root),
-        "image_size": subject.bundle.place,
-        "backend": "onnxruntime",
-        "artifact": artifact.name,
-        "threads": threads,
-        "provider": None,
-        "device": None,
-        "concurrency": 1,
-    }
+    job = job_of(subject.bundle, "onnxruntime", artifact.name, Options(threads=threads), concurrency=1)
     module = "vitdeploy.benchmark.backend_process"
     if kind == "image":
         module, job["images"] = "benchmarks.serving.raw", []

@@ -17,12 +17,15 @@ from tests.helpers.bundles import FEATURES, write_bundle
 from tests.helpers.exports import Exported
 from tests.helpers.quantised_bundles import write_quantised
 from tests.helpers.script_cases import RIGHT, case, target
+from vitdeploy.backends.base import Options
 from vitdeploy.benchmark import cells
+from vitdeploy.benchmark.backend_process import job_of
 from vitdeploy.benchmark.cells import TimeLimits
 from vitdeploy.benchmark.disturbances import ZERO, Counters
 from vitdeploy.benchmark.ranking import choice_of, fastest, pick
 from vitdeploy.benchmark.results import Results
 from vitdeploy.benchmark.run import BenchPlan, run_plan
+from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, ParityError, UsageError
 from vitdeploy.progress import Progress, Stage
@@ -371,13 +374,10 @@ print(json.dumps(list(sys.modules)), file=sys.stderr)
 @pytest.mark.parametrize("process", ["measuring", "measured"])
 def test_a_benchmark_of_one_backend_imports_only_that_backend(tmp_path: Path, process: str) -> None:
     root = str(write_bundle(tmp_path / "b").root)
-    job = dict.fromkeys(("image_size", "threads", "provider", "device")) | {
-        "bundle": root,
-        "backend": "onnxruntime",
-    }
+    job = job_of(Bundle.open(Path(root)), "onnxruntime", "onnx-fp32", Options(), concurrency=1)
     arguments = {
         "measuring": ["bench", root, "--backend", "onnxruntime", "--batch", "1", "--budget", "0.1s"],
-        "measured": [json.dumps({**job, "artifact": "onnx-fp32", "concurrency": 1})],
+        "measured": [json.dumps(job)],
     }[process]
     done = subprocess.run([sys.executable, "-c", IMPORTS, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitdeploy.benchmark.loop import Array, Caller, LoadedModel, Outputs, run_process
+
+if TYPE_CHECKING:
+    from vitdeploy.backends.base import Options
+    from vitdeploy.bundle.folder import Bundle
+
+
+def job_of(
+    bundle: Bundle, backend: str, artifact: str | None, options: Options, concurrency: int
+) -> dict[str, Any]:
+    """What the process is told: ``bundle`` at one of its image sizes, and how it is run.
+
+    Args:
+        artifact: None for the weights.
+    """
+    return {
+        "bundle": str(bundle.root),
+        "image_size": bundle.place,
+        "backend": backend,
+        "artifact": artifact,
+        "threads": options.threads,
+        "provider": options.provider,
+        "device": options.device,
+        "spin": options.spin,
+        "concurrency": concurrency,
+    }
 
 
 def open_sessions(job: dict[str, Any]) -> LoadedModel:
     """Open a session per caller.
 
     Args:
-        job: ``bundle``, a path; ``image_size``, a further one of it, or null for the first; ``backend``;
-            ``artifact``, a name, or null for the weights; ``threads``, ``provider``, ``device``, ``spin``
-            as in ``Options``; ``concurrency``.
+        job: of :func:`job_of`.
     """
     from pydantic import TypeAdapter
 

@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from vitdeploy.backends.base import Array
+from vitdeploy.backends.base import Array, Options
+from vitdeploy.benchmark.backend_process import job_of
 from vitdeploy.benchmark.results import MeasuredBundle, SkippedCase
 from vitdeploy.bundle.dtypes import ArtifactPrecision, Quantised
 from vitdeploy.bundle.folder import HELD_OUT, WEIGHTS, Bundle
@@ -218,17 +219,13 @@ def _case(
         threads=threads,
         concurrency=concurrency,
         command=(sys.executable, "-P", "-m", "vitdeploy.benchmark.backend_process"),
-        job={
-            "bundle": str(target.bundle.root),
-            "image_size": target.bundle.place,
-            "backend": pair.backend.name,
-            "artifact": artifact.name if artifact else None,
-            "threads": threads,
-            "provider": choices.provider,
-            "device": choices.device,
-            "concurrency": concurrency,
-            "spin": spin,
-        },
+        job=job_of(
+            target.bundle,
+            pair.backend.name,
+            artifact.name if artifact else None,
+            Options(threads=threads, provider=choices.provider, device=choices.device, spin=spin),
+            concurrency,
+        ),
         spin=spin,
         provider=choices.provider or "",
         environment=child_environment(),
