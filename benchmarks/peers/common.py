@@ -42,7 +42,11 @@ def exported(job: Job, tool: str, packages: tuple[str, ...], write: Callable[[Pa
         write: receives an empty folder.
     """
     versions = "-".join(f"{name}-{version(name)}" for name in packages)
-    folder = Path(job["workdir"], f"{tool}-{versions}")
+    return whole_folder(Path(job["workdir"], f"{tool}-{versions}"), write)
+
+
+def whole_folder(folder: Path, write: Callable[[Path], object]) -> Path:
+    """The folder, which ``write`` fills if it is not there: whole, or not at all."""
     if not folder.is_dir():
         beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
         beside.mkdir(parents=True)

@@ -13,7 +13,8 @@ from vitdeploy.backends import onnxruntime_providers as module
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.backends.onnxruntime import OnnxRuntime
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof, TensorSpec
+from vitdeploy.bundle.manifest import TensorSpec
+from vitdeploy.bundle.proofs import OpPrecision, PrecisionProof
 from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
 

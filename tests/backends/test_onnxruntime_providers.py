@@ -16,7 +16,7 @@ from vitdeploy.backends import onnxruntime_providers as providers
 from vitdeploy.backends.base import Options
 from vitdeploy.backends.onnxruntime import OnnxRuntime
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
+from vitdeploy.bundle.proofs import OpPrecision, PrecisionProof
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import DeviceUnavailable, UsageError
 from vitdeploy.machine.gpus import Gpu

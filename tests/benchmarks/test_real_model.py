@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import real_images, real_model
+from benchmarks.peers.common import whole_folder
 from benchmarks.real_model import Failure, Wheel
 
 
@@ -84,10 +85,10 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        real_model._whole(tmp_path / "a", broken)
+        whole_folder(tmp_path / "a", broken)
     assert list(tmp_path.iterdir()) == []
-    assert real_model._whole(tmp_path / "a", lambda folder: (folder / "b").touch()).is_dir()
-    assert real_model._whole(tmp_path / "a", broken) == tmp_path / "a"
+    assert whole_folder(tmp_path / "a", lambda folder: (folder / "b").touch()).is_dir()
+    assert whole_folder(tmp_path / "a", broken) == tmp_path / "a"
 
 
 @pytest.mark.parametrize("split", real_images.SPLITS)

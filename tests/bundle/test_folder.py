@@ -22,10 +22,10 @@ from vitdeploy.bundle.manifest import (
     Artifact,
     FileRecord,
     Manifest,
-    ParityRecord,
     Provenance,
     TensorSpec,
 )
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.errors import BundleError, UsageError
 
 

@@ -17,20 +17,16 @@ from vitdeploy.bundle.manifest import (
     Artifact,
     FileRecord,
     Manifest,
-    OpPrecision,
-    ParityMetrics,
-    ParityRecord,
-    PrecisionProof,
     Provenance,
     Rewrite,
     TensorSpec,
-    Tolerance,
     canonical,
     digest_of,
     parse,
     safe_path,
     seal,
 )
+from vitdeploy.bundle.proofs import OpPrecision, ParityMetrics, ParityRecord, PrecisionProof, Tolerance
 from vitdeploy.config import BatchRange, Preprocess, ViTConfig
 from vitdeploy.errors import BundleError
 from vitdeploy.variants import decode_variant

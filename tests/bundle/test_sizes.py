@@ -16,7 +16,8 @@ from tests.helpers import small_bundles
 from tests.helpers.several_sizes import SIZES, several_sizes
 from tests.helpers.small_bundles import flip
 from vitdeploy.bundle.folder import WEIGHTS, Bundle, BundleWriter
-from vitdeploy.bundle.manifest import Choice, Manifest, ParityMetrics, ParityRecord, SizeRecord, Tolerance
+from vitdeploy.bundle.manifest import Choice, Manifest, SizeRecord
+from vitdeploy.bundle.proofs import ParityMetrics, ParityRecord, Tolerance
 from vitdeploy.bundle.sizes import size_of_shape, sized
 from vitdeploy.config import Preprocess, Size, ViTConfig
 from vitdeploy.errors import BundleError, UsageError, VitdeployError

@@ -17,7 +17,13 @@ from safetensors.numpy import save_file
 
 from vitdeploy.bundle.folder import GOLDEN, Bundle, BundleWriter
 from vitdeploy.bundle.golden import golden_images, raw_images
-from vitdeploy.bundle.manifest import Artifact, Manifest, OpPrecision, PrecisionProof, Provenance, TensorSpec
+from vitdeploy.bundle.manifest import (
+    Artifact,
+    Manifest,
+    Provenance,
+    TensorSpec,
+)
+from vitdeploy.bundle.proofs import OpPrecision, PrecisionProof
 from vitdeploy.config import BatchRange, Preprocess
 from vitdeploy.images.preprocess import apply, apply_uint8
 

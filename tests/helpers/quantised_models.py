@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tests.helpers.models import CONFIGS, pixels, random_state
+from tests.helpers.qwens import CONFIGS as QWENS
 from tests.helpers.swins import SWINS
-from vitdeploy.config import ModelConfig, Preprocess, QwenVisionConfig
+from vitdeploy.config import ModelConfig, Preprocess
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.model.registry import architecture_of, build_reference
 
-_QWEN: dict[str, Any] = {
-    "image_size": (24, 40),
-    "patch_size": 4,
-    "width": 32,
-    "depth": 3,
-    "heads": 2,
-    "mlp_width": 48,
-    "out_width": 24,
-}
-_QWEN2_5: dict[str, Any] = {
-    "norm": "rms",
-    "gated_mlp": True,
-    "activation": "silu",
-    "image_size": (80, 112),
-    "window": 32,
-    "full_attention": (1,),
-}
-_QWEN3: dict[str, Any] = {
-    "activation": "gelu_tanh",
-    "patch_bias": True,
-    "positions": 6,
-    "taps": (0, 1),
-}
 MODELS: dict[str, ModelConfig] = {
     **CONFIGS,
     **{f"swin {name}": config for name, config in SWINS.items()},
-    "qwen2": QwenVisionConfig(**_QWEN),
-    "qwen2_5": QwenVisionConfig(**_QWEN | _QWEN2_5),
-    "qwen3": QwenVisionConfig(**_QWEN | _QWEN3),
+    **{name: QWENS[name] for name in ("qwen2", "qwen2_5", "qwen3")},
 }
 
 

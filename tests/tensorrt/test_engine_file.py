@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitdeploy.bundle.manifest import PrecisionProof
+from vitdeploy.bundle.proofs import PrecisionProof
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError
 from vitdeploy.machine.gpus import Gpu

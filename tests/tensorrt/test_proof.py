@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.fakes.machines import FULL, NEW, RTX
 from tests.fakes.tensorrt import make_tensorrt
 from tests.fakes.tensorrt_builds import Built, attention
-from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
+from vitdeploy.bundle.proofs import OpPrecision, PrecisionProof
 from vitdeploy.config import Precision
 from vitdeploy.errors import ExportError, PrecisionError
 from vitdeploy.tensorrt.proof import (

@@ -24,7 +24,8 @@ from tests.helpers.quantised_bundles import write_quantised
 from vitdeploy.backends import base
 from vitdeploy.backends.onnxruntime import OnnxRuntime
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact, Manifest, ParityMetrics, ParityRecord
+from vitdeploy.bundle.manifest import Artifact, Manifest
+from vitdeploy.bundle.proofs import ParityMetrics, ParityRecord
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, ImageError, ParityError, UsageError
 from vitdeploy.progress import Progress, Stage

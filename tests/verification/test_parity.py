@@ -21,7 +21,8 @@ from scipy.special import rel_entr, softmax
 from vitdeploy.backends.base import Array, Session, SessionFacts
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import GOLDEN, Bundle, BundleWriter
-from vitdeploy.bundle.manifest import Manifest, ParityMetrics, Provenance, TensorSpec
+from vitdeploy.bundle.manifest import Manifest, Provenance, TensorSpec
+from vitdeploy.bundle.proofs import ParityMetrics
 from vitdeploy.config import BatchRange, Preprocess
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.images.preprocess import apply, apply_uint8

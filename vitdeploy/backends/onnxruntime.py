@@ -73,13 +73,9 @@ class OnnxRuntime(Backend):
         with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
             optimised = Path(folder, "optimised.onnx")
             settings.optimized_model_filepath = str(optimised)
-            for name, value in (
-                ("file_name", "weights"),
-                ("min_size_in_bytes", "0"),
-            ):  # it is read without them
-                settings.add_session_config_entry(
-                    f"session.optimized_model_external_initializers_{name}", value
-                )
+            beside = "session.optimized_model_external_initializers"  # it is read without them
+            settings.add_session_config_entry(f"{beside}_file_name", "weights")
+            settings.add_session_config_entry(f"{beside}_min_size_in_bytes", "0")
             path = bundle.path(artifact.path)
             library.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]], enable_fallback=0)
             nodes = read_graph(optimised).graph.node

@@ -20,7 +20,8 @@ from vitdeploy.benchmark.disturbances import device_memory
 from vitdeploy.benchmark.results import CellAccuracy, Parity, Startup
 from vitdeploy.benchmark.rounds import CellFailure, RoundSamples, Timing
 from vitdeploy.bundle.golden import reference_of
-from vitdeploy.bundle.manifest import ParityRecord, TensorSpec
+from vitdeploy.bundle.manifest import TensorSpec
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.errors import VitdeployError
 from vitdeploy.machine.child import Worker, WorkerFailure, child_environment
 from vitdeploy.machine.processors import processors

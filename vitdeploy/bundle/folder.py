@@ -27,12 +27,12 @@ from vitdeploy.bundle.manifest import (
     Artifact,
     FileRecord,
     Manifest,
-    ParityRecord,
     canonical,
     parse,
     safe_path,
     seal,
 )
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.bundle.sizes import counterpart, further, of_size, sized, sizes_of
 from vitdeploy.bundle.staging import StagedFolder
 from vitdeploy.config import Size

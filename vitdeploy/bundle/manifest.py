@@ -13,8 +13,6 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -25,8 +23,10 @@ from pydantic import (
     model_validator,
 )
 
-from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, OpDType, Quantised
+from vitdeploy.bundle.dtypes import ArtifactPrecision, DType, Quantised
+from vitdeploy.bundle.proofs import ParityRecord, PrecisionProof
 from vitdeploy.bundle.quantisation import CalibrationRecord, QuantisationRecord
+from vitdeploy.bundle.records import Count, Record, Sha256
 from vitdeploy.config import (
     BatchRange,
     InputKind,
@@ -51,8 +51,6 @@ AOT = "triton-aot"
 """The format of artifacts that hold the fused kernels, compiled ahead of time."""
 REBUILD = "copy or export the bundle again"
 
-Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
-Count = Annotated[int, Field(ge=0)]
 
 # What some file system gives a meaning of its own: a root, a drive letter, a stream, a pattern, a control.
 _UNSAFE = re.compile(r'[\\:*?"<>|\x00-\x1f\x7f]')
@@ -86,18 +84,14 @@ def _only_output(fields: dict[str, Any]) -> tuple[Output, ...]:
     return (fields.get("output", "logits"),)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     """What one file of the bundle must be."""
 
     size: Count
     sha256: Sha256
 
 
-class TensorSpec(_Record):
+class TensorSpec(Record):
     """An input or output; a string in ``shape`` is a dimension that varies (``"N"``, the batch)."""
 
     name: str
@@ -138,24 +132,7 @@ ModelRecord = Annotated[ModelConfig, PlainValidator(_parse_model), PlainSerializ
 """A configuration of any kind, told apart by ``kind``."""
 
 
-class OpPrecision(_Record):
-    """The dtype one operation of an emitted graph computes in."""
-
-    name: str
-    op: str
-    dtype: OpDType
-    island: bool = False
-    """Kept in a wider dtype on purpose, as the precision plan declares."""
-
-
-class PrecisionProof(_Record):
-    """Every operation whose dtype matters, read back from the emitted graph."""
-
-    ops: tuple[OpPrecision, ...]
-    ok: bool
-
-
-class Artifact(_Record):
+class Artifact(Record):
     """One runnable form of the model."""
 
     name: str = Field(min_length=1)
@@ -213,7 +190,7 @@ class Artifact(_Record):
         return self
 
 
-class Rewrite(_Record):
+class Rewrite(Record):
     """An exact rewrite that was applied to the model before it was emitted."""
 
     name: str
@@ -221,102 +198,7 @@ class Rewrite(_Record):
     flops_saved: int = 0
 
 
-class Tolerance(_Record):
-    """What an artifact may differ from the reference by: ``vitdeploy.verification.parity.TOLERANCES``."""
-
-    relative: float = Field(gt=0)
-    kl: float = Field(gt=0)
-    batch_invariance: float = Field(gt=0)
-    max_abs: float | None = Field(default=None, gt=0)
-    """An absolute bound on top, where the user gave one."""
-    mean: float | None = Field(default=None, gt=0)
-    """Of the mean of all rows' relative errors, where ``relative`` bounds the worst."""
-
-    @model_serializer(mode="wrap")
-    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a bound of the mean where there is none: bundles from before it keep their digest."""
-        fields: dict[str, Any] = dump(self)
-        if self.mean is None:
-            fields.pop("mean", None)
-        return fields
-
-
-class ParityMetrics(_Record):
-    """How far outputs are from the reference; numbers that do not exist (NaN outputs) are null."""
-
-    rows: Count
-    """Output rows compared, one per image and position in a batch."""
-    elements: Count
-    nonfinite: Count = 0
-    """NaN and infinite elements of the output; these rows count in no other number."""
-    max_abs: float | None = None
-    mean_abs: float | None = None
-    relative: float | None = None
-    """The worst row's ||output - reference|| / ||reference||, and with that a bound on its cosine."""
-    cosine: float | None = None
-    """The worst row's cosine similarity."""
-    kl: float | None = None
-    """The worst row's KL(reference || output) of the softmax, in nats; only for logits."""
-    top1_agree: Count = 0
-    top1_compared: Count = 0
-    """Rows whose reference margin is wider than the tolerance, so that the first place is decided."""
-    top5_overlap: float | None = None
-    """Mean share of the reference's five best classes found again, over the rows below."""
-    top5_compared: Count = 0
-    batch_invariance: float | None = None
-    """Worst relative difference of one image's output with other company in the batch."""
-    worst: int | None = None
-    """Index of the golden image with the largest relative error, or with NaN."""
-    mean_relative: float | None = None
-    """The mean of all rows' relative errors, where the tolerance bounds it."""
-    agreement: float | None = None
-    """Share of the rows that rank first what the reference does, whatever its margin; there, too."""
-
-    @model_serializer(mode="wrap")
-    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the means that no tolerance asks for: bundles from before them keep their digest."""
-        fields: dict[str, Any] = dump(self)
-        for name in ("mean_relative", "agreement"):
-            if fields.get(name, 0) is None:
-                del fields[name]
-        return fields
-
-
-class ParityRecord(_Record):
-    """One comparison of an artifact on a backend at a batch size with the float64 reference."""
-
-    artifact: str
-    backend: str
-    batch: int = Field(ge=1)
-    provider: str
-    output: str | None = None
-    """Which output was compared; null where the model has one."""
-    reference: str = "float64"
-    metrics: ParityMetrics
-    tolerance: Tolerance
-    passed: bool
-    failures: tuple[str, ...] = ()
-
-    @property
-    def place(self) -> str:
-        """At which batch size, and of several outputs which, for a sentence."""
-        return f"batch {self.batch}, {self.output}" if self.output else f"batch {self.batch}"
-
-    @property
-    def title(self) -> str:
-        """What was compared where, for a sentence."""
-        return f"{self.artifact} on {self.backend}, {self.place}"
-
-    @model_serializer(mode="wrap")
-    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without an ``output`` where there is one only: bundles from before it keep their digest."""
-        fields: dict[str, Any] = dump(self)
-        if self.output is None:
-            fields.pop("output", None)
-        return fields
-
-
-class Choice(_Record):
+class Choice(Record):
     """What ``vitdeploy bench --pick`` found best on a machine."""
 
     machine: tuple[str, ...]
@@ -354,7 +236,7 @@ class Choice(_Record):
 FactSource = Literal["checkpoint", "default", "user"]
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """Where the weights come from and what built the bundle."""
 
     source: str
@@ -378,7 +260,7 @@ class Provenance(_Record):
         return fields
 
 
-class SizeRecord(_Record):
+class SizeRecord(Record):
     """A further image size of a bundle, with what the manifest itself says of the first."""
 
     image_size: Size
@@ -396,7 +278,7 @@ class SizeRecord(_Record):
         return fields
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """A bundle's table of contents.
 
     ``files`` and ``digest`` are empty in a draft; :func:`seal` fills them in.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vitdeploy.bundle.dtypes import PRECISION_DTYPES, QUANTISED_DTYPES, OpDType, from_onnx
-from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
+from vitdeploy.bundle.proofs import OpPrecision, PrecisionProof
 from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.config import Precision
 from vitdeploy.errors import UsageError

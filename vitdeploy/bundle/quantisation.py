@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from vitdeploy.bundle.dtypes import QUANTISED_DTYPES, ArtifactPrecision, OpDType, Quantised
+from vitdeploy.bundle.records import Record, Sha256
 from vitdeploy.config import Precision
 
-_Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 
-
-class QuantisationRecord(BaseModel):
+class QuantisationRecord(Record):
     """How an artifact of ``int8`` or ``fp8`` was made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rest: Precision
     """Of everything that is not quantised."""
@@ -32,24 +29,20 @@ class QuantisationRecord(BaseModel):
     """Whether the products inside of attention are fp8, too."""
 
 
-class CalibrationRecord(BaseModel):
+class CalibrationRecord(Record):
     """The images behind the quantised artifacts of a bundle, by the sha256 of their files.
 
     Their pixels are in the bundle, too: those that were calibrated with, and those that were held out.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    images: tuple[_Sha256, ...] = Field(min_length=1)
+    images: tuple[Sha256, ...] = Field(min_length=1)
     """Calibrated with."""
-    held_out: tuple[_Sha256, ...] = Field(min_length=1)
+    held_out: tuple[Sha256, ...] = Field(min_length=1)
     """Never calibrated with: what the artifacts are proven on."""
 
 
-class QuantisedGemms(BaseModel):
+class QuantisedGemms(Record):
     """What an artifact declares of its quantised GEMMs, for the proof that reads its graph."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Quantised
     sites: tuple[str, ...]

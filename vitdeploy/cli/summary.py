@@ -14,7 +14,13 @@ from vitdeploy.errors import ParityError
 
 if TYPE_CHECKING:
     from vitdeploy.bundle.folder import Bundle
-    from vitdeploy.bundle.manifest import Artifact, Choice, Manifest, OpPrecision, ParityRecord, Rewrite
+    from vitdeploy.bundle.manifest import (
+        Artifact,
+        Choice,
+        Manifest,
+        Rewrite,
+    )
+    from vitdeploy.bundle.proofs import OpPrecision, ParityRecord
     from vitdeploy.bundle.quantisation import QuantisationRecord
     from vitdeploy.config import Preprocess
     from vitdeploy.optimiser.record import Optimisation

@@ -9,7 +9,8 @@ import numpy as np
 
 from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact, ParityRecord
+from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.errors import MissingDependency, ParityError
 from vitdeploy.progress import Progress
 from vitdeploy.verification import parity

@@ -10,7 +10,13 @@ from vitdeploy.bundle import golden
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.files import names_below
 from vitdeploy.bundle.folder import CALIBRATION, HELD_OUT, BundleWriter
-from vitdeploy.bundle.manifest import Artifact, Manifest, ParityRecord, Provenance, SizeRecord
+from vitdeploy.bundle.manifest import (
+    Artifact,
+    Manifest,
+    Provenance,
+    SizeRecord,
+)
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.config import Precision
 from vitdeploy.errors import ExportError, ParityError
 from vitdeploy.exporter.artifact_parity import engines_parity

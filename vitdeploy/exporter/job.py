@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from vitdeploy.bundle import golden
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import GOLDEN, WEIGHTS, BundleWriter
-from vitdeploy.bundle.manifest import AOT, Artifact, ParityRecord, Tolerance
+from vitdeploy.bundle.manifest import AOT, Artifact
+from vitdeploy.bundle.proofs import ParityRecord, Tolerance
 from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.config import Precision, Size, size_name
 from vitdeploy.errors import ParityError, PrecisionError, UsageError

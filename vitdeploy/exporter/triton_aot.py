@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from vitdeploy.backends.triton import TABLE
 from vitdeploy.bundle.folder import BundleWriter
-from vitdeploy.bundle.manifest import AOT, Artifact, OpPrecision, PrecisionProof, input_spec, output_spec
+from vitdeploy.bundle.manifest import (
+    AOT,
+    Artifact,
+    input_spec,
+    output_spec,
+)
+from vitdeploy.bundle.proofs import OpPrecision, PrecisionProof
 from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.config import BatchRange, InputKind, ModelConfig, Output, Precision, Size
 from vitdeploy.errors import ExportError

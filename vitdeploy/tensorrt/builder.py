@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from vitdeploy.bundle.manifest import PrecisionProof
+from vitdeploy.bundle.proofs import PrecisionProof
 from vitdeploy.errors import DeviceUnavailable, ExportError, UsageError
 from vitdeploy.machine.gpus import Gpu, find_gpus
 from vitdeploy.machine.memory import peak_memory

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitdeploy.bundle.dtypes import PRECISION_DTYPES, OpDType
-from vitdeploy.bundle.manifest import OpPrecision, PrecisionProof
 from vitdeploy.bundle.onnx_graph import GEMMS, declared, undeclared
+from vitdeploy.bundle.proofs import OpPrecision, PrecisionProof
 from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.config import Precision
 from vitdeploy.errors import ExportError, PrecisionError

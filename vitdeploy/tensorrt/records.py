@@ -7,8 +7,10 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vitdeploy.bundle.manifest import PrecisionProof, Sha256, TensorSpec, first_problem
+from vitdeploy.bundle.manifest import TensorSpec, first_problem
+from vitdeploy.bundle.proofs import PrecisionProof
 from vitdeploy.bundle.quantisation import QuantisedGemms
+from vitdeploy.bundle.records import Sha256
 from vitdeploy.config import BatchRange, Precision
 from vitdeploy.errors import UsageError, did_you_mean
 from vitdeploy.tensorrt.flavours import FlavourName

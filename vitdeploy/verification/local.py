@@ -21,7 +21,8 @@ from vitdeploy.backends.base import (
 )
 from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.bundle.folder import WEIGHTS, Bundle
-from vitdeploy.bundle.manifest import Artifact, ParityRecord
+from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.bundle.sizes import named
 from vitdeploy.config import Size, size_name
 from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError

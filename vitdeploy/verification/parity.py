@@ -18,7 +18,7 @@ from vitdeploy.backends.base import Array, Session, run_in_batches
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import REFERENCE, reference_of
-from vitdeploy.bundle.manifest import ParityMetrics, ParityRecord, Tolerance
+from vitdeploy.bundle.proofs import ParityMetrics, ParityRecord, Tolerance
 from vitdeploy.config import Output, is_output
 from vitdeploy.errors import ParityError
 from vitdeploy.images.preprocess import pixel_values
@@ -49,8 +49,8 @@ TOLERANCES: Mapping[ArtifactPrecision, Tolerance] = {
     "mixed": Tolerance(relative=1e-2, kl=1e-3, batch_invariance=1e-2),
     # Three bits fewer than fp16 lose 8 times as much; less room, so that a lost head bias still shows.
     "bf16": Tolerance(relative=5e-2, kl=1e-2, batch_invariance=5e-2),
-    # Of a trained model's held-out images (docs/quantisation.md): twice the mean that the recipe looks for,
-    # and twice the worst image of its measurements; a naive quantiser's .06 to .08 and .4 are beyond one.
+    # Of a trained model's held-out images (docs/quantisation.md): twice the mean that the recipe looks for; a
+    # naive quantiser's worst image of .4 is beyond.
     # Rounding amplifies what company in a batch changes: 1e-7 of the embedding becomes 4 % of the output.
     "int8": Tolerance(relative=0.25, mean=0.08, kl=1e-2, batch_invariance=0.1),
     # E4M3 keeps four significant bits of every number: .035 to .057 is what the recipe measures.

@@ -15,7 +15,7 @@ from tests.fakes.v2_models import linear, served
 from tests.fakes.v2_server import Array, V2Server
 from tests.helpers.bundles import LABELS, WEIGHT, golden_arrays, write_bundle
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import ParityRecord
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.verification.live.round import LiveRequest, verify_live

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vitdeploy.bundle.dtypes import PRECISION_DTYPES
-from vitdeploy.bundle.manifest import OpPrecision
 from vitdeploy.bundle.onnx_graph import GEMMS, graphs_of, prove_precision
+from vitdeploy.bundle.proofs import OpPrecision
 from vitdeploy.checkpoint.documents import read_json
 from vitdeploy.checkpoint.families.huggingface import labels_of
 from vitdeploy.config import Preprocess

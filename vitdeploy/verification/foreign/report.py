@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vitdeploy.bundle.manifest import ParityRecord
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.errors import ParityError
 from vitdeploy.verification.accuracy import AccuracyRecord
 

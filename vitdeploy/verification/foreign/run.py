@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vitdeploy.backends.base import Array, Options
-from vitdeploy.bundle.manifest import MANIFEST, ParityRecord, Tolerance
+from vitdeploy.bundle.manifest import MANIFEST
+from vitdeploy.bundle.proofs import ParityRecord, Tolerance
 from vitdeploy.config import Scores
 from vitdeploy.errors import BundleError, DeviceUnavailable, UsageError, VitdeployError
 from vitdeploy.predictor import Predictor

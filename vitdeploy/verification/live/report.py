@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vitdeploy.bundle.dtypes import ArtifactPrecision
-from vitdeploy.bundle.manifest import ParityRecord
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.errors import ParityError
 from vitdeploy.verification.live.client import ServerFacts
 

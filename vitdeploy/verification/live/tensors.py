@@ -16,7 +16,7 @@ from vitdeploy.backends.base import Array, Session, SessionFacts, run_in_batches
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.golden import REFERENCE
-from vitdeploy.bundle.manifest import ParityRecord
+from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.config import BatchRange, Output
 from vitdeploy.errors import UsageError
 from vitdeploy.predictor import EXACTNESS
