@@ -35,6 +35,7 @@ from benchmarks.peers.quantisers import QUANTISERS, QuantiserFailure, quantised
 from benchmarks.real_images import TASKS, labels, read_images
 from benchmarks.real_model import REAL, Floats, build, normalised, pixel_values
 from benchmarks.spread import quartiles
+from vitdeploy.backends.base import one_line
 from vitdeploy.benchmark.environment import find_environment
 from vitdeploy.benchmark.loop import Caller
 from vitdeploy.benchmark.results import write_whole
@@ -113,12 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = {SMALL: small_files(record["skipped"])}
     if options.part != "speed":
         record["accuracy"] = list(accuracy(files[SMALL]))
+        write_whole(options.output, dumped(record))
     if options.part != "accuracy":
         files[BASE], record["quantising"] = base_files(record["skipped"])
         record["threads"], record["rounds"] = THREADS, options.rounds
         record["created"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record["speed"] = [cell for model in files for cell in speeds(model, files[model], options.rounds)]
-    write_whole(options.output, dumped(record))
+        record["speed"] = [
+            cell for model in files for cell in speeds(model, files[model], options.rounds, record["skipped"])
+        ]
+        write_whole(options.output, dumped(record))
     PART.publish(tables(record), doubts(record), write=False)
     return 0
 
@@ -252,11 +256,23 @@ def judged(
     return found | {"top1": round(top1, 2), "agreement": round(agreement, 2)}
 
 
-def speeds(model: str, files: Files, rounds: int) -> Iterator[dict[str, Any]]:
-    """One cell for each batch size and variant: milliseconds, and the processor's, of every round."""
+def speeds(model: str, files: Files, rounds: int, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """One cell for each batch size and variant: milliseconds, and the processor's, of every round.
+
+    Why a tool's file does not run goes into ``skipped``.
+    """
     wanted = {name: v for name, v in VARIANTS.items() if v.timed and (v.base or model == SMALL)}
-    callers = dict(open_variants(files, wanted))
     images = pixel_values(read_images(REAL / "images" / "crops-test")[0][:: 200 // max(BATCHES)])
+    callers: dict[str, Caller] = {}
+    for name, caller in open_variants(files, wanted):
+        try:
+            caller(images)
+        except Exception as error:  # whatever the runtime raises
+            if name not in QUANTISERS:
+                raise
+            skipped[name] = f"{model}: {one_line(error)}"
+        else:
+            callers[name] = caller
     for batch in BATCHES:
         pixels = np.ascontiguousarray(images[:batch])
         for name, times in taking_turns(callers, pixels, rounds).items():
