@@ -79,6 +79,7 @@ class ImageSection:
     """What the page shows of one image."""
 
     figures: ImageFigures
+    name: str
     answer: str
     """The likeliest class, in words; empty where there are none."""
     over: tuple[Picture, ...]
@@ -144,7 +145,7 @@ def _section(image: ImageFigures, number: int) -> ImageSection:
     picture = _shown(image.picture)
     shown = [Picture(f"{folder}/input.png", picture, "what the model is given")]
     if image.rollout is not None:
-        title, note = "attention rollout", "attention through all blocks, whatever the class"
+        title, note = "attention rollout", "whatever the class"
         shown.append(Picture(f"{folder}/rollout.png", over(picture, image.rollout), title, note))
     for found in image.relevance:
         file = f"{folder}/relevance-{found.label.index}.png"
@@ -153,7 +154,7 @@ def _section(image: ImageFigures, number: int) -> ImageSection:
         shown.append(Picture(file, over(picture, found.places), title, note))
     best = image.predictions[0] if image.predictions else None
     answer = f"{best.label}, score {best.score:.4f}" if best else ""
-    return ImageSection(image, answer, tuple(shown), tuple(_small(image, folder)))
+    return ImageSection(image, Path(image.path).name, answer, tuple(shown), tuple(_small(image, folder)))
 
 
 def _shown(picture: Pixels) -> Pixels:
@@ -213,7 +214,8 @@ def _similarity(cosines: Float, grid: tuple[int, int]) -> tuple[Pixels, str]:
     )
     maps = [cosines[row * grid[1] + column].reshape(grid) for row in rows for column in columns]
     low = float(cosines.min())
-    tiles = [heat((cosine - low) / max(1 - low, 1e-12)) for cosine in maps]
+    times = -(-_TILE // (4 * max(grid)))  # so that gaps between maps are thin
+    tiles = [heat((cosine - low) / max(1 - low, 1e-12)).repeat(times, 0).repeat(times, 1) for cosine in maps]
     which = "every patch" if len(maps) == grid[0] * grid[1] else f"{len(rows)}x{len(columns)} patches"
     return tiled(
         tiles, len(columns), 1
