@@ -117,6 +117,25 @@ def test_the_folder_has_what_is_said(made: dict[str, Explanation], kind: str) ->
     assert set(document["files"]) == found
 
 
+def test_a_zero_shot_classifier_shows_what_speaks_for_each_label(folder: Path) -> None:
+    labels = tuple(f"label <{number}>" for number in range(10))
+    config = CONFIGS["zero_shot"]
+    bundle = write_weights(folder / "zero.bundle", config, labels=labels)
+    found = run_explain(bundle, [picture(0), picture(1)], html=folder / "zero.html")
+    text = (folder / "zero.html").read_text(encoding="utf-8")
+    assert Reader(text).open == []
+    for image in found.images:
+        assert [shown.label for shown in image.relevance][:5] == list(image.predictions)
+        assert len(image.relevance) == 6
+        for shown in image.relevance:
+            assert f"Relevance for label &lt;{shown.label.index}&gt;" in text
+    # Two images: what is large is folded, and distances are the mean of both.
+    assert text.count("<details>") == 4
+    both = [image.distances[0][0] for image in found.images]
+    assert found.distances[0][0] == pytest.approx(sum(both) / 2)
+    assert (found.folder, found.files, found.html) == (None, (), folder / "zero.html")
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     with Chromium.start(require_chromium(), tmp_path_factory.mktemp("profile")) as started:
