@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,28 @@ def test_a_disk_that_refuses(
         vitdeploy.explain(small, image, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".vitdeploy-*"))
+
+
+def test_a_place_that_refuses_is_known_before_anything_is_computed(
+    small: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitdeploy.explanation import run as explanation
+
+    monkeypatch.setattr(explanation, "looker_of", lambda *_: pytest.fail("something was computed"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"file/out: cannot be written: Not a directory"):
+        vitdeploy.explain(small, image, tmp_path / "file/out")
+
+
+@pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
+def test_what_draws_is_missing(
+    run: Run, small: Path, image: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    result = run("explain", small, image)
+    assert result.code == 3
+    assert f"the page of figures needs the library '{library}'" in result.err
+    assert 'pip install "vitdeploy[report]"' in result.err
 
 
 def test_without_weights(tmp_path: Path, image: Path) -> None:

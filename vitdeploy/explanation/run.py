@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def run_explain(
     target = None
     if folder is not None:
         target = output_folder(folder, opened, marker=MARKER, kind="explanation", force=force)
+        with _staged(target, folder):
+            pass  # it can be written to: that is known before anything is computed
     if html is not None:
         require_writable([html])
     named = [
@@ -169,21 +172,32 @@ def _write(
     }
     made = {"name": bundle.manifest.name, "digest": bundle.manifest.digest}
     document = {"generator": f"{GENERATOR} {__version__}", **numbers, "bundle": made}
+    with _staged(target, folder) as staged:
+        for name, data in pictures.items():
+            path = staged.path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+        (staged.path / PAGE).write_text(page, encoding="utf-8")
+        text = json.dumps(document, indent=1, allow_nan=False)
+        (staged.path / MARKER).write_text(f"{text}\n", encoding="utf-8")
+        staged.commit(replace=force)
+    return explanation
+
+
+@contextlib.contextmanager
+def _staged(target: Path, folder: Path) -> Iterator[StagedFolder]:
+    """A folder that appears all at once.
+
+    Args:
+        folder: what the user calls it.
+
+    Raises:
+        UsageError: the disk refuses.
+    """
     try:
         with StagedFolder(target) as staged:
-            for name, data in pictures.items():
-                path = staged.path / name
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(data)
-            (staged.path / PAGE).write_text(page, encoding="utf-8")
-            text = json.dumps(document, indent=1, allow_nan=False)
-            (staged.path / MARKER).write_text(f"{text}\n", encoding="utf-8")
-            staged.commit(replace=force)
+            yield staged
     except OSError as error:
-        hint = (
-            "--force replaces it"
-            if isinstance(error, FileExistsError)
-            else "choose a folder you may write to"
-        )
+        there = isinstance(error, FileExistsError)
+        hint = "--force replaces it" if there else "choose a folder you may write to, on a disk with space"
         raise UsageError(f"{folder}: cannot be written: {error.strerror or error}", hint=hint) from error
-    return explanation
