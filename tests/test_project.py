@@ -91,6 +91,7 @@ def test_wheel_holds_the_report_s_template(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {"vitdeploy/benchmark/report.html", "vitdeploy/benchmark/report.css"} <= names
+    assert {"vitdeploy/explanation/page.html", "vitdeploy/explanation/page.css"} <= names
 
 
 @pytest.mark.slow
@@ -177,14 +178,22 @@ def link(distribution: metadata.Distribution, site: Path) -> None:
 def test_public_names_are_pinned() -> None:
     import vitdeploy
 
-    assert sorted(vitdeploy.__all__) == ["__version__", "add_engines", "bench", "export", "load", "verify"]
+    assert sorted(vitdeploy.__all__) == [
+        "__version__",
+        "add_engines",
+        "bench",
+        "explain",
+        "export",
+        "load",
+        "verify",
+    ]
     assert all(hasattr(vitdeploy, name) for name in vitdeploy.__all__)
 
 
 @pytest.mark.slow
 def test_every_module_is_reached_by_its_name() -> None:
     """After ``import vitdeploy.a.b``, ``vitdeploy.a.b`` is that module: no function hides a room."""
-    for name in ("bench", "export", "load", "verify"):
+    for name in ("bench", "explain", "export", "load", "verify"):
         assert not (ROOT / "vitdeploy" / name).exists()
         assert not (ROOT / "vitdeploy" / f"{name}.py").exists()
     code = """

@@ -41,7 +41,7 @@ RUN = (
         f"docs/{n}.md"
         for n in ("quickstart", "python", "checkpoints", "families", "cli", "precision", "gpu", "tensorrt")
     ),
-    *(f"docs/{n}.md" for n in ("benchmark", "serving", "verify", "zero-shot")),
+    *(f"docs/{n}.md" for n in ("benchmark", "serving", "verify", "zero-shot", "explain")),
 )
 IMAGES = "vitdeploy/data/digits/images"
 

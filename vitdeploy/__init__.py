@@ -1,7 +1,7 @@
 """vitdeploy carries a Vision Transformer checkpoint to production, and proves each step.
 
 ``export`` writes a bundle, ``add_engines`` adds TensorRT engines to it, ``load`` runs it, ``verify`` verifies
-it on this machine, ``bench`` measures it.
+it on this machine, ``bench`` measures it, ``explain`` draws what it looks at.
 Every error raised on purpose is a ``vitdeploy.errors.VitdeployError``.
 """
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vitdeploy.benchmark.results import Results
     from vitdeploy.bundle.folder import Bundle
     from vitdeploy.config import BatchRange, Preprocess, Size
+    from vitdeploy.explanation.figures import Explanation
+    from vitdeploy.images.decode import ImageSource
     from vitdeploy.predictor import Predictor
     from vitdeploy.progress import Progress
     from vitdeploy.verification.foreign.report import ForeignReport
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     Path = str | os.PathLike[str]
 
-__all__ = ["__version__", "add_engines", "bench", "export", "load", "verify"]
+__all__ = ["__version__", "add_engines", "bench", "explain", "export", "load", "verify"]
 
 
 def export(
@@ -471,3 +473,48 @@ def bench(
         device=device,
     )
     return run_bench(bundle, choices, data=data, budget=budget, seed=seed, progress=progress)
+
+
+def explain(
+    bundle: Path | Bundle,
+    images: ImageSource | Sequence[ImageSource],
+    output_dir: Path | None = None,
+    *,
+    html: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Explanation:
+    """Draw what a model looks at in images, computed from the bundle's weights by the reference model.
+
+    Args:
+        bundle: its folder, or an opened one.
+        images: paths, bytes, binary file objects or Pillow images; one, or up to 64.
+        output_dir: a folder for the page, its pictures and the numbers; it appears whole. When neither it nor
+            ``html`` is given: ``NAME.explained`` in the working directory.
+        html: a file for the page alone.
+        force: replace an earlier explanation in ``output_dir``.
+        progress: receives the stages as they begin and finish.
+
+    Returns:
+        All figures as arrays, what was left out and why, and where it was written.
+
+    Raises:
+        ImageError: an image cannot be read; nothing is written.
+        UsageError: more than 64 images, a bundle without weights, or a place that cannot be written to.
+        BundleError: there is no bundle, or it is damaged.
+        MissingDependency: PyTorch (``export``), or matplotlib or jinja2 (``report``), is not installed.
+    """
+    from vitdeploy.exporter import exporting
+
+    with exporting("explain"):
+        from vitdeploy.explanation.run import run_explain
+
+    some = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+    return run_explain(
+        pathlib.Path(bundle) if isinstance(bundle, str | os.PathLike) else bundle,
+        some,
+        None if output_dir is None else pathlib.Path(output_dir),
+        html=None if html is None else pathlib.Path(html),
+        force=force,
+        progress=progress,
+    )

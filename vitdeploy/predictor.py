@@ -17,7 +17,7 @@ from PIL import Image
 from vitdeploy.backends.base import Array, Backend, Options, Session, all_backends, get_backend, runs_nothing
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
-from vitdeploy.bundle.manifest import Artifact, Choice, TensorSpec
+from vitdeploy.bundle.manifest import Artifact, Choice, Manifest, TensorSpec
 from vitdeploy.bundle.sizes import size_of_shape
 from vitdeploy.config import Size
 from vitdeploy.errors import BundleError, ImageError, UsageError, VitdeployError
@@ -48,6 +48,17 @@ class Prediction:
     index: int
     score: float
     """As the bundle's ``scores`` says: a softmax, a sigmoid or the logit itself, computed in float64."""
+
+
+def best_of(manifest: Manifest, logits: Array, top_k: int) -> list[Prediction]:
+    """The likeliest classes of finite logits, (classes,), the likeliest first."""
+    scores = scores_of(logits, manifest.scores)
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    labels = manifest.labels
+    return [
+        Prediction(labels[index] if labels else str(index), int(index), float(scores[index]))
+        for index in order
+    ]
 
 
 class Answer(NamedTuple):
@@ -324,13 +335,7 @@ class Predictor:
             BundleError: they are NaN or infinite.
         """
         self._require_finite(logits, "logits")
-        scores = scores_of(logits, self.bundle.manifest.scores)
-        order = np.argsort(-scores, kind="stable")[:top_k]
-        labels = self.bundle.manifest.labels
-        return [
-            Prediction(labels[index] if labels else str(index), int(index), float(scores[index]))
-            for index in order
-        ]
+        return best_of(self.bundle.manifest, logits, top_k)
 
     @property
     def chunk(self) -> int:

@@ -140,6 +140,13 @@ predict features.bundle photos --top-k 3
 predict features.bundle photos --dimensions 3
 predict features.bundle photos -o vectors.csv
 predict features.bundle photos -o nowhere/vectors.npy
+explain nope.bundle photos
+explain linear.bundle nowhere.png
+explain linear.bundle notes.txt
+explain linear.bundle photos -o notes.txt
+explain linear.bundle photos -o linear.bundle/figures
+explain linear.bundle photos -o photos --force
+explain linear.bundle photos --html nowhere/page.html
 serve nope.bundle
 serve linear.bundle/model.onnx
 serve a=linear.bundle a@1=linear.bundle

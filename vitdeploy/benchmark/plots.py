@@ -12,7 +12,7 @@ import math
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +92,7 @@ class Plot(NamedTuple):
     svg: str
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(purpose: str = "the HTML report") -> None:
     """Find out before a measurement whether it can be drawn.
 
     Raises:
@@ -101,7 +101,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise MissingDependency("matplotlib", extra="report", purpose="the HTML report") from error
+        raise MissingDependency("matplotlib", extra="report", purpose=purpose) from error
 
 
 def styles(results: Results) -> dict[str, Style]:
@@ -165,6 +165,50 @@ def size_plots(results: Results) -> list[Plot]:
     return found
 
 
+def drawn(
+    title: str,
+    name: str,
+    paint: Callable[[Axes], None],
+    *,
+    height: float = HEIGHT,
+    labels: Mapping[str, str] | None = None,
+) -> Plot:
+    """A figure with one pair of axes, for a page with this room's style sheet.
+
+    Args:
+        name: unique within the page: ids inside the SVG are made from it.
+        paint: draws in black, and gives what has a colour of its own the gid of :func:`series_gid`.
+        labels: what to write in place of texts that ``paint`` leaves, which it may fill in.
+    """
+    svg = _saved(paint, height, "svg", name).decode()
+    return Plot(title, _for_page(svg, name, title, labels or {}))
+
+
+def drawn_png(paint: Callable[[Axes], None], *, height: float = HEIGHT) -> bytes:
+    """The same as a picture of its own on white, in the colours that ``paint`` draws in."""
+    return _saved(paint, height, "png", "")
+
+
+def _saved(paint: Callable[[Axes], None], height: float, kind: Literal["svg", "png"], name: str) -> bytes:
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    with matplotlib.style.context({**_SETTINGS, "svg.hashsalt": name}, after_reset=True):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.tick_params(length=0)
+        paint(axes)
+        if kind == "png":
+            figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+        else:
+            figure.patch.set_visible(False)
+            axes.patch.set_visible(False)
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(buffer, format="svg", metadata=nothing)
+    return buffer.getvalue()
+
+
 class _Chart:
     """The plots of one group, with the series' styles."""
 
@@ -177,23 +221,8 @@ class _Chart:
 
     def draw(self, title: str, kind: str, paint: Callable[[Axes], None], height: float = HEIGHT) -> Plot:
         """A figure with one pair of axes."""
-        import matplotlib.style
-        from matplotlib.figure import Figure
-
-        name = f"{self.name}-{kind}"
         self.labels = {}
-        buffer = io.StringIO()
-        settings = {**_SETTINGS, "svg.hashsalt": name}
-        with matplotlib.style.context(settings, after_reset=True):
-            figure = Figure(figsize=(WIDTH, height), layout="constrained")
-            figure.patch.set_visible(False)
-            axes = figure.add_subplot()
-            axes.patch.set_visible(False)
-            axes.tick_params(length=0)
-            paint(axes)
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(buffer, format="svg", metadata=nothing)
-        return Plot(title, _for_page(buffer.getvalue(), name, title, self.labels))
+        return drawn(title, f"{self.name}-{kind}", paint, height=height, labels=self.labels)
 
     def of_batch(self, batch: int, cells: Sequence[Cell]) -> list[Plot]:
         found = []
@@ -211,8 +240,8 @@ class _Chart:
 
     def latency(self, axes: Axes, cells: Sequence[Cell]) -> None:
         self._by_batch(axes, [(c, c.p50_ms or 0.0) for c in cells])
-        _scale(axes, "y", [c.p50_ms or 0.0 for c in cells])
-        _unit(axes, "median, ms")
+        scale(axes, "y", [c.p50_ms or 0.0 for c in cells])
+        unit_above(axes, "median, ms")
 
     def latency_by_size(self, axes: Axes, cells: Sequence[Cell]) -> None:
         """Over the side of a square of as many pixels."""
@@ -226,19 +255,19 @@ class _Chart:
             look, line = self.styles[name], sorted(line, key=lambda cell: sides[cell.image_size])
             dash: Any = _DASHES[look.variant % len(_DASHES)]
             xs, ys = [sides[cell.image_size] for cell in line], [cell.p50_ms or 0.0 for cell in line]
-            axes.plot(xs, ys, color="black", dashes=dash, gid=_class("line", look))
-        _scale(axes, "y", [cell.p50_ms or 0.0 for cell in cells])
+            axes.plot(xs, ys, color="black", dashes=dash, gid=series_gid("line", look))
+        scale(axes, "y", [cell.p50_ms or 0.0 for cell in cells])
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(sides.values()), [size_name(size) for size in sides])
         axes.set_xticks([], minor=True)
         axes.set_xlim(min(sides.values()) / 1.15, max(sides.values()) * 1.15)
         axes.set_xlabel("image size")
-        _unit(axes, "median, ms")
+        unit_above(axes, "median, ms")
 
     def throughput(self, axes: Axes, cells: Sequence[Cell]) -> None:
         self._by_batch(axes, [(c, c.images_per_s or 0.0) for c in cells])
-        _scale(axes, "y", [c.images_per_s or 0.0 for c in cells], log_from=12.0)
-        _unit(axes, "images per second")
+        scale(axes, "y", [c.images_per_s or 0.0 for c in cells], log_from=12.0)
+        unit_above(axes, "images per second")
 
     def _by_batch(self, axes: Axes, points: Sequence[tuple[Cell, float]]) -> None:
         lines: dict[str, list[tuple[Cell, float]]] = {}
@@ -253,7 +282,7 @@ class _Chart:
             dash: Any = _DASHES[look.variant % len(_DASHES)]
             # A batch without a right cell interrupts the line.
             ys = [at.get(batch, math.nan) for batch in self.batches]
-            axes.plot(self.batches, ys, color="black", dashes=dash, gid=_class("line", look))
+            axes.plot(self.batches, ys, color="black", dashes=dash, gid=series_gid("line", look))
             for cell, value in line:
                 self._point(axes, cell, cell.batch, value)
         axes.set_xscale("log", base=2)
@@ -269,14 +298,14 @@ class _Chart:
             return
         look = self.styles[series_name(self.results, cell)]
         shape: Any = _MARKERS[look.variant % len(_MARKERS)]
-        gid = _class("hollow" if cell.warnings else "mark", look)
+        gid = series_gid("hollow" if cell.warnings else "mark", look)
         axes.plot([x], [y], marker=shape, color="black", linestyle="none", zorder=3, alpha=alpha, gid=gid)
 
     def distribution(self, axes: Axes, cells: Sequence[Cell]) -> None:
         """A row per cell: a histogram of its calls, a tick at the median, its name above."""
         taken = [[s for s in cell.samples_ms if _usable(s)] for cell in cells]
         every = [s for samples in taken for s in samples]
-        low, high = _scale(axes, "x", every)
+        low, high = scale(axes, "x", every)
         log = axes.get_xscale() == "log"
         for row, (cell, samples) in enumerate(zip(cells, taken, strict=True)):
             look = self.styles[series_name(self.results, cell)]
@@ -288,9 +317,9 @@ class _Chart:
                 fill=True,
                 color="black",
                 lw=0,
-                gid=_class("area", look),
+                gid=series_gid("area", look),
             )
-            axes.plot([min(samples), max(samples)], [row, row], "k", lw=1.0, gid=_class("line", look))
+            axes.plot([min(samples), max(samples)], [row, row], "k", lw=1.0, gid=series_gid("line", look))
             axes.plot([cell.p50_ms or 0.0] * 2, [row + 0.08, row - 0.42], "k", lw=1.0, gid=f"{_CLASS}line")
             mark = " ⚠ disturbed" if cell.warnings else ""
             self._label(axes, row - 0.54, series_name(self.results, cell) + mark)
@@ -313,16 +342,9 @@ class _Chart:
         for cell in cells:
             best = any(cell is other for other in front)
             self._point(axes, cell, cell.p50_ms or 0.0, errors[id(cell)], 1.0 if best else 0.45)
-        _scale(axes, "x", [c.p50_ms or 0.0 for c in cells])
-        axes.set_yscale("log")
-        top, bottom = max(errors.values()), min(errors.values())
-        axes.set_ylim(bottom / 4, top * 4)
-        axes.yaxis.set_major_formatter(
-            lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
-        )
-        axes.set_yticks([], minor=True)
+        scale(axes, "x", [c.p50_ms or 0.0 for c in cells])
+        scale_errors(axes, list(errors.values()))
         axes.set_xlabel("median, ms")
-        _unit(axes, "relative error")
 
     def _label(self, axes: Axes, y: float, text: str) -> None:
         """Text is put in after drawing: matplotlib would look for its letters in a font of its own."""
@@ -337,19 +359,26 @@ def _usable(value: float | None) -> bool:
     return value is not None and 1e-9 < value < 1e12
 
 
-def _class(kind: str, style: Style) -> str:
+def series_gid(kind: str, style: Style) -> str:
     """The gid of something in a series' colour."""
     return f"{_CLASS}{kind} series-{style.colour}"
 
 
-def _unit(axes: Axes, text: str) -> None:
+def unit_above(axes: Axes, text: str) -> None:
     """What the upright axis shows, above it: turned text is hard to read."""
     axes.set_title(text, loc="left", fontsize=9.5)
 
 
-def _scale(
-    axes: Axes, which: str, values: Sequence[float], log_from: float = LOG_FROM
-) -> tuple[float, float]:
+def scale_errors(axes: Axes, values: Sequence[float]) -> None:
+    """The upright axis for relative errors, which are above zero."""
+    axes.set_yscale("log")
+    axes.set_ylim(min(values) / 4, max(values) * 4)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+00", ""))
+    axes.set_yticks([], minor=True)
+    unit_above(axes, "relative error")
+
+
+def scale(axes: Axes, which: str, values: Sequence[float], log_from: float = LOG_FROM) -> tuple[float, float]:
     """Limits with some air, logarithmic where the values are far apart."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 

@@ -58,17 +58,17 @@ class Section(NamedTuple):
     measurements: Table
 
 
-def require_libraries() -> None:
+def require_libraries(purpose: str = "the HTML report") -> None:
     """Find out before a measurement whether its report can be made.
 
     Raises:
         MissingDependency: jinja2 or matplotlib is not installed.
     """
-    require_matplotlib()
+    require_matplotlib(purpose)
     try:
         import jinja2  # noqa: F401
     except ImportError as error:
-        raise MissingDependency("jinja2", extra="report", purpose="the HTML report") from error
+        raise MissingDependency("jinja2", extra="report", purpose=purpose) from error
 
 
 def html_text(results: Results, comparison: ResultsComparison | None = None) -> str:
@@ -79,7 +79,7 @@ def html_text(results: Results, comparison: ResultsComparison | None = None) -> 
     """
     require_libraries()
     looks = styles(results)
-    return _template().render(
+    return page_template(Path(__file__).parent, "report.html").render(
         results=results,
         title=_title(results),
         sections=[_section(results, number) for number in range(len(groups(results)))],
@@ -101,18 +101,19 @@ def html_text(results: Results, comparison: ResultsComparison | None = None) -> 
     )
 
 
-def _template() -> jinja2.Template:
+def page_template(folder: Path, name: str) -> jinja2.Template:
+    """The template of a page; whatever folder it lies in, it can include ``report.css``, which is here."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["plain"] = plain_text
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def _title(results: Results) -> str:

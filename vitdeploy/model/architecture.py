@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vitdeploy.model.fused import FusedModel
+    from vitdeploy.model.view import ModelView
     from vitdeploy_kernels.plans import Shape
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
@@ -90,6 +91,10 @@ class Architecture(ABC, Generic[ConfigT, ReferenceT]):
             UsageError: no image processor of its family makes patches; ``config.inputs`` says so before.
         """
         raise UsageError(f"a model of the kind {config.kind!r} reads images, not patches")
+
+    def view(self, reference: ReferenceT) -> ModelView | None:
+        """Where its tokens lie in an image, and its attention; None of an architecture without attention."""
+        return None
 
     def kernel_shape(self, config: ConfigT, output: Output, input_kind: InputKind) -> Shape:
         """What the fused kernels have to compute.

@@ -55,6 +55,7 @@ class Attention(nn.Module):
         self.config, self.windowed = config, windowed
         self.heads, self.scale, self.rotated = config.heads, config.head_width**-0.5, True
         self.q, self.k, self.v, self.proj = (nn.Linear(config.width, config.width) for _ in range(4))
+        self.softmax = nn.Softmax(dim=-1)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, T, D) -> (N, h, T, d)
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         scores = q @ k.transpose(2, 3) * self.scale  # (N, h, T, T)
         if (mask := self.mask()) is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        x = scores.softmax(dim=-1) @ v  # (N, h, T, d)
+        x = self.softmax(scores) @ v  # (N, h, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 

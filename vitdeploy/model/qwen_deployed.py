@@ -52,6 +52,7 @@ from vitdeploy.model.qwen import (
     patches_of,
 )
 from vitdeploy.model.qwen_grid import Groups, grouped, interpolated, patch_order, rotation
+from vitdeploy.model.view import ModelView, qwen_view
 
 
 class DeployedEmbedding(nn.Module):
@@ -345,6 +346,9 @@ class QwenArchitecture(Architecture[QwenVisionConfig, QwenVision]):
 
     def patches(self, config: QwenVisionConfig, pixel_values: Tensor) -> Tensor:
         return patches_of(pixel_values, config)
+
+    def view(self, reference: QwenVision) -> ModelView:
+        return qwen_view(reference)
 
     @torch.no_grad()
     def deploy(

@@ -24,6 +24,7 @@ from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.model.qwen_deployed import QwenArchitecture
 from vitdeploy.model.reference import Reference, public_name
+from vitdeploy.model.view import ModelView, swin_view, vit_view
 from vitdeploy.model.vit import Attention, FusedAttention, ViT
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ class ViTArchitecture(Architecture[ViTConfig, ViT]):
         return rewrites.redeploy(
             reference, like, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess
         )
+
+    def view(self, reference: ViT) -> ModelView:
+        return vit_view(reference)
 
     def kernel_shape(self, config: ViTConfig, output: Output, input_kind: InputKind) -> VitShape:
         from vitdeploy.model import fused
@@ -119,6 +123,9 @@ class SwinArchitecture(Architecture[SwinConfig, swin.Swin]):
         return swin_rewrites.deploy(
             reference, plan, outputs=outputs, input_kind=input_kind, preprocess=preprocess
         )
+
+    def view(self, reference: swin.Swin) -> ModelView:
+        return swin_view(reference)
 
     def kernel_shape(self, config: SwinConfig, output: Output, input_kind: InputKind) -> SwinShape:
         from vitdeploy.model import swin_fused

@@ -144,6 +144,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, width, bias=config.qkv_bias)
         self.k = nn.Linear(width, width, bias=config.qkv_bias and config.version == 1)
         self.v = nn.Linear(width, width, bias=config.qkv_bias)
+        self.softmax = nn.Softmax(dim=-1)
         self.proj = nn.Linear(width, width)
         self.log_scale = nn.Parameter(torch.zeros(self.heads)) if config.version == 2 else None
         self.score_bias = (LogBias if config.version == 2 else TableBias)(config, stage)
@@ -194,7 +195,7 @@ class Attention(nn.Module):
         else:
             q, k = (F.normalize(x, dim=-1, eps=COSINE_EPS) for x in (q, k))
             scores = q @ k.transpose(3, 4) * scales
-        return (scores + self.bias()).softmax(dim=-1) @ v
+        return self.softmax(scores + self.bias()) @ v
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cut(x)  # (N, n, A, D)

@@ -99,6 +99,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(config.width, config.width, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, config.width, bias=config.qkv_bias and config.key_bias)
         self.v = nn.Linear(config.width, config.width, bias=config.qkv_bias)
+        self.softmax = nn.Softmax(dim=-1)
         self.proj = nn.Linear(config.width, config.width)
         table = torch.zeros(score_bias_rows(config), config.heads)
         self.score_bias = nn.Parameter(table) if config.score_bias else None
@@ -130,7 +131,7 @@ class Attention(nn.Module):
         bias = self.bias()
         if bias is not None:
             scores = scores + bias
-        x = scores.softmax(dim=-1) @ v  # (N, h, T, d)
+        x = self.softmax(scores) @ v  # (N, h, T, d)
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
@@ -197,6 +198,7 @@ class ProbePool(nn.Module):
         self.heads, self.scale = config.heads, config.head_width**-0.5
         self.probe = nn.Parameter(torch.zeros(width))
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.softmax = nn.Softmax(dim=-1)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = Mlp(width, config.mlp_width, config.activation)
 
@@ -204,7 +206,7 @@ class ProbePool(nn.Module):
         q = self.q(self.probe).unflatten(0, (self.heads, 1, -1))  # (h, 1, d)
         k, v = (linear(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for linear in (self.k, self.v))
         scores = q @ k.transpose(2, 3) * self.scale  # (N, h, 1, T)
-        x = self.proj((scores.softmax(dim=-1) @ v).flatten(1))  # (N, D)
+        x = self.proj((self.softmax(scores) @ v).flatten(1))  # (N, D)
         return x + self.mlp(self.norm(x))
 
 

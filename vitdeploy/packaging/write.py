@@ -14,6 +14,7 @@ from vitdeploy.backends.base import get_backend
 from vitdeploy.bundle.files import names_below, sha256
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.bundle.output_folder import GENERATOR, output_folder
 from vitdeploy.bundle.staging import StagedFolder
 from vitdeploy.errors import ExportError, UsageError
 from vitdeploy.images.fitting import require_size
@@ -28,7 +29,6 @@ MAX_NAME = 60
 
 _NAME = re.compile(rf"[A-Za-z0-9](?:[A-Za-z0-9_.-]{{0,{MAX_NAME - 2}}}[A-Za-z0-9_-])?")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}")
-_GENERATOR = "vitdeploy"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def write_package(
     if settings.fit is not None and not isinstance(settings.fit, str):
         require_size(settings.fit, opened.sizes)
     called, note = model_name(opened, name)
-    folder = _check_output(Path(output), opened, force)
+    folder = output_folder(Path(output), opened, marker=MARKER, kind="package", force=force)
     opened.verify_hashes(opened.manifest.files)
     try:
         with StagedFolder(folder) as staged:
@@ -210,51 +210,6 @@ def _check_settings(target: str, settings: PackageSettings, taken: frozenset[str
             raise UsageError(f"--min-replicas {low} is more than --max-replicas {high}")
 
 
-def _check_output(output: Path, bundle: Bundle, force: bool) -> Path:
-    """The folder to write, without links.
-
-    Raises:
-        UsageError: it is inside of the bundle, a file, there already, or with ``force`` not a package.
-    """
-    try:
-        folder = output.resolve()
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"{output}: is no usable path: {error}") from error
-    if folder.is_relative_to(bundle.root.resolve()):
-        raise UsageError(f"{output}: is inside of the bundle", hint="choose a folder beside it")
-    if not folder.exists():
-        return folder
-    if not folder.is_dir() or folder.is_mount():
-        what = "a mount point" if folder.is_dir() else "a file"
-        raise UsageError(f"{output}: is {what}", hint="choose a folder that does not exist yet")
-    if not force:
-        raise UsageError(f"{output}: already exists", hint="--force replaces an earlier package")
-    if not any(folder.iterdir()):
-        return folder
-    written = _written_before(folder)
-    if written is None:
-        raise UsageError(f"{output}: is not a package, so --force does not replace it")
-    strange = [
-        name for name in names_below(folder) if name not in written and "__pycache__" not in name.split("/")
-    ]
-    if strange:
-        raise UsageError(
-            f"{output}: holds what vitdeploy did not write: {', '.join(strange[:8])}",
-            hint="move it elsewhere, or choose another folder",
-        )
-    return folder
-
-
-def _written_before(folder: Path) -> frozenset[str] | None:
-    """The files that an earlier run wrote into this folder; None where it is no package."""
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        ours = str(marker["generator"]).startswith(_GENERATOR)
-        return frozenset([MARKER, *marker["files"]]) if ours else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _describe(folder: Path, outcome: Outcome) -> tuple[PackagedFile, ...]:
     names = sorted(names_below(folder), key=lambda name: (name.count("/"), name))
     if unknown := set(outcome.what) - set(names):
@@ -269,7 +224,7 @@ def _marker(job: Job, target: str, files: tuple[PackagedFile, ...]) -> Mapping[s
     """The marker's document; no times and no paths of this machine: the same input gives it again."""
     manifest = job.bundle.manifest
     return {
-        "generator": f"{_GENERATOR} {__version__}",
+        "generator": f"{GENERATOR} {__version__}",
         "target": target,
         "name": job.name,
         "version": job.version,
