@@ -80,7 +80,8 @@ def quantise(
         stage.detail = f"{len(left_out)} of {len(linears)}, error {error:.4f}"
     sites = {name: place.site for name, place in recipe.places.items() if name not in left_out}
     share = sum(macs[name] for name in sites) / max(sum(macs.values()), 1)
-    return QuantisedModel(work, sites, left_out, share, error, target, ranges)
+    floats = {name: recipe.places[name].weight.detach() for name in sites}
+    return QuantisedModel(work, sites, left_out, share, error, target, ranges, floats=floats)
 
 
 @torch.no_grad()
