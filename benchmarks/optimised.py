@@ -1,7 +1,7 @@
 """What ``vitdeploy optimize`` chooses for the real model and for the digits model, and whether it is right.
 
-Every contest is measured twice: what was chosen by the first measurement of the finalists is to be the fastest
-verified one by the second. A part of ``benchmarks.quantisation``.
+Every contest is measured twice: what was chosen by the first measurement of the finalists is to be the
+fastest verified one by the second. A part of ``benchmarks.quantisation``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def broken(contests: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             verdicts = {
                 (one["verdict"], f"the {QUANTISED_GAIN:g}x that int8 must bring" in one["why"])
                 for one in contest["tried"]
-                if (one["precision"], one["backend"]) == ("int8", "openvino") and "first look" not in one["why"]
+                if (one["precision"], one["backend"]) == ("int8", "openvino")
+                if "first look" not in one["why"]
             }
             if verdicts != {("refused", True)}:
                 yield f"optimize, {name}: int8 on OpenVINO is not refused for what it gains"

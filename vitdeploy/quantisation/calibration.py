@@ -93,8 +93,8 @@ def read_folder(folder: Path, spec: Preprocess) -> CalibrationImages:
     if np.median(rough) >= NOISE:
         noise = sum(value >= NOISE for value in rough)
         raise UsageError(
-            f"{folder}: of {len(shown)} images, {noise} are noise, whose pixels have nothing to do with their "
-            "neighbours: no range that a model meets follows from them",
+            f"{folder}: of {len(shown)} images, {noise} are noise, whose pixels have nothing to do with "
+            "their neighbours: no range that a model meets follows from them",
             hint=WANTED,
         )
     held = _held_out(len(shown))

@@ -51,7 +51,7 @@ class GemmRecord:
     clipped: float
     """||x - cut(x)|| / ||x|| of what it reads, the larger one of its inputs."""
     lost: float
-    """||x (w - float w)|| / ||x float w||, with x what it reads less its mean; 0 where these are not known."""
+    """||x (w - float w)|| / ||x float w||, with x what it reads less its mean; 0 where nothing is known."""
     failures: tuple[str, ...]
 
     @property

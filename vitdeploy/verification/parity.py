@@ -261,9 +261,7 @@ def check_session(
     return records
 
 
-def _golden(
-    golden: Mapping[str, Array], names: Sequence[str], source: str
-) -> tuple[Array, dict[str, Array]]:
+def _golden(golden: Mapping[str, Array], names: Sequence[str], source: str) -> tuple[Array, dict[str, Array]]:
     """The golden inputs and the reference's answer for each output, fit to compare with.
 
     Args:
