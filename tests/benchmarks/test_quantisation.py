@@ -192,7 +192,7 @@ def test_the_tables_have_a_row_for_what_was_measured() -> None:
     assert text.endswith("less than the 1.15x that int8 must bring |")
     skipped = quantisation.tables(record() | {"skipped": {"nncf": "no network"}})
     assert skipped.endswith("Not measured: NNCF, its default (SmoothQuant) (no network).")
-    assert "batch" not in quantisation.tables({**record(), "speed": []})
+    assert "interleaved" not in quantisation.tables({**record(), "speed": []})
 
 
 def test_a_record_has_a_line_for_each_cell() -> None:

@@ -123,7 +123,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("size", [(32, 32), (50, 70), (240, 320)], ids=str)
     def test_noise(self, tmp_path: Path, size: tuple[int, int]) -> None:
-        random, spec = np.random.default_rng(0), Preprocess((32, 32), SPEC.mean, SPEC.std)
+        random, spec = np.random.default_rng(0), Preprocess(size=(32, 32), mean=SPEC.mean, std=SPEC.std)
         for i in range(12):
             pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
@@ -158,7 +158,7 @@ def test_pictures_are_no_noise() -> None:
 
 @pytest.mark.slow
 def test_real_images_are_no_noise(real_model_folder: Path) -> None:
-    spec = Preprocess((224, 224), SPEC.mean, SPEC.std)
+    spec = Preprocess(size=(224, 224), mean=SPEC.mean, std=SPEC.std)
     found = read_folder(real_model_folder / "calibration", spec)
     assert max(roughness(pixels) for pixels in (*found.images, *found.held_out)) < 0.3
 
