@@ -33,7 +33,7 @@ MOST = 32
 HELD_OUT = 16
 """Images to prove with."""
 NOISE = 0.6
-"""Roughness from which on an image is noise: of white noise it is 1, resized 0.75, and of pictures below 0.3."""
+"""Roughness from which on an image is noise: of that it is 1, or 0.75 once resized; of pictures below 0.3."""
 WANTED = (
     f"--calibration DIR, a folder with {MOST + HELD_OUT} or more typical images (at least {LEAST}), as the "
     "model will see them; no labels"

@@ -5,10 +5,13 @@ back: x W + b = x' (s W) + (b + c W). A LayerNorm does so by its gain and bias. 
 attention, since rows of a softmax sum to one: p (v - c) = p v - c, whatever was added to the scores.
 With s = range^1/2 / |w|^1/2 the difficulty is shared between activations and weights (Xiao et al. 2023,
 https://arxiv.org/abs/2211.10438, there without c). A part whose structure is not known here stays what it is.
+
+Nothing passes an activation function: what ``fc2`` reads is shifted or scaled by an operation of its own.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +25,7 @@ from vitdeploy.model.deployed import (
     DeployedModel,
     Linear,
     Norm,
+    Scale,
     Shift,
 )
 from vitdeploy.model.folds import edited, parameter
@@ -35,11 +39,16 @@ from vitdeploy.model.swin_deployed import (
 from vitdeploy.model.vit_deployed import AbsorbedBlock
 from vitdeploy.quantisation.layers import quantisable
 from vitdeploy.quantisation.ranges import Ranges
+from vitdeploy.quantisation.sites import INT8_LARGEST
 
 _LEAST = 1e-5
 """Ranges and weights below this share of the largest count as this share."""
 _FURTHEST = 100.0
 """What a channel is multiplied or divided by at most, beside the others."""
+_POWERS_OF_RANGE = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_POWERS_OF_WEIGHT = (0.0, 0.2, 0.4, 0.6)
+_MADE_UP = 0.4
+"""Share of a weight's noise that GPTQ leaves."""
 
 
 @torch.no_grad()
@@ -60,8 +69,46 @@ def migrate(model: DeployedModel, ranges: Ranges) -> DeployedModel:
 def shift_input(mlp: DeployedMlp, c: float) -> None:
     """Have ``fc2`` read x - c: exact, since its bias takes c back; in place."""
     fc2 = mlp.fc2
-    mlp.shift = Shift(torch.tensor(-c, dtype=fc2.weight.dtype))
+    mlp.before = Shift(torch.tensor(-c, dtype=fc2.weight.dtype))
     _take_back(fc2, torch.full(fc2.weight.shape[:1], c, dtype=torch.float64))
+
+
+@torch.no_grad()
+def scale_input(mlp: DeployedMlp, factor: Tensor) -> None:
+    """Have ``fc2`` read x * factor, (in): exact, since its weight takes it back; in place."""
+    fc2 = mlp.fc2
+    mlp.before = Scale(factor.to(fc2.weight.dtype))
+    _give(fc2, "weight", fc2.weight.double() / factor.double()[:, None])
+
+
+def rounding_noise(step: float, weight: Tensor, energy: Tensor, bound: int) -> float:
+    """What x W loses, as a mean square, summed over its columns: rounding loses step^2 / 12 of a number.
+
+    Args:
+        step: of x.
+        weight: (in, out) float64, rounded by column.
+        energy: (in), the variance of x by channel.
+        bound: the largest integer of a weight.
+    """
+    steps = weight.abs().amax(0) / bound
+    return ((step**2 * weight.square().sum() + _MADE_UP * steps.square().sum() * energy.sum()) / 12).item()
+
+
+def balanced(reach: Tensor, energy: Tensor, weight: Tensor, bound: int) -> tuple[Tensor, float]:
+    """s = range^a / |w|max^b with which rounding x / s and s W costs the least, and what it costs.
+
+    Args:
+        reach: the largest magnitude of x by channel, (in) float64.
+        energy, weight, bound: as of :func:`rounding_noise`.
+    """
+    reach, largest = _positive(reach), _positive(weight.abs().amax(1))
+    found = []
+    for a, b in itertools.product(_POWERS_OF_RANGE, _POWERS_OF_WEIGHT):
+        s = _middling(reach**a / largest**b)
+        step = (reach / s).amax().item() / INT8_LARGEST
+        found.append((rounding_noise(step, weight * s[:, None], energy / s.square(), bound), s))
+    noise, s = min(found, key=lambda one: one[0])
+    return s, noise
 
 
 class _Migration:
@@ -132,9 +179,7 @@ class _Migration:
         c = (low + high) / 2 if centred else torch.zeros_like(low)
         reach = torch.maximum(high - c, c - low)
         weights = torch.stack([reader.weight.double().abs().amax(1) for reader in readers]).amax(0)
-        s = (_positive(reach) / _positive(weights)).sqrt()
-        s = s / s.log().mean().exp()
-        return c, s.clamp(1 / _FURTHEST, _FURTHEST)
+        return c, _middling((_positive(reach) / _positive(weights)).sqrt())
 
 
 def _readers(attn: nn.Module) -> list[Linear]:
@@ -152,6 +197,11 @@ def _pads(order: TokenOrder | None) -> bool:
 
 def _positive(values: Tensor) -> Tensor:
     return values.clamp_min(max(values.max().item(), torch.finfo(values.dtype).tiny) * _LEAST)
+
+
+def _middling(s: Tensor) -> Tensor:
+    """Divided by its geometric mean, and nowhere far from it."""
+    return (s / s.log().mean().exp()).clamp(1 / _FURTHEST, _FURTHEST)
 
 
 def _read(linear: Linear, c: Tensor, s: Tensor) -> None:
