@@ -14,7 +14,7 @@ from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
 from vitdeploy.quantisation import migration
 from vitdeploy.quantisation.layers import quantisable, tensors_of, watching
-from vitdeploy.quantisation.migration import balanced, migrate, rounding_noise, scale_input, shift_input
+from vitdeploy.quantisation.migration import migrate, rounding_noise, scale_input, shift_input
 from vitdeploy.quantisation.ranges import measure
 
 EXACT = 1e-10
@@ -144,18 +144,6 @@ def test_the_noise_of_rounding_is_what_is_predicted() -> None:
         found = float((rounded - exact).square().mean(0).sum())
         part = rounding_noise(step if not made_up else 0.0, weight, x.var(0) * bool(made_up), bound)
         assert found == pytest.approx(part / (made_up or 1), rel=0.1)
-
-
-def test_channels_are_balanced_where_they_differ() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.rand((32, 64), generator=generator).double() - 0.5
-    reach = torch.logspace(-1, 1, 32).double()
-    energy = (reach / 4).square()
-    s, noise = balanced(reach, energy, weight, 63)
-    plain = rounding_noise(reach.max().item() / 127, weight, energy, 63)
-    assert noise < 0.6 * plain
-    assert s.log().mean() == pytest.approx(0, abs=1e-9)
-    assert bool((s.diff() > 0).double().mean() > 0.9), "wider channels are divided by more"
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "eva02", "swin v2", "qwen2"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -68,7 +67,7 @@ def int8(vit: DeployedModel, images: Tensor) -> QuantisedModel:
 def shifted(vit: DeployedModel, images: Tensor) -> QuantisedModel:
     """With shifts before all second layers, as if scales of channels never cost less."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "balanced", lambda reach, *_: (torch.ones_like(reach), math.inf))
+        patch.setattr(recipe, "rounding_noise", lambda *_: 0.0)
         return quantise(vit, images, kind="int8")
 
 
@@ -170,7 +169,7 @@ def test_channels_are_scaled_before_fc2_where_they_differ(images: Tensor, rest: 
         assert torch.equal(before.value, before.value.half().float())
     held_out = images_of("vit", 8, seed=9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "balanced", lambda reach, *_: (torch.ones_like(reach), math.inf))
+        patch.setattr(recipe, "rounding_noise", lambda *_: 0.0)
         shifted = quantise(model, images, kind="int8", rest=rest, target=9.0)
     assert error(model, found, held_out) < 0.8 * error(model, shifted, held_out)
 

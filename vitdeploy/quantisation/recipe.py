@@ -27,7 +27,14 @@ from vitdeploy.progress import Progress
 from vitdeploy.quantisation.gptq import ROWS, Grid, Hessian, rounded_weight
 from vitdeploy.quantisation.layers import BATCH, macs_of, of_block, quantisable, tensors_of, watching
 from vitdeploy.quantisation.leaving_out import Place, leave_out
-from vitdeploy.quantisation.migration import balanced, migrate, rounding_noise, scale_input, shift_input
+from vitdeploy.quantisation.migration import (
+    POWER,
+    channel_scales,
+    migrate,
+    rounding_noise,
+    scale_input,
+    shift_input,
+)
 from vitdeploy.quantisation.ranges import Ranges, measure
 from vitdeploy.quantisation.sites import QuantisedModel, QuantisedSite, rounded
 
@@ -203,11 +210,14 @@ class _Sequence:
         if mlp.gate is None:
             weight, energy = mlp.fc2.weight.double(), inputs.rows.double().var(0)
             reach = torch.maximum(inputs.high, -inputs.low).double()
-            s, noise = balanced(reach, energy, weight, self.grid.bound)
-            if noise < rounding_noise(step, weight, energy, self.grid.bound):
-                factor = self.grid.stored(1 / s)
+            factor = self.grid.stored(1 / channel_scales(reach, POWER))
+            scale = self.grid.input_scale((reach * factor).max().item())
+            scaled = weight / factor.double()[:, None], energy * factor.double().square()
+            if rounding_noise(scale, *scaled, self.grid.bound) < rounding_noise(
+                step, weight, energy, self.grid.bound
+            ):
                 scale_input(mlp, factor)
-                return inputs.rows * factor, self.grid.input_scale((reach * factor).max().item())
+                return inputs.rows * factor, scale
         # A whole number of steps, so that zero stays exact: nearly all that a GELU gives lies there. The
         # largest may lie half a step beyond the grid, which is what rounding takes from any number.
         c = step * round((high + low) / 2 / step)
