@@ -318,7 +318,7 @@ def test_planted_faults_are_seen(
     vit: DeployedModel, shifted: QuantisedModel, plant: Callable[..., QuantisedModel]
 ) -> None:
     held_out = images_of("vit", 8, seed=9)
-    assert error(vit, plant(shifted, vit), held_out) > 3 * error(vit, shifted, held_out)
+    assert error(vit, plant(shifted, vit), held_out) > 2 * error(vit, shifted, held_out)
 
 
 # --- what is handed in and told ----------------------------------------------------------------------------
