@@ -165,7 +165,8 @@ class _Sequence:
             if name != wanted:
                 return self.rounded(name, x)
             rows = x.flatten(0, -2)
-            ends.append(tuple(rows.aminmax(dim=0)))
+            least, largest = rows.aminmax(dim=0)
+            ends.append((least, largest))
             share = min(1.0, _KEPT / (len(rows) * len(self.states)))
             chosen = torch.randperm(len(rows), generator=self.random)[: math.ceil(share * len(rows))]
             parts.append(rows[chosen])
