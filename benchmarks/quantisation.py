@@ -1,8 +1,9 @@
 """INT8 and FP8 of a real trained model: ours and other tools', what they cost and what they gain.
 
-    python -m benchmarks.quantisation                    # half an hour; writes results/quantisation_cpu.json
+    python -m benchmarks.quantisation                    # 40 minutes; writes results/quantisation_cpu.json
     python -m benchmarks.quantisation --part accuracy    # the record keeps what it has of the speeds
     python -m benchmarks.quantisation --part speed --rounds 12
+    python -m benchmarks.quantisation --part optimize
     python -m benchmarks.quantisation --write            # the committed tables into docs/quantisation.md
 
 The model is DINOv2-small (``make real-model``) giving the CLS token and the mean of the patches, for 200
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 
 import vitdeploy
+from benchmarks import optimised
 from benchmarks.documents import Part
 from benchmarks.peers.common import RUNTIMES, Job
 from benchmarks.peers.environments import ROOT
@@ -44,7 +46,7 @@ from vitdeploy.bundle.folder import Bundle
 WORK = ROOT / "build" / "quantisation"
 RESULTS = ROOT / "benchmarks" / "results" / "quantisation_cpu.json"
 PART = Part(ROOT / "docs" / "quantisation.md", "benchmarks/quantisation.py")
-SMALL, BASE = "DINOv2-S/14", "ViT-B/16"
+SMALL, BASE = optimised.REAL_MODEL, "ViT-B/16"
 BATCHES = (1, 8)
 THREADS = 2
 ROUNDS = 12
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or write the tables; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantisation", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--part", choices=("accuracy", "speed", "both"), default="both")
+    parser.add_argument("--part", choices=("accuracy", "speed", "optimize", "all"), default="all")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the speeds")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="the committed tables into docs/quantisation.md")
@@ -109,19 +111,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PART.publish(tables(record), doubts(record), write=True)
         return 0
     record = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {}
+    parts = ("accuracy", "speed", "optimize") if options.part == "all" else (options.part,)
     record["environment"] = find_environment(ROOT, TITLES).model_dump(mode="json")
-    record["skipped"] = {}
-    files = {SMALL: small_files(record["skipped"])}
-    if options.part != "speed":
+    files: dict[str, Files] = {}
+    record.setdefault("skipped", {})
+    if parts != ("optimize",):
+        record["skipped"] = {}
+        files[SMALL] = small_files(record["skipped"])
+    if "accuracy" in parts:
         record["accuracy"] = list(accuracy(files[SMALL]))
         write_whole(options.output, dumped(record))
-    if options.part != "accuracy":
+    if "speed" in parts:
         files[BASE], record["quantising"] = base_files(record["skipped"])
         record["threads"], record["rounds"] = THREADS, options.rounds
         record["created"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record["speed"] = [
             cell for model in files for cell in speeds(model, files[model], options.rounds, record["skipped"])
         ]
+        write_whole(options.output, dumped(record))
+    if "optimize" in parts:
+        record["optimised"] = list(optimised.contests())
         write_whole(options.output, dumped(record))
     PART.publish(tables(record), doubts(record), write=False)
     return 0
@@ -332,6 +341,8 @@ def tables(record: Mapping[str, Any]) -> str:
             lines.append(f"| {variant.title} | {TITLES[variant.runtime]} | {both} |")
     if record.get("speed"):
         lines += ["", *_speed_table(record)]
+    if record.get("optimised"):
+        lines += ["", *optimised.table(record["optimised"])]
     skipped = "; ".join(f"{VARIANTS[name].title} ({why})" for name, why in record["skipped"].items())
     return "\n".join(lines + (["", f"Not measured: {skipped}."] if skipped else []))
 
@@ -396,7 +407,7 @@ def broken_claims(record: Mapping[str, Any]) -> list[str]:
         cost = record.get("quantising", {}).get(kind, 0)
         if cost > most:
             found.append(f"{BASE}, the export: {kind} {cost} instead of {most}")
-    return found
+    return found + list(optimised.broken(record.get("optimised", ())))
 
 
 def doubts(record: Mapping[str, Any]) -> list[str]:
@@ -434,7 +445,8 @@ def unmeasured(record: Mapping[str, Any]) -> list[str]:
     ]
     wanted = ((name, task) for name in (FIRST, *MOST, *NNCF) for task in TASKS)
     found += [f"{task}: {name}" for name, task in wanted if (name, task) not in _cells(record)]
-    return found if "quantising" in record else [*found, f"{BASE}, the export"]
+    found += [] if "quantising" in record else [f"{BASE}, the export"]
+    return found + optimised.unmeasured(record.get("optimised", ()))
 
 
 if __name__ == "__main__":

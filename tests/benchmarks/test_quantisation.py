@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import quantisation
+from benchmarks import optimised, quantisation
 from benchmarks.peers import environments, quantisers
 from benchmarks.peers.quantisers import QUANTISERS, QuantiserFailure
 from benchmarks.real_images import TASKS
 from vitdeploy.benchmark.loop import Array, Caller
+from vitdeploy.benchmark.run import BenchPlan
 from vitdeploy.bundle.folder import Bundle
 
 TIMES = {"fp32": 100.0, "bf16": 50.0, "int8": 25.0, "int8-ort": 50.0}
 ERRORS = {"fp32": 0.0, "int8": 0.03, "int8-ort": 0.03, "fp8": 0.05}
+
+
+def contest(model: str, times: dict[str, float], int8: str = "chosen") -> dict[str, Any]:
+    """A record of one; the times are of the second measurement, the chosen one first."""
+    tried = [
+        {
+            "label": label,
+            "precision": label.rsplit("-", 1)[-1],
+            "backend": label.split()[0],
+            "p50_ms": time,
+            "verdict": int8 if "int8" in label else "chosen" if index == 0 else "slower",
+            "why": "1.02x of it: less than the 1.15x that int8 must bring" if int8 == "refused" else "said",
+        }
+        for index, (label, time) in enumerate(times.items())
+    ]
+    return {"model": model, "batch": 1, "tried": tried, "again": times}
+
+
+FIT = {"openvino onnx-int8": 4.0, "openvino onnx-bf16": 6.0, "onnxruntime onnx-fp32": 10.0}
+UNFIT = {"openvino onnx-bf16": 1.0, "openvino onnx-int8": 0.98, "onnxruntime onnx-fp32": 1.2}
 
 
 def record(**changes: float) -> dict[str, Any]:
@@ -41,6 +63,7 @@ def record(**changes: float) -> dict[str, Any]:
         "quantising": {"seconds": 200.0, "peak_gb": 6.0},
         "speed": cells,
         "accuracy": [cell | {"agreement": 98.0} for cell in judged],
+        "optimised": [contest(quantisation.SMALL, FIT), contest("digits", UNFIT, "refused")],
     }
 
 
@@ -79,9 +102,52 @@ def test_what_was_not_measured_is_no_success() -> None:
     assert quantisation.unmeasured(record()) == []
     lines = quantisation.unmeasured({})
     names = {quantisation.FIRST, *quantisation.MOST, *quantisation.NNCF}
-    assert len(lines) == len(quantisation.LEAST) + len(TASKS) * len(names) + 1
+    assert len(lines) == len(quantisation.LEAST) + len(TASKS) * len(names) + 3
     assert quantisation.broken_claims({}) == []
-    assert quantisation.doubts({})[-1] == "ViT-B/16, the export: not measured"
+    assert quantisation.doubts({})[-3:] == [
+        "ViT-B/16, the export: not measured",
+        "optimize, DINOv2-S/14: not measured",
+        "optimize, digits: not measured",
+    ]
+
+
+@pytest.mark.parametrize(
+    "held, said",
+    [
+        (contest("DINOv2-S/14", UNFIT, "refused"), "chose openvino onnx-bf16 instead of int8"),
+        (contest("digits", FIT), "int8 on OpenVINO is not refused for what it gains"),
+        (
+            contest("digits", UNFIT | {"onnxruntime onnx-fp32": 0.9}, "refused"),
+            "chose openvino onnx-bf16, and measured again onnxruntime onnx-fp32 is the fastest",
+        ),
+        (
+            contest("digits", UNFIT | {"openvino onnx-int8": 0.8}, "refused"),
+            "chose openvino onnx-bf16, and measured again openvino onnx-int8 is the fastest",
+        ),
+        (
+            contest("digits", UNFIT, "refused") | {"again": {}},
+            "openvino onnx-bf16 was wrong when it was measured again",
+        ),
+    ],
+)
+def test_choices_that_do_not_hold_are_said(held: dict[str, Any], said: str) -> None:
+    assert list(optimised.broken([held])) == [f"optimize, {held['model']}: {said}"]
+
+
+def test_what_is_compared_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[BenchPlan] = []
+
+    def run(plan: BenchPlan, **_: Any) -> int:
+        plans.append(plan)
+        return len(plans)
+
+    monkeypatch.setattr(optimised, "run_plan", run)
+    bf16, int8 = (SimpleNamespace(backend="openvino", artifact=f"onnx-{name}") for name in ("bf16", "int8"))
+    clock: Any = optimised.Twice()
+    assert clock(BenchPlan([bf16, bf16], (1,))) == 1  # type: ignore[list-item]
+    assert (len(plans), clock.again) == (1, None)
+    assert clock(BenchPlan([bf16, int8], (1,))) == 2  # type: ignore[list-item]
+    assert (len(plans), clock.again) == (3, 3)
 
 
 def test_errors_and_answers_of_features() -> None:
@@ -122,9 +188,11 @@ def test_the_tables_have_a_row_for_what_was_measured() -> None:
     assert "| **int8**, 7-bit weights | ONNX Runtime | 0.030, 0.20, 80.0, 98.0 |" in text
     assert "| bf16 | OpenVINO | 2.00 × (2.00 to 2.00) |" in text
     assert "took 200 s" in text
+    assert "| DINOv2-S/14 | openvino onnx-int8: said | openvino onnx-int8 4.00 ms, openvino onnx-bf16" in text
+    assert text.endswith("less than the 1.15x that int8 must bring |")
     skipped = quantisation.tables(record() | {"skipped": {"nncf": "no network"}})
     assert skipped.endswith("Not measured: NNCF, its default (SmoothQuant) (no network).")
-    assert "batch" not in quantisation.tables({**record(), "speed": []})
+    assert "interleaved" not in quantisation.tables({**record(), "speed": []})
 
 
 def test_a_record_has_a_line_for_each_cell() -> None:

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,7 +24,7 @@ from tests.helpers.pictures import pictures
 from vitdeploy.backends.base import all_backends
 from vitdeploy.bundle.folder import CALIBRATION, HELD_OUT, Bundle
 from vitdeploy.bundle.manifest import Artifact
-from vitdeploy.config import BatchRange
+from vitdeploy.config import BatchRange, ViTConfig
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.exporter import assembly, job
@@ -31,9 +32,14 @@ from vitdeploy.exporter import quantised as making
 from vitdeploy.exporter.plan import plan_export
 from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
-from vitdeploy.model.registry import build_reference
+from vitdeploy.model.precision import PrecisionPlan
+from vitdeploy.model.registry import architecture_of, build_reference
+from vitdeploy.quantisation.layers import quantisable
+from vitdeploy.quantisation.migration import migrate
+from vitdeploy.quantisation.ranges import Ranges
 from vitdeploy.quantisation.sites import QuantisedModel
 from vitdeploy.verification.accuracy import LabelledImages
+from vitdeploy.verification.gemms import WEIGHTS_BOUND, check_gemms
 
 IMAGES = digits_folder() / "images"
 SMALL = dataclasses.replace(CONFIGS["vit"], depth=2)
@@ -45,6 +51,25 @@ def integers(bundle: Bundle, name: str = "onnx-int8") -> dict[str, np.ndarray[An
     graph = onnx.load(bundle.path(bundle.artifact(name).path)).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     return {key: array for key, array in arrays.items() if array.dtype == np.int8 and array.ndim == 2}
+
+
+def float_weights(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
+    """Of the quantised sites of a ViT, made again from the weights and the ranges that a bundle keeps."""
+    assert isinstance(bundle.manifest.model, ViTConfig)
+    weights = load_file(bundle.path("weights.safetensors"))
+    reference = build_reference(bundle.manifest.model, weights)
+    model = architecture_of(bundle.manifest.model).deploy(
+        reference,
+        PrecisionPlan.of("fp32"),
+        outputs=bundle.manifest.outputs,
+        input_kind="float",
+        preprocess=bundle.manifest.preprocess,
+    )
+    tensors = {name: torch.from_numpy(array) for name, array in bundle.tensors(CALIBRATION).items()}
+    migrated = quantisable(migrate(model, Ranges.from_tensors(tensors)))
+    record = bundle.artifact("int8").quantisation
+    assert record is not None
+    return {name: migrated[name].weight.detach().numpy() for name in record.sites}
 
 
 @pytest.mark.slow
@@ -90,6 +115,40 @@ class TestDigits:
         with torch.inference_mode():
             exact = reference(torch.from_numpy(held_out["pixel_values"]).double()).numpy()
         np.testing.assert_allclose(held_out["reference"], exact, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("runtime", sorted(RUNTIMES))
+    def test_swapped_scales_of_two_weights(self, digits_int8: Bundle, tmp_path: Path, runtime: str) -> None:
+        """They are right in the file and in the runtime: only the float weights tell."""
+        floats = float_weights(digits_int8)
+        images = digits_int8.golden("onnx-int8")["pixel_values"][:2]
+        model = onnx.load(digits_int8.path("model.int8.onnx"))
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        records = check_gemms(digits_int8.path("model.int8.onnx"), None, runtime, images, weights=floats)
+        assert {record.site for record in records} == floats.keys()
+        assert 1e-3 < max(record.lost for record in records) < WEIGHTS_BOUND / 2
+        assert all(record.passed for record in records)
+        means = {
+            name: numpy_helper.to_array(constants[f"{name}.weight_scale"]).mean()
+            for name in floats
+            if name.endswith("fc1")
+        }
+        low, *_, high = sorted(means, key=lambda name: means[name])
+        first, second = (constants[f"{name}.weight_scale"] for name in (low, high))
+        first.raw_data, second.raw_data = second.raw_data, first.raw_data
+        onnx.save(model, tmp_path / "swapped.onnx")
+        records = check_gemms(tmp_path / "swapped.onnx", None, runtime, images, weights=floats)
+        failed = {record.site: record.failures for record in records if not record.passed}
+        assert {low, high} == failed.keys()
+        assert all(why.startswith("its weights are off by") for (why,) in failed.values())
+
+    def test_noise_is_refused(self, tmp_path: Path) -> None:
+        random = np.random.default_rng(0)
+        for i in range(24):
+            Image.fromarray(random.integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        request = ExportRequest("digits", precisions=("int8",), formats=("onnx",), calibration=tmp_path)
+        with pytest.raises(UsageError, match="of 24 images, 24 are noise"):
+            run_export(request, tmp_path / "out.bundle")
+        assert not (tmp_path / "out.bundle").exists()
 
     def test_which_artifact_is_held_against_what(self, digits_int8: Bundle) -> None:
         small = digits_int8.artifact("onnx-int8")
@@ -197,12 +256,18 @@ def wrong_scales(model: QuantisedModel) -> QuantisedModel:
     return dataclasses.replace(model, sites=sites)
 
 
+def other_weights(model: QuantisedModel) -> QuantisedModel:
+    """As if what was rounded were something else, which no comparison of the outputs can tell."""
+    return dataclasses.replace(model, floats={name: 2 * weight for name, weight in model.floats.items()})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change, said",
     [
         (too_few, "40 % of the multiplications stay float (at most 30 % may)"),
         (wrong_scales, "relative error"),
+        (other_weights, "blocks.0.attn.qkv: its weights are off by 0.5 of the float ones, bound 0.2"),
     ],
 )
 def test_what_costs_too_much_is_left_out_aloud(

@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 from tests.helpers.pictures import picture, pictures
+from vitdeploy.bundle.golden import golden_images
 from vitdeploy.bundle.quantisation import CalibrationRecord
 from vitdeploy.config import Preprocess
+from vitdeploy.data import digits_folder
 from vitdeploy.errors import ImageError, UsageError
 from vitdeploy.images.preprocess import apply_uint8
-from vitdeploy.quantisation.calibration import CalibrationImages, from_tensors, read_folder
+from vitdeploy.quantisation.calibration import CalibrationImages, from_tensors, read_folder, roughness
 
 SPEC = Preprocess(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -119,6 +121,19 @@ class TestRefusals:
         with pytest.raises(UsageError, match="of 12 images, 0 are more than one plain colour"):
             read_folder(tmp_path, SPEC)
 
+    @pytest.mark.parametrize("size", [(32, 32), (50, 70), (240, 320)], ids=str)
+    def test_noise(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        random, spec = np.random.default_rng(0), Preprocess(size=(32, 32), mean=SPEC.mean, std=SPEC.std)
+        for i in range(12):
+            pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
+        with pytest.raises(UsageError, match="of 12 images, 12 are noise, whose pixels") as caught:
+            read_folder(tmp_path, spec)
+        assert caught.value.exit_code == 2
+        assert len(f"{caught.value} {caught.value.hint}") - len(str(tmp_path)) < 400
+        pictures(tmp_path, 13)  # more than half are pictures: these decide
+        assert len(read_folder(tmp_path, spec).images) == 17
+
     def test_damaged(self, tmp_path: Path) -> None:
         pictures(tmp_path, 9)
         data = (tmp_path / "004.png").read_bytes()
@@ -131,6 +146,21 @@ class TestRefusals:
             read_folder(tmp_path, SPEC)
         with pytest.raises(ImageError, match="does not exist"):
             read_folder(tmp_path / "nowhere", SPEC)
+
+
+def test_pictures_are_no_noise() -> None:
+    digits = [np.asarray(Image.open(path)) for path in sorted((digits_folder() / "images").rglob("*.png"))]
+    assert max(roughness(pixels[..., None] if pixels.ndim == 2 else pixels) for pixels in digits) < 0.5
+    scenes = golden_images((64, 64))
+    assert max(map(roughness, scenes[:3])) < 0.5
+    assert roughness(scenes[3]) == pytest.approx(1, abs=0.05)  # it is drawn as noise
+
+
+@pytest.mark.slow
+def test_real_images_are_no_noise(real_model_folder: Path) -> None:
+    spec = Preprocess(size=(224, 224), mean=SPEC.mean, std=SPEC.std)
+    found = read_folder(real_model_folder / "calibration", spec)
+    assert max(roughness(pixels) for pixels in (*found.images, *found.held_out)) < 0.3
 
 
 class TestKept:

@@ -12,8 +12,9 @@ from tests.helpers.quantised_models import MODELS, deployed, images_of
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.progress import Progress
+from vitdeploy.quantisation import migration
 from vitdeploy.quantisation.layers import quantisable, tensors_of, watching
-from vitdeploy.quantisation.migration import migrate, shift_input
+from vitdeploy.quantisation.migration import migrate, rounding_noise, scale_input, shift_input
 from vitdeploy.quantisation.ranges import measure
 
 EXACT = 1e-10
@@ -112,6 +113,37 @@ def test_what_is_not_known_stays_as_it_is() -> None:
     assert difference(migrated, model, images) < EXACT
     assert migrated.blocks[0].attn.qkv.weight is model.blocks[0].attn.qkv.weight
     assert migrated.blocks[0].norm1.weight is model.blocks[0].norm1.weight
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "swin v2"])
+@torch.no_grad()
+def test_a_scale_before_fc2_is_taken_back(name: str) -> None:
+    model, images = deployed(name, PrecisionPlan.exact()), images_of(name).double()
+    expected = tensors_of(model(images))
+    for block in model.blocks:
+        part: Any = block
+        scale_input(part.mlp, torch.linspace(0.5, 8, len(part.mlp.fc2.weight)))
+    found = tensors_of(model(images))
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)) < EXACT
+    part.mlp.before = None
+    assert not torch.allclose(tensors_of(model(images))[0], expected[0])
+
+
+def test_the_noise_of_rounding_is_what_is_predicted() -> None:
+    """On inputs and weights that fill their grids evenly."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand((4000, 32), generator=generator).double() - 0.5
+    weight = torch.rand((32, 64), generator=generator).double() - 0.5
+    step, bound = 1 / 254, 63
+    scale = weight.abs().amax(0) / bound
+    exact = x @ weight
+    for rounded, made_up in (
+        ((x / step).round() * step @ weight, 0.0),
+        (x @ ((weight / scale).round() * scale), migration._MADE_UP),
+    ):
+        found = float((rounded - exact).square().mean(0).sum())
+        part = rounding_noise(step if not made_up else 0.0, weight, x.var(0) * bool(made_up), bound)
+        assert found == pytest.approx(part / (made_up or 1), rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "eva02", "swin v2", "qwen2"])

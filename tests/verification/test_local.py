@@ -28,6 +28,7 @@ from vitdeploy.bundle.manifest import Artifact, Manifest
 from vitdeploy.bundle.proofs import ParityMetrics, ParityRecord
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, DeviceUnavailable, ImageError, ParityError, UsageError
+from vitdeploy.machine.identity import Cpu
 from vitdeploy.progress import Progress, Stage
 from vitdeploy.verification.parity import TOLERANCES
 
@@ -388,9 +389,21 @@ def test_quantised_artifacts_are_proven_on_held_out_images(tmp_path: Path) -> No
     assert note.startswith("onnx-fp8 on onnxruntime computes in fp32: fp8 is emulated there")
 
 
+@pytest.mark.parametrize("flags, noted", [(("avx2",), True), (("avx2", "avx512_vnni"), False)])
+def test_a_processor_without_vnni_is_noted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], noted: bool
+) -> None:
+    monkeypatch.setattr("vitdeploy.verification.local.find_cpu", lambda: Cpu("old", flags, 2, None))
+    report = vitdeploy.verify(write_quantised(tmp_path / "b", kinds=("int8",)), batches=[2])
+    assert report.passed, report.failures
+    said = [note for note in report.notes if "VNNI" in note]
+    assert said == (["onnx-int8: old has no VNNI: int8 gains little on it"] if noted else [])
+
+
 def test_a_quantised_artifact_that_loses_too_much(tmp_path: Path) -> None:
     made = write_quantised(tmp_path / "b", kinds=("int8",), steps=2)
     report = vitdeploy.verify(made, backends=ORT, batches=[2])
     assert not report.passed
     assert all(failure.startswith("onnx-int8 on onnxruntime, batch 2: ") for failure in report.failures)
     assert any("mean relative error" in failure for failure in report.failures)
+    assert not any("golden" in failure for failure in report.failures)

@@ -241,6 +241,8 @@ class TestVerdicts:
         assert tolerance_failures(good, TOLERANCES["int8"]) == ()
         bad = good.model_copy(update={"mean_relative": 1.01 * limit})
         assert tolerance_failures(bad, TOLERANCES["int8"]) == ("mean relative error 0.081 exceeds 0.08",)
+        far = measure_parity(REFERENCE, REFERENCE * 1.3, TOLERANCES["int8"], "tokens")
+        assert tolerance_failures(far, TOLERANCES["int8"])[0].startswith("relative error (held-out image ")
 
     def test_the_mean_and_every_first_class_where_they_are_bounded(self) -> None:
         reference, change = np.zeros((3, 5)), np.zeros((3, 5))

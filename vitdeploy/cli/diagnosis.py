@@ -14,6 +14,7 @@ from vitdeploy.errors import DeviceUnavailable
 from vitdeploy.machine.gpus import query_gpus
 from vitdeploy.machine.identity import Cpu, find_cpu, installed_version
 from vitdeploy.machine.temporary import temporary_folder
+from vitdeploy.verification.gemms import processor_note
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Diagnosis:
     python: str
     platform: str
     cpu: Cpu
+    int8: str | None
+    """What to know before int8 runs on this processor; None where it has the instructions."""
     gpus: tuple[dict[str, str], ...]
     gpu_reason: str
     """Why there are none."""
@@ -54,13 +57,14 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at this machine. Imports ONNX Runtime, if it is there, to ask for its providers."""
-    gpus, reason = query_gpus()
+    cpu, (gpus, reason) = find_cpu(), query_gpus()
     temporary = _temporary_folder()
     return Diagnosis(
         vitdeploy=__version__,
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
-        cpu=find_cpu(),
+        cpu=cpu,
+        int8=processor_note(cpu, weight_bits=7),
         gpus=gpus,
         gpu_reason=reason,
         libraries={name: installed_version(name) for name in library_extras()},

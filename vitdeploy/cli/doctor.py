@@ -48,6 +48,7 @@ def _print(machine: Diagnosis) -> None:
         ("platform", machine.platform),
         ("cpu", f"{machine.cpu.name}, {machine.cpu.threads} threads"),
         ("cpu flags", " ".join(machine.cpu.flags) or "none that matter"),
+        *([] if machine.int8 is None else [("int8", machine.int8)]),
         ("memory", memory),
         *(("gpu", ", ".join(gpu.values())) for gpu in machine.gpus),
         *([] if machine.gpus else [("gpu", machine.gpu_reason)]),

@@ -49,17 +49,22 @@ def onnx_parity(
 
 
 def gemms_failure(
-    bundle: Bundle, artifact: Artifact, inputs: np.ndarray[Any, Any], scales: Mapping[str, float]
+    bundle: Bundle,
+    artifact: Artifact,
+    inputs: np.ndarray[Any, Any],
+    scales: Mapping[str, float],
+    weights: Golden,
 ) -> str | None:
     """What is wrong with the quantised GEMMs of a file on the runtimes here, each for itself; or None.
 
     Args:
         inputs: a few images (K, ...) as the file reads them.
         scales: of what each site reads, as it was quantised.
+        weights: of each site, (in, out), before they were rounded.
     """
     for name in BACKENDS:
         if get_backend(name).availability().ok:
-            for record in check_gemms(bundle, artifact, name, inputs, scales):
+            for record in check_gemms(bundle, artifact, name, inputs, scales, weights):
                 if not record.passed:
                     return f"{artifact.name} on {name}: {record.site}: {record.failures[0]}"
     return None

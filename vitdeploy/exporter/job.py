@@ -194,7 +194,8 @@ class Job:
         with self.progress.stage(f"GEMMs {form.name}") as stage:
             bundle = self.writer.seal(self.assembly.manifest([artifact]))
             scales = {name: site.input_scale for name, site in form.model.sites.items()}
-            trouble = gemms_failure(bundle, artifact, golden[INPUT][:_GEMM_IMAGES], scales)
+            weights = {name: weight.numpy() for name, weight in form.model.floats.items()}
+            trouble = gemms_failure(bundle, artifact, golden[INPUT][:_GEMM_IMAGES], scales, weights)
             stage.detail = trouble or f"{len(scales)} products, each as its own integers say"
         return trouble
 

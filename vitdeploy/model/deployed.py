@@ -162,6 +162,17 @@ class Shift(Site):
         return x.to(self.value.dtype) + self.value
 
 
+class Scale(Site):
+    """Every channel multiplied by a number of its own, so that one range suits them all."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value, requires_grad=False)  # (channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.value.dtype) * self.value
+
+
 class DeployedAttention(nn.Module):
     """Self-attention with one GEMM for queries, keys and values; ``qkv`` has columns (3, h, d)."""
 
@@ -203,7 +214,7 @@ class DeployedMlp(nn.Module):
     Args:
         gate: what is activated in place of ``fc1``'s columns, and multiplies them. A GEMM of its own, because
             CPU runtimes copy the halves of a common one, and fuse an activation with a whole one.
-        shift: before ``fc2``, whose bias takes it back.
+        before: ``fc2``, whose weight or bias takes it back.
     """
 
     def __init__(
@@ -214,17 +225,17 @@ class DeployedMlp(nn.Module):
         *,
         gate: Linear | None = None,
         norm: Norm | None = None,
-        shift: Shift | None = None,
+        before: Shift | Scale | None = None,
     ) -> None:
         super().__init__()
-        self.gate, self.fc1, self.norm, self.shift, self.fc2 = gate, fc1, norm, shift, fc2
+        self.gate, self.fc1, self.norm, self.before, self.fc2 = gate, fc1, norm, before, fc2
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         activation = ACTIVATIONS[self.activation]
         x = activation(self.fc1(x)) if self.gate is None else activation(self.gate(x)) * self.fc1(x)
         x = x if self.norm is None else self.norm(x)
-        return self.fc2(x if self.shift is None else self.shift(x))
+        return self.fc2(x if self.before is None else self.before(x))
 
 
 class DeployedBlock(nn.Module):

@@ -32,6 +32,8 @@ MOST = 32
 """Images to calibrate with: more change no range that counts."""
 HELD_OUT = 16
 """Images to prove with."""
+NOISE = 0.6
+"""Roughness from which on an image is noise: of that it is 1, or 0.75 once resized; of pictures below 0.3."""
 WANTED = (
     f"--calibration DIR, a folder with {MOST + HELD_OUT} or more typical images (at least {LEAST}), as the "
     "model will see them; no labels"
@@ -87,6 +89,14 @@ def read_folder(folder: Path, spec: Preprocess) -> CalibrationImages:
     _require(folder, len(chosen), f"of {count} images, {len(chosen)} differ where the model sees them")
     shown = [(path, pixels) for path, pixels in chosen.values() if pixels.min() < pixels.max()]
     _require(folder, len(shown), f"of {count} images, {len(shown)} are more than one plain colour")
+    rough = [roughness(pixels) for _, pixels in shown]
+    if np.median(rough) >= NOISE:
+        noise = sum(value >= NOISE for value in rough)
+        raise UsageError(
+            f"{folder}: of {len(shown)} images, {noise} are noise, whose pixels have nothing to do with "
+            "their neighbours: no range that a model meets follows from them",
+            hint=WANTED,
+        )
     held = _held_out(len(shown))
     parts = [[item for i, item in enumerate(shown) if (i in held) == is_held] for is_held in (False, True)]
     hashes = [tuple(sha256(path) for path, _ in part) for part in parts]
@@ -113,6 +123,16 @@ def from_tensors(
             hint=WANTED,
         )
     return kept
+
+
+def roughness(pixels: Pixels) -> float:
+    """How much neighbouring pixels of an image (H, W, C) differ, beside any two of it: 1 of white noise.
+
+    It is von Neumann's ratio: half the mean square of differences, divided by the variance.
+    """
+    values = pixels.astype(np.float64)
+    squares = [np.square(np.diff(values, axis=axis)).mean() for axis in (0, 1)]
+    return float(np.mean(squares) / 2 / max(values.var(axis=(0, 1)).mean(), 1e-12))
 
 
 def _require(folder: Path, count: int, found: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdeploy.config import layer_of
-from vitdeploy.model.deployed import DeployedMlp, DeployedModel, Linear, Shift
+from vitdeploy.model.deployed import DeployedMlp, DeployedModel, Linear, Scale, Shift
 from vitdeploy.model.folds import parameter
 from vitdeploy.quantisation.layers import BATCH, Look, tensors_of, watching
 from vitdeploy.quantisation.sites import QuantisedSite
@@ -30,7 +30,7 @@ class Place:
     """A layer of the model, and what it has as a float layer and as a quantised one.
 
     Attributes:
-        mlp: whose last layer it is, with the shift before it.
+        mlp: whose last layer it is, with what comes before that.
     """
 
     linear: Linear
@@ -38,15 +38,21 @@ class Place:
     bias: nn.Parameter | None
     site: QuantisedSite
     mlp: DeployedMlp | None = None
-    shift: Shift | None = None
+    before: Shift | Scale | None = None
+
+    @property
+    def fitted(self) -> Tensor:
+        """What the weight of the site is the rounding of, (in, out)."""
+        weight = self.weight.detach()
+        return weight / self.before.value[:, None] if isinstance(self.before, Scale) else weight
 
     def use(self, *, quantised: bool) -> None:
-        """Have the model compute with one of the two; a float layer keeps no shift before it."""
+        """Have the model compute with one of the two; a float layer keeps nothing before it."""
         bias = self.site.bias
         self.linear.weight = parameter(self.site.dequantised) if quantised else self.weight
         self.linear.bias = (None if bias is None else parameter(bias)) if quantised else self.bias
         if self.mlp is not None:
-            self.mlp.shift = self.shift if quantised else None
+            self.mlp.before = self.before if quantised else None
 
 
 def relative_error(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:

@@ -3,9 +3,9 @@
 1. Ranges of what every layer reads (:mod:`ranges`), nothing clipped.
 2. Of int8: inputs are centred and scaled where that is exact (:mod:`migration`).
 3. Block by block, on what the model gives whose earlier layers are quantised already: the input's scale, a
-   shift before ``fc2``, weights by GPTQ (:mod:`gptq`), and the bias that makes up for what rounding did to
-   the mean of the output. It is computed with the rounded weights, so that a shift is taken back by the
-   weights that the shifted input meets.
+   shift or a scale of every channel before ``fc2``, whichever costs less, weights by GPTQ (:mod:`gptq`), and
+   the bias that makes up for what rounding did to the mean of the output. It is computed with the rounded
+   weights, so that a shift is taken back by the weights that the shifted input meets.
 4. Layers that cost the most of the answer for what they save are left out until the error is the target
    (:mod:`leaving_out`).
 """
@@ -27,7 +27,14 @@ from vitdeploy.progress import Progress
 from vitdeploy.quantisation.gptq import ROWS, Grid, Hessian, rounded_weight
 from vitdeploy.quantisation.layers import BATCH, macs_of, of_block, quantisable, tensors_of, watching
 from vitdeploy.quantisation.leaving_out import Place, leave_out
-from vitdeploy.quantisation.migration import migrate, shift_input
+from vitdeploy.quantisation.migration import (
+    POWER,
+    channel_scales,
+    migrate,
+    rounding_noise,
+    scale_input,
+    shift_input,
+)
 from vitdeploy.quantisation.ranges import Ranges, measure
 from vitdeploy.quantisation.sites import QuantisedModel, QuantisedSite, rounded
 
@@ -80,7 +87,8 @@ def quantise(
         stage.detail = f"{len(left_out)} of {len(linears)}, error {error:.4f}"
     sites = {name: place.site for name, place in recipe.places.items() if name not in left_out}
     share = sum(macs[name] for name in sites) / max(sum(macs.values()), 1)
-    return QuantisedModel(work, sites, left_out, share, error, target, ranges)
+    floats = {name: recipe.places[name].fitted for name in sites}
+    return QuantisedModel(work, sites, left_out, share, error, target, ranges, floats=floats)
 
 
 @torch.no_grad()
@@ -97,11 +105,11 @@ class _Reached(Exception):
 
 @dataclass
 class _Inputs:
-    """Of one layer: some rows (rows, in), and the least and the largest number of all of them."""
+    """Of one layer: some rows (rows, in), and of all of them the least and the largest of each channel."""
 
     rows: Tensor
-    low: float
-    high: float
+    low: Tensor
+    high: Tensor
 
 
 class _Sequence:
@@ -151,14 +159,14 @@ class _Sequence:
     def inputs(self, block: nn.Module, linears: Mapping[str, Linear], wanted: str) -> _Inputs:
         """What the layer reads in the partly quantised model."""
         parts: list[Tensor] = []
-        lows, highs = [], []
+        ends: list[tuple[Tensor, Tensor]] = []
 
         def look(name: str, x: Tensor) -> Tensor | None:
             if name != wanted:
                 return self.rounded(name, x)
             rows = x.flatten(0, -2)
-            lows.append(rows.min().item())
-            highs.append(rows.max().item())
+            least, largest = rows.aminmax(dim=0)
+            ends.append((least, largest))
             share = min(1.0, _KEPT / (len(rows) * len(self.states)))
             chosen = torch.randperm(len(rows), generator=self.random)[: math.ceil(share * len(rows))]
             parts.append(rows[chosen])
@@ -170,20 +178,17 @@ class _Sequence:
                     block(state)
                 except _Reached:
                     continue
-        return _Inputs(torch.cat(parts), min(lows), max(highs))
+        lows, highs = (torch.stack(side) for side in zip(*ends, strict=True))
+        return _Inputs(torch.cat(parts), lows.amin(0), highs.amax(0))
 
     def group(self, linears: Mapping[str, Linear], inputs: _Inputs, mlp: DeployedMlp | None) -> None:
         """Quantise layers that read the same."""
-        x, low, high = inputs.rows, inputs.low, inputs.high
         floats = {name: (linear.weight, linear.bias) for name, linear in linears.items()}
-        scale = self.grid.input_scale(max(high, -low))
         if mlp is not None and mlp.norm is None and self.grid.kind == "int8":
-            # A whole number of steps, so that zero stays exact: nearly all that a GELU gives lies there. The
-            # largest may lie half a step beyond the grid, which is what rounding takes from any number.
-            scale = self.grid.input_scale((high - low) / 2)
-            c = scale * round((high + low) / 2 / scale)
-            shift_input(mlp, c)
-            x = x - c
+            x, scale = self.fit(mlp, inputs)
+        else:
+            x = inputs.rows
+            scale = self.grid.input_scale(torch.maximum(inputs.high, -inputs.low).max().item())
         read = rounded(x, scale, self.grid.kind)
         hessian = Hessian.of(read[torch.randperm(len(read), generator=self.random)[:ROWS]])
         for name, linear in linears.items():
@@ -192,8 +197,33 @@ class _Sequence:
             site = QuantisedSite(name, self.grid.kind, weight, steps, scale, None)
             bias = corrected_bias(linear, site, x)
             site = QuantisedSite(name, self.grid.kind, weight, steps, scale, bias)
-            self.places[name] = Place(linear, *floats[name], site, mlp, mlp.shift if mlp else None)
+            self.places[name] = Place(linear, *floats[name], site, mlp, mlp.before if mlp else None)
             self.places[name].use(quantised=True)
+
+    def fit(self, mlp: DeployedMlp, inputs: _Inputs) -> tuple[Tensor, float]:
+        """Shift what ``fc2`` reads, or scale its channels: what it reads then, and the scale of that.
+
+        A shift has all 256 steps for the largest channel, where a scale has 128 for each. What multiplies a
+        gate was scaled before.
+        """
+        low, high = inputs.low.min().item(), inputs.high.max().item()
+        step = self.grid.input_scale((high - low) / 2)
+        if mlp.gate is None:
+            weight, energy = mlp.fc2.weight.double(), inputs.rows.double().var(0)
+            reach = torch.maximum(inputs.high, -inputs.low).double()
+            factor = self.grid.stored(1 / channel_scales(reach, POWER))
+            scale = self.grid.input_scale((reach * factor).max().item())
+            scaled = weight / factor.double()[:, None], energy * factor.double().square()
+            if rounding_noise(scale, *scaled, self.grid.bound) < rounding_noise(
+                step, weight, energy, self.grid.bound
+            ):
+                scale_input(mlp, factor)
+                return inputs.rows * factor, scale
+        # A whole number of steps, so that zero stays exact: nearly all that a GELU gives lies there. The
+        # largest may lie half a step beyond the grid, which is what rounding takes from any number.
+        c = step * round((high + low) / 2 / step)
+        shift_input(mlp, c)
+        return inputs.rows - c, step
 
 
 def corrected_bias(linear: Linear, site: QuantisedSite, inputs: Tensor) -> Tensor:

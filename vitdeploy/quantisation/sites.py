@@ -80,6 +80,7 @@ class QuantisedModel:
         target: what ``error`` was to be.
         ranges: of the float model, to be handed in again.
         attention: attentions whose products are fp8, by the name of their module.
+        floats: what the weights of the sites are the rounding of, (in, out) float32 by name.
     """
 
     model: DeployedModel
@@ -90,6 +91,7 @@ class QuantisedModel:
     target: float
     ranges: Ranges
     attention: Mapping[str, AttentionScales] = field(default_factory=dict)
+    floats: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def falls_short(self) -> bool:

@@ -31,6 +31,8 @@ BOUND = 1e-3
 """Of a GEMM's relative error: 3e-4 is what reciprocals of scales cost, 2e-2 a kernel that saturates."""
 CLIPPED_BOUND = 0.3
 """Of the relative error that a GEMM's input has because it is cut off at its range."""
+WEIGHTS_BOUND = 0.2
+"""Of what rounding its weights costs a GEMM, relative to how its float product varies."""
 _SCALE_BOUND = 1e-3
 """Of the difference between a scale and its record: its rounding to fp16."""
 BACKENDS = ("onnxruntime", "openvino")
@@ -48,6 +50,8 @@ class GemmRecord:
     """||y - exact|| / ||exact|| of its output."""
     clipped: float
     """||x - cut(x)|| / ||x|| of what it reads, the larger one of its inputs."""
+    lost: float
+    """||x (w - float w)|| / ||x float w||, with x what it reads less its mean; 0 where nothing is known."""
     failures: tuple[str, ...]
 
     @property
@@ -113,6 +117,16 @@ class Gemm:
         a, b = (side.read(values, by_half=by_half) for side in self.inputs)
         return a @ b if self.bias is None else a @ b + self.bias
 
+    def lost(self, values: Mapping[str, Array], exact: Array) -> float:
+        """The relative error of its product with the float weights (in, out) in place of its own.
+
+        Without the mean of what it reads, which biases make up for.
+        """
+        x, weight = (side.read(values, by_half=False) for side in self.inputs)
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows - rows.mean(axis=0)
+        return _relative(rows @ weight, rows @ exact.astype(np.float64))
+
     @property
     def is_fp8(self) -> bool:
         return any(side.dtype.startswith("float8") for side in self.inputs)
@@ -124,6 +138,7 @@ def check_gemms(
     backend: str,
     inputs: Array,
     scales: Mapping[str, float] | None = None,
+    weights: Mapping[str, Array] | None = None,
 ) -> tuple[GemmRecord, ...]:
     """Compute every quantised GEMM of an ONNX file again from what a runtime gives it.
 
@@ -133,6 +148,7 @@ def check_gemms(
         backend: ``onnxruntime`` or ``openvino``, on the CPU.
         inputs: (K, ...) as the file reads them; every activation of these images is held in memory.
         scales: the recorded scale of what each site reads; None compares none.
+        weights: of each site, (in, out), before they were rounded; None compares none.
 
     Raises:
         BundleError: the file has no quantised GEMM of a recorded site, or the runtime fails.
@@ -165,7 +181,7 @@ def check_gemms(
         del model
         run = _run_onnxruntime if backend == "onnxruntime" else _run_openvino
         values = run(exposed, feeds, names, fp8=fp8)
-    return compare(gemms, {**feeds, **values}, backend, scales)
+    return compare(gemms, {**feeds, **values}, backend, scales, weights)
 
 
 def compare(
@@ -173,12 +189,13 @@ def compare(
     values: Mapping[str, Array],
     backend: str,
     scales: Mapping[str, float] | None = None,
+    weights: Mapping[str, Array] | None = None,
 ) -> tuple[GemmRecord, ...]:
     """Hold what a runtime computed against the GEMMs themselves.
 
     Args:
         values: all that the GEMMs read and give.
-        scales: as :func:`check_gemms`.
+        scales, weights: as :func:`check_gemms`.
     """
     records = []
     for gemm in gemms:
@@ -194,7 +211,11 @@ def compare(
         recorded = (scales or {}).get(gemm.site)
         if recorded is not None and abs(gemm.inputs[0].scale - recorded) > _SCALE_BOUND * recorded:
             failures.append(f"reads in steps of {gemm.inputs[0].scale:.4g}, and {recorded:.4g} are on record")
-        records.append(GemmRecord(gemm.site, backend, error, clipped, tuple(failures)))
+        exact = (weights or {}).get(gemm.site)
+        lost = 0.0 if exact is None else gemm.lost(values, exact)
+        if not lost <= WEIGHTS_BOUND:
+            failures.append(f"its weights are off by {lost:.2g} of the float ones, bound {WEIGHTS_BOUND:g}")
+        records.append(GemmRecord(gemm.site, backend, error, clipped, lost, tuple(failures)))
     return tuple(records)
 
 

@@ -26,6 +26,7 @@ from vitdeploy.bundle.proofs import ParityRecord
 from vitdeploy.bundle.sizes import named
 from vitdeploy.config import Size, size_name
 from vitdeploy.errors import BundleError, DeviceUnavailable, ParityError
+from vitdeploy.machine.identity import find_cpu
 from vitdeploy.predictor import EXACTNESS, Predictor
 from vitdeploy.progress import Progress
 from vitdeploy.verification.accuracy import (
@@ -40,6 +41,7 @@ from vitdeploy.verification.accuracy import (
     score,
     top_classes,
 )
+from vitdeploy.verification.gemms import processor_note
 from vitdeploy.verification.parity import PreprocessCheck, check_preprocess, check_session
 
 
@@ -294,11 +296,21 @@ class _Verification:
         self.records += records
         if said := emulated(session.facts):
             self.notes.append(said)
+        self._note_processor(pair, session.facts)
         self._note_widened(pair, session.facts)
         if session.facts.fusion:
             self.fusion.append(Fusion(pair.name, pair.backend.name, session.facts.fusion))
         for record in records:
             self.failures += [f"{record.title}: {reason}" for reason in record.failures]
+
+    def _note_processor(self, pair: Pair, facts: SessionFacts) -> None:
+        """Say once for each int8 artifact that this processor has no instructions for it."""
+        record = pair.artifact.quantisation if pair.artifact else None
+        if record is None or facts.precision != "int8" or facts.device != "cpu":
+            return
+        note = processor_note(find_cpu(), record.weight_bits)
+        if note is not None and (said := f"{pair.name}: {note}") not in self.notes:
+            self.notes.append(said)
 
     def _note_widened(self, pair: Pair, facts: SessionFacts) -> None:
         if pair.artifact is None or not pair.artifact.is_quantised or facts.device != "cpu":

@@ -173,9 +173,14 @@ def _ranking(expected: Float, actual: Float, tolerance: Tolerance) -> dict[str, 
     return ranking
 
 
+def _source(tolerance: Tolerance) -> str:
+    """Whose images these are: what is quantised is held against those of its calibration."""
+    return "golden" if tolerance.mean is None else "held-out"
+
+
 def tolerance_failures(metrics: ParityMetrics, tolerance: Tolerance) -> tuple[str, ...]:
     """Why the metrics are not within tolerance; empty if they are."""
-    image = "" if metrics.worst is None else f" (golden image {metrics.worst})"
+    image = "" if metrics.worst is None else f" ({_source(tolerance)} image {metrics.worst})"
     if not metrics.elements:
         return ("nothing was compared",)
     if metrics.nonfinite:
@@ -229,8 +234,8 @@ def check_session(
     """
     facts = session.facts
     names = [spec.name for spec in facts.outputs]
-    inputs, references = _golden(golden, names)
     tolerance = (tolerance or TOLERANCES[facts.precision]).model_copy(update={"max_abs": max_abs})
+    inputs, references = _golden(golden, names, _source(tolerance))
     least = facts.batch.min if facts.batch else 1
     sizes = batches or (facts.batch.sizes if facts.batch else (1, 8))
     turned = np.flip(inputs, axis=tuple(range(1, inputs.ndim)))
@@ -256,8 +261,12 @@ def check_session(
     return records
 
 
-def _golden(golden: Mapping[str, Array], names: Sequence[str]) -> tuple[Array, dict[str, Array]]:
-    """The golden inputs and the reference's answer for each output, fit to compare with."""
+def _golden(golden: Mapping[str, Array], names: Sequence[str], source: str) -> tuple[Array, dict[str, Array]]:
+    """The golden inputs and the reference's answer for each output, fit to compare with.
+
+    Args:
+        source: what an image of them is called.
+    """
     if "pixel_values" not in golden or REFERENCE not in golden:
         raise ParityError("the bundle has no golden data, so nothing can be compared")
     inputs = golden["pixel_values"]
@@ -266,11 +275,11 @@ def _golden(golden: Mapping[str, Array], names: Sequence[str]) -> tuple[Array, d
         raise ParityError(f"the bundle has golden data for one of {', '.join(unnamed)} only")
     references = {name: reference_of(golden, name) for name in names}
     for name, reference in references.items():
-        _require_comparable(inputs, reference, f"{name}: " if len(names) > 1 else "")
+        _require_comparable(inputs, reference, f"{name}: " if len(names) > 1 else "", source)
     return inputs, references
 
 
-def _require_comparable(inputs: Array, reference: Array, title: str) -> None:
+def _require_comparable(inputs: Array, reference: Array, title: str, source: str) -> None:
     """Refuse a reference that nothing can be compared with."""
     if not len(inputs) or len(inputs) != len(reference) or not reference.size:
         raise ParityError(
@@ -278,11 +287,11 @@ def _require_comparable(inputs: Array, reference: Array, title: str) -> None:
         )
     if not np.isfinite(reference).all():
         bad = int(np.argmin(np.isfinite(reference.reshape(len(reference), -1)).all(axis=1)))
-        raise ParityError(f"{title}the reference itself has NaN or infinite values (golden image {bad})")
+        raise ParityError(f"{title}the reference itself has NaN or infinite values ({source} image {bad})")
     empty = ~reference.reshape(len(reference), -1).any(axis=1)
     if empty.any() and (reference[0].size >= _FEW or empty.all()):
         raise ParityError(
-            f"{title}nothing to compare: the reference's output is zero for golden image "
+            f"{title}nothing to compare: the reference's output is zero for {source} image "
             f"{int(np.argmax(empty))}",
             hint="an untrained head? --output features leaves it out",
         )
