@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,9 +21,10 @@ from vitdeploy.server.messages import RequestError
 from vitdeploy.server.service import Service
 
 _DEFAULT_TOP_K = 5
+PATH = re.compile(r"/v1/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?:predict")
 
 
-async def _predict(request: Request, service: Service) -> Response:
+async def predict(request: Request, service: Service) -> Response:
     """Classify one image file, or several."""
     name, version = request.path_params["model"], request.path_params.get("version", "")
     service.require_open()
@@ -53,8 +55,8 @@ def register_names() -> None:
 
 
 ROUTES = [
-    ("POST", "/v1/models/{model:name}:predict", _predict),
-    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", _predict),
+    ("POST", "/v1/models/{model:name}:predict", predict),
+    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", predict),
 ]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,11 +19,16 @@ from vitdeploy.errors import ImageError
 from vitdeploy.images.decode import load_image
 from vitdeploy.images.fitting import fit, rule_name
 from vitdeploy.images.preprocess import shown_size
+from vitdeploy.machine.processors import processors
 from vitdeploy.predictor import Prediction
+from vitdeploy.server.decoding import Decoding
 from vitdeploy.server.lane import Lane
 from vitdeploy.server.loading import LoadedBundle, ModelSettings
 from vitdeploy.server.messages import Array, InferRequest, InferResponse, RequestedOutput, RequestError
 from vitdeploy.server.statistics import Statistics
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class ServedModel:
         self.bundle = loaded.bundle
         self.statistics = statistics
         self._settings = settings
-        self._workers = workers
+        self._decoding = Decoding(self._decode, workers, processors())
         lanes = [Lane(size, statistics.of(size.view.manifest.image_size)) for size in loaded.sizes]
         self._lanes = {lane.size: lane for lane in lanes}
         self._first, *_ = lanes
@@ -177,12 +182,10 @@ class ServedModel:
             raise RequestError("overloaded", "Exceeds maximum queue size", retry_after=longest)
         self._preparing += len(images)
         try:
-            loop = asyncio.get_running_loop()
-            decoding = [loop.run_in_executor(self._workers, self._decode, data) for data in images]
-            decoded = await asyncio.gather(*decoding)
+            decoded = await _all([self._decoding.decoded(data) for data in images])
         finally:
             self._preparing -= len(images)
-        return await asyncio.gather(*(self._run_image(image, output) for image in decoded))
+        return await _all([self._run_image(image, output) for image in decoded])
 
     async def _run_image(
         self, image: tuple[Lane, Array] | ImageError, output: str
@@ -330,3 +333,8 @@ def _of_all(lanes: Sequence[Sequence[TensorSpec]]) -> tuple[TensorSpec, ...]:
 def _tensor(name: str, dtype: str, shape: Sequence[int | str]) -> dict[str, Any]:
     sizes = [-1 if isinstance(size, str) else size for size in shape]
     return {"name": name, "datatype": DATATYPES[dtype], "shape": sizes}
+
+
+async def _all(work: Sequence[Awaitable[_T]]) -> list[_T]:
+    """What each gives; most requests have one image, which needs no task of its own."""
+    return [await work[0]] if len(work) == 1 else await asyncio.gather(*work)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vitdeploy.config import Size, size_name
 from vitdeploy.errors import MissingDependency
 from vitdeploy.server.batcher import RequestOutputs
+from vitdeploy.server.counting import Family, Histogram, Value
 from vitdeploy.server.messages import RequestError
 
 if TYPE_CHECKING:
@@ -50,28 +51,35 @@ class Metrics:
     def __init__(self) -> None:
         try:
             import prometheus_client as prometheus
+            from prometheus_client import metrics_core
         except ImportError as error:
             raise MissingDependency("prometheus-client", extra="serve", purpose="serving") from error
         self.registry: CollectorRegistry = prometheus.CollectorRegistry()
         labels = ("model", "version")
         sized = (*labels, "image_size")
 
-        def made(kind: Any, name: str, text: str, labels: Sequence[str], **more: Any) -> Any:
-            return kind(name, text, labelnames=labels, registry=self.registry, **more)
+        def registered(family: Family[Any]) -> Any:
+            self.registry.register(family)
+            return family
 
-        counter, gauge, histogram = prometheus.Counter, prometheus.Gauge, prometheus.Histogram
-        seconds = partial(made, histogram, buckets=_SECONDS)
-        outcomes = partial(made, counter, labels=(*labels, "outcome"))
+        def number(kind: Any, name: str, text: str, labels: Sequence[str]) -> Family[Value]:
+            return registered(Family(Value, partial(kind, name, text, labels=labels)))
+
+        def spread(bounds: Sequence[float], name: str, text: str, labels: Sequence[str]) -> Family[Histogram]:
+            metric = partial(metrics_core.HistogramMetricFamily, name, text, labels=labels)
+            return registered(Family(partial(Histogram, bounds), metric))
+
+        counter = partial(number, metrics_core.CounterMetricFamily)
+        outcomes, seconds = partial(counter, labels=(*labels, "outcome")), partial(spread, _SECONDS)
         self.requests = outcomes("vitdeploy_requests", "Requests by how they ended.")
         self.seconds = seconds("vitdeploy_request_seconds", "From the decoded request to its answer.", labels)
         self.queue_seconds = seconds("vitdeploy_queue_seconds", "Waiting for a free session.", sized)
         self.compute_seconds = seconds("vitdeploy_compute_seconds", "One run of the session.", sized)
-        self.batch = made(
-            histogram, "vitdeploy_batch_size", "Images that ran together.", sized, buckets=_SIZES
-        )
-        self.images = made(counter, "vitdeploy_images", "Images that were run.", sized)
-        self.padding = made(counter, "vitdeploy_padding_images", "Images run only to fill a batch up.", sized)
-        self.queue = made(gauge, "vitdeploy_queue_images", "Images that wait.", sized)
+        self.batch = spread(_SIZES, "vitdeploy_batch_size", "Images that ran together.", sized)
+        self.images = counter("vitdeploy_images", "Images that were run.", sized)
+        self.padding = counter("vitdeploy_padding_images", "Images run only to fill a batch up.", sized)
+        gauge = metrics_core.GaugeMetricFamily
+        self.queue = number(gauge, "vitdeploy_queue_images", "Images that wait.", sized)
         self.reloads = outcomes("vitdeploy_loads", "Loads of a bundle by how they ended.")
         self._text: Callable[[CollectorRegistry], bytes] = prometheus.generate_latest
         self.content_type = prometheus.CONTENT_TYPE_LATEST
