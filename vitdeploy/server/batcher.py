@@ -58,9 +58,10 @@ class BatchingRules:
     """Batch sizes that the session is run at: a smaller batch is filled up to the next; empty is any."""
 
     def together(self, rate: float) -> int:
-        """Rows that are run together at most, by a session that does so many per second.
+        """Rows that are run together at most, by a session that does so many per second when it is alone.
 
-        Of a short run, what it costs to begin and to end is a good part; a long one has the next wait.
+        Of a short run, what it costs to begin and to end is a good part; a long one has the next wait. That
+        other work makes runs longer is no reason for smaller ones, which cost more of what is scarce.
         """
         return max(self.gather, min(self.max_rows, int(rate * self.short)))
 
@@ -253,7 +254,7 @@ class Batcher:
 
     def _late(self, now: float) -> list[tuple[_Waiting, float]]:
         """What cannot begin in time, and when it would begin at the earliest, as the queue is now."""
-        most, rows = self.rules.together(self._pace.rate), 0
+        most, rows = self.rules.together(self._pace.best_rate), 0
         free = [max(now, end) for end in self._free_at]
         heapq.heapify(free)
         late = []
@@ -309,7 +310,7 @@ class Batcher:
 
         A loop that is behind would have little for each run, and many small runs keep it behind.
         """
-        most, before = self.rules.together(self._pace.rate), 0
+        most, before = self.rules.together(self._pace.best_rate), 0
         while before < self._arrivals and self._rows < most:
             before = self._arrivals
             for _ in range(_TURNS):
@@ -328,7 +329,7 @@ class Batcher:
 
     def _taken(self, now: float) -> Iterator[_Waiting]:
         """Take requests from the front while they fit; the first one always does."""
-        room = most = self.rules.together(self._pace.rate)
+        room = most = self.rules.together(self._pace.best_rate)
         while self._queue and (room == most or self._queue[0].rows <= room):
             entry = self._queue[0]
             self._leave(entry)

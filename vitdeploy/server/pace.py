@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 _MEMORY = 0.9
-"""How slowly the rate is forgotten."""
+"""How slowly the rate of late is forgotten."""
+_LONG_MEMORY = 0.999
+"""How slowly the best rate is forgotten."""
 _DOUBT = 0.25
 """How far a run that took longer than any before is believed: another program may have had the processor."""
 
@@ -18,6 +20,8 @@ class Pace:
     def __init__(self) -> None:
         self.rate = 0.0
         """Rows per second, of late; 0 where nothing has run."""
+        self.best_rate = 0.0
+        """The same where nothing else took the processor."""
         self.longest = 0.0
         """Seconds of the longest run."""
         self._seconds: dict[int, float] = {}
@@ -27,6 +31,7 @@ class Pace:
         seconds = max(seconds, 1e-9)
         rate = rows / seconds
         self.rate = rate if not self.rate else _MEMORY * self.rate + (1 - _MEMORY) * rate
+        self.best_rate = max(rate, _LONG_MEMORY * self.best_rate + (1 - _LONG_MEMORY) * rate)
         before = self.least(size)
         longer = before and seconds > before
         known = {s: min(least, seconds * max(1.0, s / size)) for s, least in self._seconds.items()}

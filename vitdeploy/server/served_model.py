@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,6 +50,26 @@ class Embedded:
     """That was taken, where the model has several."""
 
 
+class InHand:
+    """A request that a model has in hand: meanwhile the model stays open, and then the request is counted."""
+
+    __slots__ = ("_begin", "_model")
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+
+    def __enter__(self) -> ServedModel:
+        self._begin = self._model.statistics.began()
+        self._model.hold()
+        return self._model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model.release()
+        self._model.statistics.ended(self._begin, error)
+
+
 class ServedModel:
     """One version of one model. Create it on the event loop; ``close`` it there.
 
@@ -90,17 +110,19 @@ class ServedModel:
         """The image sizes to choose from, the default first; none where there is no choice."""
         return self.bundle.sizes if len(self._lanes) > 1 else ()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """While a request is in hand, the model is not closed."""
+    def in_hand(self) -> InHand:
+        """Around a request."""
+        return InHand(self)
+
+    def hold(self) -> None:
+        """The model is not closed until as often as this ``release`` was called."""
         self._held += 1
         self._free.clear()
-        try:
-            yield
-        finally:
-            self._held -= 1
-            if not self._held:
-                self._free.set()
+
+    def release(self) -> None:
+        self._held -= 1
+        if not self._held:
+            self._free.set()
 
     @property
     def busy(self) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vitdeploy.config import Size, size_name
@@ -148,8 +147,7 @@ class Statistics:
         self._success, self._fail = Duration(), Duration()
         self._sizes: list[SizeStatistics] = []
         self._seconds = metrics.seconds.labels(name, version)
-        # labels() checks and looks up its arguments under a lock each time.
-        self._outcome = cache(lambda outcome: metrics.requests.labels(name, version, outcome))
+        self._outcomes = metrics.requests
 
     def of(self, size: Size | None) -> SizeStatistics:
         """Begin those of one image size; None is one that nobody tells."""
@@ -157,25 +155,22 @@ class Statistics:
         self._sizes.append(SizeStatistics(self._metrics, self.name, self.version, text))
         return self._sizes[-1]
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Around a request, from its arrival to its answer."""
-        begin, outcome = time.perf_counter(), "ok"
+    def began(self) -> float:
+        """A request arrived; returns when, for ``ended``."""
         self.last = round(1000 * time.time())
-        try:
-            yield
-        except RequestError as error:
-            outcome = error.kind
-            raise
-        except BaseException:  # the client went away
-            outcome = "cancelled"
-            raise
-        finally:
-            seconds = time.perf_counter() - begin
-            (self._success if outcome == "ok" else self._fail).add(seconds)
-            self._outcome(outcome).inc()
-            if outcome == "ok":
-                self._seconds.observe(seconds)
+        return time.perf_counter()
+
+    def ended(self, begin: float, error: BaseException | None) -> None:
+        """It was answered, or ended with an error; any but a refusal is that the client went away."""
+        seconds = time.perf_counter() - begin
+        if error is None:
+            outcome = "ok"
+            self._success.add(seconds)
+            self._seconds.observe(seconds)
+        else:
+            outcome = error.kind if isinstance(error, RequestError) else "cancelled"
+            self._fail.add(seconds)
+        self._outcomes.labels(self.name, self.version, outcome).inc()
 
     def as_dict(self) -> dict[str, Any]:
         """As the v2 statistics extension has it; and of several image sizes each, under a name of our own."""
