@@ -33,12 +33,12 @@ class Files:
         self.threads: list[tuple[bytes, int]] = []
         """Every file, and the thread that decoded it."""
 
-    def __call__(self, data: bytes) -> int:
+    def __call__(self, data: bytes) -> int | KeyError:
         self.threads.append((data, threading.get_ident()))
         assert self.open.wait(PATIENCE)
         if data == b"bad":
             raise ValueError("bad")
-        return len(data)
+        return KeyError("kept") if data == b"error" else len(data)
 
 
 class Counting(ThreadPoolExecutor):
@@ -52,7 +52,7 @@ class Counting(ThreadPoolExecutor):
 
 
 def with_decoding(
-    test: Callable[[Decoding[int], Files, Counting], Coroutine[Any, Any, None]], threads: int = 1
+    test: Callable[[Decoding[int | KeyError], Files, Counting], Coroutine[Any, Any, None]], threads: int = 1
 ) -> None:
     async def main() -> None:
         files = Files()
@@ -67,7 +67,7 @@ def with_decoding(
 
 
 def test_what_waits_is_decoded_in_one_hop_in_its_order() -> None:
-    async def test(decoding: Decoding[int], files: Files, pool: Counting) -> None:
+    async def test(decoding: Decoding[int | KeyError], files: Files, pool: Counting) -> None:
         first = decoding.decoded(b"x")
         await settled()
         waiting = [decoding.decoded(b"x" * count) for count in range(2, 30)]
@@ -82,7 +82,7 @@ def test_what_waits_is_decoded_in_one_hop_in_its_order() -> None:
 
 
 def test_all_threads_are_busy() -> None:
-    async def test(decoding: Decoding[int], files: Files, pool: Counting) -> None:
+    async def test(decoding: Decoding[int | KeyError], files: Files, pool: Counting) -> None:
         waiting = [decoding.decoded(b"x" * count) for count in range(1, 9)]
         await settled()
         assert pool.hops == 3
@@ -97,7 +97,7 @@ def test_all_threads_are_busy() -> None:
 def test_large_files_are_not_held_up_by_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(under_test, "_TOGETHER", 10)
 
-    async def test(decoding: Decoding[int], files: Files, pool: Counting) -> None:
+    async def test(decoding: Decoding[int | KeyError], files: Files, pool: Counting) -> None:
         files.open.set()
         sizes = [4, 4, 4, 30, 1, 9, 2]
         assert await asyncio.gather(*(decoding.decoded(b"x" * size) for size in sizes)) == sizes
@@ -107,7 +107,7 @@ def test_large_files_are_not_held_up_by_one_another(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_cancelled_is_not_decoded_and_what_fails_fails_alone() -> None:
-    async def test(decoding: Decoding[int], files: Files, pool: Counting) -> None:
+    async def test(decoding: Decoding[int | KeyError], files: Files, pool: Counting) -> None:
         running = decoding.decoded(b"running")
         await settled()
         gone, bad, good = decoding.decoded(b"gone"), decoding.decoded(b"bad"), decoding.decoded(b"good")
@@ -117,7 +117,8 @@ def test_what_is_cancelled_is_not_decoded_and_what_fails_fails_alone() -> None:
         with pytest.raises(ValueError, match="bad"):
             await bad
         assert await good == 4
-        assert [data for data, _ in files.threads] == [b"running", b"bad", b"good"]
+        assert isinstance(await decoding.decoded(b"error"), KeyError)  # that is what became of it
+        assert [data for data, _ in files.threads] == [b"running", b"bad", b"good", b"error"]
 
     with_decoding(test)
 

@@ -57,27 +57,27 @@ class Decoding(Generic[_T]):
                 size += len(data)
         return taken
 
-    def _decode_all(self, files: Sequence[bytes]) -> list[_T | Exception]:
-        """In a thread."""
-        found = list[_T | Exception]()
+    def _decode_all(self, files: Sequence[bytes]) -> list[tuple[_T | None, Exception | None]]:
+        """In a thread: of each file what became of it, or why nothing did."""
+        found = list[tuple[_T | None, Exception | None]]()
         for data in files:
             try:
-                found.append(self._decode(data))
+                found.append((self._decode(data), None))
             except Exception as error:
-                found.append(error)
+                found.append((None, error))
         return found
 
     def _finish(
         self,
-        done: asyncio.Future[list[_T | Exception]],
+        done: asyncio.Future[list[tuple[_T | None, Exception | None]]],
         files: Sequence[tuple[bytes, asyncio.Future[_T]]],
     ) -> None:
         self._idle += 1
         self._begin()
-        for (_, future), result in zip(files, done.result(), strict=True):
+        for (_, future), (result, error) in zip(files, done.result(), strict=True):
             if future.done():
                 continue
-            if isinstance(result, Exception):
-                future.set_exception(result)
+            if error is not None:
+                future.set_exception(error)
             else:
-                future.set_result(result)
+                future.set_result(result)  # type: ignore[arg-type]
