@@ -1,7 +1,7 @@
 """The batcher and deadlines, in simulated time: who goes first, and who is refused when.
 
-Sessions take a known time for a batch, so when each request would begin can be told: by ``begins``, which goes
-by the sessions' true times and knows nothing of what the batcher believes.
+Sessions take a known time for a batch, so when each request would begin can be told: by ``begins``, which
+goes by the sessions' true times and knows nothing of what the batcher believes.
 """
 
 from __future__ import annotations

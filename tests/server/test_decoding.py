@@ -1,4 +1,4 @@
-"""Image files become pixels beside the event loop: many in one hop, and the pixels of the library, bit by bit."""
+"""Image files become pixels beside the event loop: many in one hop, and each bit as the library has it."""
 
 from __future__ import annotations
 
@@ -145,9 +145,7 @@ def odd_files() -> list[bytes]:
 
 
 @pytest.mark.parametrize("kind", ["float", "uint8"])
-def test_the_pixels_are_the_library_s(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_pixels_are_the_library_s(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once, and one after the other, in one request and in many."""
     folder, seen = write_bundle(tmp_path / "linear.bundle", kind=kind).root, list[np.ndarray[Any, Any]]()
     submit = Batcher.submit

@@ -81,7 +81,8 @@ def _levels(rescale: float, mean: tuple[float, ...], std: tuple[float, ...]) -> 
     Computed in float64 and then float32, as transformers does.
     """
     levels = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)
-    table: NDArray[np.float32] = (levels - np.float32(mean)[:, None]) / np.float32(std)[:, None]
+    of_each, by = (np.array(values, dtype=np.float32)[:, None] for values in (mean, std))
+    table: NDArray[np.float32] = (levels - of_each) / by
     table.flags.writeable = False
     return table
 

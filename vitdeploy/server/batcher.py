@@ -1,8 +1,8 @@
 """Dynamic batching: what waits while the session is busy runs together when it is free.
 
-The earliest deadline goes first; among equal ones, and so wherever no request names its own, the first to come.
-Nothing is kept waiting for a run that cannot begin in time: a new request is refused at once, and one that others
-overtook is given up, as soon as that is certain. Certain is what follows from the runs that were made so far.
+The earliest deadline goes first; among equal ones, and so wherever no request names its own, the first to
+come. Nothing is kept waiting for a run that cannot begin in time: a new request is refused at once, and one
+that others overtook is given up, as soon as that is certain: when it follows from the runs made so far.
 
 Everything but the run itself happens on the event loop, so nothing here needs a lock. A request that is
 cancelled leaves the queue at once; one that is running is only forgotten.

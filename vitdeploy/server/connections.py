@@ -1,7 +1,7 @@
 """HTTP connections: uvicorn's, with bounds on the head of a request, and every error in the protocol's shape.
 
-The application only hears of a request once its head is whole, so what goes wrong before is answered here. A body
-that comes together with its head is in the scope already, under ``WHOLE_BODY``.
+The application only hears of a request once its head is whole, so what goes wrong before is answered here. A
+body that comes together with its head is in the scope already, under ``WHOLE_BODY``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         if self._fresh:
-            self.scope[WHOLE_BODY] = bytes(self.cycle.body)  # type: ignore[typeddict-unknown-key]
+            self.scope[WHOLE_BODY] = bytes(self.cycle.body)  # type: ignore[literal-required]
 
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing is logged: an offer of another protocol is no fault; the request is answered."""

@@ -62,7 +62,8 @@ class Family(Generic[_One]):
     """
 
     def __init__(self, make: Callable[[], _One], metric: Callable[[], Any]) -> None:
-        self._make, self._metric = make, metric
+        self._make: Callable[[], _One] = make
+        self._metric = metric
         self._all: dict[tuple[str, ...], _One] = {}
 
     def labels(self, *values: str) -> _One:

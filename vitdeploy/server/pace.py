@@ -1,4 +1,4 @@
-"""How long a session's runs take, learned from those that were made: what a queue's length means in seconds."""
+"""How long a session's runs take, learned from those that were made: what a queue is in seconds."""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ from vitdeploy.server.loading import LoadedBundle, ModelSettings
 from vitdeploy.server.messages import Array, InferRequest, InferResponse, RequestedOutput, RequestError
 from vitdeploy.server.statistics import Statistics
 
-
 _T = TypeVar("_T")
 
 

@@ -57,16 +57,16 @@ class Metrics:
         labels = ("model", "version")
         sized = (*labels, "image_size")
 
-        def registered(family: Family[Any]) -> Any:
+        def number(kind: Any, name: str, text: str, labels: Sequence[str]) -> Family[Value]:
+            family = Family(Value, partial(kind, name, text, labels=labels))
             self.registry.register(family)
             return family
 
-        def number(kind: Any, name: str, text: str, labels: Sequence[str]) -> Family[Value]:
-            return registered(Family(Value, partial(kind, name, text, labels=labels)))
-
         def spread(bounds: Sequence[float], name: str, text: str, labels: Sequence[str]) -> Family[Histogram]:
             metric = partial(metrics_core.HistogramMetricFamily, name, text, labels=labels)
-            return registered(Family(partial(Histogram, bounds), metric))
+            family = Family(partial(Histogram, bounds), metric)
+            self.registry.register(family)
+            return family
 
         counter = partial(number, metrics_core.CounterMetricFamily)
         outcomes, seconds = partial(counter, labels=(*labels, "outcome")), partial(spread, _SECONDS)
