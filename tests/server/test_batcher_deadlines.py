@@ -176,7 +176,8 @@ def told(story: Story) -> dict[int, tuple[float, str]]:
 
 
 def placed(drawn: list[tuple[int, int, float]]) -> list[Asked]:
-    """Requests of (seconds after the one before, rows, limit)."""
+    """Requests of (seconds after the one before, rows, limit); first one of each size that runs, alone."""
+    drawn = [*((100, rows, 900.0) for rows in range(1, MOST + 1)), (100, *drawn[0][1:]), *drawn[1:]]
     moments = np.cumsum([gap for gap, _, _ in drawn])
     return [
         Asked(number, int(at), rows, limit)
@@ -316,3 +317,14 @@ def test_a_pace_promises_no_longer_run_than_there_will_be(
         pace.learn(rows, rows, fixed + each * rows)
     assert pace.least(asked) <= (fixed + each * asked) * (1 + 1e-9)
     assert pace.least(asked) <= pace.longest
+
+
+def test_a_pace_tells_a_slow_session_from_one_that_is_disturbed() -> None:
+    """Batches are as large as the undisturbed session makes them; what a queue will take goes by late runs."""
+    rules, pace = BatchingRules(gather=4, max_rows=32, short=0.01), Pace()
+    for _ in range(5):
+        pace.learn(8, 8, 0.004)
+    for _ in range(50):
+        pace.learn(8, 8, 0.2)
+    assert rules.together(pace.best_rate) >= 19
+    assert pace.rate < 60

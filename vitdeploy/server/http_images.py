@@ -21,6 +21,8 @@ from vitdeploy.server.messages import RequestError
 from vitdeploy.server.service import Service
 
 _DEFAULT_TOP_K = 5
+_ONLY_TOP_K = re.compile(rb"top_k=([1-9][0-9]{0,8})")
+"""The usual query, which need not be taken apart."""
 PATH = re.compile(r"/v1/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?:predict")
 
 
@@ -29,7 +31,7 @@ async def predict(request: Request, service: Service) -> Response:
     name, version = request.path_params["model"], request.path_params.get("version", "")
     service.require_open()
     with service.repository.using(name, version) as model:
-        top_k = _top_k(request.query_params.get("top_k"))
+        top_k = _top_k(request)
         images = await _images(request, service)
         results = await until_disconnect(request, model.classify([data for _, data in images], top_k))
         predictions, sizes = [], []
@@ -60,7 +62,10 @@ ROUTES = [
 ]
 
 
-def _top_k(text: str | None) -> int:
+def _top_k(request: Request) -> int:
+    if only := _ONLY_TOP_K.fullmatch(request.scope["query_string"]):
+        return int(only[1])
+    text = request.query_params.get("top_k")
     if text is None:
         return _DEFAULT_TOP_K
     if not text.isdecimal() or not text.isascii() or not 0 < len(text) < 10 or int(text) < 1:

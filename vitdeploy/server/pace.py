@@ -14,7 +14,7 @@ class Pace:
     """Of runs that take longer the more rows they have, and less for each row.
 
     What is told of a size is what a run of it takes at least: a shorter run than before is believed at once,
-    a longer one slowly, and of sizes that were never run only what follows from the others.
+    a longer one slowly; of sizes that were never run it is only what follows from the others.
     """
 
     def __init__(self) -> None:
@@ -32,10 +32,14 @@ class Pace:
         rate = rows / seconds
         self.rate = rate if not self.rate else _MEMORY * self.rate + (1 - _MEMORY) * rate
         self.best_rate = max(rate, _LONG_MEMORY * self.best_rate + (1 - _LONG_MEMORY) * rate)
-        before = self.least(size)
-        longer = before and seconds > before
-        known = {s: min(least, seconds * max(1.0, s / size)) for s, least in self._seconds.items()}
-        self._seconds = {**known, size: before + _DOUBT * (seconds - before) if longer else seconds}
+        known = self._seconds
+        before = known.get(size)
+        if before is None:
+            believed = min((least * max(1.0, size / s) for s, least in known.items()), default=seconds)
+        else:
+            believed = before + _DOUBT * max(0.0, seconds - before)
+        known = {s: min(least, seconds * max(1.0, s / size)) for s, least in known.items()}
+        self._seconds = {**known, size: min(seconds, believed)}
         self.longest = max(self._seconds.values())
 
     def least(self, size: int) -> float:
