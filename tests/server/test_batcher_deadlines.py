@@ -320,7 +320,7 @@ def test_a_pace_promises_no_longer_run_than_there_will_be(
 
 
 def test_a_pace_tells_a_slow_session_from_one_that_is_disturbed() -> None:
-    """Batches are as large as the undisturbed session makes them; what a queue will take goes by late runs."""
+    """Batches are as large as it would make them undisturbed; what a queue takes goes by late runs."""
     rules, pace = BatchingRules(gather=4, max_rows=32, short=0.01), Pace()
     for _ in range(5):
         pace.learn(8, 8, 0.004)

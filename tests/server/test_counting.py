@@ -35,7 +35,9 @@ def test_what_is_scraped_is_what_prometheus_client_counts(given: list[tuple[str,
     kinds = metrics_core
     counted = Family(Value, partial(kinds.CounterMetricFamily, "c", "Counted.", labels=LABELS))
     level = Family(Value, partial(kinds.GaugeMetricFamily, "g", "Set.", labels=LABELS))
-    seen = Family(partial(Histogram, BOUNDS), partial(kinds.HistogramMetricFamily, "h", "Seen.", labels=LABELS))
+    seen = Family(
+        partial(Histogram, BOUNDS), partial(kinds.HistogramMetricFamily, "h", "Seen.", labels=LABELS)
+    )
     for family in (counted, level, seen):
         ours.register(family)  # type: ignore[arg-type]
     for model, value in given:
