@@ -31,7 +31,7 @@ def usual_scores(classes: int) -> Scores:
 
 def softmax(logits: NDArray[Any]) -> Float:
     """Softmax over the last axis, in float64."""
-    wide = logits.astype(np.float64)
+    wide = logits.astype(np.float64, copy=False)
     exponents = np.exp(wide - wide.max(axis=-1, keepdims=True))
     shares: Float = exponents / exponents.sum(axis=-1, keepdims=True)
     return shares
@@ -39,7 +39,7 @@ def softmax(logits: NDArray[Any]) -> Float:
 
 def sigmoid(logits: NDArray[Any]) -> Float:
     """Of each element, in float64; nothing overflows."""
-    wide = logits.astype(np.float64)
+    wide = logits.astype(np.float64, copy=False)
     small = np.exp(-np.abs(wide))
     shares: Float = np.where(wide < 0, small, 1.0) / (1.0 + small)
     return shares

@@ -30,7 +30,7 @@ HOSTILE: list[Any] = [
     [None], "ä\U0001f600", [[[[1.0]]]], [0, 2**62], [1, 3, 8, 8], [2, 3, 8, 8], "../..", 1e39,
 ]  # fmt: skip
 CLIENTS_FAULT = {400, 404, 405, 413}
-ASKED_FOR = ("NaN or infinite", "no session was free within")
+ASKED_FOR = ("NaN or infinite", "no session was free within", "no session will be free within")
 """Sums that overflow and deadlines of microseconds get the codes of a server that cannot."""
 
 

@@ -95,6 +95,17 @@ def test_nobody_waits_where_no_delay_is_asked_for() -> None:
     with_batcher(test, session)
 
 
+def test_what_comes_without_a_pause_runs_together() -> None:
+    """A free session lets the event loop hand over what is there, until that is a batch."""
+    session = Session()
+
+    async def test(batcher: Batcher, observed: Observed) -> None:
+        await asyncio.gather(*await queued(batcher, *((number,) for number in range(6))))
+
+    with_batcher(test, session)
+    assert session.sizes == [4, 2]
+
+
 @pytest.mark.parametrize("count, size", [(1, 2), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 9)])
 def test_batches_are_filled_up_to_the_buckets(count: int, size: int) -> None:
     session = Session()

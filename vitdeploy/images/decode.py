@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,8 @@ from vitdeploy.images.kinds import (
 
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | io.BufferedIOBase | Image.Image
 
+_PILLOW = r"PIL\."
+"""Its modules."""
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded or resized to: 256 MiB as RGB. Pillow itself only warns from here on."""
 
@@ -127,14 +130,22 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def keep_quiet() -> None:
+    """Keep back Pillow's warnings for good: in a process of our own, whose threads decode side by side."""
+    warnings.filterwarnings("ignore", module=_PILLOW)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back Pillow's warnings: about sizes, which are checked here, and about harmless odd metadata.
 
     Only Pillow's: warning filters belong to the process, so threads that cross here could leave one behind.
     """
+    if ("ignore", None, Warning, re.compile(_PILLOW), 0) in warnings.filters:
+        yield
+        return
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+        keep_quiet()
         yield
 
 
@@ -161,8 +172,7 @@ def _opened(source: ImageSource, name: str, heif: bool) -> Iterator[Image.Image]
         stream.seek(0)
         if not head:
             raise ImageError(f"{name} is empty", hint="copy or download it again")
-        kind = kind_of(head)
-        if heif and kind == HEIC:
+        if heif and kind_of(head) == HEIC:
             from vitdeploy.images.heif import open_heif
 
             yield stack.enter_context(open_heif(stream, name))
@@ -170,7 +180,7 @@ def _opened(source: ImageSource, name: str, heif: bool) -> Iterator[Image.Image]
         try:
             image = Image.open(stream, formats=formats())
         except UnidentifiedImageError as error:
-            what = f": it is {kind}" if kind else ""
+            what = f": it is {kind}" if (kind := kind_of(head)) else ""
             raise ImageError(f"{name} is not an image that can be read{what}", hint=formats_hint()) from error
         yield stack.enter_context(image)
 

@@ -5,6 +5,7 @@ The lists are explicit, because whoever sends an image reaches its decoder: a se
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 
@@ -66,6 +67,7 @@ def has_heif() -> bool:
     return importlib.util.find_spec("pillow_heif") is not None
 
 
+@functools.cache
 def _has_avif() -> bool:
     return "avif" in features.modules and bool(features.check_module("avif"))
 

@@ -13,6 +13,7 @@ know RGB. Grey that was decoded to RGB comes back unchanged, as the weights add 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -66,14 +67,24 @@ def apply(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
     if spec.resample in _FLOAT_FILTERS:
         return _apply_float(image, spec)
     pixels = apply_uint8(image, spec)
-    # Each channel has 256 possible values: compute those, in float64 then float32 as transformers does.
-    levels = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
-    mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (spec.mean, spec.std))
-    table = (levels - mean) / std  # (C, 256)
+    table = _levels(spec.rescale, spec.mean, spec.std)
     values = np.empty((spec.channels, *spec.size), dtype=np.float32)
     for channel in range(spec.channels):
         np.take(table[channel], pixels[:, :, channel], out=values[channel], mode="clip")
     return values
+
+
+@functools.lru_cache(maxsize=16)
+def _levels(rescale: float, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """What becomes of a channel's 256 possible values: (C, 256), read-only.
+
+    Computed in float64 and then float32, as transformers does.
+    """
+    levels = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)
+    of_each, by = (np.array(values, dtype=np.float32)[:, None] for values in (mean, std))
+    table: NDArray[np.float32] = (levels - of_each) / by
+    table.flags.writeable = False
+    return table
 
 
 def _apply_float(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
@@ -97,7 +108,7 @@ def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
         ImageError: as ``apply``.
     """
     image, (height, width) = _prepared(image, spec)
-    image = image.resize((width, height), {**_FILTERS, **_FLOAT_FILTERS}[spec.resample])
+    image = image.resize((width, height), _FILTERS.get(spec.resample) or _FLOAT_FILTERS[spec.resample])
     return np.array(_crop(image, spec)).reshape(*spec.size, spec.channels)
 
 

@@ -1,31 +1,41 @@
 """Dynamic batching: what waits while the session is busy runs together when it is free.
 
+The earliest deadline goes first; among equal ones, and so wherever no request names its own, the first to
+come. Nothing is kept waiting for a run that cannot begin in time: a new request is refused at once, and one
+that others overtook is given up, as soon as that is certain: when it follows from the runs made so far.
+
 Everything but the run itself happens on the event loop, so nothing here needs a lock. A request that is
-cancelled, or whose deadline passes, leaves the queue at once; one that is running is only forgotten.
+cancelled leaves the queue at once; one that is running is only forgotten.
 """
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
+import heapq
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from vitdeploy.errors import VitdeployError
 from vitdeploy.server.messages import Array, RequestError
+from vitdeploy.server.pace import Pace
 
 Arrays = Mapping[str, Array]
 Run = Callable[[Arrays], Arrays]
 """Runs a session: (n, ...) arrays by name to (n, ...) arrays by name; blocks."""
 
-_RATE_MEMORY = 0.9
-"""How slowly the rate at which a session works is forgotten."""
+_TIMER = 0.001
+"""Seconds that the event loop's timers are exact to."""
+_ROUNDING = 1e-6
+"""Seconds that sums of times may be off by."""
+_TURNS = 2
+"""Of the event loop: in the first what has come is read, in the second it becomes a request that waits."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +53,15 @@ class BatchingRules:
     max_queue: int = 256
     """Rows that wait at most."""
     timeout: float = 30.0
-    """Seconds after which a request that has not begun to run is given up."""
+    """Seconds within which a request begins to run, or is given up; it may ask for less."""
     buckets: tuple[int, ...] = ()
     """Batch sizes that the session is run at: a smaller batch is filled up to the next; empty is any."""
 
     def together(self, rate: float) -> int:
-        """Rows that are run together at most, by a session that does so many per second.
+        """Rows that are run together at most, by a session that does so many per second when it is alone.
 
-        Of a short run, what it costs to begin and to end is a good part; a long one has the next wait.
+        Of a short run, what it costs to begin and to end is a good part; a long one has the next wait. That
+        other work makes runs longer is no reason for smaller ones, which cost more of what is scarce.
         """
         return max(self.gather, min(self.max_rows, int(rate * self.short)))
 
@@ -69,8 +80,7 @@ class Observer(Protocol):
         """A batch of ``rows`` was run at the size ``padded``."""
 
 
-@dataclass(frozen=True)
-class RequestOutputs:
+class RequestOutputs(NamedTuple):
     """The rows of one request, and where their time went."""
 
     outputs: Arrays
@@ -84,13 +94,20 @@ class RequestOutputs:
     """Whether its rows have neither NaN nor infinity."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Waiting:
     inputs: Arrays
     rows: int
     future: asyncio.Future[RequestOutputs]
     arrived: float
+    limit: float
+    """Seconds within which its run has to begin."""
+    deadline: float
     queued: bool = True
+
+    def refuse(self, error: RequestError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class Batcher:
@@ -105,14 +122,19 @@ class Batcher:
     def __init__(self, runs: Sequence[Run], rules: BatchingRules, observer: Observer) -> None:
         self.rules = rules
         self._observer = observer
-        self._queue: deque[_Waiting] = deque()
+        self._queue: list[_Waiting] = []
+        """By deadline, and by arrival where that is the same."""
         self._rows = 0
+        self._arrivals = 0
         self._arrival = asyncio.Event()
         self._closing = False
-        self._rate = 0.0
-        """Rows per second of one session."""
+        self._pace = Pace()
+        self._free_at = [0.0] * len(runs)
+        """When each session's run will end, at the earliest; 0 where it has none."""
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = 0.0
         self._pool = ThreadPoolExecutor(len(runs), thread_name_prefix="session")
-        self._workers = [asyncio.create_task(self._work(run)) for run in runs]
+        self._workers = [asyncio.create_task(self._work(*session)) for session in enumerate(runs)]
 
     @property
     def waiting(self) -> int:
@@ -127,7 +149,8 @@ class Batcher:
             timeout: seconds within which the run must begin, if that is less than the rules' own.
 
         Raises:
-            RequestError: too many rows, the queue is full, the time is over, or the run failed.
+            RequestError: too many rows; the queue is full, or too long for the run to begin in time; the time
+                is over; or the run failed.
         """
         rows = len(next(iter(inputs.values())))
         if rows > self.rules.max_rows:
@@ -136,70 +159,137 @@ class Batcher:
             raise RequestError("unavailable", "the model is being unloaded", retry_after=1.0)
         if self._rows + rows > self.rules.max_queue:
             raise RequestError("overloaded", "Exceeds maximum queue size", retry_after=self.busy_for())
+        limit = self.rules.timeout if timeout is None else min(timeout, self.rules.timeout)
+        now = time.perf_counter()
         future: asyncio.Future[RequestOutputs] = asyncio.get_running_loop().create_future()
-        entry = _Waiting(inputs, rows, future, arrived=time.perf_counter())
-        self._queue.append(entry)
-        self._count(rows)
-        self._arrival.set()
-        limit = min(self.rules.timeout, self.rules.timeout if timeout is None else timeout)
-        expiry = asyncio.get_running_loop().call_later(limit, self._expire, entry, limit)
+        entry = _Waiting(inputs, rows, future, now, limit, now + limit)
+        self._join(entry)
         try:
-            return await entry.future
+            self._review(now, entry)
+            return await future
         finally:
-            expiry.cancel()
             self._leave(entry)
 
     def busy_for(self) -> float:
         """Seconds that what waits now will take, from the pace of late; 1 where that is not known."""
-        return self._rows / (len(self._workers) * self._rate) if self._rate else 1.0
+        rate = self._pace.rate
+        return self._rows / (len(self._workers) * rate) if rate else 1.0
 
     def abandon(self) -> None:
         """Refuse what waits; what runs goes on."""
         for entry in self._queue:
-            if not entry.future.done():
-                entry.future.set_exception(
-                    RequestError("unavailable", "the server is shutting down", retry_after=1.0)
-                )
+            entry.refuse(RequestError("unavailable", "the server is shutting down", retry_after=1.0))
 
     async def close(self) -> None:
         """Refuse what is new, finish what was accepted, stop."""
         self._closing = True
         self._arrival.set()
         await asyncio.gather(*self._workers)
+        if self._alarm is not None:
+            self._alarm.cancel()
         await asyncio.to_thread(self._pool.shutdown)
 
     def _count(self, rows: int) -> None:
         self._rows += rows
         self._observer.queued(self._rows)
 
+    def _join(self, entry: _Waiting) -> None:
+        if not self._queue or self._queue[-1].deadline <= entry.deadline:
+            self._queue.append(entry)
+        else:
+            bisect.insort_right(self._queue, entry, key=lambda other: other.deadline)
+        self._arrivals += 1
+        self._count(entry.rows)
+        self._set_alarm()
+        self._arrival.set()
+
     def _leave(self, entry: _Waiting) -> None:
-        """A request that was given up does not keep its place in the queue."""
+        """What runs or was given up does not keep its place in the queue."""
         if entry.queued:
             entry.queued = False
             self._queue.remove(entry)
             self._count(-entry.rows)
 
-    def _expire(self, entry: _Waiting, limit: float) -> None:
-        if entry.queued and not entry.future.done():
-            entry.future.set_exception(RequestError("timeout", f"no session was free within {limit:g} s"))
+    def _set_alarm(self) -> None:
+        """Have the first deadline kept: those behind it are later, so one timer is enough for all."""
+        first = self._queue[0].deadline
+        if self._alarm is not None:
+            if self._alarm_at <= first:
+                return
+            self._alarm.cancel()
+        seconds = max(_TIMER, first - time.perf_counter())
+        self._alarm, self._alarm_at = asyncio.get_running_loop().call_later(seconds, self._expire), first
 
-    async def _work(self, run: Run) -> None:
+    def _expire(self) -> None:
+        """Give up what did not begin in time."""
+        self._alarm = None
+        now = time.perf_counter() + _ROUNDING
+        while self._queue and (entry := self._queue[0]).deadline <= now:
+            self._leave(entry)
+            entry.refuse(_was_late(entry))
+        if self._queue:
+            self._set_alarm()
+
+    def _review(self, now: float, new: _Waiting | None = None) -> None:
+        """Give up what cannot begin in time any more.
+
+        Raises:
+            RequestError: that is true of the new request.
+        """
+        if not self._queue:
+            return
+        # Each row alone, in as long a run as any: at the latest, everything has begun then.
+        if self._queue[0].deadline >= now + (self._rows + 1) * self._pace.longest:
+            return
+        refusal = None
+        for entry, begin in self._late(now):
+            message = f"no session will be free within {entry.limit:g} s"
+            if entry is new:
+                refusal = RequestError("overloaded", message, retry_after=begin - entry.deadline)
+            else:
+                self._leave(entry)
+                entry.refuse(RequestError("timeout", message))
+        if refusal is not None:
+            raise refusal
+
+    def _late(self, now: float) -> list[tuple[_Waiting, float]]:
+        """What cannot begin in time, and when it would begin at the earliest, as the queue is now."""
+        most, rows = self.rules.together(self._pace.best_rate), 0
+        free = [max(now, end) for end in self._free_at]
+        heapq.heapify(free)
+        late = []
+        for entry in self._queue:
+            if entry.future.done():
+                continue  # cancelled: it leaves as soon as its task goes on
+            if rows and rows + entry.rows > most:
+                heapq.heapreplace(free, free[0] + self._pace.least(self.rules.padded(rows)))
+                rows = 0
+            if entry.deadline < free[0]:
+                late.append((entry, free[0]))
+            else:
+                rows += entry.rows
+        return late
+
+    async def _work(self, number: int, run: Run) -> None:
         """One session's life."""
         loop = asyncio.get_running_loop()
         while batch := await self._next_batch():
             begin = time.perf_counter()
             rows = sum(entry.rows for entry in batch)
+            padded = self.rules.padded(rows)
+            self._free_at[number] = begin + self._pace.least(padded)
+            self._review(begin)
             try:
                 inputs = [entry.inputs for entry in batch]
-                padded = self.rules.padded(rows)
                 outputs, finite = await loop.run_in_executor(self._pool, _run_together, run, inputs, padded)
             except Exception as error:
                 _fail(batch, error)
             else:
                 seconds = time.perf_counter() - begin
-                self._remember(rows, seconds)
+                self._pace.learn(rows, padded, seconds)
                 self._observer.executed(rows, padded, seconds)
                 _answer(batch, outputs, finite, begin, seconds)
+            self._free_at[number] = 0.0
 
     async def _next_batch(self) -> list[_Waiting]:
         """Wait for requests and take those that run together; empty when closed and done."""
@@ -209,14 +299,27 @@ class Batcher:
                     return []
                 self._arrival.clear()
                 await self._arrival.wait()
+            await self._let_come()
             if self._rows < self.rules.gather and self.rules.delay and not self._closing:
                 await self._wait_for_company()
-            if batch := list(self._taken()):
+            if batch := list(self._taken(time.perf_counter())):
                 return batch
+
+    async def _let_come(self) -> None:
+        """Have the event loop hand over what is there already, until that is a full batch.
+
+        A loop that is behind would have little for each run, and many small runs keep it behind.
+        """
+        most, before = self.rules.together(self._pace.best_rate), 0
+        while before < self._arrivals and self._rows < most:
+            before = self._arrivals
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
 
     async def _wait_for_company(self) -> None:
         while self._queue and self._rows < self.rules.gather and not self._closing:
-            left = self._queue[0].arrived + self.rules.delay - time.perf_counter()
+            until = min(entry.arrived for entry in self._queue) + self.rules.delay
+            left = min(until, self._queue[0].deadline - 2 * _TIMER) - time.perf_counter()
             if left <= 0:
                 return
             self._arrival.clear()
@@ -224,20 +327,21 @@ class Batcher:
                 async with asyncio.timeout(left):
                     await self._arrival.wait()
 
-    def _taken(self) -> Iterator[_Waiting]:
+    def _taken(self, now: float) -> Iterator[_Waiting]:
         """Take requests from the front while they fit; the first one always does."""
-        room = most = self.rules.together(self._rate)
+        room = most = self.rules.together(self._pace.best_rate)
         while self._queue and (room == most or self._queue[0].rows <= room):
-            entry = self._queue.popleft()
-            entry.queued = False
-            self._count(-entry.rows)
-            if not entry.future.done():
+            entry = self._queue[0]
+            self._leave(entry)
+            if entry.deadline < now:
+                entry.refuse(_was_late(entry))
+            elif not entry.future.done():
                 room -= entry.rows
                 yield entry
 
-    def _remember(self, rows: int, seconds: float) -> None:
-        rate = rows / max(seconds, 1e-9)
-        self._rate = rate if not self._rate else _RATE_MEMORY * self._rate + (1 - _RATE_MEMORY) * rate
+
+def _was_late(entry: _Waiting) -> RequestError:
+    return RequestError("timeout", f"no session was free within {entry.limit:g} s")
 
 
 def _run_together(run: Run, inputs: Sequence[Arrays], padded: int) -> tuple[Arrays, Array]:
@@ -272,7 +376,4 @@ def _answer(batch: Sequence[_Waiting], outputs: Arrays, finite: Array, begin: fl
 def _fail(batch: Sequence[_Waiting], error: Exception) -> None:
     message = error.message if isinstance(error, VitdeployError) else f"{type(error).__name__}: {error}"
     for entry in batch:
-        if not entry.future.done():
-            entry.future.set_exception(
-                RequestError("internal", f"the run failed: {' '.join(message.split())}")
-            )
+        entry.refuse(RequestError("internal", f"the run failed: {' '.join(message.split())}"))

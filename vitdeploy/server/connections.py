@@ -1,6 +1,7 @@
 """HTTP connections: uvicorn's, with bounds on the head of a request, and every error in the protocol's shape.
 
-The application only hears of a request once its head is whole, so what goes wrong before is answered here.
+The application only hears of a request once its head is whole, so what goes wrong before is answered here. A
+body that comes together with its head is in the scope already, under ``WHOLE_BODY``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from vitdeploy.server.service import RequestLimits
 
+WHOLE_BODY = "vitdeploy.body"
+"""Of an ASGI scope: all of the body, where nothing is to be waited for."""
+
 
 class BoundedHttpProtocol(HttpToolsProtocol):
     """What ``uvicorn.Config`` takes as ``http``, its limits bound."""
@@ -24,6 +28,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _length = 0
     """Bytes of that head so far, beyond those that came together with its first."""
     _expiry: asyncio.TimerHandle | None = None
+    _fresh = False
+    """Whether the application cannot have asked for anything of the newest request yet."""
 
     def __init__(self, *uvicorn: Any, limits: RequestLimits, **more: Any) -> None:
         super().__init__(*uvicorn, **more)
@@ -45,6 +51,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._begun:
             self._length += len(data)
         super().data_received(data)
+        self._fresh = False
         if not self._begun or self.transport.is_closing():
             return
         if self._length > self._limits.head_bytes:
@@ -63,6 +70,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         while self._cycles and self._cycles[0].response_complete:
             self._cycles.popleft()
         self._cycles.append(self.cycle)
+        self._fresh = True
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self._fresh:
+            self.scope[WHOLE_BODY] = bytes(self.cycle.body)  # type: ignore[literal-required]
 
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing is logged: an offer of another protocol is no fault; the request is answered."""

@@ -7,11 +7,10 @@ the extensions of ``service.EXTENSIONS``. Statuses and messages are those of the
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -34,14 +33,14 @@ from vitdeploy.server.service import EXTENSIONS, Service
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
-_INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
-
 Handler = Callable[[Request, Service], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def asgi_application(service: Service) -> ASGIApp:
     """The application."""
-    return _infer_first(_guarded(_infer, service), starlette_application(service))
+    hot = [(path, _guarded(handler, service)) for path, handler in _HOT]
+    return _hot_first(hot, starlette_application(service))
 
 
 def starlette_application(service: Service) -> Starlette:
@@ -80,30 +79,33 @@ def starlette_application(service: Service) -> Starlette:
     return application
 
 
-def _infer_first(infer: Callable[[Request], Awaitable[Response]], others: ASGIApp) -> ASGIApp:
-    """The application with infer requests going past the middleware and the routes.
+def _hot_first(hot: Sequence[tuple[re.Pattern[str], Endpoint]], others: ASGIApp) -> ASGIApp:
+    """The application with requests to models going past the middleware and the routes.
 
     Those are the same for every request, and a small model's answer should not wait for them.
     """
 
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        response = await infer(Request(scope, receive, send))
+    async def answer(endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        try:
+            response = await endpoint(request)
+        except Exception as error:
+            await (await _broken(request, error))(scope, receive, send)
+            raise
         await response(scope, receive, send)
 
-    watched = ServerErrorMiddleware(answer, handler=_broken)
-
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
-        asked = _INFER.fullmatch(scope["path"]) if scope.get("method") == "POST" else None
-        if asked is None:
-            await others(scope, receive, send)
-        else:
-            scope["path_params"] = asked.groupdict("")
-            await watched(scope, receive, send)
+        if scope.get("method") == "POST":
+            for path, endpoint in hot:
+                if asked := path.fullmatch(scope["path"]):
+                    scope["path_params"] = asked.groupdict("")
+                    return await answer(endpoint, scope, receive, send)
+        return await others(scope, receive, send)
 
     return application
 
 
-def _guarded(handler: Handler, service: Service) -> Callable[[Request], Awaitable[Response]]:
+def _guarded(handler: Handler, service: Service) -> Endpoint:
     """The handler, with every error in the protocol's shape."""
 
     async def endpoint(request: Request) -> Response:
@@ -238,3 +240,8 @@ async def _unload(request: Request, service: Service) -> Response:
 
 async def _metrics(request: Request, service: Service) -> Response:
     return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
+
+_INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
+_HOT: Sequence[tuple[re.Pattern[str], Handler]] = ((_INFER, _infer), (http_images.PATH, http_images.predict))
+"""What is asked most: its path, and what answers it."""

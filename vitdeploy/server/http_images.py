@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,14 +21,17 @@ from vitdeploy.server.messages import RequestError
 from vitdeploy.server.service import Service
 
 _DEFAULT_TOP_K = 5
+_ONLY_TOP_K = re.compile(rb"top_k=([1-9][0-9]{0,8})")
+"""The usual query, which need not be taken apart."""
+PATH = re.compile(r"/v1/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?:predict")
 
 
-async def _predict(request: Request, service: Service) -> Response:
+async def predict(request: Request, service: Service) -> Response:
     """Classify one image file, or several."""
     name, version = request.path_params["model"], request.path_params.get("version", "")
     service.require_open()
     with service.repository.using(name, version) as model:
-        top_k = _top_k(request.query_params.get("top_k"))
+        top_k = _top_k(request)
         images = await _images(request, service)
         results = await until_disconnect(request, model.classify([data for _, data in images], top_k))
         predictions, sizes = [], []
@@ -53,12 +57,15 @@ def register_names() -> None:
 
 
 ROUTES = [
-    ("POST", "/v1/models/{model:name}:predict", _predict),
-    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", _predict),
+    ("POST", "/v1/models/{model:name}:predict", predict),
+    ("POST", "/v1/models/{model:name}/versions/{version:name}:predict", predict),
 ]
 
 
-def _top_k(text: str | None) -> int:
+def _top_k(request: Request) -> int:
+    if only := _ONLY_TOP_K.fullmatch(request.scope["query_string"]):
+        return int(only[1])
+    text = request.query_params.get("top_k")
     if text is None:
         return _DEFAULT_TOP_K
     if not text.isdecimal() or not text.isascii() or not 0 < len(text) < 10 or int(text) < 1:

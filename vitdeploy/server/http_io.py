@@ -12,6 +12,7 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from vitdeploy.server.connections import WHOLE_BODY
 from vitdeploy.server.messages import ErrorKind, RequestError
 from vitdeploy.server.service import RequestLimits
 
@@ -41,6 +42,27 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
         RequestError: too large, too slow, or not what its headers say.
         ClientDisconnect: its end will not come.
     """
+    body: bytes | None = request.scope.get(WHOLE_BODY)
+    if body is None:
+        body = await _awaited(request, limits)
+    if len(body) > limits.body_bytes:
+        raise _too_large(limits)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in _WINDOWS:
+        raise RequestError(
+            "invalid", f"Content-Encoding {encoding[:40]!r} is not supported: gzip and deflate are"
+        )
+    return _decompressed(body, encoding, limits)
+
+
+async def _awaited(request: Request, limits: RequestLimits) -> bytes:
+    """The body as it is sent, within the limits.
+
+    Raises:
+        RequestError, ClientDisconnect: as ``read_body``.
+    """
     announced = request.headers.get("content-length")
     if announced is not None and announced.isdecimal() and int(announced[:19]) > limits.body_bytes:
         raise _too_large(limits)
@@ -58,15 +80,7 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
                     raise _too_large(limits)
     except TimeoutError:
         raise RequestError("too slow", f"the body did not arrive within {limits.body_seconds:g} s") from None
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    body = b"".join(parts)
-    if encoding in ("", "identity"):
-        return body
-    if encoding not in _WINDOWS:
-        raise RequestError(
-            "invalid", f"Content-Encoding {encoding[:40]!r} is not supported: gzip and deflate are"
-        )
-    return _decompressed(body, encoding, limits)
+    return b"".join(parts)
 
 
 async def parsed(
@@ -83,6 +97,8 @@ async def parsed(
 
 def compressed(body: bytes, accept: str) -> tuple[bytes, str]:
     """The body as the client's ``Accept-Encoding`` asks for it, and the encoding; "" is as it is."""
+    if not accept:
+        return body, ""
     offered = [part.partition(";") for part in accept.lower().split(",")]
     names = [name.strip() for name, _, weight in offered if weight.replace(" ", "") not in ("q=0", "q=0.0")]
     encoding = next((name for name in names if name in _WINDOWS), "")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vitdeploy.errors import MissingDependency, UsageError
+from vitdeploy.images.decode import keep_quiet
 from vitdeploy.machine.processors import processors
 from vitdeploy.progress import Progress
 from vitdeploy.server.loading import ModelSettings
@@ -86,6 +87,7 @@ def run_server(
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH)
+    keep_quiet()
     try:
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             return runner.run(_serve(bundles, settings, endpoint, started, progress or Progress()))

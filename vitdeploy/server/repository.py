@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 from vitdeploy.progress import Progress
 from vitdeploy.server.loading import ModelSettings, load_bundle
 from vitdeploy.server.messages import RequestError
-from vitdeploy.server.served_model import ServedModel
+from vitdeploy.server.served_model import InHand, ServedModel
 from vitdeploy.server.statistics import Metrics, Statistics
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -124,12 +123,9 @@ class ModelRepository:
                 return entry.model
         raise RequestError("unavailable", f"Request for unavailable model: '{name}': {entries[0].reason}")
 
-    @contextmanager
-    def using(self, name: str, version: str = "") -> Iterator[ServedModel]:
-        """The model to ask, which stays open meanwhile, its statistics counting."""
-        model = self.get(name, version)
-        with model.held(), model.statistics.request():
-            yield model
+    def using(self, name: str, version: str = "") -> InHand:
+        """The model to ask, which stays open meanwhile, its statistics counting; raises as ``get``."""
+        return self.get(name, version).in_hand()
 
     @property
     def ready(self) -> bool:

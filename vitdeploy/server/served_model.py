@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,11 +19,15 @@ from vitdeploy.errors import ImageError
 from vitdeploy.images.decode import load_image
 from vitdeploy.images.fitting import fit, rule_name
 from vitdeploy.images.preprocess import shown_size
+from vitdeploy.machine.processors import processors
 from vitdeploy.predictor import Prediction
+from vitdeploy.server.decoding import Decoding
 from vitdeploy.server.lane import Lane
 from vitdeploy.server.loading import LoadedBundle, ModelSettings
 from vitdeploy.server.messages import Array, InferRequest, InferResponse, RequestedOutput, RequestError
 from vitdeploy.server.statistics import Statistics
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,26 @@ class Embedded:
     """(columns,) float32."""
     size: Size | None
     """That was taken, where the model has several."""
+
+
+class InHand:
+    """A request that a model has in hand: meanwhile the model stays open, and then the request is counted."""
+
+    __slots__ = ("_begin", "_model")
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+
+    def __enter__(self) -> ServedModel:
+        self._begin = self._model.statistics.began()
+        self._model.hold()
+        return self._model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model.release()
+        self._model.statistics.ended(self._begin, error)
 
 
 class ServedModel:
@@ -66,7 +90,7 @@ class ServedModel:
         self.bundle = loaded.bundle
         self.statistics = statistics
         self._settings = settings
-        self._workers = workers
+        self._decoding = Decoding(self._decode, workers, processors())
         lanes = [Lane(size, statistics.of(size.view.manifest.image_size)) for size in loaded.sizes]
         self._lanes = {lane.size: lane for lane in lanes}
         self._first, *_ = lanes
@@ -85,17 +109,19 @@ class ServedModel:
         """The image sizes to choose from, the default first; none where there is no choice."""
         return self.bundle.sizes if len(self._lanes) > 1 else ()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """While a request is in hand, the model is not closed."""
+    def in_hand(self) -> InHand:
+        """Around a request."""
+        return InHand(self)
+
+    def hold(self) -> None:
+        """The model is not closed until as often as this ``release`` was called."""
         self._held += 1
         self._free.clear()
-        try:
-            yield
-        finally:
-            self._held -= 1
-            if not self._held:
-                self._free.set()
+
+    def release(self) -> None:
+        self._held -= 1
+        if not self._held:
+            self._free.set()
 
     @property
     def busy(self) -> int:
@@ -177,12 +203,10 @@ class ServedModel:
             raise RequestError("overloaded", "Exceeds maximum queue size", retry_after=longest)
         self._preparing += len(images)
         try:
-            loop = asyncio.get_running_loop()
-            decoding = [loop.run_in_executor(self._workers, self._decode, data) for data in images]
-            decoded = await asyncio.gather(*decoding)
+            decoded = await _all([self._decoding.decoded(data) for data in images])
         finally:
             self._preparing -= len(images)
-        return await asyncio.gather(*(self._run_image(image, output) for image in decoded))
+        return await _all([self._run_image(image, output) for image in decoded])
 
     async def _run_image(
         self, image: tuple[Lane, Array] | ImageError, output: str
@@ -330,3 +354,8 @@ def _of_all(lanes: Sequence[Sequence[TensorSpec]]) -> tuple[TensorSpec, ...]:
 def _tensor(name: str, dtype: str, shape: Sequence[int | str]) -> dict[str, Any]:
     sizes = [-1 if isinstance(size, str) else size for size in shape]
     return {"name": name, "datatype": DATATYPES[dtype], "shape": sizes}
+
+
+async def _all(work: Sequence[Awaitable[_T]]) -> list[_T]:
+    """What each gives; most requests have one image, which needs no task of its own."""
+    return [await work[0]] if len(work) == 1 else await asyncio.gather(*work)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vitdeploy.config import Size, size_name
 from vitdeploy.errors import MissingDependency
 from vitdeploy.server.batcher import RequestOutputs
+from vitdeploy.server.counting import Family, Histogram, Value
 from vitdeploy.server.messages import RequestError
 
 if TYPE_CHECKING:
@@ -50,28 +50,35 @@ class Metrics:
     def __init__(self) -> None:
         try:
             import prometheus_client as prometheus
+            from prometheus_client import metrics_core
         except ImportError as error:
             raise MissingDependency("prometheus-client", extra="serve", purpose="serving") from error
         self.registry: CollectorRegistry = prometheus.CollectorRegistry()
         labels = ("model", "version")
         sized = (*labels, "image_size")
 
-        def made(kind: Any, name: str, text: str, labels: Sequence[str], **more: Any) -> Any:
-            return kind(name, text, labelnames=labels, registry=self.registry, **more)
+        def number(kind: Any, name: str, text: str, labels: Sequence[str]) -> Family[Value]:
+            family = Family(Value, partial(kind, name, text, labels=labels))
+            self.registry.register(family)
+            return family
 
-        counter, gauge, histogram = prometheus.Counter, prometheus.Gauge, prometheus.Histogram
-        seconds = partial(made, histogram, buckets=_SECONDS)
-        outcomes = partial(made, counter, labels=(*labels, "outcome"))
+        def spread(bounds: Sequence[float], name: str, text: str, labels: Sequence[str]) -> Family[Histogram]:
+            metric = partial(metrics_core.HistogramMetricFamily, name, text, labels=labels)
+            family = Family(partial(Histogram, bounds), metric)
+            self.registry.register(family)
+            return family
+
+        counter = partial(number, metrics_core.CounterMetricFamily)
+        outcomes, seconds = partial(counter, labels=(*labels, "outcome")), partial(spread, _SECONDS)
         self.requests = outcomes("vitdeploy_requests", "Requests by how they ended.")
         self.seconds = seconds("vitdeploy_request_seconds", "From the decoded request to its answer.", labels)
         self.queue_seconds = seconds("vitdeploy_queue_seconds", "Waiting for a free session.", sized)
         self.compute_seconds = seconds("vitdeploy_compute_seconds", "One run of the session.", sized)
-        self.batch = made(
-            histogram, "vitdeploy_batch_size", "Images that ran together.", sized, buckets=_SIZES
-        )
-        self.images = made(counter, "vitdeploy_images", "Images that were run.", sized)
-        self.padding = made(counter, "vitdeploy_padding_images", "Images run only to fill a batch up.", sized)
-        self.queue = made(gauge, "vitdeploy_queue_images", "Images that wait.", sized)
+        self.batch = spread(_SIZES, "vitdeploy_batch_size", "Images that ran together.", sized)
+        self.images = counter("vitdeploy_images", "Images that were run.", sized)
+        self.padding = counter("vitdeploy_padding_images", "Images run only to fill a batch up.", sized)
+        gauge = metrics_core.GaugeMetricFamily
+        self.queue = number(gauge, "vitdeploy_queue_images", "Images that wait.", sized)
         self.reloads = outcomes("vitdeploy_loads", "Loads of a bundle by how they ended.")
         self._text: Callable[[CollectorRegistry], bytes] = prometheus.generate_latest
         self.content_type = prometheus.CONTENT_TYPE_LATEST
@@ -140,8 +147,7 @@ class Statistics:
         self._success, self._fail = Duration(), Duration()
         self._sizes: list[SizeStatistics] = []
         self._seconds = metrics.seconds.labels(name, version)
-        # labels() checks and looks up its arguments under a lock each time.
-        self._outcome = cache(lambda outcome: metrics.requests.labels(name, version, outcome))
+        self._outcomes = metrics.requests
 
     def of(self, size: Size | None) -> SizeStatistics:
         """Begin those of one image size; None is one that nobody tells."""
@@ -149,25 +155,22 @@ class Statistics:
         self._sizes.append(SizeStatistics(self._metrics, self.name, self.version, text))
         return self._sizes[-1]
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Around a request, from its arrival to its answer."""
-        begin, outcome = time.perf_counter(), "ok"
+    def began(self) -> float:
+        """A request arrived; returns when, for ``ended``."""
         self.last = round(1000 * time.time())
-        try:
-            yield
-        except RequestError as error:
-            outcome = error.kind
-            raise
-        except BaseException:  # the client went away
-            outcome = "cancelled"
-            raise
-        finally:
-            seconds = time.perf_counter() - begin
-            (self._success if outcome == "ok" else self._fail).add(seconds)
-            self._outcome(outcome).inc()
-            if outcome == "ok":
-                self._seconds.observe(seconds)
+        return time.perf_counter()
+
+    def ended(self, begin: float, error: BaseException | None) -> None:
+        """It was answered, or ended with an error; any but a refusal is that the client went away."""
+        seconds = time.perf_counter() - begin
+        if error is None:
+            outcome = "ok"
+            self._success.add(seconds)
+            self._seconds.observe(seconds)
+        else:
+            outcome = error.kind if isinstance(error, RequestError) else "cancelled"
+            self._fail.add(seconds)
+        self._outcomes.labels(self.name, self.version, outcome).inc()
 
     def as_dict(self) -> dict[str, Any]:
         """As the v2 statistics extension has it; and of several image sizes each, under a name of our own."""
