@@ -74,7 +74,7 @@ class Measurement:
             "created": created,
             "command": command,
             "revision": environment.git.model_dump(mode="json") if environment.git else None,
-            "settings": dataclasses.asdict(self._plan),
+            "settings": {**dataclasses.asdict(self._plan), "batches": list(self._plan.batches)},
         }
         manifest, names = self._subject.bundle.manifest, {server.name for server, _ in self._served}
         known = {*names, *map(record.family, names), *self._skipped} | {_LOADGEN} & {*parts}
