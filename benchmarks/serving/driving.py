@@ -23,6 +23,8 @@ WARM_UP = 0.15
 """Share of a visit's seconds that comes before it and is not counted."""
 _APART = 0.05
 """Of the median latency: answers that are further apart are of different batches."""
+_MOST_OF = 0.5
+"""Of the time of all answers: what the batches that are counted have to span."""
 _PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
 
 
@@ -80,6 +82,8 @@ class Trace:
         apart = float(np.median(self.latencies(200))) / 1000 * _APART
         begins = np.flatnonzero(np.diff(done) > apart) + 1
         first, last = (begins[0], begins[-1]) if len(begins) > 1 else (0, len(done) - 1)
+        if done[last] - done[first] < _MOST_OF * (done[-1] - done[0]):  # too few batches to tell
+            first, last = 0, len(done) - 1
         return float((last - first) / (done[last] - done[first]))
 
     def figures(self) -> dict[str, Any]:

@@ -179,7 +179,9 @@ class Measurement:
     def _loadgen(self, closed: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
         """Of the ways to set up a peer, the fastest; None where LoadGen is not to be had."""
         lanes = [(s, subject) for s, subject in self._served if s.name != servers.GENERATOR]
+        expected: dict[str, float] = {}
         if closed is not None:
+            expected = {name: record.middle(found) for name, found in record.rates(closed).items()}
             families: dict[str, list[str]] = {}
             for name in record.peers(closed):
                 families.setdefault(record.family(name), []).append(name)
@@ -188,7 +190,7 @@ class Measurement:
             }
             lanes = [(server, subject) for server, subject in lanes if server.name not in slower]
         try:
-            return mlperf.measure(lanes, self._plan, folder, self._progress)
+            return mlperf.measure(lanes, expected, self._plan, folder, self._progress)
         except ServerFailure as error:
             self._skipped[_LOADGEN] = str(error)
             return None

@@ -1,6 +1,6 @@
 """vitdeploy's server under load, beside the sessions alone and other servers, on this machine.
 
-    python -m benchmarks.serving.run                               # both models: some 15 minutes
+    python -m benchmarks.serving.run                               # both models: some 20 minutes
     python -m benchmarks.serving.run --models digits --seconds 1 --rounds 2 -o /tmp
     python -m benchmarks.serving.run --parts open,limits           # the record keeps its other parts
 
@@ -120,7 +120,7 @@ def parse(words: Sequence[str]) -> Wanted:
     parser.add_argument("--models", default=",".join(PLANS), help="comma-separated")
     parser.add_argument("--peers", default=",".join(every), help=f"among {', '.join(every)}; empty is none")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"among {', '.join(PARTS)}")
-    parser.add_argument("--seconds", type=float, help="of a closed-loop visit; 2 for digits, 6 for ViT-B")
+    parser.add_argument("--seconds", type=float, help="of a closed-loop visit; 1.5 for digits, 5 for ViT-B")
     parser.add_argument("--rounds", type=int, help="closed-loop; 5, and of ViT-B with images 2")
     parser.add_argument("--threads", type=int, default=THREADS, help="processors that there are")
     parser.add_argument("-o", "--output", type=Path, default=record.RESULTS, help="a folder")

@@ -35,7 +35,7 @@ class Plan:
     """That the sessions alone run."""
     optimized: bool = False
     """Whether what ``vitdeploy optimize`` picks is served, too."""
-    loadgen_seconds: float = 5.0
+    loadgen_seconds: float = 3.0
     """Of a run of LoadGen, at least."""
     loadgen_percentile: float = MLPERF_PERCENTILE
     """Of the latencies in its Server scenario, which has to be within ``bound_ms``."""
@@ -55,7 +55,7 @@ class Plan:
 PLANS: Mapping[str, Plan] = MappingProxyType(
     {
         "digits": Plan(
-            seconds=2,
+            seconds=1.5,
             rounds=5,
             image_rounds=5,
             clients=64,
@@ -66,14 +66,14 @@ PLANS: Mapping[str, Plan] = MappingProxyType(
         # Nothing of its images but their decoding differs from tensors, so they have few rounds. The 99th
         # percentile takes LoadGen 459 queries in time to believe in, more than a minute; the 90th takes 44.
         "vit_base_patch16_224": Plan(
-            seconds=6,
+            seconds=5,
             rounds=5,
             image_rounds=2,
             clients=16,
             bound_ms=1000,
             overload=True,
             optimized=True,
-            loadgen_seconds=10,
+            loadgen_seconds=6,
             loadgen_percentile=0.9,
         ),
     }

@@ -131,6 +131,7 @@ def _loadgen_lines(record: Record) -> Iterator[str]:
         f"{settings['mlperf_min_duration_s']} s{theirs}. Of the Server scenario's rates that were tried, the "
         "highest valid one is given."
     )
+    yield from (f"LoadGen left out {lane}: {why}." for lane, why in found["skipped"].items())
 
 
 def _loadgen_row(entry: tuple[str, Mapping[str, Any]]) -> Sequence[str]:

@@ -85,6 +85,7 @@ def flagship() -> dict[str, Any]:
                 "mlperf_server_percentile": 0.99,
             },
             "lanes": {"vitdeploy": lane},
+            "skipped": {"triton": "no end"},
         },
         "limits": {
             "flops": 35e9,
@@ -214,6 +215,7 @@ def test_the_tables() -> None:
     assert "| vitdeploy | 8 of 8 | 99.0 | 10.2 | 8.0 |" in text
     assert "A run takes 10 s or more; MLPerf's rules ask for 600 s and the 99th percentile." in text
     assert "| p99 over p50 at 80 % load, constant arrivals | at most 1.5 x | 1.33 x |" in text
+    assert "LoadGen left out triton: no end." in text
     assert text.endswith("Left out: ovms (no program).")
     invalid = changed(
         ("loadgen", "lanes", "vitdeploy", "Offline"), run(valid=False, reasons=["min duration"])
