@@ -72,9 +72,10 @@ def vitdeploy(
 
 
 def loaded(log: Path) -> str:
-    """What a vitdeploy server says of the model that it has loaded, and of how it runs it."""
+    """What a vitdeploy server notes of the model that it has loaded, such as its plan; else what it loaded."""
     lines = [" ".join(line.split()) for line in log.read_text(errors="replace").splitlines()]
-    return "; ".join(line for line in lines if line.startswith(("load ", "plan ")))
+    notes = [line.removeprefix("note: model: ") for line in lines if line.startswith("note: ")]
+    return "; ".join(notes or [line for line in lines if line.startswith("load ")])
 
 
 def picked(subject: Subject) -> Subject:

@@ -23,6 +23,7 @@ from benchmarks.serving.processes import processor_seconds
 from benchmarks.serving.raw import Sessions, plans, run_seconds
 from benchmarks.serving.record import SCHEMA, read, write
 from benchmarks.serving.rounds import difference
+from benchmarks.serving.servers import loaded
 from benchmarks.serving.settings import PARTS
 from benchmarks.serving.subjects import Asked
 from tests.helpers.paths import ROOT
@@ -180,6 +181,14 @@ def test_a_perfect_server() -> None:
     assert found.tolist() == [2000.0, 2000.0, 4500.0, 4000.0, 7000.0, 7000.0]
     both = ideal_latencies(due, lambda size: 1.0 + size, 1, 2)  # free at 2, 12 and 12.5, then 14 and 14.5
     assert both.tolist() == [2000.0, 2000.0, 2000.0, 3000.0, 3500.0, 5000.0]
+
+
+def test_what_a_server_says_of_how_it_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("  load model    0.2 s  version 1\nserving http://127.0.0.1:8000\n")
+    assert loaded(log) == "load model 0.2 s version 1"
+    log.write_text(f"  note: model: plan: 2 sessions of 1 thread, batch 1\n{log.read_text()}")
+    assert loaded(log) == "plan: 2 sessions of 1 thread, batch 1"
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
