@@ -72,7 +72,7 @@ def vitdeploy(
 
 
 def loaded(log: Path) -> str:
-    """What a vitdeploy server notes of the model that it has loaded, such as its plan; else what it loaded."""
+    """What a vitdeploy server notes of its model, such as its plan; else that it has loaded it."""
     lines = [" ".join(line.split()) for line in log.read_text(errors="replace").splitlines()]
     notes = [line.removeprefix("note: model: ") for line in lines if line.startswith("note: ")]
     return "; ".join(notes or [line for line in lines if line.startswith("load ")])
