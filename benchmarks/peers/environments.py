@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("nncf", "optimum", "serving", "timm")
+NAMES = ("loadgen", "nncf", "optimum", "serving", "timm")
 _LAST_WORDS = 300
 """Characters of a failed command's output that are worth showing."""
 

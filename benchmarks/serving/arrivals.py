@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.driving import Driver, Served, Trace
-from benchmarks.serving.rounds import Plan
+from benchmarks.serving.settings import Plan
 from vitdeploy.backends.base import Array
 from vitdeploy.progress import Progress
 
@@ -85,21 +86,22 @@ def _tail(latencies: Array) -> dict[str, Any]:
     }
 
 
-def ideal_latencies(due: Array, seconds: Callable[[int], float], most: int) -> Array:
-    """Milliseconds of requests on a server that costs nothing but the session.
+def ideal_latencies(due: Array, seconds: Callable[[int], float], most: int, sessions: int = 1) -> Array:
+    """Milliseconds of requests on a server that costs nothing but its sessions.
 
-    It runs whatever waits, ``most`` at most, whenever the session is free.
+    It runs whatever waits, ``most`` at most, whenever a session is free.
 
     Args:
         due: when requests come, ascending, in seconds.
         seconds: of a run at a batch size.
     """
-    found, free, first = np.empty(len(due)), 0.0, 0
+    found, free, first = np.empty(len(due)), [0.0] * sessions, 0
     while first < len(due):
-        begin = max(free, float(due[first]))
+        begin = max(heapq.heappop(free), float(due[first]))
         last = min(int(np.searchsorted(due, begin, side="right")), first + most)
-        free = begin + seconds(last - first)
-        found[first:last] = 1000 * (free - due[first:last])
+        end = begin + seconds(last - first)
+        heapq.heappush(free, end)
+        found[first:last] = 1000 * (end - due[first:last])
         first = last
     return found
 

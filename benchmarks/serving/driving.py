@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.environments import ROOT
-from benchmarks.serving.processes import ServerFailure
+from benchmarks.serving.processes import ServerFailure, processor_seconds
 from benchmarks.serving.subjects import Asked
 from vitdeploy.backends.base import Array
 
@@ -23,6 +23,8 @@ WARM_UP = 0.15
 """Share of a visit's seconds that comes before it and is not counted."""
 _APART = 0.05
 """Of the median latency: answers that are further apart are of different batches."""
+_MOST_OF = 0.5
+"""Of the time of all answers: what the batches that are counted have to span."""
 _PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
 
 
@@ -37,6 +39,8 @@ class Served:
     versions: Mapping[str, str]
     note: str = ""
     """What has to be known to read its figures."""
+    session: int | None = None
+    """Of the server's processes, where what they take of the processors is known."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ class Trace:
         apart = float(np.median(self.latencies(200))) / 1000 * _APART
         begins = np.flatnonzero(np.diff(done) > apart) + 1
         first, last = (begins[0], begins[-1]) if len(begins) > 1 else (0, len(done) - 1)
+        if done[last] - done[first] < _MOST_OF * (done[-1] - done[0]):  # too few batches to tell
+            first, last = 0, len(done) - 1
         return float((last - first) / (done[last] - done[first]))
 
     def figures(self) -> dict[str, Any]:
         """As the record has them."""
         right = self.latencies(200)
-        grid = np.percentile(right, _PERCENTILES) if len(right) else []
+        grid: Sequence[Any] | Array = np.percentile(right, _PERCENTILES) if len(right) else []
         lag = 1000 * (self.sent - self.due)
         return {
             "requests": len(self.due),
@@ -102,16 +108,30 @@ class Driver:
         self._folder = folder
         self._files: dict[tuple[str, str], list[str]] = {}
 
+    def visit(self, server: Served, kind: str, clients: int, seconds: float) -> dict[str, Any]:
+        """What :meth:`closed` finds, as the record has it, and the processor time that a request takes.
+
+        Raises:
+            ServerFailure: the load's process fails.
+        """
+        before = server.session and processor_seconds(server.session)
+        whole = self._closed(server, kind, clients, seconds)
+        figures = _counted(whole, clients, seconds).figures()
+        if server.session is not None and before is not None:
+            spent = processor_seconds(server.session) - before
+            figures["server_cpu_ms"] = round(1000 * spent / max(1, len(whole.due)), 4)
+        return figures
+
     def closed(self, server: Served, kind: str, clients: int, seconds: float) -> Trace:
         """So many clients ask again as soon as they are answered.
 
         Raises:
             ServerFailure: the load's process fails.
         """
-        warm_up = WARM_UP * seconds
-        trace = self._drive(server, kind, {"connections": clients, "seconds": warm_up + seconds})
-        begin = warm_up if len(trace.due) > clients else 0.0
-        return trace.since(begin)
+        return _counted(self._closed(server, kind, clients, seconds), clients, seconds)
+
+    def _closed(self, server: Served, kind: str, clients: int, seconds: float) -> Trace:
+        return self._drive(server, kind, {"connections": clients, "seconds": (1 + WARM_UP) * seconds})
 
     def open(
         self,
@@ -136,7 +156,7 @@ class Driver:
             "port": server.port,
             "path": asked.path,
             "headers": dict(asked.headers),
-            "bodies": self._bodies(server.name, kind, asked),
+            "bodies": self.bodies(server, kind),
             "patience": PATIENCE,
         }
         done = subprocess.run(
@@ -151,15 +171,21 @@ class Driver:
             raise ServerFailure(f"the load on {server.name} failed: {' '.join(done.stderr.split())[-300:]}")
         return read_trace(json.loads(done.stdout))
 
-    def _bodies(self, name: str, kind: str, asked: Asked) -> list[str]:
-        if (name, kind) not in self._files:
+    def bodies(self, server: Served, kind: str) -> list[str]:
+        """Files with the bodies of a server's requests."""
+        if (server.name, kind) not in self._files:
             paths = []
-            for index, body in enumerate(asked.bodies):
-                path = self._folder / f"{name}-{kind}-{index}.body"
+            for index, body in enumerate(server.asks[kind].bodies):
+                path = self._folder / f"{server.name}-{kind}-{index}.body"
                 path.write_bytes(body)
                 paths.append(str(path))
-            self._files[name, kind] = paths
-        return self._files[name, kind]
+            self._files[server.name, kind] = paths
+        return self._files[server.name, kind]
+
+
+def _counted(trace: Trace, clients: int, seconds: float) -> Trace:
+    """A closed-loop visit without its warm-up."""
+    return trace.since(WARM_UP * seconds if len(trace.due) > clients else 0.0)
 
 
 def read_trace(answer: Mapping[str, Any]) -> Trace:

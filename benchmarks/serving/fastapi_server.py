@@ -1,9 +1,10 @@
 """Plain FastAPI, as most model servers begin: each request is one run of the session in a thread pool.
 
-python fastapi_server.py BUNDLE THREADS PORT
+python fastapi_server.py BUNDLE PORT WORKERS THREADS
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from fastapi.concurrency import run_in_threadpool
 import vitdeploy
 
 
-def build(bundle: str, threads: int) -> FastAPI:
-    """The application."""
-    predictor = vitdeploy.load(bundle, backend="onnxruntime", threads=threads)
+def build() -> FastAPI:
+    """The application of a worker, whose command line is its parent's."""
+    bundle, _, _, threads = sys.argv[1:]
+    predictor = vitdeploy.load(bundle, backend="onnxruntime", threads=int(threads))
     (source,), (result,) = predictor.session.facts.inputs, predictor.session.facts.outputs
     shape = (1, *(int(size) for size in source.shape[1:]))
     app = FastAPI()
@@ -40,5 +42,11 @@ def build(bundle: str, threads: int) -> FastAPI:
 
 
 if __name__ == "__main__":
-    application = build(sys.argv[1], int(sys.argv[2]))
-    uvicorn.run(application, port=int(sys.argv[3]), log_level="warning", access_log=False)
+    uvicorn.run(
+        f"{Path(__file__).stem}:build",
+        factory=True,
+        port=int(sys.argv[2]),
+        workers=int(sys.argv[3]),
+        log_level="warning",
+        access_log=False,
+    )

@@ -1,6 +1,6 @@
-"""LitServe with dynamic batching: one worker, batches as large as vitdeploy's.
+"""LitServe with dynamic batching.
 
-python litserve_server.py BUNDLE THREADS PORT BATCH
+python litserve_server.py BUNDLE PORT WORKERS THREADS BATCH
 """
 
 import base64
@@ -45,12 +45,9 @@ class Classifier(litserve.LitAPI):
 
 
 if __name__ == "__main__":
+    bundle, port, workers, threads, batch = sys.argv[1:]
     api = Classifier(
-        sys.argv[1],
-        int(sys.argv[2]),
-        api_path="/predict",
-        max_batch_size=int(sys.argv[4]),
-        batch_timeout=0.002,
+        bundle, int(threads), api_path="/predict", max_batch_size=int(batch), batch_timeout=0.002
     )
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
-    server.run(host="127.0.0.1", port=int(sys.argv[3]), log_level="warning", generate_client_file=False)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(workers))
+    server.run(host="127.0.0.1", port=int(port), log_level="warning", generate_client_file=False)

@@ -36,12 +36,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], ready: str, log: Path) -> Iterator[None]:
-    """A server, from the moment it is ready until the block ends.
+def running(
+    command: Sequence[str], ready: str, log: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[int]:
+    """A server, from the moment it is ready until the block ends; yields the session of its processes.
 
     Args:
         ready: a URL that answers 200 once it is.
         log: where what it prints goes.
+        variables: of the environment, on top of this process's.
 
     Raises:
         ServerFailure: it ends, or does not become ready.
@@ -51,16 +54,27 @@ def running(command: Sequence[str], ready: str, log: Path) -> Iterator[None]:
             list(command),
             stdout=stream,
             stderr=stream,
-            env=_variables(),
+            env={**_variables(), **(variables or {})},
             cwd=ROOT,
             start_new_session=True,
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     try:
         _wait(process, ready, log)
-        yield
+        yield process.pid
     finally:
         _stop(process)
+
+
+def processor_seconds(session: int) -> float:
+    """What a session's living processes have had of the processors until now; 0 without Linux's /proc."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _end_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""Closed-loop: every lane in every round, in an order that is drawn anew, and ratios round by round."""
+"""Closed-loop: every lane in every round, in an order that is drawn anew, so that ratios are of one round."""
 
 from __future__ import annotations
 
@@ -6,38 +6,23 @@ import json
 import random
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.serving.driving import Driver, Served
-from benchmarks.serving.raw import Raw, per_second
+from benchmarks.serving.raw import Raw, Visit
 from benchmarks.serving.servers import GENERATOR, OURS
-from benchmarks.spread import quartiles
+from benchmarks.serving.settings import Plan
 from vitdeploy.progress import Progress
 
-RAW = "raw session"
-_RARE = 0.05
-"""Share of the images: a batch size that has less is not measured by itself."""
-_LOAD_ALONE = 0.25
-"""Share of a visit that finds out how fast the load itself is."""
+_ALONE = 0.25
+"""Share of a visit's seconds that the load alone takes, and each batch size of the sessions alone."""
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how often."""
-
-    seconds: float
-    """Of a closed-loop visit; an open-loop one takes twice that."""
-    rounds: int
-    threads: int
-    clients: int
-    bound_ms: float
-    overload: bool
-    seed: int = 0
+RawLane = tuple[Raw, int]
+"""Sessions and the batch size that they run."""
 
 
 def closed_loop(
-    kind: str, servers: Sequence[Served], raw: Raw, driver: Driver, plan: Plan, progress: Progress
+    kind: str, servers: Sequence[Served], raws: Sequence[Raw], driver: Driver, plan: Plan, progress: Progress
 ) -> dict[str, Any]:
     """Measure one kind of requests; returns that part of the record.
 
@@ -46,48 +31,46 @@ def closed_loop(
     """
     asked = [server for server in servers if kind in server.asks]
     ours = next(server for server in asked if server.name == OURS)
+    alone: list[RawLane] = [(raw, size) for raw in raws for size in plan.batches]
     with progress.stage(f"{kind}: warm up"):
-        sizes = _warm_up(kind, asked, ours, driver, plan)
-        raw.prepare(sizes)
+        for server in asked:
+            driver.closed(server, kind, plan.clients, plan.seconds / 4)
+        for raw, size in alone:
+            raw.prepare(size)
     lanes: dict[str, list[dict[str, Any]]] = {server.name: [] for server in asked}
+    visits: dict[RawLane, list[Visit]] = {lane: [] for lane in alone}
     batches: list[dict[int, int]] = []
-    alone: list[dict[int, float]] = []
-    for number in range(plan.rounds):
-        order: list[Served | None] = [*asked, None]
+    rounds = plan.rounds_of(kind)
+    for number in range(rounds):
+        order: list[Served | RawLane] = [*asked, *alone]
         random.Random(f"{plan.seed} {kind} {number}").shuffle(order)
-        with progress.stage(f"{kind}: round {number + 1} of {plan.rounds}"):
-            for server in order:
-                if server is None:
-                    alone.append(raw.visit(sizes, plan.seconds))
+        with progress.stage(f"{kind}: round {number + 1} of {rounds}"):
+            for lane in order:
+                if isinstance(lane, tuple):
+                    raw, size = lane
+                    visits[lane].append(raw.visit(size, _ALONE * plan.seconds))
                     continue
                 before = formed(ours)
-                seconds = plan.seconds * (_LOAD_ALONE if server.name == GENERATOR else 1)
-                lanes[server.name].append(driver.closed(server, kind, plan.clients, seconds).figures())
-                if server is ours:
+                seconds = plan.seconds * (_ALONE if lane.name == GENERATOR else 1)
+                lanes[lane.name].append(driver.visit(lane, kind, plan.clients, seconds))
+                if lane is ours:
                     batches.append(difference(before, formed(ours)))
-    rates = {name: [visit["per_s"] for visit in visits] for name, visits in lanes.items()}
-    rates[RAW] = [round(per_second(b, s), 3) for b, s in zip(batches, alone, strict=True)]
     return {
         "lanes": lanes,
         "batches": [{str(size): count for size, count in sorted(one.items())} for one in batches],
-        "raw_seconds": [{str(size): round(value, 7) for size, value in one.items()} for one in alone],
-        "per_s": rates,
-        "served_over": {
-            name: quartiles([a / b for a, b in zip(rates[OURS], others, strict=True)])
-            for name, others in rates.items()
-            if name != OURS and all(others)
-        },
+        "raw": [_row(lane, found) for lane, found in visits.items()],
     }
 
 
-def _warm_up(kind: str, asked: Sequence[Served], ours: Served, driver: Driver, plan: Plan) -> list[int]:
-    """A short visit to each; returns the batch sizes that our server forms."""
-    before = formed(ours)
-    for server in asked:
-        driver.closed(server, kind, plan.clients, plan.seconds / 4)
-    found = difference(before, formed(ours))
-    images = sum(size * count for size, count in found.items())
-    return sorted(size for size, count in found.items() if size * count >= _RARE * images)
+def _row(lane: RawLane, found: Sequence[Visit]) -> dict[str, Any]:
+    raw, size = lane
+    return {
+        "sessions": raw.sessions.count,
+        "threads": raw.sessions.threads,
+        "batch": size,
+        "per_s": [round(visit.per_s, 3) for visit in found],
+        "seconds": [round(visit.seconds, 7) for visit in found],
+    }
 
 
 def formed(server: Served) -> dict[int, int]:

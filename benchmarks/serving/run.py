@@ -1,43 +1,39 @@
-"""vitdeploy's server under load, beside the raw session and other servers, on this machine.
+"""vitdeploy's server under load, beside the sessions alone and other servers, on this machine.
 
-    python -m benchmarks.serving.run                                       # some 25 minutes
+    python -m benchmarks.serving.run                               # both models: some 20 minutes
     python -m benchmarks.serving.run --models digits --seconds 1 --rounds 2 -o /tmp
+    python -m benchmarks.serving.run --parts open,limits           # the record keeps its other parts
 
-Writes ``serve-<model>.json`` for each model. Run it on a machine that does nothing else.
+Writes ``serve-<model>.json`` for each model. Its parts: ``closed``, the throughput, with as many clients as
+batches take; ``open``, the latencies at a given rate; ``loadgen``, MLPerf's LoadGen; ``limits``, what the
+processors can do. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.peers.environments import ROOT
-from benchmarks.serving import arrivals, record, servers
-from benchmarks.serving.driving import Driver, Served
+from benchmarks.serving import record, servers
+from benchmarks.serving.claims import broken_claims, unmeasured
+from benchmarks.serving.measuring import Measurement
 from benchmarks.serving.processes import ServerFailure
-from benchmarks.serving.raw import raw_session, run_seconds
-from benchmarks.serving.rounds import Plan, closed_loop
-from benchmarks.serving.subjects import KINDS, SCOPES, Subject, prepare
-from vitdeploy.benchmark.environment import find_environment
+from benchmarks.serving.settings import PARTS, PLANS, THREADS, Plan
+from benchmarks.serving.subjects import prepare
+from benchmarks.serving.table import text_of
 from vitdeploy.benchmark.results import require_writable
 from vitdeploy.cli.output import Stages
 from vitdeploy.errors import UsageError, VitdeployError
 from vitdeploy.machine.child import WorkerFailure
-from vitdeploy.progress import Progress
 
-THREADS = 2
-ROUNDS = 5
+_OPTIMIZED = "optimize"
+"""The lane of ``vitdeploy optimize``'s pick, among the peers on the command line."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,9 @@ class Wanted:
 
     models: tuple[str, ...]
     peers: tuple[str, ...]
+    parts: tuple[str, ...]
     seconds: float | None
-    rounds: int
+    rounds: int | None
     threads: int
     output: Path
 
@@ -57,15 +54,27 @@ class Wanted:
 
     def plan(self, model: str) -> Plan:
         """How a model is measured."""
-        scope = SCOPES[model]
-        return Plan(
-            seconds=self.seconds or scope.seconds,
-            rounds=self.rounds,
+        plan = PLANS[model]
+        plan = plan if self.rounds is None else plan.with_rounds(self.rounds)
+        return dataclasses.replace(
+            plan,
+            seconds=self.seconds or plan.seconds,
             threads=self.threads,
-            clients=scope.clients,
-            bound_ms=scope.bound_ms,
-            overload=scope.overload,
+            optimized=plan.optimized and _OPTIMIZED in self.peers,
         )
+
+    def kept(self, model: str) -> record.Record:
+        """The record of a model that there is already, for the parts that are not measured.
+
+        Raises:
+            UsageError: the open loop alone, without a throughput that its rates are shares of.
+        """
+        path = self.file(model)
+        old = record.read(path) if path.is_file() else {}
+        kept = old if old.get("schema_version") == record.SCHEMA else {}
+        if "open" in self.parts and "closed" not in self.parts and "tensor" not in kept.get("closed", {}):
+            raise UsageError(f"--parts open: {path} has no throughput yet; measure closed, too")
+        return kept
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,24 +83,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         wanted = parse(words)
         require_writable([wanted.file(model) for model in wanted.models])
+        kept = {model: wanted.kept(model) for model in wanted.models}
         command = shlex.join(["python", "-m", "benchmarks.serving.run", *words])
-        broken = []
+        doubts = []
         with Stages() as stages:
             for model in wanted.models:
                 with stages.stage(f"export {model}"):
                     subject = prepare(model)
-                found = measure(subject, wanted.plan(model), wanted.peers, command, stages)
+                peers = [name for name in wanted.peers if name != _OPTIMIZED]
+                measurement = Measurement(subject, wanted.plan(model), peers, stages)
+                found = measurement.measure(wanted.parts, kept[model], command)
                 record.write(found, wanted.file(model))
-                print(f"\n{record.table(found)}\n\n{wanted.file(model)}\n")
-                broken += record.broken_claims(found)
+                print(f"\n{text_of(found)}\n\n{wanted.file(model)}\n")
+                doubts += [f"does not hold: {claim}" for claim in broken_claims(found)]
+                doubts += unmeasured(found)
     except VitdeployError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return error.exit_code
     except (ServerFailure, WorkerFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for claim in broken:
-        print(f"does not hold: {claim}", file=sys.stderr)
+    for doubt in doubts:
+        print(doubt, file=sys.stderr)
     return 0
 
 
@@ -99,21 +112,26 @@ def parse(words: Sequence[str]) -> Wanted:
     """The command line.
 
     Raises:
-        UsageError: a model or peer that is none, or a number that makes no sense.
+        UsageError: a model, peer or part that is none, or a number that makes no sense.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.run", description=__doc__)
-    parser.add_argument("--models", default=",".join(SCOPES), help="comma-separated")
-    parser.add_argument("--peers", default=",".join(servers.PEERS), help="comma-separated; empty is none")
-    parser.add_argument("--seconds", type=float, help="of a closed-loop visit; 4 for digits, 12 for ViT-B")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    every = (_OPTIMIZED, *servers.PEERS)
+    parser.add_argument("--models", default=",".join(PLANS), help="comma-separated")
+    parser.add_argument("--peers", default=",".join(every), help=f"among {', '.join(every)}; empty is none")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"among {', '.join(PARTS)}")
+    parser.add_argument("--seconds", type=float, help="of a closed-loop visit; 1.5 for digits, 5 for ViT-B")
+    parser.add_argument("--rounds", type=int, help="closed-loop; 5, and of ViT-B with images 2")
+    parser.add_argument("--threads", type=int, default=THREADS, help="processors that there are")
     parser.add_argument("-o", "--output", type=Path, default=record.RESULTS, help="a folder")
     options = parser.parse_args(words)
-    if options.rounds < 1 or options.threads < 1 or (options.seconds is not None and options.seconds <= 0):
+    numbers = (options.rounds, options.threads, options.seconds)
+    if any(number is not None and number <= 0 for number in numbers):
         raise UsageError("--rounds, --threads and --seconds must be positive")
     return Wanted(
-        models=_named(options.models, SCOPES, "model"),
-        peers=_named(options.peers, servers.PEERS, "peer"),
+        models=_named(options.models, PLANS, "model"),
+        peers=_named(options.peers, every, "peer"),
+        parts=_named(options.parts, PARTS, "part"),
         seconds=options.seconds,
         rounds=options.rounds,
         threads=options.threads,
@@ -127,103 +145,6 @@ def _named(text: str, known: Any, kind: str) -> tuple[str, ...]:
         if name not in known:
             raise UsageError(f"there is no {kind} {name!r}, only {', '.join(known)}")
     return names
-
-
-def measure(
-    subject: Subject, plan: Plan, peers: Sequence[str], command: str, progress: Progress
-) -> dict[str, Any]:
-    """Measure one model; returns its record.
-
-    Raises:
-        ServerFailure, WorkerFailure: our own server or the session cannot be measured.
-    """
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitdeploy-serving-")))
-        driver = Driver(folder)
-        served, skipped = _start_all(subject, plan, peers, folder, stack, progress)
-        closed = {}
-        for kind in KINDS:
-            with raw_session(subject, kind, plan.threads, folder) as raw:
-                closed[kind] = closed_loop(kind, served, raw, driver, plan, progress)
-        found = {
-            **_heading(subject, plan, command),
-            "versions": {server.name: dict(server.versions) for server in served},
-            "notes": {server.name: server.note for server in served if server.note},
-            "skipped": skipped,
-            "closed": closed,
-        }
-        (ours,) = (server for server in served if server.name == servers.OURS)
-        capacity = float(np.median(closed["tensor"]["per_s"][servers.OURS]))
-        perfect = _perfect(subject, closed["tensor"])
-        found["at_80_percent"] = arrivals.at_load(ours, capacity, perfect, driver, plan, progress)
-        found["highest_rate"] = arrivals.highest_rate(ours, capacity, driver, plan, progress)
-    found["overload"] = _overload(subject, capacity, plan, progress) if plan.overload else None
-    return found
-
-
-def _start_all(
-    subject: Subject,
-    plan: Plan,
-    peers: Sequence[str],
-    folder: Path,
-    stack: contextlib.ExitStack,
-    progress: Progress,
-) -> tuple[list[Served], list[dict[str, str]]]:
-    """Every server that can be had, proven right, and why others cannot."""
-    with progress.stage("start vitdeploy"):
-        ours = stack.enter_context(servers.vitdeploy(subject, plan.threads, folder))
-        servers.check(ours, subject)
-    served, skipped = [ours, stack.enter_context(servers.generator(subject, plan.threads, folder))], []
-    for name in peers:
-        with progress.stage(f"start {name}") as stage:
-            own = contextlib.ExitStack()
-            try:
-                server = own.enter_context(servers.PEERS[name](subject, plan.threads, folder))
-                servers.check(server, subject)
-            except ServerFailure as error:
-                own.close()
-                stage.detail = f"SKIPPED: {error}"
-                skipped.append({"lane": name, "reason": str(error)})
-            else:
-                stack.push(own)
-                served.append(server)
-    return served, skipped
-
-
-def _heading(subject: Subject, plan: Plan, command: str) -> dict[str, Any]:
-    manifest = subject.bundle.manifest
-    (artifact,) = manifest.artifacts
-    return {
-        "schema_version": 1,
-        "model": subject.name,
-        "bundle": {"digest": manifest.digest, "artifact": artifact.name, "backend": "onnxruntime"},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "environment": find_environment(ROOT, ["onnxruntime"]).model_dump(mode="json"),
-        "settings": dataclasses.asdict(plan),
-        "bytes": {
-            "tensor": int(subject.pixels[0].nbytes),
-            "image": round(float(np.mean([len(data) for data in subject.images]))),
-        },
-    }
-
-
-def _perfect(subject: Subject, part: dict[str, Any]) -> Any:
-    """The latencies of a server that costs nothing but the session, at the speed of these rounds."""
-    sizes = {size for one in part["raw_seconds"] for size in one}
-    times = {int(n): float(np.median([one[n] for one in part["raw_seconds"]])) for n in sizes}
-    (artifact,) = subject.bundle.manifest.artifacts
-    return lambda due: arrivals.ideal_latencies(
-        due, lambda size: run_seconds(size, times), artifact.batch.opt
-    )
-
-
-def _overload(subject: Subject, capacity: float, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """On a server of its own, with a short queue."""
-    with tempfile.TemporaryDirectory(prefix="vitdeploy-serving-") as text, progress.stage("overload"):
-        folder, flags = Path(text), ("--max-queue", str(arrivals.OVERLOAD_QUEUE))
-        with servers.vitdeploy(subject, plan.threads, folder, flags) as server:
-            return arrivals.overload(server, capacity, Driver(folder), plan)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,36 +20,20 @@ import vitdeploy
 from benchmarks.peers.environments import ROOT
 from vitdeploy.backends.base import Array
 from vitdeploy.bundle.folder import Bundle
+from vitdeploy.bundle.manifest import Artifact
+from vitdeploy.machine.child import child_environment
 
 KINDS = ("tensor", "image")
 """Preprocessed pixels, or image files."""
 WORK = ROOT / "build" / "serving"
 DIGITS = ROOT / "vitdeploy" / "data" / "digits" / "images"
 _PHOTOGRAPHS = 16
+_CALIBRATION = 48
+"""Photographs that int8 is calibrated and proven with."""
+_BUDGET = "60s"
+"""For the measurements of ``vitdeploy optimize``."""
 _PHOTOGRAPH = (427, 640)
 """Height and width: what many photographs on the web have."""
-
-
-@dataclass(frozen=True)
-class Scope:
-    """How a model is measured, unless the command line says otherwise."""
-
-    seconds: float
-    """Of one closed-loop visit; an open-loop one takes twice that."""
-    clients: int
-    """Closed-loop: enough to keep batches full."""
-    bound_ms: float
-    """What p99 has to stay under."""
-    overload: bool
-    """Whether the session is the bottleneck, so that more than it can do fills the queue."""
-
-
-SCOPES: Mapping[str, Scope] = MappingProxyType(
-    {
-        "digits": Scope(seconds=4, clients=64, bound_ms=25, overload=False),
-        "vit_base_patch16_224": Scope(seconds=12, clients=16, bound_ms=1000, overload=True),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -56,13 +42,15 @@ class Subject:
 
     name: str
     bundle: Bundle
+    artifact: Artifact
+    """The one that is run."""
     pixels: Array
     """(K, ...) golden inputs."""
     reference: Array
     """(K, classes) what they give in float64."""
-    images: tuple[bytes, ...]
+    images: tuple[bytes, ...] = ()
     """JPEG files."""
-    classes: tuple[int, ...]
+    classes: tuple[int, ...] = ()
     """The likeliest class of each image, from the predictor in this process."""
 
     @property
@@ -78,11 +66,35 @@ def prepare(name: str, folder: Path = WORK) -> Subject:
     """Export a model, always anew, and make its requests."""
     folder.mkdir(parents=True, exist_ok=True)
     bundle = vitdeploy.export(name, folder / f"{name}.bundle", format="onnx", force=True)
-    images = tuple(_digits() if name == "digits" else _photographs())
-    golden = bundle.golden()
+    images = tuple(_digits() if name == "digits" else _photographs(_PHOTOGRAPHS))
     with vitdeploy.load(bundle, backend="onnxruntime") as predictor:
         classes = tuple(best[0].index for best in predictor.predict(images, top_k=1))
-    return Subject(name, bundle, golden["pixel_values"], golden["reference"], images, classes)
+    (artifact,) = bundle.manifest.artifacts
+    golden = bundle.golden(artifact)
+    return Subject(name, bundle, artifact, golden["pixel_values"], golden["reference"], images, classes)
+
+
+def prepare_optimized(name: str, folder: Path = WORK) -> Subject:
+    """What ``vitdeploy optimize`` picks for throughput of a model, int8 among the contestants.
+
+    The bundle is made once; remove it to have it made anew. It takes tensors only here.
+
+    Raises:
+        CalledProcessError: it cannot be made.
+    """
+    root, calibration = folder / f"{name}.optimized.bundle", folder / "calibration"
+    if not root.is_dir():
+        calibration.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(_photographs(_CALIBRATION)):
+            (calibration / f"{index:02}.jpg").write_bytes(image)
+        words = ["-m", name, "-o", str(root), "--goal", "throughput", "--calibration", str(calibration)]
+        command = [sys.executable, "-P", "-m", "vitdeploy", "optimize", *words, "--budget", _BUDGET]
+        subprocess.run(command, env={**os.environ, **child_environment()}, capture_output=True, check=True)
+    bundle = Bundle.open(root)
+    picked = next(choice for choice in bundle.manifest.choices if choice.goal == "throughput")
+    artifact = bundle.artifact(str(picked.artifact))
+    golden = bundle.golden(artifact)
+    return Subject(name, bundle, artifact, golden["pixel_values"], golden["reference"])
 
 
 def _digits() -> list[bytes]:
@@ -90,12 +102,12 @@ def _digits() -> list[bytes]:
     return [_jpeg(Image.open(path)) for path in sorted(DIGITS.iterdir()) if path.suffix in (".png", ".jpg")]
 
 
-def _photographs() -> list[bytes]:
+def _photographs(count: int) -> list[bytes]:
     """Images whose decoding costs what a photograph's does: smooth shapes, edges, and some grain."""
     random = np.random.default_rng(0)
     height, width = _PHOTOGRAPH
     found = []
-    for _ in range(_PHOTOGRAPHS):
+    for _ in range(count):
         shapes = Image.fromarray(random.integers(0, 256, (12, 18, 3), dtype=np.uint8))
         smooth = np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC), np.int16)
         blocks = Image.fromarray(random.integers(0, 60, (27, 40, 3), dtype=np.uint8))

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.serving import record, run
+from benchmarks.serving import run
 from benchmarks.serving.arrivals import ideal_latencies
+from benchmarks.serving.claims import FLAGSHIP
 from benchmarks.serving.driving import Driver, Served, read_trace
 from benchmarks.serving.load import arrivals
-from benchmarks.serving.raw import per_second
+from benchmarks.serving.processes import processor_seconds
+from benchmarks.serving.raw import Sessions, plans, run_seconds
+from benchmarks.serving.record import SCHEMA, read, write
 from benchmarks.serving.rounds import difference
+from benchmarks.serving.servers import loaded
+from benchmarks.serving.settings import PARTS
 from benchmarks.serving.subjects import Asked
 from tests.helpers.paths import ROOT
 from vitdeploy.errors import UsageError
@@ -139,11 +144,34 @@ def test_throughput_of_answers_that_come_in_batches() -> None:
         assert trace.per_second() == pytest.approx(8 * 18 / (0.7 * 18 + 7))
 
 
-def test_raw_throughput_is_that_of_the_batches_that_were_formed() -> None:
-    assert per_second({8: 3, 2: 1}, {8: 0.8, 2: 0.4}) == pytest.approx(26 / 2.8)
-    assert per_second({4: 1}, {2: 0.2, 8: 0.8}) == pytest.approx(10)
-    assert per_second({8: 9, 1: 1}, {8: 1.6}) == pytest.approx(5)  # too rare to be measured
+def test_the_time_of_a_run_follows_from_those_of_other_sizes() -> None:
+    seconds = {1: 0.2, 4: 0.6, 8: 1.4}
+    assert [run_seconds(size, seconds) for size in (1, 2, 6, 8, 16)] == pytest.approx(
+        [0.2, 1 / 3, 1, 1.4, 2.8]
+    )
+    assert run_seconds(2, {8: 1.6}) == pytest.approx(0.4)
     assert difference({1: 5, 8: 2}, {1: 5, 8: 4, 3: 1}) == {8: 2, 3: 1}
+
+
+def test_the_processors_are_one_session_s_or_one_for_each() -> None:
+    assert plans(2) == (Sessions(1, 2), Sessions(2, 1))
+    assert plans(1) == (Sessions(1, 1),)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_a_session_s_processor_time_has_its_children_s() -> None:
+    """A parent that sleeps, and a child that works, as the system counts it for the child itself."""
+    work = "while time.process_time() < 0.4: pass"
+    child = f"import time\n{work}\nprint(1, flush=True)\ntime.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    command = [sys.executable, "-c", parent]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        spent = processor_seconds(process.pid)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert 0.35 < spent < 2
 
 
 def test_a_perfect_server() -> None:
@@ -151,106 +179,45 @@ def test_a_perfect_server() -> None:
     due = np.array([0.0, 10.0, 10.5, 11.0, 11.0, 11.0])
     found = ideal_latencies(due, lambda size: 1.0 + size, 2)
     assert found.tolist() == [2000.0, 2000.0, 4500.0, 4000.0, 7000.0, 7000.0]
+    both = ideal_latencies(due, lambda size: 1.0 + size, 1, 2)  # free at 2, 12 and 12.5, then 14 and 14.5
+    assert both.tolist() == [2000.0, 2000.0, 2000.0, 3000.0, 3500.0, 5000.0]
 
 
-def visit(per_s: float) -> dict[str, Any]:
-    latency = {"50": 10.0, "99": 15.0}
-    return {"per_s": per_s, "failed": 0, "latency_ms": latency, "load_cpu": 0.1, "requests": 100}
-
-
-def flagship() -> dict[str, Any]:
-    """A record that bears out everything."""
-    ratio = {"median": 0.97, "q1": 0.96, "q3": 0.98, "pairs": 2}
-    lanes = {name: [visit(rate)] for name, rate in (("vitdeploy", 9.7), ("the load alone", 1000.0))}
-    part = {
-        "lanes": lanes,
-        "per_s": {"vitdeploy": [9.7], "the load alone": [1000.0], "raw session": [10.0]},
-        "served_over": {"raw session": ratio},
-    }
-    tail = {"p50_ms": 90.0, "p99_ms": 120.0, "p99_over_p50": 1.33, "failed": 0}
-    ideal = {"ideal": {"p50_ms": 84.0, "p99_ms": 84.0, "p99_over_p50": 1.0}}
-    return {
-        "model": record.FLAGSHIP,
-        "environment": {"cpu": {"name": "a processor"}},
-        "settings": {"threads": 2, "clients": 16, "rounds": 1, "seconds": 12.0},
-        "skipped": [{"lane": "litserve", "reason": "no network"}],
-        "closed": {"tensor": part, "image": json.loads(json.dumps(part))},
-        "at_80_percent": {"rate": 7.8, "constant": {**tail, **ideal}, "poisson": {**tail, **ideal}},
-        "highest_rate": {"bound_p99_ms": 1000, "rate": 6.0, "of_capacity": 0.6},
-        "overload": {
-            "requests": 400,
-            "refused_429": 300,
-            "refused_ms": {"p50": 3.0, "p99": 12.0, "max": 20.0},
-            "other": 0,
-            "recovery_s": 1.0,
-            "before": visit(5.0),
-            "after": visit(5.0),
-        },
-    }
-
-
-def test_a_record_that_bears_everything_out(tmp_path: Path) -> None:
-    found = flagship()
-    assert record.broken_claims(found) == []
-    record.write(found, tmp_path / "serve.json")
-    assert record.read(tmp_path / "serve.json") == found
-    assert max(map(len, (tmp_path / "serve.json").read_text().splitlines())) < 220
-    table = record.table(found)
-    assert "| raw session | 10.0 | 0.970 (0.960 to 0.980) |" in table
-    assert "skipped litserve: no network" in table
-
-
-@pytest.mark.parametrize(
-    "path, value, said",
-    [
-        (("closed", "tensor", "served_over", "raw session", "median"), 0.94, "0.940 x raw session"),
-        (("closed", "tensor", "served_over"), {}, "raw session was not measured"),
-        (("closed", "image", "lanes", "vitdeploy", 0, "failed"), 3, "3 image requests to vitdeploy failed"),
-        (("at_80_percent", "constant", "p99_over_p50"), 2.1, "p99 is 2.1 x p50"),
-        (("at_80_percent", "constant", "failed"), 1, "1 failed"),
-        (("overload",), None, "no overload was measured"),
-        (("overload", "refused_429"), 0, "no overload was measured"),
-        (("overload", "refused_ms", "p99"), 51.0, "after 51.0 ms"),
-        (("overload", "other"), 2, "2 requests of the overload"),
-        (("overload", "recovery_s"), 6.0, "no recovery"),
-        (("overload", "after", "latency_ms", "50"), 16.0, "no recovery"),
-    ],
-)
-def test_a_record_that_does_not(path: tuple[str | int, ...], value: Any, said: str) -> None:
-    found = json.loads(json.dumps(flagship()))
-    place: Any = found
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
-    assert any(said in claim for claim in record.broken_claims(found)), record.broken_claims(found)
-
-
-def test_digits_are_held_against_fastapi() -> None:
-    found = {**flagship(), "model": "digits"}
-    assert record.broken_claims(found) == ["digits: fastapi was not measured"]
-    found["closed"]["tensor"]["served_over"]["fastapi"] = {"median": 1.4, "q1": 1.4, "q3": 1.4, "pairs": 5}
-    assert record.broken_claims(found) == ["digits: 1.400 x fastapi instead of 1.5 x"]
-
-
-def test_a_load_that_limits_itself_is_no_result() -> None:
-    found = flagship()
-    found["closed"]["tensor"]["lanes"]["vitdeploy"][0]["load_cpu"] = 0.97
-    assert record.broken_claims(found) == []
-    found["closed"]["tensor"]["per_s"]["the load alone"] = [10.0]
-    assert record.broken_claims(found) == [f"{record.FLAGSHIP}: the load itself limits tensor requests"]
+def test_what_a_server_says_of_how_it_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("  load model    0.2 s  version 1\nserving http://127.0.0.1:8000\n")
+    assert loaded(log) == "load model 0.2 s version 1"
+    log.write_text(f"  note: model: plan: 2 sessions of 1 thread, batch 1\n{log.read_text()}")
+    assert loaded(log) == "plan: 2 sessions of 1 thread, batch 1"
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = run.parse(["--models", "digits", "--peers", "", "--seconds", "1", "-o", str(tmp_path)])
-    assert (wanted.models, wanted.peers) == (("digits",), ())
+    assert (wanted.models, wanted.peers, wanted.parts) == (("digits",), (), PARTS)
     assert wanted.plan("digits").seconds == 1
     assert wanted.file("digits") == tmp_path / "serve-digits.json"
-    assert run.parse([]).plan(record.FLAGSHIP).overload
-    for words in (["--models", "digitz"], ["--peers", "torchserve"], ["--rounds", "0"], ["--seconds", "-1"]):
+    whole = run.parse([])
+    assert whole.plan(FLAGSHIP).overload
+    assert whole.plan(FLAGSHIP).optimized
+    assert not run.parse(["--peers", "fastapi"]).plan(FLAGSHIP).optimized
+    assert whole.plan(FLAGSHIP).image_rounds < run.parse(["--rounds", "9"]).plan(FLAGSHIP).image_rounds == 9
+    wrong = (["--models", "digitz"], ["--peers", "torchserve"], ["--parts", "shut"], ["--rounds", "0"])
+    for words in (*wrong, ["--seconds", "-1"]):
         with pytest.raises(UsageError):
             run.parse(words)
     assert run.main(["--models", "digits", "-o", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_part_needs_what_it_is_a_share_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--models", "digits", "--parts", "open", "-o", str(tmp_path)]) == 2
+    assert "measure closed, too" in capsys.readouterr().err
+    part = {"lanes": {}, "batches": [], "raw": []}
+    file = tmp_path / "serve-digits.json"
+    write({"schema_version": SCHEMA, "closed": {"tensor": part}}, file)
+    assert run.parse(["--parts", "open", "-o", str(tmp_path)]).kept("digits") == read(file)
+    write({"schema_version": SCHEMA - 1, "closed": {"tensor": part}}, file)
+    assert run.parse(["-o", str(tmp_path)]).kept("digits") == {}
 
 
 def test_the_load_needs_the_standard_library_only() -> None:
