@@ -241,8 +241,8 @@ def test_every_image_size_has_its_own(tmp_path: Path, measured: list[Choice]) ->
 def test_a_server_does_not_load_again_what_it_wrote(
     own: Path, twice: Path, monkeypatch: pytest.MonkeyPatch, measured: list[Choice]
 ) -> None:
-    """Its watcher takes the bundle with the plan for the one that it serves; another that is put there is loaded,
-    and runs by the same plan."""
+    """Its watcher takes the bundle with the plan for what it serves; another that is put there is loaded, and
+    runs by the same plan."""
     states: list[Any] = []
 
     async def main() -> None:
