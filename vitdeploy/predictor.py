@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -133,6 +133,8 @@ class Predictor:
     ) -> Predictor:
         """Open a bundle of one image size."""
         way = choose(opened, backend, artifact, options)
+        if way.picked is not None and way.picked.concurrency > 1:  # its threads are of one among several
+            way = replace(way, options=replace(way.options, threads=options.threads))
         session = way.backend.load(opened, way.artifact, way.options)
         return cls(opened, session, way.note, way.batch)
 
@@ -526,7 +528,9 @@ def choice_for_this_machine(bundle: Bundle) -> tuple[Choice | None, str]:
     what = " ".join(filter(None, (choice.backend, choice.artifact)))
     if not state.ok:
         return None, f"{what} was picked for this machine, but does not run here now: {state.reason}"
-    threads = f", {choice.threads} thread{'s' * (choice.threads > 1)}" if choice.threads else ""
+    threads = ""
+    if choice.threads and choice.concurrency == 1:
+        threads = f", {choice.threads} thread{'s' * (choice.threads > 1)}"
     threads += ", spinning" if choice.spin else ""
     return choice, f"{what}{threads}: picked for {choice.goal} on this machine on {choice.created[:10]}"
 

@@ -88,7 +88,7 @@ class OpenVinoSession(Session):
         try:
             if self._alone:
                 results = self._request.infer(dict(inputs), share_inputs=True)
-            else:  # the threads of a stream do it; called straight, it costs half as much processor time again
+            else:  # its stream does it; called straight, it takes a third more of the processors
                 self._request.start_async(dict(inputs), share_inputs=True)
                 self._request.wait()
                 results = self._request.results
