@@ -25,7 +25,7 @@ from tests.helpers.bundles import (
     write_bundle,
 )
 from tests.helpers.quantised_bundles import write_quantised
-from vitdeploy.benchmark.ranking import write_choice
+from vitdeploy.bundle.choices import write_choices
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Choice
 from vitdeploy.config import BatchRange
@@ -358,7 +358,7 @@ def test_a_choice_may_be_quantised(tmp_path: Path) -> None:
         images_per_s=1.0,
         created="2026-11-21T03:00:00Z",
     )
-    made = write_choice(write_quantised(tmp_path / "b"), choice)
+    made = write_choices(write_quantised(tmp_path / "b"), choice)
     with vitdeploy.load(made.root) as predictor:
         assert (predictor.session.facts.artifact, predictor.chunk) == ("onnx-int8", 4)
         assert predictor.note == (

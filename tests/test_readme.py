@@ -57,6 +57,7 @@ _MEASURED = (
     (re.compile(r"\d+(\.\d+)? (B|kB|MB|GB)\b"), "<size>"),
     (re.compile(r"\d+(\.\d+)? ms\b"), "<number> ms"),
     (re.compile(r"\d+( interleaved)? rounds"), r"<number>\1 rounds"),
+    (re.compile(r"plan: \d+ sessions? of .*"), "plan: <plan>"),
     # Shares and FLOPs are computed, not measured.
     (re.compile(r"\b\d+\.\d+\b(?! %| [kMGT]?FLOPs)"), "<number>"),
     (re.compile(r"─+"), "─"),

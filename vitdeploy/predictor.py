@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -14,7 +14,16 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
-from vitdeploy.backends.base import Array, Backend, Options, Session, all_backends, get_backend, runs_nothing
+from vitdeploy.backends.base import (
+    Array,
+    Backend,
+    Options,
+    Session,
+    SessionFacts,
+    all_backends,
+    get_backend,
+    runs_nothing,
+)
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Choice, Manifest, TensorSpec
@@ -86,14 +95,11 @@ class Predictor:
         note: str = "",
         batch: int | None = None,
         sizes: _Sizes | None = None,
-        instances: int = 1,
     ) -> None:
         self.bundle = bundle
         self.session = session
         self.note = note
         """Why it runs as it does, where the bundle says how: one line, for the user."""
-        self.instances = instances
-        """How many sessions side by side were found best, where the bundle says how it is to run."""
         self._batch = batch
         self._sizes = sizes
 
@@ -130,28 +136,18 @@ class Predictor:
             return open_one(opened)
         sizes = _Sizes(opened.sizes, fit, lambda size: open_one(opened.at_size(size)))
         default = sizes.at(opened.sizes[0])
-        return cls(opened, default.session, default.note, default._batch, sizes, default.instances)
+        return cls(opened, default.session, default.note, default._batch, sizes)
 
     @classmethod
     def _open_one(
         cls, opened: Bundle, backend: str | None, artifact: str | None, options: Options
     ) -> Predictor:
         """Open a bundle of one image size."""
-        if backend is None and artifact is None and options == Options(threads=options.threads):
-            choice, note = choice_for_this_machine(opened)
-            if choice is not None:
-                threads = options.threads or choice.threads
-                options = Options(threads=threads, provider=choice.provider, spin=choice.spin)
-                chosen = None if choice.artifact is None else opened.artifact(choice.artifact)
-                session = get_backend(choice.backend).load(opened, chosen, options)
-                return cls(opened, session, note, choice.batch, instances=choice.concurrency)
-        else:
-            note = ""
-        runtime = get_backend(backend or DEFAULT_BACKEND)
-        chosen = opened.artifact(artifact) if artifact is not None else choose_artifact(opened, runtime)
-        if artifact is None:
-            note = note or quantised_note(chosen, runtime)
-        return cls(opened, runtime.load(opened, chosen, options), note)
+        way = choose(opened, backend, artifact, options)
+        if way.picked is not None and way.picked.concurrency > 1:  # its threads are of one among several
+            way = replace(way, options=replace(way.options, threads=options.threads))
+        session = way.backend.load(opened, way.artifact, way.options)
+        return cls(opened, session, way.note, way.batch)
 
     @classmethod
     def open_most_exact(cls, bundle: Bundle) -> Predictor:
@@ -340,8 +336,7 @@ class Predictor:
     @property
     def chunk(self) -> int:
         """How many images are computed together."""
-        batch = self.session.facts.batch
-        return self._batch or (batch.opt if batch else _DEFAULT_CHUNK)
+        return chunk_of(self.session.facts, self._batch)
 
     def close(self) -> None:
         """Free what the runtime holds."""
@@ -448,6 +443,52 @@ class _Sizes:
         return tuple(self._opened.values())
 
 
+@dataclass(frozen=True)
+class Way:
+    """What of a bundle of one image size runs, and how."""
+
+    backend: Backend
+    artifact: Artifact | None
+    """None is the reference weights."""
+    options: Options
+    note: str = ""
+    """Why, where the bundle says it: one line, for the user."""
+    picked: Choice | None = None
+    """What it follows, where that was chosen for this machine."""
+
+    @property
+    def batch(self) -> int | None:
+        """How many images are computed together, where that was chosen, too."""
+        return self.picked.batch if self.picked else None
+
+
+def choose(bundle: Bundle, backend: str | None, artifact: str | None, options: Options) -> Way:
+    """What to run of a bundle of one image size: what is asked for, else what was picked for this machine,
+    else the most exact artifact on ONNX Runtime.
+
+    Raises:
+        UsageError, DeviceUnavailable: there is no such backend or artifact; the backend runs none.
+    """
+    note = ""
+    if backend is None and artifact is None and options == Options(threads=options.threads):
+        choice, note = choice_for_this_machine(bundle)
+        if choice is not None:
+            threads = options.threads or choice.threads
+            options = Options(threads=threads, provider=choice.provider, spin=choice.spin)
+            chosen = None if choice.artifact is None else bundle.artifact(choice.artifact)
+            return Way(get_backend(choice.backend), chosen, options, note, choice)
+    runtime = get_backend(backend or DEFAULT_BACKEND)
+    chosen = bundle.artifact(artifact) if artifact is not None else choose_artifact(bundle, runtime)
+    if artifact is None:
+        note = note or quantised_note(chosen, runtime)
+    return Way(runtime, chosen, options, note)
+
+
+def chunk_of(facts: SessionFacts, batch: int | None) -> int:
+    """How many images are computed together where ``batch`` does not say it."""
+    return batch or (facts.batch.opt if facts.batch else _DEFAULT_CHUNK)
+
+
 def choose_artifact(bundle: Bundle, backend: Backend) -> Artifact | None:
     """The most exact artifact that ``backend`` runs on this machine; None is the reference weights.
 
@@ -476,22 +517,25 @@ def quantised_note(chosen: Artifact | None, backend: Backend) -> str:
 
 
 def choice_for_this_machine(bundle: Bundle) -> tuple[Choice | None, str]:
-    """What ``vitdeploy bench --pick`` chose for this machine, and one line that says so.
+    """What ``bench --pick`` or ``optimize`` chose for this machine, and one line that says so.
 
     None where the bundle has no choice for this machine, or one that does not run here any more; then
     the line says why, if there is anything to say.
     """
-    if not bundle.manifest.choices:
+    picked = [c for c in bundle.manifest.choices if c.image_size is None and c.goal != "serving"]
+    if not picked:
         return None, ""
     here = this_machine()
-    choice = next((c for c in bundle.manifest.choices if (c.machine, c.image_size) == (here, None)), None)
+    choice = next((choice for choice in picked if choice.machine == here), None)
     if choice is None:
         return None, ""
     state = get_backend(choice.backend).availability()
     what = " ".join(filter(None, (choice.backend, choice.artifact)))
     if not state.ok:
         return None, f"{what} was picked for this machine, but does not run here now: {state.reason}"
-    threads = f", {choice.threads} thread{'s' * (choice.threads > 1)}" if choice.threads else ""
+    threads = ""
+    if choice.threads and choice.concurrency == 1:
+        threads = f", {choice.threads} thread{'s' * (choice.threads > 1)}"
     threads += ", spinning" if choice.spin else ""
     return choice, f"{what}{threads}: picked for {choice.goal} on this machine on {choice.created[:10]}"
 

@@ -23,9 +23,9 @@ from vitdeploy.benchmark.ranking import (
     pick,
     ranked,
     speedup,
-    write_choice,
 )
 from vitdeploy.benchmark.results import Cell
+from vitdeploy.bundle.choices import write_choices
 from vitdeploy.bundle.manifest import Choice
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.machine.identity import this_machine
@@ -97,7 +97,7 @@ def test_load_uses_it(tmp_path: Any) -> None:
     with Predictor.open(made) as plain:
         assert (plain.session.facts.artifact, plain.note) == ("onnx-fp32", "")
         assert plain.chunk == made.artifact("fp32").batch.opt
-    write_choice(made, choice(batch=3))
+    write_choices(made, choice(batch=3))
     with Predictor.open(made.root) as best:
         assert best.session.facts.artifact == "onnx-fp16"
         assert best.chunk == 3
@@ -110,14 +110,14 @@ def test_load_uses_it(tmp_path: Any) -> None:
 
 def test_a_choice_for_another_machine_is_not_used(tmp_path: Any) -> None:
     made = write_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
-    write_choice(made, choice().model_copy(update={"machine": ("another", "4 threads")}))
+    write_choices(made, choice().model_copy(update={"machine": ("another", "4 threads")}))
     with Predictor.open(made.root) as plain:
         assert (plain.session.facts.artifact, plain.note) == ("onnx-fp32", "")
 
 
 def test_a_choice_that_does_not_run_any_more(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = write_bundle(tmp_path / "b", precisions=("fp32", "fp16"))
-    write_choice(made, choice(backend="openvino"))
+    write_choices(made, choice(backend="openvino"))
     monkeypatch.setattr(
         OpenVino, "availability", lambda self: Availability(False, "openvino is not installed")
     )

@@ -17,9 +17,10 @@ from tests.helpers.bundles import FEATURES, write_bundle
 from tests.helpers.exports import Exported
 from tests.helpers.quantised_bundles import write_quantised
 from tests.helpers.script_cases import RIGHT, case, target
-from vitdeploy.backends.base import Options
+from vitdeploy.backends.base import Options, get_backend
 from vitdeploy.benchmark import cells
 from vitdeploy.benchmark.backend_process import job_of
+from vitdeploy.benchmark.cases import Choices, cases_of, open_targets
 from vitdeploy.benchmark.cells import TimeLimits
 from vitdeploy.benchmark.disturbances import ZERO, Counters
 from vitdeploy.benchmark.ranking import choice_of, fastest, pick
@@ -28,6 +29,7 @@ from vitdeploy.benchmark.run import BenchPlan, run_plan
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import BundleError, ParityError, UsageError
+from vitdeploy.machine.processors import Share
 from vitdeploy.progress import Progress, Stage
 from vitdeploy.verification.parity import TOLERANCES
 
@@ -387,3 +389,14 @@ def test_a_benchmark_of_one_backend_imports_only_that_backend(tmp_path: Path, pr
     assert others == set()
     assert imported & HEAVY == set()
     assert ("onnxruntime" in imported) == (process == "measured")
+
+
+def test_shares_stand_in_the_place_of_threads_and_callers(tmp_path: Path) -> None:
+    """Every backend of the CPU is measured in each; a GPU has one session."""
+    (target,) = open_targets([write_bundle(tmp_path / "b")])
+    shares = (Share(1, None), Share(2, 1), Share(2, 2))
+    choices = Choices(backends=ORT, shares=shares, threads=(7,), concurrency=(9,))
+    cases, _ = cases_of(target, choices)
+    assert [(case.concurrency, case.threads) for case in cases] == list(shares)
+    assert choices.ways(get_backend("tensorrt")) == [(None, 1)]
+    assert dataclasses.replace(choices, device="cuda").ways(get_backend("torch")) == [(None, 1)]

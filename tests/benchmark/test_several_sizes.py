@@ -11,11 +11,12 @@ from tests.helpers.bundles import write_bundle
 from tests.helpers.sample_results import SUBJECT, cell, sample_results
 from tests.helpers.several_sizes import SIZES, several_sizes
 from vitdeploy.benchmark.cases import Choices, cases_of, open_targets
-from vitdeploy.benchmark.ranking import choice_of, pick, write_choice
+from vitdeploy.benchmark.ranking import choice_of, pick
 from vitdeploy.benchmark.report import html_text
 from vitdeploy.benchmark.results import Results
 from vitdeploy.benchmark.tables import side_by_side
 from vitdeploy.benchmark.views import markdown_text
+from vitdeploy.bundle.choices import write_choices
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.errors import UsageError
 from vitdeploy.machine.identity import this_machine
@@ -87,7 +88,7 @@ def test_a_choice_for_each_size(measured: tuple[Bundle, Results], tmp_path: Path
     for size, place in ((SIZES[0], None), (SIZES[1], SIZES[1])):
         found = pick(results, name, "latency", image_size=size)
         assert found.image_size == size
-        bundle = write_choice(bundle, choice_of(found, results, "latency", None, place))
+        bundle = write_choices(bundle, choice_of(found, results, "latency", None, place))
     machine = this_machine()
     kept = [(c.image_size, c.artifact) for c in Bundle.open(bundle.root).manifest.choices]
     assert kept == [(None, "onnx-fp32"), ((16, 16), "onnx-fp32-16x16")]
@@ -100,7 +101,7 @@ def test_a_choice_for_each_size(measured: tuple[Bundle, Results], tmp_path: Path
     again = choice_of(
         pick(results, name, "throughput", image_size=SIZES[1]), results, "throughput", None, SIZES[1]
     )
-    assert [c.goal for c in write_choice(bundle, again).manifest.choices] == ["latency", "throughput"]
+    assert [c.goal for c in write_choices(bundle, again).manifest.choices] == ["latency", "throughput"]
 
 
 @pytest.mark.slow
@@ -108,7 +109,7 @@ def test_a_choice_for_a_further_size_alone_is_not_the_first_ones(tmp_path: Path)
     bundle = several_sizes(tmp_path / "many")
     results = sample_results(cells=(cell(subject="linear", image_size=(16, 16), p50_ms=1.0),))
     choice = choice_of(results.cells[0], results, "latency", None, (16, 16))
-    bundle = write_choice(bundle, choice.model_copy(update={"machine": this_machine()}))
+    bundle = write_choices(bundle, choice.model_copy(update={"machine": this_machine()}))
     assert choice_for_this_machine(bundle)[0] is None
     assert bundle.at_size((8, 8)).manifest.choices == ()
     assert bundle.at_size((8, 16)).manifest.choices == ()

@@ -298,7 +298,7 @@ def _children(pid: int) -> list[str]:
 
 
 def test_choices_of_other_machines_stay(bundle: Bundle) -> None:
-    from vitdeploy.benchmark.ranking import write_choice
+    from vitdeploy.bundle.choices import write_choices
 
     given: dict[str, Any] = {
         "goal": "latency", "backend": "openvino", "provider": None, "artifact": "onnx-fp16", "batch": 1,
@@ -306,7 +306,7 @@ def test_choices_of_other_machines_stay(bundle: Bundle) -> None:
     }  # fmt: skip
     other, here = Choice(machine=("another",), **given), Choice(machine=this_machine(), **given)
     before = bundle.manifest.digest
-    kept = write_choice(write_choice(bundle, other), here)
+    kept = write_choices(write_choices(bundle, other), here)
     assert [choice.machine for choice in kept.manifest.choices] == [("another",), this_machine()]
     assert kept.manifest.digest != before
     kept.verify()

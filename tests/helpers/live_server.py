@@ -154,6 +154,10 @@ def serving(
 ) -> Iterator[Live]:
     """Start a server with these bundles and flags, wait until it serves, and end it whatever happens."""
     flags = ("--port", str(port), "--grpc-port", "0") if command is COMMAND else ()
+    if (
+        "serve" in command and "--plan-seconds" not in arguments
+    ):  # what serves most here is no test's business but the plan's own
+        flags += ("--plan-seconds", "0")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "stderr"
         with log.open("wb") as stderr:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.helpers.bundles import write_bundle
 from vitdeploy.backends import base
@@ -14,7 +16,7 @@ from vitdeploy.backends.onnxruntime import OnnxRuntime
 from vitdeploy.backends.openvino import OpenVino
 from vitdeploy.machine import processors as module
 from vitdeploy.machine.cgroups import memory_limit, processor_quota
-from vitdeploy.machine.processors import default_threads, processors
+from vitdeploy.machine.processors import Share, default_threads, processors, shares
 
 GROUP = "sys/fs/cgroup"
 V2 = {"proc/self/cgroup": "0::/kubepods/pod1/box\n"}
@@ -98,3 +100,24 @@ def test_sessions_take_the_quota_s_threads(monkeypatch: pytest.MonkeyPatch, tmp_
         assert session._session.get_session_options().intra_op_num_threads == 2
     with OpenVino().load(bundle, bundle.artifact("fp32"), Options()) as session:
         assert session._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
+
+
+@given(st.integers(1, 256), st.integers(1, 256))
+def test_shares_have_all_processors_or_all_cores_at_work(processors: int, cores: int) -> None:
+    found = shares(processors, min(processors, cores))
+    assert found[0] == Share(1, None), "what a runtime takes by itself"
+    assert len(set(found)) == len(found)
+    assert list(found) == sorted(found, key=lambda share: share.sessions)
+    totals = {share.sessions * (share.threads or 0) for share in found[1:]}
+    assert totals <= {processors, min(processors, cores)}
+    assert processors == 1 or Share(processors, 1) in found
+
+
+def test_hyperthreads_are_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    place = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    files = {place.format(n): f"{n % 2},{n % 2 + 2}\n" for n in range(4)}
+    assert module.cores(tree(tmp_path, files)) == 2
+    assert module.cores(tmp_path / "nothing is known") == 4
+    assert module.cores(tree(tmp_path, {f"{GROUP}/cpu.max": "100000 100000\n"})) == 1
+    assert shares(4, 2) == (Share(1, None), Share(2, 1), Share(2, 2), Share(4, 1))

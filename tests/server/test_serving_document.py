@@ -12,8 +12,8 @@ from vitdeploy.server.statistics import Metrics
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 OWN = PAGE[PAGE.index("## Start it") : PAGE.index("## Triton Inference Server")]
-ELSEWHERE = {"--data-binary", "--format", "--force", "--image-size", "--output", "--pick"}
-"""Flags of curl, of ``export`` and of ``bench``."""
+ELSEWHERE = {"--data-binary", "--format", "--force", "--goal", "--image-size", "--output", "--pick"}
+"""Flags of curl, of ``export``, ``optimize`` and ``bench``."""
 
 
 def test_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

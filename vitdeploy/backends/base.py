@@ -243,6 +243,26 @@ class Backend(ABC):
             DeviceUnavailable: the device or provider is not there.
         """
 
+    def load_several(
+        self, bundle: Bundle, artifact: Artifact | None, options: Options, count: int
+    ) -> tuple[Session, ...]:
+        """Open an artifact for so many callers at the same time, each with the threads of ``options``.
+
+        Every session is closed by itself and leaves the others whole. Here each has the weights once more;
+        a runtime whose sessions can share them does better.
+
+        Raises: as :meth:`load`; nothing stays open then.
+        """
+        sessions: list[Session] = []
+        try:
+            for _ in range(count):
+                sessions.append(self.load(bundle, artifact, options))
+        except BaseException:
+            for session in sessions:
+                session.close()
+            raise
+        return tuple(sessions)
+
 
 def backend_names() -> tuple[str, ...]:
     return tuple(_BACKENDS)

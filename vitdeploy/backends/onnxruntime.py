@@ -107,6 +107,22 @@ class OnnxRuntime(Backend):
         )
         return OnnxRuntimeSession(facts, session)
 
+    def load_several(
+        self, bundle: Bundle, artifact: Artifact | None, options: Options, count: int
+    ) -> tuple[Session, ...]:
+        """As every backend; with one thread each, on the CPU, all have the weights in common.
+
+        A run of one thread is done by the thread that calls, so that one session of ONNX Runtime serves any
+        number of callers as well as sessions of their own would. With more threads each has its own: the
+        callers of one would wait for the same threads, and Python has no way to let two have the weights
+        (as they are packed for the GEMMs) in common.
+        """
+        if count == 1 or options.session_threads != 1 or choose_provider(options)[0] != "cpu":
+            return super().load_several(bundle, artifact, options, count)
+        first = self.load(bundle, artifact, options)
+        assert isinstance(first, OnnxRuntimeSession)
+        return (first, *(first.shared() for _ in range(count - 1)))
+
 
 class OnnxRuntimeSession(Session):
     """A loaded ONNX file."""
@@ -115,6 +131,10 @@ class OnnxRuntimeSession(Session):
         super().__init__(facts)
         self._session: Any = session
         self._outputs = [spec.name for spec in facts.outputs]
+
+    def shared(self) -> OnnxRuntimeSession:
+        """Another one for the same loaded file, which stays until the last is closed."""
+        return OnnxRuntimeSession(self.facts, self._session)
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         try:

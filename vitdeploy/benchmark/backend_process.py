@@ -41,7 +41,7 @@ def open_sessions(job: dict[str, Any]) -> LoadedModel:
     """
     from pydantic import TypeAdapter
 
-    from vitdeploy.backends.base import Options, Session, SessionFacts, get_backend
+    from vitdeploy.backends.base import Options, SessionFacts, get_backend
     from vitdeploy.bundle.folder import Bundle
 
     bundle, backend = Bundle.open(Path(job["bundle"])), get_backend(job["backend"])
@@ -50,7 +50,7 @@ def open_sessions(job: dict[str, Any]) -> LoadedModel:
         bundle = bundle.at_size((height, width))
     artifact = None if job["artifact"] is None else bundle.artifact(job["artifact"])
     options = Options(**{name: job[name] for name in ("threads", "provider", "device", "spin")})
-    sessions: list[Session] = [backend.load(bundle, artifact, options) for _ in range(job["concurrency"])]
+    sessions = backend.load_several(bundle, artifact, options, job["concurrency"])
     facts = TypeAdapter(SessionFacts).dump_python(sessions[0].facts, mode="json")
     return LoadedModel([_caller(session) for session in sessions], facts)
 

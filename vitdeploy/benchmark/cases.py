@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from vitdeploy.backends.base import Array, Options
+from vitdeploy.backends.base import Array, Backend, Options
 from vitdeploy.benchmark.backend_process import job_of
 from vitdeploy.benchmark.results import MeasuredBundle, SkippedCase
 from vitdeploy.bundle.dtypes import ArtifactPrecision, Quantised
@@ -20,6 +20,7 @@ from vitdeploy.config import BatchRange, Size
 from vitdeploy.errors import ParityError, UsageError
 from vitdeploy.images.fitting import require_size
 from vitdeploy.machine.child import Worker, child_environment
+from vitdeploy.machine.processors import Share
 from vitdeploy.verification.local import Pair, runnable
 
 
@@ -116,6 +117,8 @@ class Choices:
     batches: tuple[int, ...] | None = None
     threads: tuple[int | None, ...] = (None,)
     concurrency: tuple[int, ...] = (1,)
+    shares: tuple[Share, ...] = ()
+    """Of the processors, in the place of every number of threads with every one of callers; a GPU has one."""
     provider: str | None = None
     device: str | None = None
     spin: tuple[bool, ...] = (False,)
@@ -125,6 +128,13 @@ class Choices:
         for name, values in (("threads", self.threads), ("concurrency", self.concurrency)):
             if any(value is not None and value < 1 for value in values):
                 raise UsageError(f"{name} must be at least 1, not {min(v for v in values if v is not None)}")
+
+    def ways(self, backend: Backend) -> list[tuple[int | None, int]]:
+        """Threads of each caller, and callers."""
+        if not self.shares:
+            return [*itertools.product(self.threads, self.concurrency)]
+        on_gpu = backend.traits.uses_gpu(self.provider) or (self.device or "cpu") != "cpu"
+        return [(share.threads, share.sessions) for share in self.shares if share.sessions == 1 or not on_gpu]
 
 
 DEFAULT_BATCHES = (1, 8, 32)
@@ -193,7 +203,7 @@ def cases_of(target: BenchTarget, choices: Choices) -> tuple[list[Case], list[Sk
             )
             continue
         spins = choices.spin if pair.backend.traits.spins else (False,)
-        for threads, n, spin in itertools.product(choices.threads, choices.concurrency, spins):
+        for (threads, n), spin in itertools.product(choices.ways(pair.backend), spins):
             cases.append(_case(target, pair, threads, n, choices, spin=spin))
     _require_batches(target, cases, choices.batches or ())
     return cases, skipped

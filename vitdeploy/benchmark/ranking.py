@@ -12,7 +12,7 @@ import numpy as np
 
 from vitdeploy.benchmark.compare import Rounds, ratio_of, round_medians
 from vitdeploy.benchmark.results import Cell, Results
-from vitdeploy.bundle.folder import WEIGHTS, Bundle
+from vitdeploy.bundle.folder import WEIGHTS
 from vitdeploy.bundle.manifest import Choice
 from vitdeploy.bundle.sizes import named
 from vitdeploy.config import Size
@@ -210,20 +210,8 @@ def choice_of(
         concurrency=cell.concurrency,
         spin=cell.spin,
         p50_ms=cell.p50_ms,
+        p99_ms=cell.p99_ms,
         images_per_s=cell.images_per_s,
         created=results.created,
         image_size=place,
     )
-
-
-def write_choice(bundle: Bundle, choice: Choice) -> Bundle:
-    """Put a choice into a bundle, in the place of an earlier one for the same machine and image size.
-
-    Raises:
-        BundleError: the bundle cannot be written, or changed meanwhile.
-    """
-    same = choice.machine, choice.image_size
-    others = [c for c in bundle.manifest.choices if (c.machine, c.image_size) != same]
-    with bundle.edit() as writer:
-        writer.seal(bundle.manifest.model_copy(update={"choices": (*others, choice)}))
-        return writer.commit()

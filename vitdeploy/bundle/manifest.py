@@ -199,11 +199,12 @@ class Rewrite(Record):
 
 
 class Choice(Record):
-    """What ``vitdeploy bench --pick`` found best on a machine."""
+    """What was found best on a machine: by ``vitdeploy bench --pick`` and ``optimize`` what runs, and how; by
+    ``vitdeploy serve`` how its processors are shared out where this artifact runs on this backend."""
 
     machine: tuple[str, ...]
     """As ``vitdeploy.machine.identity.machine_name`` says."""
-    goal: Literal["latency", "throughput"]
+    goal: Literal["latency", "throughput", "serving"]
     max_latency_ms: float | None = Field(default=None, gt=0)
     backend: str
     provider: str | None
@@ -216,20 +217,29 @@ class Choice(Record):
     spin: bool = False
     """Whether ONNX Runtime's threads keep cores busy while they wait."""
     p50_ms: float
+    p99_ms: float | None = None
     images_per_s: float
     created: str
     image_size: Size | None = None
     """The size of ``Manifest.sizes`` that it is for; null is the first, and what nothing was picked for."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of the libraries that computed; with others it says nothing. Empty: any."""
+    files: dict[SafePath, Sha256] = Field(default_factory=dict)
+    """Of the artifact as it was measured; likewise."""
+
+    @property
+    def replaces(self) -> tuple[object, ...]:
+        """What two choices have in common of which a bundle keeps the later one."""
+        what = (self.backend, self.provider, self.artifact) if self.goal == "serving" else ()
+        return (self.machine, self.image_size, *what)
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without an ``image_size`` where it is the first, and without ``spin`` where it is off: bundles from
-        before them keep their digest."""
+        """Without what has its usual value: bundles from before these fields keep their digest."""
         fields: dict[str, Any] = dump(self)
-        if self.image_size is None:
-            fields.pop("image_size", None)
-        if not self.spin:
-            fields.pop("spin", None)
+        for name in ("image_size", "spin", "p99_ms", "versions", "files"):
+            if not fields.get(name):
+                fields.pop(name, None)
         return fields
 
 
@@ -307,7 +317,7 @@ class Manifest(Record):
     artifacts: tuple[Artifact, ...] = ()
     parity: tuple[ParityRecord, ...] = ()
     choices: tuple[Choice, ...] = ()
-    """At most one per machine and image size."""
+    """At most one per machine and image size; besides, for serving, one of each artifact on each backend."""
     sizes: tuple[SizeRecord, ...] = ()
     """Image sizes beside the first, of which ``model``, ``preprocess`` and ``flops`` are."""
     calibration: CalibrationRecord | None = None

@@ -133,13 +133,14 @@ def counterpart(artifact: Artifact, others: Sequence[Artifact]) -> Artifact | No
 
 
 def _choices(manifest: Manifest, artifacts: Sequence[Artifact], place: Size | None) -> Iterator[Choice]:
-    """What was picked for this size; on a machine where nothing was, what was for the first, of its own."""
+    """What was picked for this size; on a machine where nothing was, what was for the first, of its own. A
+    plan for serving is of its own size only."""
     own = [choice for choice in manifest.choices if choice.image_size == place]
     yield from (choice.model_copy(update={"image_size": None}) for choice in own)
-    machines = {choice.machine for choice in own}
+    machines = {choice.machine for choice in own if choice.goal != "serving"}
     by_name = {artifact.name: artifact for artifact in manifest.artifacts}
     for choice in manifest.choices:
-        if choice.image_size is not None or choice.machine in machines:
+        if choice.image_size is not None or choice.machine in machines or choice.goal == "serving":
             continue
         picked = by_name.get(choice.artifact or "")
         if picked is None:

@@ -102,12 +102,19 @@ def command(
     threads: Annotated[
         str | None,
         typer.Option(
-            metavar="N,...", help="Numbers of CPU threads to compare.  [default: each runtime's own]"
+            metavar="N,...",
+            help="Numbers of CPU threads to compare.  [default: each runtime's own; for --pick throughput "
+            "what shares out the processors]",
         ),
     ] = None,
     concurrency: Annotated[
-        str, typer.Option(metavar="N,...", help="Numbers of callers at the same time to compare.")
-    ] = "1",
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="Numbers of callers at the same time to compare.  [default: 1; for --pick throughput what "
+            "shares out the processors]",
+        ),
+    ] = None,
     spin: Annotated[
         str,
         typer.Option(
@@ -180,14 +187,17 @@ def command(
     from vitdeploy.benchmark.compare import compare_results
     from vitdeploy.benchmark.results import read_results
     from vitdeploy.benchmark.run import run_bench
+    from vitdeploy.machine.processors import cores, processors, shares
 
+    sweeps = pick == "throughput" and threads is None and concurrency is None
     choices = Choices(
         backends=parse.backends(backend, provider),
         artifacts=parse.names(artifact),
         image_sizes=parse.image_sizes(image_size) or None,
         batches=None if batch is None else parse.integers(batch, "--batch"),
         threads=(None,) if threads is None else parse.integers(threads, "--threads"),
-        concurrency=parse.integers(concurrency, "--concurrency"),
+        concurrency=(1,) if concurrency is None else parse.integers(concurrency, "--concurrency"),
+        shares=shares(processors(), cores()) if sweeps else (),
         provider=provider,
         device=device,
         spin=_spin(spin),
@@ -247,7 +257,8 @@ def _pick(
     results: Results, bundles: list[Path], goal: Goal, limit: float | None
 ) -> list[tuple[Path, Choice]]:
     """Choose for every bundle, at each of its image sizes that was measured, then write the choices."""
-    from vitdeploy.benchmark.ranking import choice_of, pick, write_choice
+    from vitdeploy.benchmark.ranking import choice_of, pick
+    from vitdeploy.bundle.choices import write_choices
     from vitdeploy.bundle.folder import Bundle
 
     chosen = []
@@ -258,8 +269,8 @@ def _pick(
             cell = pick(results, name, goal, limit, size)
             place = None if first in ((), (size,)) else size
             chosen.append((path, choice_of(cell, results, goal, limit, place)))
-    for path, choice in chosen:
-        write_choice(Bundle.open(path), choice)
+    for path in bundles:
+        write_choices(Bundle.open(path), *(choice for place, choice in chosen if place == path))
     return chosen
 
 

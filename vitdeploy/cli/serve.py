@@ -16,6 +16,8 @@ EXAMPLES = (
     "vitdeploy serve vit.bundle",
     "vitdeploy serve vit.bundle --port 8000 --grpc-port 8001 --max-batch 16 --max-delay-ms 2",
     "vitdeploy serve cats=old.bundle cats=new.bundle dogs=dogs.bundle --host 0.0.0.0",
+    "vitdeploy serve vit.bundle --max-latency-ms 100",
+    "vitdeploy serve vit.bundle --instances 2 --threads 1 --plan-seconds 0",
     "vitdeploy serve sizes.bundle --fit area",
     "curl --data-binary @cat.jpg localhost:8000/v1/models/vit:predict",
 )
@@ -68,6 +70,20 @@ def command(
             metavar="N",
             help="Number of sessions per model and image size.  [default: what was found best, else 1]",
         ),
+    ] = None,
+    plan_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=3600,
+            metavar="S",
+            help="Time for measuring which sessions, threads and batch serve most here, of each model whose "
+            "bundle has no plan for this machine; 0 measures nothing.",
+        ),
+    ] = 10.0,
+    max_latency_ms: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="MS", help="Longest 99th percentile of a run that a plan may have."),
     ] = None,
     max_batch: Annotated[
         int | None,
@@ -133,9 +149,11 @@ def command(
     The Open Inference Protocol v2 (tritonclient works unchanged), image files at
     /v1/models/NAME:predict, or for vectors at /v1/embeddings (openai's client works unchanged),
     Prometheus metrics at /metrics, a page to try images at /. Each bundle is checked against its golden
-    outputs before it takes requests; one that is replaced on disk is loaded anew without a gap. Requests
-    of all clients are batched together. A bundle with several image sizes is one model: tensors go to the
-    size that they have, images to the one that --fit chooses, and the answer says which.
+    outputs before it takes requests; one that is replaced on disk is loaded anew without a gap. What shares
+    out the processors best is measured once (--plan-seconds) and kept in the bundle for this machine; flags
+    that say it win. Requests of all clients are batched together. A bundle with several image sizes is one
+    model: tensors go to the size that they have, images to the one that --fit chooses, and the answer says
+    which.
     """
     from vitdeploy.backends.base import Options
     from vitdeploy.images.fitting import parse_rule
@@ -152,6 +170,8 @@ def command(
         artifact=artifact,
         options=options,
         instances=instances,
+        plan_seconds=plan_seconds,
+        max_latency_ms=max_latency_ms,
         max_batch=max_batch,
         max_delay=delay,
         max_queue=max_queue,

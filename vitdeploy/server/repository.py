@@ -7,16 +7,17 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vitdeploy.backends.base import one_line
+from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import MANIFEST
 from vitdeploy.config import size_name
-from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
+from vitdeploy.errors import BundleError, UsageError, VitdeployError, did_you_mean
 from vitdeploy.progress import Progress
-from vitdeploy.server.loading import ModelSettings, load_bundle
+from vitdeploy.server.loading import ModelSettings, Plans, load_bundle
 from vitdeploy.server.messages import RequestError
 from vitdeploy.server.served_model import InHand, ServedModel
 from vitdeploy.server.statistics import Metrics, Statistics
@@ -74,6 +75,8 @@ class _Entry:
     """Why it is not ready; empty if it is."""
     manifest: _FileState = None
     """Of the manifest that was loaded, or that could not be."""
+    plans: Plans = field(default_factory=dict)
+    """How it has been sharing out the processors."""
 
 
 class ModelRepository:
@@ -229,7 +232,8 @@ class ModelRepository:
             entry.manifest = _manifest_state(bundle.path)
             with self._progress.stage(f"load {bundle.name}") as stage:
                 try:
-                    loaded = await asyncio.to_thread(load_bundle, bundle.path, self._settings)
+                    loaded = await asyncio.to_thread(load_bundle, bundle.path, self._settings, entry.plans)
+                    entry.manifest = await asyncio.to_thread(_state_of, loaded.bundle, entry.manifest)
                 except Exception as error:
                     self._count(bundle, "failed")
                     if entry.model is None:
@@ -238,12 +242,14 @@ class ModelRepository:
                 statistics = Statistics(self._metrics, bundle.name, bundle.version)
                 before = entry.model
                 entry.model = ServedModel(loaded, statistics, self._settings, self._workers)
-                entry.reason = ""
+                entry.reason, entry.plans = "", loaded.plans
                 self._count(bundle, "ok")
                 self._retire(before)
                 facts, sizes = entry.model.facts, ", ".join(map(size_name, entry.model.sizes))
                 what = f"{facts.artifact} on {facts.backend}{f' at {sizes}' if sizes else ''}"
                 stage.detail = f"version {bundle.version}, {what}, parity passed"
+            for note in loaded.notes:
+                self._progress.note(f"{bundle.name}: {note}")
 
     def _count(self, bundle: NamedBundle, outcome: str) -> None:
         self._metrics.reloads.labels(bundle.name, bundle.version, outcome).inc()
@@ -267,3 +273,16 @@ def _manifest_state(bundle: Path) -> _FileState:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _state_of(loaded: Bundle, before: _FileState) -> _FileState:
+    """What the manifest on disk is, if it is the one that was loaded, in which a plan may have been kept;
+    else what it was before."""
+    now = _manifest_state(loaded.root)
+    if now == before:
+        return before
+    try:
+        same = Bundle.open(loaded.root).manifest.digest == loaded.manifest.digest
+    except BundleError:
+        same = False
+    return now if same else before
