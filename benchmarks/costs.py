@@ -42,7 +42,9 @@ def records(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 def table(found: Records) -> str:
     """The table; what has no record has no row."""
     lines = ["| what | measured | spread (quartiles) |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {title} | {value} | {spread} |" for title, value, spread in _rows(found))])
+    return "\n".join(
+        [*lines, *(f"| {title} | {value} | {spread} |" for title, value, spread in _rows(found))]
+    )
 
 
 def broken(found: Records) -> Iterator[str]:

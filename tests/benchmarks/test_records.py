@@ -32,4 +32,8 @@ def test_what_does_not_hold_is_said() -> None:
     assert list(costs.broken(found)) == []
     export["stats"]["median"], memory["median"] = 21.0, 3.1
     del found["test_export_digits_fp32_and_fp16"]
-    assert [text.split()[-2:] for text in costs.broken(found)] == [["20", "s"], ["no", "record"], ["than", "3"]]
+    assert [text.split()[-2:] for text in costs.broken(found)] == [
+        ["20", "s"],
+        ["no", "record"],
+        ["than", "3"],
+    ]

@@ -64,9 +64,7 @@ def trace(
     return model
 
 
-def _recorded(
-    module: nn.Module, image: torch.Tensor, opset: int, names: tuple[str, ...]
-) -> ir.Model | None:
+def _recorded(module: nn.Module, image: torch.Tensor, opset: int, names: tuple[str, ...]) -> ir.Model | None:
     """The graph of a deployed model; None where it is to be traced."""
     if not isinstance(module, DeployedModel):
         return None

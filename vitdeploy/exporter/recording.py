@@ -2,8 +2,8 @@
 
 PyTorch's own exporter takes any module: it traces it, decomposes it, translates it and optimises what came
 out, seconds for a model of twelve blocks. Deployed models are made of few functions and hold no control flow
-that depends on numbers. They run on PyTorch's ``meta`` device, where tensors have shapes and no values, and
-every function that they call becomes its operators in place (``exporter.operators``).
+that depends on numbers. They run on tensors that have shapes and no values, and every function that they call
+becomes its operators in place (``exporter.operators``).
 
 Source: PyTorch's ``__torch_function__`` protocol, https://pytorch.org/docs/stable/notes/extending.html.
 """
@@ -21,7 +21,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vitdeploy.exporter.operators import FUNCTIONS, Recorded, UnknownFunction
+from vitdeploy.exporter.operators import FUNCTIONS, Recorded, UnknownFunction, empty
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where PyTorch's exporter notes the modules that a node comes from, and its own name last."""
@@ -42,14 +42,14 @@ def record(module: nn.Module, image: Tensor, *, opset: int, names: Sequence[str]
     """
     recording = _Recording(opset)
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
+    shapes = {name: empty(tensor.shape, tensor.dtype) for name, tensor in weights.items()}
     for name, tensor in weights.items():
-        recording.bind(empty[name], recording.weight(name, tensor))
-    image = torch.empty(image.shape, dtype=image.dtype, device="meta")
+        recording.bind(shapes[name], recording.weight(name, tensor))
+    image = empty(image.shape, image.dtype)
     given = ir.Value(name=names[0], shape=ir.Shape(image.shape), type=_type(image.dtype))
     recording.bind(image, given)
     with torch.no_grad(), _paths(module, recording), _Listener(recording):
-        result = torch.func.functional_call(module, empty, (image,))
+        result = torch.func.functional_call(module, shapes, (image,))
     results = result if isinstance(result, tuple) else (result,)
     graph = ir.Graph(
         [given],
@@ -125,20 +125,19 @@ class _Listener(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", repr(func))
+        if name in _ASKING:
+            answer = func(*args, **kwargs)
+            if not isinstance(answer, Tensor):
+                return answer
         write = FUNCTIONS.get(name)
-        if write is None and name not in _ASKING:
+        if write is None:
             raise UnknownFunction(name)
         if not all(map(self.recording.knows, _tensors([args, kwargs]))):
             raise UnknownFunction(f"{name} of a tensor that is neither computed nor a weight")
-        result = func(*args, **kwargs)
-        if write is not None:
-            try:
-                write(self.recording, result, *args, **kwargs)
-            except TypeError as error:  # it does not take these arguments
-                raise UnknownFunction(f"{name}: {error}") from error
-        elif _tensors(result):
-            raise UnknownFunction(name)
-        return result
+        try:
+            return write(self.recording, *args, **kwargs)
+        except TypeError as error:  # it does not take these arguments
+            raise UnknownFunction(f"{name}: {error}") from error
 
 
 def _tensors(values: Any) -> list[Tensor]:
