@@ -25,6 +25,7 @@ from vitdeploy.exporter.request import NEWEST_OPSET
 from vitdeploy.exporter.shared_weights import SharedWeights
 from vitdeploy.exporter.subject import Subject
 from vitdeploy.machine.memory import give_back, release
+from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import DTYPES, PrecisionPlan
 from vitdeploy.quantisation.qdq import insert
 from vitdeploy.scores import usual_scores
@@ -97,7 +98,10 @@ def write_onnx(
         tuple(_spec(value) for value in values) for values in (graph.graph.inputs, graph.graph.outputs)
     )
     nodes = graph.graph.num_nodes()
+    recorded = isinstance(deployed, DeployedModel)
     del graph, deployed
+    if not recorded:
+        release()  # PyTorch's tracer leaves cycles that hold the whole model
     outline = read_outline(path)
     _check(outline, path.name)
     gemms = None if quantised is None else QuantisedGemms.of(quantised.kind, quantised.record)

@@ -1,10 +1,10 @@
 """What each function that deployed models call is in ONNX.
 
-The operators are those of PyTorch's exporter, which tests hold these graphs against; attributes that say what an
-operator does anyway are left out. A function here is given the graph and the arguments of PyTorch's function of
-that name, and returns what that would return: tensors on the ``meta`` device, which have a shape and a dtype and
-no values. Views are PyTorch's own; what else has another shape says so itself, as PyTorch's rules for ``meta``
-load its compiler, which takes longer than all of an export's graphs.
+The operators are those of PyTorch's exporter, which tests hold these graphs against; attributes that say what
+an operator does anyway are left out. A function here is given the graph and the arguments of PyTorch's function
+of that name, and returns what that would return: tensors on the ``meta`` device, which have a shape and a dtype
+and no values. Views are PyTorch's own. What else has another shape says so itself, as PyTorch's rules for
+``meta`` load its compiler, which takes longer than all of an export's graphs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _END = sys.maxsize
 
 
 class UnknownFunction(Exception):
-    """A module calls a function that has no entry here, or calls it in a way that the entry does not know."""
+    """A module calls a function that has no entry here, or calls it in a way that its entry does not know."""
 
 
 class Recorded(ABC):
-    """A graph that operators are added to; tensors stand for the values of the graph that they are bound to."""
+    """A graph that operators are added to; tensors stand for the values that they are bound to."""
 
     def __init__(self, opset: int) -> None:
         self.opset = opset
@@ -263,7 +263,8 @@ def _conv2d(
     before = read.producer()
     if before is not None and before.op_type == "Pad" and before.inputs[0] is not None:
         read, zeros = before.inputs[0], before.inputs[1]
-        assert zeros is not None and zeros.const_value is not None
+        assert zeros is not None
+        assert zeros.const_value is not None
         around = zeros.const_value.numpy().tolist()
         if any((*around[:2], *around[4:6])):
             raise UnknownFunction("conv2d behind a pad of images or channels")

@@ -57,6 +57,7 @@ def record(module: nn.Module, image: Tensor, *, opset: int, names: Sequence[str]
         nodes=recording.nodes,
         initializers=recording.constants,
         opset_imports={"": opset},
+        name="graph",
     )
     model = ir.Model(graph, ir_version=_IR_VERSION)
     _simplify(model)
@@ -175,7 +176,7 @@ def _type(dtype: torch.dtype) -> ir.TensorType:
 
 
 def _simplify(model: ir.Model) -> None:
-    """What PyTorch's exporter does to a graph at the end, where it finds something to do in a deployed model's."""
+    """What PyTorch's exporter does to a graph at the end, as far as deployed models need it."""
     for node in list(model.graph):
         before = _before(node)
         if before is None or before.op_type != node.op_type:
