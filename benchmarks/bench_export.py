@@ -2,7 +2,9 @@
 
     pytest benchmarks/bench_export.py -k fp32_and_fp16 --benchmark-json=benchmarks/results/export_cpu.json
 
-``python -m benchmarks.costs --write`` makes the table in docs/performance.md of it and of the others. Memory is the high-water mark of the exporting process. The framework's own share is what the same
+``python -m benchmarks.costs --write`` makes the table in docs/performance.md of it and of the others.
+
+Memory is the high-water mark of the exporting process. The framework's own share is what the same
 command takes with the small digits model, whose weights are 1.3 MB.
 """
 

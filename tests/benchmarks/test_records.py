@@ -1,4 +1,4 @@
-"""What exporting and building cost: the document's table, and our claims, are those of the committed records."""
+"""What exporting and building cost: the document's table, and our claims, are those of the records."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -73,9 +72,10 @@ def deployed(
 def described(model: ir.Model) -> dict[str, Any]:
     """What a graph is, its values by where they come from.
 
-    Nodes come in an order that only depends on what reads what. PyTorch's exporter writes attributes out that say
-    what an operator does anyway; it names what it has rewritten, and small constants that it has folded, after the
-    operator before or behind; and it leaves a Reshape that changes nothing, where one follows a broadcast.
+    Nodes come in an order that only depends on what reads what. PyTorch's exporter writes attributes out that
+    say what an operator does anyway; it names what it has rewritten, and small constants that it folded,
+    after the operator before or behind; it leaves a Reshape that changes nothing, behind a broadcast; and of a
+    fixed batch some Reshapes say -1.
     """
     opset = model.opset_imports[""]
     for node in list(model.graph):
@@ -119,13 +119,24 @@ def described(model: ir.Model) -> dict[str, Any]:
         }
         return usual | {name: it.value for name, it in node.attributes.items()}
 
+    def reads(node: ir.Node) -> list[Any]:
+        if node.op_type != "Reshape":
+            return [source(value) for value in node.inputs]
+        target, shape = node.inputs[1], node.outputs[0].shape
+        assert target is not None
+        assert target.const_value is not None
+        sizes = target.const_value.numpy().tolist()
+        assert sizes.count(-1) <= 1
+        assert all(size in (-1, there) for size, there in zip(sizes, shape or (), strict=True))
+        return [source(node.inputs[0])]
+
     for value in model.graph.outputs:
         visit(value)
     listed = [
         {
             "site": None if node.op_type == "Split" else site_of(node.name or ""),
             "operator": (node.domain, node.op_type),
-            "reads": [source(value) for value in node.inputs],
+            "reads": reads(node),
             "gives": [shown(value) for value in node.outputs],
             "attributes": attributes(node),
         }
@@ -141,7 +152,7 @@ def described(model: ir.Model) -> dict[str, Any]:
 
 
 @pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def both(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Hold a model's recorded graph against the traced one."""
 
     def compare(model: DeployedModel, image: Tensor, *, opset: int = 20, batch: BatchRange = RANGE) -> None:
@@ -160,7 +171,7 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         assert len(recorded["nodes"]) == len(traced["nodes"])
         assert recorded == traced
 
-    yield compare
+    return compare
 
 
 @pytest.mark.slow

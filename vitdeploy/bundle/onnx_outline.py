@@ -16,7 +16,7 @@ import onnx
 from vitdeploy.errors import UsageError
 
 LEAST = 1 << 16
-"""Bytes of a constant below which its numbers stay: shapes, zero points and the like are part of the graph."""
+"""Bytes of a constant below which its numbers stay: shapes and zero points are part of the graph."""
 _VARINT, _LENGTH_DELIMITED = 0, 2
 _FIXED = {1: 8, 5: 4}
 """Bytes of the kinds of field that have always as many."""
@@ -31,11 +31,13 @@ def read_outline(path: Path) -> onnx.ModelProto:
     Raises:
         UsageError: it is not an ONNX file.
     """
+    model = onnx.ModelProto()
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return onnx.ModelProto.FromString(_outlined(data))
+            model.ParseFromString(_outlined(data))
     except Exception as error:  # a protobuf DecodeError, whose class lies in whichever protobuf is installed
         raise UsageError(f"{path}: not a readable ONNX file ({error})") from error
+    return model
 
 
 def weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:

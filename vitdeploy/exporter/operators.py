@@ -1,10 +1,10 @@
 """What each function that deployed models call is in ONNX.
 
 The operators are those of PyTorch's exporter, which tests hold these graphs against; attributes that say what
-an operator does anyway are left out. A function here is given the graph and the arguments of PyTorch's function
-of that name, and returns what that would return: tensors on the ``meta`` device, which have a shape and a dtype
-and no values. Views are PyTorch's own. What else has another shape says so itself, as PyTorch's rules for
-``meta`` load its compiler, which takes longer than all of an export's graphs.
+an operator does anyway are left out. A function here is given the graph and the arguments of PyTorch's
+function of that name, and returns what that would return: tensors on the ``meta`` device, which have a shape
+and a dtype and no values. Views are PyTorch's own. What else has another shape says so itself, as PyTorch's
+rules for ``meta`` load its compiler, which takes longer than all of an export's graphs.
 """
 
 from __future__ import annotations

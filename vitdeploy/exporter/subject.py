@@ -216,7 +216,7 @@ class CheckpointSubject(Subject):
         if self._first is not None:  # others go on with its modules
             return emulate(copy.deepcopy(model).float(), plan, inputs)
         outputs = emulate(model.float(), plan, inputs)
-        # What is in fp32 for a while and was rounded before is rounded to the same again: it is exported next.
+        # What was rounded before is rounded to the same again, and exported next.
         self._rehearsed = plan, assign_dtypes(model, "", plan)
         return outputs
 
