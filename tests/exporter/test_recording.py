@@ -74,7 +74,7 @@ def described(model: ir.Model) -> dict[str, Any]:
 
     Nodes come in an order that only depends on what reads what. PyTorch's exporter writes attributes out that
     say what an operator does anyway; it names what it has rewritten, and small constants that it folded,
-    after the operator before or behind; it leaves a Reshape that changes nothing, behind a broadcast; and of a
+    after the operator before or behind; it leaves a Reshape that does nothing, behind a broadcast; and of a
     fixed batch some Reshapes say -1.
     """
     opset = model.opset_imports[""]
