@@ -1,6 +1,8 @@
 """What an export costs: seconds and memory of whole processes, with parity inside.
 
-    pytest benchmarks/bench_export.py --benchmark-json=benchmarks/results/export_cpu.json
+    pytest benchmarks/bench_export.py -k fp32_and_fp16 --benchmark-json=benchmarks/results/export_cpu.json
+
+``python -m benchmarks.costs --write`` makes the table in docs/performance.md of it and of the others.
 
 Memory is the high-water mark of the exporting process. The framework's own share is what the same
 command takes with the small digits model, whose weights are 1.3 MB.
@@ -83,6 +85,14 @@ def test_export_vit_b16_fp32_and_fp16(
             for r in manifest["parity"]
         },
     }
+
+
+def test_export_digits_fp32_and_fp16(benchmark: BenchmarkFixture, tmp_path: Path, rounds: Rounds) -> None:
+    """Most of it is starting: what somebody waits for who tries vitdeploy."""
+    peaks: list[float] = []
+    bundle = tmp_path / "digits.bundle"
+    benchmark.pedantic(lambda: peaks.append(export("digits", bundle)), rounds=rounds(9), iterations=1)
+    benchmark.extra_info |= {"processors": os.cpu_count(), "peak_mb": quartiles(peaks)}
 
 
 @pytest.mark.parametrize("size", ["384", "512x336"])

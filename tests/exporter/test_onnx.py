@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitdeploy.exporter.onnx import _varint, save_streaming
+from vitdeploy.bundle.onnx_outline import varint
+from vitdeploy.exporter.onnx import save_streaming
 
 
 def small_model(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> ir.Model:
@@ -52,8 +53,8 @@ def test_the_file_says_what_the_ordinary_writer_says(
 @given(st.integers(0, 2**63 - 1))
 def test_varints_are_protobufs(value: int) -> None:
     parsed = onnx.TensorProto()
-    parsed.ParseFromString(b"\x10" + _varint(value % 2**31))  # data_type, an int32 field
+    parsed.ParseFromString(b"\x10" + varint(value % 2**31))  # data_type, an int32 field
     assert parsed.data_type == value % 2**31
     dims = onnx.TensorProto()
-    dims.ParseFromString(b"\x08" + _varint(value))  # dims, an int64 field
+    dims.ParseFromString(b"\x08" + varint(value))  # dims, an int64 field
     assert list(dims.dims) == [value]

@@ -86,7 +86,9 @@ def test_a_bundle_holds_everything_it_promises(shallow: tuple[Bundle, Recorder])
     assert manifest.labels is not None
     assert manifest.labels[3] == "kind 3"
     on_a_runtime = {(r.artifact, r.batch) for r in manifest.parity if r.backend != "emulation"}
-    assert on_a_runtime == {(a.name, size) for a in manifest.artifacts for size in RANGE.sizes}
+    every = {(artifact.name, size) for artifact in manifest.artifacts for size in RANGE.sizes}
+    # fp16 is fp32's graph on the same runtime, which has run its largest batch; bf16 needs another runtime.
+    assert on_a_runtime == every - {("onnx-fp16", RANGE.max)}
     rounded = {r.artifact for r in manifest.parity if r.backend == "emulation"}
     assert rounded == {"onnx-fp16", "onnx-bf16"}
     assert all(r.passed and r.metrics.elements for r in manifest.parity)

@@ -202,6 +202,8 @@ def _open(
     settings = session_settings(library, bundle, provider, fp8=fp8, spin=options.spin)
     if threads is not None:
         settings.intra_op_num_threads = threads
+    if options.lean:
+        settings.add_session_config_entry("session.disable_prepacking", "1")
     path = bundle.path(artifact.path)
     try:
         requested = setup.add_to(settings)

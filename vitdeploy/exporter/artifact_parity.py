@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,14 @@ def onnx_parity(
     golden: Golden,
     max_abs: float | None,
     batches: Sequence[int] | None = None,
+    largest_ran_on: Collection[str] = (),
 ) -> list[ParityRecord]:
     """Run an ONNX artifact; a quantised one on every runtime here, as each has integer kernels of its own.
 
     Args:
         batches: at these batch sizes; at the least, the optimal and the most when omitted.
+        largest_ran_on: backends that have run the largest batch of this graph in another precision. There the
+            optimal one is the most: what a size does to a graph is the same in every dtype.
 
     Raises:
         MissingDependency: no runtime here takes its precision.
@@ -38,8 +41,11 @@ def onnx_parity(
     for name in ("onnxruntime", "openvino"):
         backend = get_backend(name)
         if backend.supports(bundle.manifest, artifact) is None and backend.availability().ok:
-            with backend.load(bundle, artifact, Options()) as session:
-                records += parity.check_session(session, golden, batches=batches, max_abs=max_abs)
+            sizes, served = batches, artifact.batch
+            if batches is None and name in largest_ran_on:
+                sizes = tuple(dict.fromkeys((served.min, served.opt)))
+            with backend.load(bundle, artifact, Options(lean=not artifact.is_quantised)) as session:
+                records += parity.check_session(session, golden, batches=sizes, max_abs=max_abs)
             if not artifact.is_quantised:
                 break
     if not records:

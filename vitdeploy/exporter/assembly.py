@@ -67,6 +67,14 @@ class Assembly:
         """Columns of the logits, or of what stands first."""
         return int(golden.reference_of(self.jobs[0].golden, "logits").shape[-1])
 
+    @property
+    def largest_ran_on(self) -> frozenset[str]:
+        """Backends that have run the float graph's largest batch, in a precision that was accepted."""
+        most = self.request.batch.max
+        floats = {artifact.name for artifact in self.artifacts if not artifact.is_quantised}
+        records = (record for record in self.parity if record.artifact in floats)
+        return frozenset(record.backend for record in records if record.batch == most)
+
     def build(self, orders: Sequence[Order], impossible: Sequence[str]) -> None:
         """Build everything.
 

@@ -1,4 +1,4 @@
-"""Tracing a module into an ONNX graph that a person can read: named nodes, named weights, no leftovers."""
+"""A module as an ONNX graph that a person can read: named nodes, named weights, no leftovers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import nn
 
 from vitdeploy.config import BatchRange
 from vitdeploy.errors import ExportError
+from vitdeploy.exporter.operators import UnknownFunction
+from vitdeploy.exporter.recording import SCOPES, record
 from vitdeploy.exporter.request import OLDEST_OPSET
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.reference import public_name
@@ -23,19 +25,19 @@ from vitdeploy.model.reference import public_name
 _NEWER_THAN_17 = 18
 _MARK = 1_000_003
 """A batch size, never allocated, that is prime and larger than any dimension of a model."""
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def trace(
     module: nn.Module, example: torch.Tensor, *, batch: BatchRange, opset: int, names: tuple[str, ...]
 ) -> ir.Model:
-    """Trace ``module(example)`` and return its graph.
+    """Return the graph of ``module(example)``.
 
     Args:
-        module: a deployed model is traced at one batch size, which is then set free: half the time of a trace
-            with a symbolic batch, which any other module gets.
+        module: a deployed model is recorded at one batch size, which is then set free. Any other module is
+            traced by PyTorch's exporter, with a symbolic batch; so is a deployed model that calls a function
+            which ``exporter.operators`` does not know, at one batch size.
         example: one input with the batch as its first axis; only its shape and dtype matter.
-        batch: a fixed batch is traced as a constant, otherwise the first axis is ``N``.
+        batch: a fixed batch is a constant, otherwise the first axis is ``N``.
         names: of the input and of every output.
 
     Raises:
@@ -44,8 +46,12 @@ def trace(
     marked = isinstance(module, DeployedModel) and not batch.fixed
     rows = batch.min if batch.fixed else _MARK if marked else 2
     image = torch.zeros((1, *example.shape[1:]), dtype=example.dtype).expand(rows, *example.shape[1:])
-    symbolic = None if batch.fixed or marked else ({0: torch.export.Dim("N", min=1, max=max(batch.max, 2))},)
-    model = _exported(module, image, symbolic, max(opset, _NEWER_THAN_17), names)
+    model = _recorded(module, image, max(opset, _NEWER_THAN_17), names)
+    if model is None:
+        symbolic = (
+            None if batch.fixed or marked else ({0: torch.export.Dim("N", min=1, max=max(batch.max, 2))},)
+        )
+        model = _exported(module, image, symbolic, max(opset, _NEWER_THAN_17), names)
     if opset == OLDEST_OPSET:
         _to_opset_17(model)
     if (used := model.opset_imports.get("")) != opset:
@@ -58,6 +64,16 @@ def trace(
     return model
 
 
+def _recorded(module: nn.Module, image: torch.Tensor, opset: int, names: tuple[str, ...]) -> ir.Model | None:
+    """The graph of a deployed model; None where it is to be traced."""
+    if not isinstance(module, DeployedModel):
+        return None
+    try:
+        return record(module, image, opset=opset, names=names)
+    except UnknownFunction:
+        return None
+
+
 def _exported(
     module: nn.Module,
     image: torch.Tensor,
@@ -65,6 +81,11 @@ def _exported(
     opset: int,
     names: tuple[str, ...],
 ) -> ir.Model:
+    """The graph as PyTorch's exporter makes it.
+
+    Raises:
+        ExportError: it cannot trace the module.
+    """
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -186,7 +207,7 @@ def tidy(model: ir.Model) -> None:
 
 
 def _module_path(node: ir.Node, paths: dict[ir.Node, str]) -> str:
-    scopes = node.metadata_props.get(_SCOPES)
+    scopes = node.metadata_props.get(SCOPES)
     if scopes:
         return str(ast.literal_eval(scopes)[-2])
     producers = (value.producer() for value in node.inputs if value is not None)

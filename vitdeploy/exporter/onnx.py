@@ -13,8 +13,9 @@ import torch
 from vitdeploy._version import __version__
 from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.manifest import Artifact, TensorSpec
-from vitdeploy.bundle.onnx_graph import prove_precision, read_graph, undeclared
+from vitdeploy.bundle.onnx_graph import prove_precision, undeclared
 from vitdeploy.bundle.onnx_metadata import properties
+from vitdeploy.bundle.onnx_outline import field_header, read_outline, weights_as_inputs
 from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.config import BatchRange, Size
@@ -24,6 +25,7 @@ from vitdeploy.exporter.request import NEWEST_OPSET
 from vitdeploy.exporter.shared_weights import SharedWeights
 from vitdeploy.exporter.subject import Subject
 from vitdeploy.machine.memory import give_back, release
+from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.precision import DTYPES, PrecisionPlan
 from vitdeploy.quantisation.qdq import insert
 from vitdeploy.scores import usual_scores
@@ -51,7 +53,6 @@ _GRAPH, _INITIALIZER, _RAW_DATA = (
     onnx.GraphProto.INITIALIZER_FIELD_NUMBER,
     onnx.TensorProto.RAW_DATA_FIELD_NUMBER,
 )
-_LENGTH_DELIMITED = 2
 
 
 def write_onnx(
@@ -97,11 +98,14 @@ def write_onnx(
         tuple(_spec(value) for value in values) for values in (graph.graph.inputs, graph.graph.outputs)
     )
     nodes = graph.graph.num_nodes()
+    recorded = isinstance(deployed, DeployedModel)
     del graph, deployed
-    release()  # before the file is read again
-    _check(path)
+    if not recorded:
+        release()  # PyTorch's tracer leaves cycles that hold the whole model
+    outline = read_outline(path)
+    _check(outline, path.name)
     gemms = None if quantised is None else QuantisedGemms.of(quantised.kind, quantised.record)
-    proof = prove_precision(read_graph(path), default, islands, gemms)
+    proof = prove_precision(outline, default, islands, gemms)
     give_back()
     if not proof.ok:
         names = (
@@ -174,12 +178,13 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(name=value.name or "", dtype=dtype, shape=shape)
 
 
-def _check(path: Path) -> None:
+def _check(outline: onnx.ModelProto, name: str) -> None:
+    """The graph of a file; its weights have been read where parity has run it."""
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(weights_as_inputs(outline), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
-            f"{path.name} is not valid ONNX: {' '.join(str(error).split())}",
+            f"{name} is not valid ONNX: {' '.join(str(error).split())}",
             hint=f"operators take more dtypes at a later --opset, up to {NEWEST_OPSET}",
         ) from error
 
@@ -205,7 +210,7 @@ def save_streaming(model: ir.Model, path: Path) -> None:
     length = len(graph) + sum(len(opening) + tensor.nbytes for opening, tensor in weights)
     with path.open("wb") as file:
         file.write(proto.SerializeToString())
-        file.write(_header(_GRAPH, length))
+        file.write(field_header(_GRAPH, length))
         file.write(graph)
         for opening, tensor in weights:
             file.write(opening)
@@ -215,18 +220,5 @@ def save_streaming(model: ir.Model, path: Path) -> None:
 def _opening(tensor: ir.TensorProtocol) -> bytes:
     """All of an initialiser field that comes before the tensor's data."""
     described = onnx.TensorProto(name=tensor.name, data_type=int(tensor.dtype), dims=tensor.shape.numpy())
-    inner: bytes = described.SerializeToString() + _header(_RAW_DATA, tensor.nbytes)
-    return _header(_INITIALIZER, len(inner) + tensor.nbytes) + inner
-
-
-def _header(field: int, length: int) -> bytes:
-    """The tag and the length that come before a length-delimited field."""
-    return _varint(field << 3 | _LENGTH_DELIMITED) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    groups = []
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*groups, value])
+    inner: bytes = described.SerializeToString() + field_header(_RAW_DATA, tensor.nbytes)
+    return field_header(_INITIALIZER, len(inner) + tensor.nbytes) + inner

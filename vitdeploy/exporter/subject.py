@@ -28,7 +28,7 @@ from vitdeploy.exporter.user_module import island_norms, rehearse, wrap
 from vitdeploy.machine.memory import total_memory
 from vitdeploy.model.deployed import DeployedModel
 from vitdeploy.model.folds import normalisation
-from vitdeploy.model.precision import PrecisionPlan, island_names
+from vitdeploy.model.precision import PrecisionPlan, assign_dtypes, island_names
 from vitdeploy.model.reference import outputs_float64, state_of
 from vitdeploy.model.registry import architecture_of, build_reference
 from vitdeploy.model.user_module import module_float64, module_flops
@@ -161,12 +161,15 @@ class CheckpointSubject(Subject):
         self._reference = build_reference(config, checkpoint.state)
         self._first: CheckpointSubject | None = None
         self._kept: tuple[PrecisionPlan, DeployedModel] | None = None
+        self._rehearsed: tuple[PrecisionPlan, DeployedModel] | None = None
+        self._paths: tuple[Path, ...] = ()
 
     @property
     def state(self) -> Mapping[str, Tensor]:
         return state_of(self._reference)
 
     def reload(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
         state = {name: tensor for path in paths for name, tensor in load_file(path).items()}
         self._reference = build_reference(self.config, state)
 
@@ -195,10 +198,15 @@ class CheckpointSubject(Subject):
             "input_kind": self.input,
             "preprocess": self.preprocess,
         }
+        rehearsed, self._rehearsed = self._rehearsed, None
+        if rehearsed is not None and rehearsed[0] == plan:
+            return rehearsed[1]
         kept = self._first._kept if self._first else None
         if self._first is not self and kept is not None and kept[0] == plan:
             return self._architecture.redeploy(self._reference, kept[1], plan, **settings)
         model = self._architecture.deploy(self._reference, plan, **settings)
+        if self._paths:
+            self.reload(self._paths)  # what has been read stays in memory as long as it is mapped
         if self._first is self:
             self._kept = plan, model
         return model
@@ -206,8 +214,11 @@ class CheckpointSubject(Subject):
     def rehearse(self, plan: PrecisionPlan, inputs: Tensor) -> tuple[Tensor, ...]:
         model = self.deployed(plan)
         if self._first is not None:  # others go on with its modules
-            model = copy.deepcopy(model)
-        return emulate(model.float(), plan, inputs)
+            return emulate(copy.deepcopy(model).float(), plan, inputs)
+        outputs = emulate(model.float(), plan, inputs)
+        # What was rounded before is rounded to the same again, and exported next.
+        self._rehearsed = plan, assign_dtypes(model, "", plan)
+        return outputs
 
     def islands(self, deployed: nn.Module, plan: PrecisionPlan) -> tuple[str, ...]:
         return island_names(deployed, plan)

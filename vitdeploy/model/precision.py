@@ -101,8 +101,9 @@ def assign_dtypes(part: Part, prefix: str, plan: PrecisionPlan) -> Part:
 
 
 def _rounded(value: nn.Parameter, dtype: torch.dtype, name: str, overflowing: list[str]) -> nn.Parameter:
-    largest = value.abs().max().item() if value.numel() else 0.0
     rounded = value.to(dtype)
-    if not torch.isfinite(rounded).all():
+    # Of the two that NaN and infinity show in: a look at each number takes longer than rounding them all.
+    if value.numel() and not torch.stack(rounded.aminmax()).isfinite().all():
+        largest = value.abs().max().item()
         overflowing.append(f"{name} (largest magnitude {largest:.6g})")
     return nn.Parameter(rounded, requires_grad=False)
