@@ -170,8 +170,8 @@ def table(record: Mapping[str, Any]) -> str:
     cpu = record["environment"]["cpu"]
     lines = [
         f"Whole processes, on {cpu['name']}, {cpu['threads']} threads, {record['rounds']} interleaved",
-        "rounds; everything that is read is in the system's cache. Beside the clock's seconds, the processor's",
-        "of all threads.",
+        "rounds; everything that is read is in the system's cache. Beside the clock's seconds, the",
+        "processor's, of all threads.",
         "",
         "| what | seconds (quartiles) | beyond reading the model's file | processor's seconds |",
         "|---|---|---|---|",
