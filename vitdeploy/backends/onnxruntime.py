@@ -20,7 +20,6 @@ from vitdeploy.backends.base import (
     one_line,
     require_support,
 )
-from vitdeploy.backends.onnx_in_place import without_weights
 from vitdeploy.backends.onnxruntime_providers import (
     PROVIDERS,
     Setup,
@@ -31,6 +30,7 @@ from vitdeploy.backends.onnxruntime_providers import (
     shares,
     unavailable,
 )
+from vitdeploy.backends.onnxruntime_weights import without_weights
 from vitdeploy.bundle.dtypes import from_onnx
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest

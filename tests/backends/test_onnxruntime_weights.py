@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from tests.helpers.bundles import write_bundle
-from vitdeploy.backends import onnx_in_place
+from vitdeploy.backends import onnxruntime_weights
 from vitdeploy.backends.base import Options, get_backend
-from vitdeploy.backends.onnx_in_place import without_weights
+from vitdeploy.backends.onnxruntime_weights import without_weights
 
 Array = np.ndarray[Any, Any]
 IMAGES = np.random.default_rng(1).normal(size=(3, 128)).astype(np.float32)
@@ -67,7 +67,7 @@ def test_answers_are_the_same_to_the_last_bit(digits_onnx: Path, monkeypatch: py
     for precision in ("fp32", "fp16"):
         artifact, answers = bundle.artifact(precision), []
         for least in (1, sys.maxsize):
-            monkeypatch.setattr(onnx_in_place, "LARGE", least)
+            monkeypatch.setattr(onnxruntime_weights, "LARGE", least)
             assert (without_weights(bundle.path(artifact.path)) is None) == (least > 1)
             with get_backend("onnxruntime").load(bundle, artifact, Options(threads=1)) as session:
                 (spec,) = session.facts.inputs
@@ -110,7 +110,7 @@ def test_what_is_left_as_it_is(path: Path, tmp_path: Path) -> None:
 def test_a_bundle_is_loaded_from_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitdeploy.predictor import Predictor
 
-    monkeypatch.setattr(onnx_in_place, "LARGE", 1)
+    monkeypatch.setattr(onnxruntime_weights, "LARGE", 1)
     write_bundle(tmp_path / "b.bundle")
     monkeypatch.chdir(tmp_path)
     with Predictor.open("b.bundle") as predictor:
