@@ -1,6 +1,6 @@
 """What starting costs: whole processes, from nothing to the import, the help, the first answer.
 
-pytest benchmarks/bench_startup.py --benchmark-json=benchmarks/results/startup_cpu.json
+pytest benchmarks/bench_startup.py --benchmark-json=startup.json
 """
 
 from __future__ import annotations

@@ -28,10 +28,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.helpers.commands import Result
+from tests.helpers.commands import ISOLATED, Result, prefork
 from tests.helpers.exports import Exports
 from tests.helpers.paths import ROOT
-from tests.helpers.prefork import Prefork
 from tests.helpers.processes import wait_for
 from tests.helpers.triton_server import free_ports
 
@@ -192,7 +191,6 @@ class Shell:
     folder: Path
     environment: dict[str, str]
     exports: Exports
-    prefork: Prefork
     code: int = 0
     """Of the last command; 0 where the document has shown it."""
     server: Background | None = None
@@ -245,8 +243,8 @@ class Shell:
 
     def _fork(self, step: Step) -> subprocess.CompletedProcess[str]:
         if step.command is None:
-            return self.prefork.run(program=step.program, cwd=self.folder)
-        return self.prefork.run(arguments=step.words[1:], cwd=self.folder, merged=True)
+            return prefork().run(program=step.program, cwd=self.folder)
+        return prefork().run(arguments=step.words[1:], cwd=self.folder, merged=True)
 
     def _process(self, step: Step) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -262,19 +260,13 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-
-
-@pytest.fixture(scope="module")
-def prefork(environment: dict[str, str]) -> Iterator[Prefork]:
-    with Prefork(environment) as running:
-        yield running
+    return {**os.environ, **ISOLATED}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", RUN)
 def test_commands_and_programs_do_what_the_document_shows(
-    document: str, environment: dict[str, str], exports: Exports, prefork: Prefork, tmp_path: Path
+    document: str, environment: dict[str, str], exports: Exports, tmp_path: Path
 ) -> None:
     shutil.copytree(ROOT / IMAGES, tmp_path / IMAGES)
     if document == "README.md":
@@ -285,7 +277,7 @@ def test_commands_and_programs_do_what_the_document_shows(
     if document == "docs/cli.md":
         with Image.open(ROOT / IMAGES / "3_0045.png") as image:
             image.resize((64, 32)).save(tmp_path / "wide.png")
-    shell = Shell(tmp_path, environment, exports, prefork)
+    shell = Shell(tmp_path, environment, exports)
     try:
         for step in with_free_ports([*steps(document)]):
             shell.run(step)

@@ -29,6 +29,9 @@ from vitdeploy.verification.parity import check_session
 
 Make = Callable[..., Bundle]
 
+IMAGES = 2
+"""That outputs are held against the reference of: the interpreter takes seconds for each."""
+
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def provider(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -48,7 +51,7 @@ def provider(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_every_family_gives_the_reference(weights_bundle: Make, name: str, provider: str) -> None:
     config = dataclasses.replace(CONFIGS[name], depth=2)
     with Triton().load(weights_bundle(config), None, Options()) as session:
-        (record,) = check_session(session, golden(config), batches=[3])
+        (record,) = check_session(session, golden(config, count=IMAGES), batches=[3])
         assert record.failures == ()
         assert (session.facts.precision, session.facts.provider) == ("fp16", provider)
         fused = config.rotary is None and name != "distilled"
@@ -76,7 +79,7 @@ SWIN = SwinConfig(
 @pytest.mark.parametrize("output", ["logits", "tokens"])
 def test_a_swin_gives_the_reference(weights_bundle: Make, provider: str, output: str) -> None:
     with Triton().load(weights_bundle(SWIN, output=output), None, Options()) as session:
-        (record,) = check_session(session, golden(SWIN, output), batches=[2])
+        (record,) = check_session(session, golden(SWIN, output, count=IMAGES), batches=[2])
         assert record.failures == ()
         lines = session.facts.fusion
     assert any(
@@ -120,7 +123,7 @@ def test_what_of_a_swin_has_no_kernels_is_named(
 def test_other_outputs_of_other_families(weights_bundle: Make, name: str, output: str) -> None:
     config = dataclasses.replace(CONFIGS[name], depth=2)
     with Triton().load(weights_bundle(config, output=output), None, Options()) as session:
-        (record,) = check_session(session, golden(config, output), batches=[2])
+        (record,) = check_session(session, golden(config, output, count=IMAGES), batches=[2])
         assert record.failures == ()
 
 
@@ -148,7 +151,7 @@ def test_tokens_without_the_final_norm_are_refused(
 def test_other_outputs(weights_bundle: Make, output: str) -> None:
     config = dataclasses.replace(CONFIG, depth=2)
     with Triton().load(weights_bundle(config, output=output), None, Options()) as session:
-        (record,) = check_session(session, golden(config, output), batches=[2])
+        (record,) = check_session(session, golden(config, output, count=IMAGES), batches=[2])
         assert record.failures == ()
         assert any("head: LayerNorm, pooling and head in torch" in line for line in session.facts.fusion)
 
@@ -160,7 +163,7 @@ def test_the_artifacts_precision_and_batches(
     weights_bundle: Make, precision: ArtifactPrecision, batches: list[int]
 ) -> None:
     with Triton().load(weights_bundle(), artifact(precision), Options()) as session:
-        records = check_session(session, golden(), batches=batches)
+        records = check_session(session, golden(count=IMAGES), batches=batches)
         assert not any(record.failures for record in records)
         assert [record.batch for record in records] == batches
         assert session.facts.executes == session.facts.precision == precision

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -47,27 +48,36 @@ def in_this_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> R
 
 
 def in_a_process(*arguments: object, cwd: Path | None = None, **environment: str) -> Result:
-    """Run ``vitdeploy`` in a process of its own: a fork, where the environment is what it was."""
+    """Run ``vitdeploy`` in a process of its own: a fork, where the environment allows it."""
     words = [*map(str, arguments)]
-    if not environment and _prefork()[1] == _environment():
-        done = _prefork()[0].run(arguments=words, cwd=cwd or Path.cwd())
+    wanted = {**_environment(), **ISOLATED, **environment}
+    given = prefork().environment
+    changed = {name: wanted.get(name) for name in {*given, *wanted} if given.get(name) != wanted.get(name)}
+    if changed.keys() <= _READ_LATE:
+        done = prefork().run(arguments=words, cwd=cwd or Path.cwd(), changed=changed)
     else:
         done = subprocess.run(
-            [*COMMAND, *words],
-            capture_output=True,
-            text=True,
-            cwd=cwd,
-            env={**os.environ, **environment},
-            check=False,
+            [*COMMAND, *words], capture_output=True, text=True, cwd=cwd, env=wanted, check=False
         )
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+ISOLATED = MappingProxyType({"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"})
+"""What commands find in their environment: they ask nobody, and write what the tests read."""
+
+_READ_LATE = frozenset(
+    (
+        *("ORT_DISABLE_TELEMETRY", "RAY_USAGE_STATS_ENABLED", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
+        "XDG_CACHE_HOME",
+    )
+)
+"""Variables that nothing reads when it is imported; libraries set most of them where the tests run."""
+
+
 @functools.cache
-def _prefork() -> tuple[Prefork, dict[str, str]]:
-    """One for all commands of this process, and its environment."""
-    environment = _environment()
-    return Prefork(environment), environment
+def prefork() -> Prefork:
+    """One for all commands of this process."""
+    return Prefork({**_environment(), **ISOLATED})
 
 
 def _environment() -> dict[str, str]:

@@ -23,13 +23,14 @@ import traceback
 import types
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
 # Not ONNX Runtime, which starts a thread: a fork would wait for it at its end.
 _MODULES = (
     *("numpy", "networkx", "onnx", "onnxscript", "PIL.Image", "rich.table", "torch", "typer"),
     *("torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.decomposition"),
-    *("torch.onnx._internal.exporter._core", "vitdeploy.cli.app", "vitdeploy.predictor"),
+    *("torch.onnx._internal.exporter._core", "vitdeploy.cli.export", "vitdeploy.predictor"),
     *("vitdeploy.exporter.run", "vitdeploy.exporter.onnx"),
 )
 
@@ -42,6 +43,7 @@ class Prefork:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = environment
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
@@ -57,15 +59,26 @@ class Prefork:
         self._process.communicate()
 
     def run(
-        self, *, cwd: Path, arguments: list[str] | None = None, program: str = "", merged: bool = False
+        self,
+        *,
+        cwd: Path,
+        arguments: list[str] | None = None,
+        program: str = "",
+        merged: bool = False,
+        changed: Mapping[str, str | None] = MappingProxyType({}),
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``vitdeploy`` with these arguments, or a program; ``merged`` sends errors where output goes."""
+        """Run ``vitdeploy`` with these arguments, or a program.
+
+        Args:
+            merged: send errors where output goes.
+            changed: variables of the environment that are other ones in this fork, or not there.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "out")
             err = out if merged else Path(folder, "err")
-            request = {"arguments": arguments, "program": program, "cwd": str(cwd)}
+            request = {"arguments": arguments, "program": program, "cwd": str(cwd), "changed": dict(changed)}
             self._process.stdin.write(json.dumps({**request, "out": str(out), "err": str(err)}) + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
@@ -132,6 +145,10 @@ def _run(request: dict[str, Any]) -> int:
         os.dup2(opened, stream)
         os.close(opened)
     os.chdir(request["cwd"])
+    for name, value in request["changed"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     if request["arguments"] is None:
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         sys.argv = ["-c"]

@@ -57,10 +57,10 @@ def artifact(precision: ArtifactPrecision) -> Artifact:
 
 
 def golden(
-    config: ViTConfig = CONFIG, output: str | None = None, others: Sequence[str] = ()
+    config: ViTConfig = CONFIG, output: str | None = None, others: Sequence[str] = (), count: int = 5
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs and the reference's answers for an output, and for ``others`` beside it."""
-    images, vit = pixels(config, 5), random_vit(config)
+    """``count`` inputs, and the reference's answers for an output and for ``others`` beside it."""
+    images, vit = pixels(config, count), random_vit(config)
     wanted = {"reference": output} | {f"reference.{other}": other for other in others}
     answers = {key: forward_float64(vit, images, name).numpy() for key, name in wanted.items()}
     return {"pixel_values": images.numpy(), **answers}

@@ -30,6 +30,7 @@ from vitdeploy.backends.onnxruntime_providers import (
     shares,
     unavailable,
 )
+from vitdeploy.backends.onnxruntime_weights import without_weights
 from vitdeploy.bundle.dtypes import from_onnx
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.bundle.manifest import Artifact, Manifest
@@ -205,10 +206,16 @@ def _open(
     if options.lean:
         settings.add_session_config_entry("session.disable_prepacking", "1")
     path = bundle.path(artifact.path)
+    # Other providers name what they keep after the file.
+    small = without_weights(path) if provider == "cpu" else None
+    if small is not None:
+        settings.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
     try:
         requested = setup.add_to(settings)
         # Its own fallback prints to stdout and takes the CPU.
-        session = library.InferenceSession(path, settings, providers=requested, enable_fallback=0)
+        session = library.InferenceSession(small or path, settings, providers=requested, enable_fallback=0)
     except Exception as error:  # its errors have no base class of their own
         if refusal := unavailable(error, artifact, provider):
             raise refusal from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -12,52 +13,24 @@ from typing import Annotated, Any, TextIO, get_args, get_type_hints
 import typer
 
 from vitdeploy._version import __version__
-from vitdeploy.cli import (
-    bench,
-    doctor,
-    engine,
-    explain,
-    export,
-    inspect,
-    optimize,
-    output,
-    package,
-    predict,
-    serve,
-    tune,
-    verify,
-)
-from vitdeploy.cli import list as listing
+from vitdeploy.cli import output
 from vitdeploy.cli.interruption import Interrupted, interruptible
 from vitdeploy.errors import UsageError, VitdeployError, did_you_mean
 
 # ClickException, of the click that typer depends on or carries inside, as its version will have it.
 _ParserError: type[Any] = typer.BadParameter.__mro__[2]
 
-_VERBS = {
-    verb.__name__.rpartition(".")[2]: verb
-    for verb in (
-        export,
-        optimize,
-        engine,
-        verify,
-        bench,
-        inspect,
-        predict,
-        explain,
-        serve,
-        package,
-        tune,
-        listing,
-        doctor,
-    )
-}
+_VERBS = (
+    *("export", "optimize", "engine", "verify", "bench", "inspect", "predict", "explain", "serve"),
+    *("package", "tune", "list", "doctor"),
+)
+"""Each is a module of this package, which is imported where it is asked for."""
 _SUMMARY = "Carry a Vision Transformer checkpoint to production, and prove each step."
 _CODES = "Exit codes: 0 ok, 2 bad input, 3 something is missing, 4 export failed, 5 parity failed, 6 slower."
 
 
-def build() -> typer.Typer:
-    """The command line as typer has it."""
+def build(verbs: Sequence[str] = _VERBS) -> typer.Typer:
+    """The command line as typer has it, with some verbs or all of them."""
     app = typer.Typer(
         name="vitdeploy",
         help=_SUMMARY,
@@ -68,7 +41,8 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_root)
-    for name, verb in _VERBS.items():
+    for name in verbs:
+        verb = _verb(name)
         app.command(name, short_help=verb.SUMMARY, epilog=_examples(verb.EXAMPLES))(verb.command)
     return app
 
@@ -96,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """Run a command; whatever goes wrong is a VitdeployError."""
-    command = typer.main.get_command(build())
+    command = typer.main.get_command(build(_asked_for(arguments)))
     try:
         # make_context and invoke, not main(): that one swallows Ctrl-C and prints for itself.
         with command.make_context("vitdeploy", list(arguments)) as context:
@@ -119,6 +93,17 @@ def _run(arguments: list[str]) -> int:
             f"this is a bug in vitdeploy: {type(error).__name__}: {what}",
             hint="run `vitdeploy --debug ...` and report the traceback",
         ) from error
+
+
+def _asked_for(arguments: Sequence[str]) -> Sequence[str]:
+    """The verb that a command line begins with; all of them where it begins with something else."""
+    first = next((word for word in arguments if word != "--debug"), "")
+    return (first,) if first in _VERBS else _VERBS
+
+
+def _verb(name: str) -> Any:
+    """A verb's module: SUMMARY, EXAMPLES and command."""
+    return importlib.import_module(f"vitdeploy.cli.{name}")
 
 
 def _version(wanted: bool) -> None:
@@ -154,7 +139,7 @@ def _usage_error(error: Any) -> UsageError:
     """What typer objects to, in our words: one suggestion, no capital letter, no final full stop."""
     context = getattr(error, "ctx", None)
     option = getattr(error, "option_name", None)
-    if context and context.info_name == "export" and option in _options(context.parent.command, "engine"):
+    if context and context.info_name == "export" and option in _options("engine"):
         # `export` builds engines with the defaults; what can be chosen about them is asked of `engine`.
         hint = f"vitdeploy export writes the bundle, then: vitdeploy engine BUNDLE {option} ..."
         return UsageError(f"{option} is an option of `vitdeploy engine`", hint=hint)
@@ -175,10 +160,10 @@ def _value_error(error: Any) -> str:
     """
     parameter: Any = getattr(error, "param", None)
     context: Any = getattr(error, "ctx", None)
-    verb = None if parameter is None or context is None else _VERBS.get(context.info_name)
-    if verb is None:
+    verb = None if parameter is None or context is None else context.info_name
+    if verb not in _VERBS:
         return ""
-    declared = get_type_hints(verb.command, include_extras=True)[parameter.name]
+    declared = get_type_hints(_verb(verb).command, include_extras=True)[parameter.name]
     kind, stated = declared.__origin__, declared.__metadata__[0]
     kinds = {kind, *get_args(kind)}
     noun = "a whole number" if int in kinds else "a number" if float in kinds else ""
@@ -200,9 +185,10 @@ def _given(error: Any) -> str | None:
     return value.strip("'") if found else None
 
 
-def _options(app: Any, verb: str) -> set[str]:
+def _options(verb: str) -> set[str]:
     """The options of a verb, as they are typed."""
-    parameters = app.commands[verb].params
+    commands: Any = typer.main.get_command(build((verb,)))
+    parameters = commands.commands[verb].params
     return {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
