@@ -45,6 +45,7 @@ def test_avif_is_what_pillow_makes_of_it(tmp_path: Path) -> None:
 def test_a_pillow_without_avif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.avif").write_bytes(HEIC_HEAD.replace(b"heic", b"avif"))
     monkeypatch.setattr(features, "modules", {})
+    monkeypatch.setattr(kinds, "_has_avif", kinds._has_avif.__wrapped__)
     assert "AVIF" not in kinds.formats()
     with pytest.raises(ImageError, match="is not an image that can be read: it is an AVIF image"):
         load_image(tmp_path / "a.avif")

@@ -41,6 +41,7 @@ _FLOAT_FILTERS: Mapping[Resample, Image.Resampling] = {
     "bicubic_float": Image.Resampling.BICUBIC,
 }
 """Those whose results are not rounded to whole numbers before they are rescaled."""
+_ALL_FILTERS = {**_FILTERS, **_FLOAT_FILTERS}
 _FLOAT_CODES: Mapping[int, Resample] = {int(code): name for name, code in _FLOAT_FILTERS.items()}
 
 
@@ -108,7 +109,7 @@ def apply_uint8(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
         ImageError: as ``apply``.
     """
     image, (height, width) = _prepared(image, spec)
-    image = image.resize((width, height), _FILTERS.get(spec.resample) or _FLOAT_FILTERS[spec.resample])
+    image = image.resize((width, height), _ALL_FILTERS[spec.resample])
     return np.array(_crop(image, spec)).reshape(*spec.size, spec.channels)
 
 
