@@ -279,7 +279,7 @@ def speeds(model: str, files: Files, rounds: int, skipped: dict[str, str]) -> It
         except Exception as error:  # whatever the runtime raises
             if name not in QUANTISERS:
                 raise
-            skipped[name] = f"{model}: {one_line(error)}"
+            skipped[name] = f"{model}: {one_line(error).partition(' Status Message')[0]}"
         else:
             callers[name] = caller
     for batch in BATCHES:
