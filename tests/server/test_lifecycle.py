@@ -234,7 +234,7 @@ def test_two_servers_on_one_port(live: Live, linear: Path) -> None:
 def test_a_bundle_that_answers_wrongly_is_not_served(tmp_path: Path, linear: Path) -> None:
     """Not one of several, either; and nothing was served meanwhile."""
     wrong = write_bundle(tmp_path / "wrong.bundle", weight=(WEIGHT * 1.001).astype(np.float32)).root
-    result = in_a_process("serve", linear, wrong, "--port", 0)
+    result = in_a_process("serve", linear, wrong, "--port", 0, "--plan-seconds", 0)
     assert result.code == 5
     assert "onnx-fp32 on onnxruntime is not served: its outputs are wrong at batch 1" in result.err
     assert f"vitdeploy verify {wrong}" in result.err

@@ -32,7 +32,8 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(*bundles: object, flags: tuple[str, ...] = ()) -> Iterator[Serving]:
-    command = [*COMMAND, "serve", *map(str, bundles), "--port", "0", "--grpc-port", "0", "--plan-seconds", "0", *flags]
+    ports = ("--port", "0", "--grpc-port", "0")
+    command = [*COMMAND, "serve", *map(str, bundles), *ports, "--plan-seconds", "0", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     said = []
     try:
