@@ -216,15 +216,18 @@ def test_killed_and_started_again_on_the_same_port(linear: Path) -> None:
 
 @pytest.mark.slow
 def test_two_servers_on_one_port(live: Live, linear: Path) -> None:
-    taken = in_a_process("serve", linear, "--port", live.port)
+    taken = in_a_process("serve", linear, "--plan-seconds", 0, "--port", live.port)
     assert taken.code == 2
     assert f"cannot listen on 127.0.0.1 port {live.port}: Address already in use" in taken.err
     assert "--port 0 takes any free one" in taken.err
     port = live.grpc.rpartition(":")[2]
-    taken = in_a_process("serve", linear, "--port", 0, "--grpc-port", port)
+    taken = in_a_process("serve", linear, "--plan-seconds", 0, "--port", 0, "--grpc-port", port)
     assert taken.code == 2
     assert f"cannot listen on 127.0.0.1 port {port} for gRPC" in taken.err
-    for result in (taken, in_a_process("serve", linear, "--port", 0, "--host", "256.0.0.1")):
+    for result in (
+        taken,
+        in_a_process("serve", linear, "--plan-seconds", 0, "--port", 0, "--host", "256.0.0.1"),
+    ):
         assert result.code == 2
         assert "Traceback" not in result.err
     require_right(live)
