@@ -221,6 +221,16 @@ def test_several_outputs(both: Any, name: str, outputs: tuple[Output, ...]) -> N
     both(*deployed(FAMILIES[name], "fp16", outputs))
 
 
+def test_constants_of_parts_that_share_a_public_name() -> None:
+    """Of a tower with windows, the embedding and the readout both have an order of rows."""
+    module, image = deployed(QWENS["qwen2_5"], "fp32")
+    traced = graph.trace(module, image, batch=RANGE, opset=NEWEST_OPSET, names=("x", "y")).graph
+    read = {
+        value for node in traced for value in node.inputs if value is not None and value.producer() is None
+    }
+    assert read - set(traced.inputs) == set(traced.initializers.values())
+
+
 class Foreign(nn.Module):
     """Calls what no table here has, or has in another form."""
 

@@ -20,7 +20,6 @@ from vitdeploy.exporter.operators import UnknownFunction
 from vitdeploy.exporter.recording import SCOPES, record
 from vitdeploy.exporter.request import OLDEST_OPSET
 from vitdeploy.model.deployed import DeployedModel
-from vitdeploy.model.qwen_deployed import DeployedEmbedding
 from vitdeploy.model.reference import public_name
 
 _NEWER_THAN_17 = 18
@@ -67,8 +66,8 @@ def trace(
 
 def _recorded(module: nn.Module, image: torch.Tensor, opset: int, names: tuple[str, ...]) -> ir.Model | None:
     """The graph of a deployed model; None where it is to be traced."""
-    if not isinstance(module, DeployedModel) or isinstance(module.embedding, DeployedEmbedding):
-        return None  # towers of Qwen whose patches are reordered behind the blocks are not recorded rightly
+    if not isinstance(module, DeployedModel):
+        return None
     try:
         return record(module, image, opset=opset, names=names)
     except UnknownFunction:
@@ -231,7 +230,8 @@ def _name_constants(graph: ir.Graph) -> None:
                     user.replace_input_with(index, merged[key])
                 continue
             merged[key] = value
-        value.name = public_name(name) if "." in name else f"{uses[0].node.name}.{uses[0].idx}"
+        short = public_name(name) if "." in name else f"{uses[0].node.name}.{uses[0].idx}"
+        value.name = name if short in graph.initializers else short
         if tensor is not None:
             tensor.name = value.name
         value.metadata_props.clear()
