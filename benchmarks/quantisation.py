@@ -1,6 +1,6 @@
 """INT8 and FP8 of a real trained model: ours and other tools', what they cost and what they gain.
 
-    python -m benchmarks.quantisation                    # 40 minutes; writes results/quantisation_cpu.json
+    python -m benchmarks.quantisation                    # 25 minutes; writes results/quantisation_cpu.json
     python -m benchmarks.quantisation --part accuracy    # the record keeps what it has of the speeds
     python -m benchmarks.quantisation --part speed --rounds 12
     python -m benchmarks.quantisation --part optimize

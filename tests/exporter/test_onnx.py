@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitdeploy.bundle.onnx_outline import varint
+from vitdeploy.bundle.protobuf import varint
 from vitdeploy.exporter.onnx import save_streaming
 
 

@@ -1,25 +1,18 @@
-"""An ONNX file without the numbers of its weights: what its graph is can be read and checked in milliseconds.
-
-A protobuf message is a sequence of fields, each with its number and length before it, so that a reader can
-step over what it does not want (https://protobuf.dev/programming-guides/encoding/).
-"""
+"""An ONNX file without the numbers of its weights: its graph can be read and checked in milliseconds."""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import onnx
 
+from vitdeploy.bundle.protobuf import Field, field_of, fields
 from vitdeploy.errors import UsageError
 
 LEAST = 1 << 16
 """Bytes of a constant below which its numbers stay: shapes and zero points are part of the graph."""
-_VARINT, _LENGTH_DELIMITED = 0, 2
-_FIXED = {1: 8, 5: 4}
-"""Bytes of the kinds of field that have always as many."""
 _GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
 _INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
 _RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
@@ -61,81 +54,21 @@ def _is_empty(tensor: onnx.TensorProto) -> bool:
     return not any(field.name.endswith("_data") for field, _ in tensor.ListFields())
 
 
-class _Field(NamedTuple):
-    number: int
-    begin: int
-    """Of its tag."""
-    payload: int
-    end: int
-
-
-def _fields(data: mmap.mmap, begin: int, end: int) -> Iterator[_Field]:
-    """The fields of the message that lies between two places."""
-    while begin < end:
-        tag, payload = _varint(data, begin)
-        kind = tag & 7
-        if kind == _VARINT:
-            _, stop = _varint(data, payload)
-        elif kind == _LENGTH_DELIMITED:
-            length, payload = _varint(data, payload)
-            stop = payload + length
-        elif kind in _FIXED:
-            stop = payload + _FIXED[kind]
-        else:
-            raise ValueError(f"a field of the unknown kind {kind}")
-        if stop > end:
-            raise ValueError("it ends too early")
-        yield _Field(tag >> 3, begin, payload, stop)
-        begin = stop
-
-
 def _outlined(data: mmap.mmap) -> bytes:
     """The bytes of a model without large constants."""
-    parts = []
-    for field in _fields(data, 0, len(data)):
-        if field.number == _GRAPH:
-            graph = b"".join(_graph(data, field))
-            parts += [field_header(_GRAPH, len(graph)), graph]
-        else:
-            parts.append(data[field.begin : field.end])
-    return b"".join(parts)
+    return b"".join(
+        field_of(_GRAPH, b"".join(_graph(data, field)))
+        if field.number == _GRAPH
+        else data[field.begin : field.end]
+        for field in fields(data, 0, len(data))
+    )
 
 
-def _graph(data: mmap.mmap, graph: _Field) -> Iterator[bytes]:
-    for field in _fields(data, graph.payload, graph.end):
-        if field.number == _INITIALIZER and field.end - field.payload > LEAST:
-            tensor = b"".join(
-                data[part.begin : part.end]
-                for part in _fields(data, field.payload, field.end)
-                if part.number != _RAW_DATA
-            )
-            yield field_header(_INITIALIZER, len(tensor))
-            yield tensor
+def _graph(data: mmap.mmap, graph: Field) -> Iterator[bytes]:
+    for field in fields(data, graph.content, graph.end):
+        if field.number == _INITIALIZER and field.end - field.content > LEAST:
+            parts = fields(data, field.content, field.end)
+            tensor = (data[part.begin : part.end] for part in parts if part.number != _RAW_DATA)
+            yield field_of(_INITIALIZER, b"".join(tensor))
         else:
             yield data[field.begin : field.end]
-
-
-def _varint(data: mmap.mmap, place: int) -> tuple[int, int]:
-    """The number that begins at a place, and where it ends."""
-    number = shift = 0
-    while True:
-        byte = data[place]
-        place += 1
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number, place
-        shift += 7
-
-
-def field_header(field: int, length: int) -> bytes:
-    """The tag and the length that come before a length-delimited field."""
-    return varint(field << 3 | _LENGTH_DELIMITED) + varint(length)
-
-
-def varint(value: int) -> bytes:
-    """A number as protobuf writes it, seven bits in a byte, the lowest first."""
-    groups = []
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*groups, value])

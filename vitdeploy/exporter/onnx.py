@@ -15,7 +15,8 @@ from vitdeploy.bundle.dtypes import ArtifactPrecision
 from vitdeploy.bundle.manifest import Artifact, TensorSpec
 from vitdeploy.bundle.onnx_graph import prove_precision, undeclared
 from vitdeploy.bundle.onnx_metadata import properties
-from vitdeploy.bundle.onnx_outline import field_header, read_outline, weights_as_inputs
+from vitdeploy.bundle.onnx_outline import read_outline, weights_as_inputs
+from vitdeploy.bundle.protobuf import header
 from vitdeploy.bundle.quantisation import QuantisedGemms
 from vitdeploy.bundle.sizes import named, sized
 from vitdeploy.config import BatchRange, Size
@@ -210,7 +211,7 @@ def save_streaming(model: ir.Model, path: Path) -> None:
     length = len(graph) + sum(len(opening) + tensor.nbytes for opening, tensor in weights)
     with path.open("wb") as file:
         file.write(proto.SerializeToString())
-        file.write(field_header(_GRAPH, length))
+        file.write(header(_GRAPH, length))
         file.write(graph)
         for opening, tensor in weights:
             file.write(opening)
@@ -220,5 +221,5 @@ def save_streaming(model: ir.Model, path: Path) -> None:
 def _opening(tensor: ir.TensorProtocol) -> bytes:
     """All of an initialiser field that comes before the tensor's data."""
     described = onnx.TensorProto(name=tensor.name, data_type=int(tensor.dtype), dims=tensor.shape.numpy())
-    inner: bytes = described.SerializeToString() + field_header(_RAW_DATA, tensor.nbytes)
-    return field_header(_INITIALIZER, len(inner) + tensor.nbytes) + inner
+    inner: bytes = described.SerializeToString() + header(_RAW_DATA, tensor.nbytes)
+    return header(_INITIALIZER, len(inner) + tensor.nbytes) + inner

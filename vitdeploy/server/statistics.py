@@ -6,13 +6,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from vitdeploy.config import Size, size_name
 from vitdeploy.errors import MissingDependency
 from vitdeploy.server.batcher import RequestOutputs
-from vitdeploy.server.counting import Family, Histogram, Value
 from vitdeploy.server.messages import RequestError
 
 if TYPE_CHECKING:
@@ -50,35 +49,28 @@ class Metrics:
     def __init__(self) -> None:
         try:
             import prometheus_client as prometheus
-            from prometheus_client import metrics_core
         except ImportError as error:
             raise MissingDependency("prometheus-client", extra="serve", purpose="serving") from error
         self.registry: CollectorRegistry = prometheus.CollectorRegistry()
         labels = ("model", "version")
         sized = (*labels, "image_size")
 
-        def number(kind: Any, name: str, text: str, labels: Sequence[str]) -> Family[Value]:
-            family = Family(Value, partial(kind, name, text, labels=labels))
-            self.registry.register(family)
-            return family
+        def made(kind: Any, name: str, text: str, labels: Sequence[str], **more: Any) -> Any:
+            return kind(name, text, labelnames=labels, registry=self.registry, **more)
 
-        def spread(bounds: Sequence[float], name: str, text: str, labels: Sequence[str]) -> Family[Histogram]:
-            metric = partial(metrics_core.HistogramMetricFamily, name, text, labels=labels)
-            family = Family(partial(Histogram, bounds), metric)
-            self.registry.register(family)
-            return family
-
-        counter = partial(number, metrics_core.CounterMetricFamily)
-        outcomes, seconds = partial(counter, labels=(*labels, "outcome")), partial(spread, _SECONDS)
+        counter, gauge, histogram = prometheus.Counter, prometheus.Gauge, prometheus.Histogram
+        seconds = partial(made, histogram, buckets=_SECONDS)
+        outcomes = partial(made, counter, labels=(*labels, "outcome"))
         self.requests = outcomes("vitdeploy_requests", "Requests by how they ended.")
         self.seconds = seconds("vitdeploy_request_seconds", "From the decoded request to its answer.", labels)
         self.queue_seconds = seconds("vitdeploy_queue_seconds", "Waiting for a free session.", sized)
         self.compute_seconds = seconds("vitdeploy_compute_seconds", "One run of the session.", sized)
-        self.batch = spread(_SIZES, "vitdeploy_batch_size", "Images that ran together.", sized)
-        self.images = counter("vitdeploy_images", "Images that were run.", sized)
-        self.padding = counter("vitdeploy_padding_images", "Images run only to fill a batch up.", sized)
-        gauge = metrics_core.GaugeMetricFamily
-        self.queue = number(gauge, "vitdeploy_queue_images", "Images that wait.", sized)
+        self.batch = made(
+            histogram, "vitdeploy_batch_size", "Images that ran together.", sized, buckets=_SIZES
+        )
+        self.images = made(counter, "vitdeploy_images", "Images that were run.", sized)
+        self.padding = made(counter, "vitdeploy_padding_images", "Images run only to fill a batch up.", sized)
+        self.queue = made(gauge, "vitdeploy_queue_images", "Images that wait.", sized)
         self.reloads = outcomes("vitdeploy_loads", "Loads of a bundle by how they ended.")
         self._text: Callable[[CollectorRegistry], bytes] = prometheus.generate_latest
         self.content_type = prometheus.CONTENT_TYPE_LATEST
@@ -147,7 +139,8 @@ class Statistics:
         self._success, self._fail = Duration(), Duration()
         self._sizes: list[SizeStatistics] = []
         self._seconds = metrics.seconds.labels(name, version)
-        self._outcomes = metrics.requests
+        # labels() checks and looks up its arguments under a lock each time.
+        self._outcome = cache(lambda outcome: metrics.requests.labels(name, version, outcome))
 
     def of(self, size: Size | None) -> SizeStatistics:
         """Begin those of one image size; None is one that nobody tells."""
@@ -170,7 +163,7 @@ class Statistics:
         else:
             outcome = error.kind if isinstance(error, RequestError) else "cancelled"
             self._fail.add(seconds)
-        self._outcomes.labels(self.name, self.version, outcome).inc()
+        self._outcome(outcome).inc()
 
     def as_dict(self) -> dict[str, Any]:
         """As the v2 statistics extension has it; and of several image sizes each, under a name of our own."""
