@@ -223,17 +223,18 @@ def test_an_export_that_replaces_the_bundle(digits: Path, tmp_path: Path) -> Non
                 "export", "-m", "digits", "-o", folder, "--fp32", "--batch", "1,4,16", "--force"
             )
             assert result.code == 0, result.err
+            assert statuses, "nothing was asked meanwhile"
 
             def replaced() -> bool:
                 found = server.ask("GET", "/v2/models/digits").document["parameters"]["bundle_digest"]
                 return bool(found != digest)
 
             assert wait_for(replaced, PATIENCE)
+            assert wait_for(lambda: len(statuses) > 50, PATIENCE)
         finally:
             over.set()
             thread.join(PATIENCE)
         assert server.ask("GET", "/v2/models/digits/config").document["max_batch_size"] == 16
-    assert len(statuses) > 50
     assert set(statuses) == {200}
 
 
