@@ -3,7 +3,7 @@
     python -m benchmarks.costs            prints the table, and what does not hold of what we claim
     python -m benchmarks.costs --write    writes it into the document
 
-The records are made by ``bench_export.py`` and ``bench_startup.py``; each says how in its first lines.
+The records are made by ``bench_export.py``, which says how in its first lines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.documents import Part
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PART = Part(ROOT / "docs" / "performance.md", "benchmarks/costs.py")
-SUITES = ("export_cpu", "startup_cpu", "engines_cpu", "sizes_cpu")
+SUITES = ("export_cpu", "engines_cpu", "sizes_cpu")
 CLAIMS = {
     "test_export_vit_b16_fp32_and_fp16": 20.0,
     "test_export_digits_fp32_and_fp16": 4.0,
@@ -63,7 +63,6 @@ def _rows(found: Records) -> Iterator[tuple[str, str, str]]:
     for name, title, digits in (
         (_EXPORT, "export of ViT-B/16 to fp32 and fp16, with all proofs", 0),
         ("test_export_digits_fp32_and_fp16", "the same of the digits model, a whole process", 1),
-        ("test_help", "`vitdeploy --help`", 2),
         (
             "test_rtx_engine_vit_b16_fp16",
             "a TensorRT for RTX engine of the fp16 ViT-B/16, for one architecture",

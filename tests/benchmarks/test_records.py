@@ -18,7 +18,7 @@ def test_a_further_image_size_is_cheap() -> None:
     assert [share["median"] <= 0.4 for share in shares if share] == [True, True]
 
 
-@pytest.mark.xfail(strict=True, reason="the record is of before graphs were recorded in place of traced")
+@pytest.mark.xfail(strict=True, reason="34 s instead of 20, 4.2 s instead of 4, 3.03 times the weights")
 def test_what_we_claim_holds() -> None:
     assert list(costs.broken(costs.records())) == []
 

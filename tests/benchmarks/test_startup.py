@@ -60,7 +60,6 @@ def test_a_start_that_fails_is_no_figure(tmp_path: Path) -> None:
         startup.once(starts["predict_digits"])
 
 
-@pytest.mark.xfail(raises=FileNotFoundError, reason="the record is not made yet")
 def test_the_document_says_what_the_record_says() -> None:
     committed = json.loads(startup.RESULTS.read_text(encoding="utf-8"))
     assert startup.PART.read() == startup.table(committed)

@@ -58,9 +58,6 @@ class Options:
     spin: bool = False
     """Whether threads keep a core busy while they wait for work, where the runtime has the choice. Each
     operation begins sooner for it; but other threads lack the cores."""
-    lean: bool = False
-    """Whether weights stay in the file's order, where the runtime has the choice: without a copy in the order
-    that the processor reads soonest."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

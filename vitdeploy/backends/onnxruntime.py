@@ -203,8 +203,6 @@ def _open(
     settings = session_settings(library, bundle, provider, fp8=fp8, spin=options.spin)
     if threads is not None:
         settings.intra_op_num_threads = threads
-    if options.lean:
-        settings.add_session_config_entry("session.disable_prepacking", "1")
     path = bundle.path(artifact.path)
     # Other providers name what they keep after the file.
     small = without_weights(path) if provider == "cpu" else None

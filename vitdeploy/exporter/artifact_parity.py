@@ -44,7 +44,7 @@ def onnx_parity(
             sizes, served = batches, artifact.batch
             if batches is None and name in largest_ran_on:
                 sizes = tuple(dict.fromkeys((served.min, served.opt)))
-            with backend.load(bundle, artifact, Options(lean=not artifact.is_quantised)) as session:
+            with backend.load(bundle, artifact, Options()) as session:
                 records += parity.check_session(session, golden, batches=sizes, max_abs=max_abs)
             if not artifact.is_quantised:
                 break
