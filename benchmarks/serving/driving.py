@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.environments import ROOT
-from benchmarks.serving.processes import ServerFailure, processor_seconds
+from benchmarks.serving.processes import ServerFailure, processor_seconds, standing_still
 from benchmarks.serving.subjects import Asked
 from vitdeploy.backends.base import Array
 
@@ -41,6 +42,12 @@ class Served:
     """What has to be known to read its figures."""
     session: int | None = None
     """Of the server's processes, where what they take of the processors is known."""
+
+
+def alone(server: Served | None, servers: Iterable[Served]) -> contextlib.AbstractContextManager[None]:
+    """Has the processors for one of the servers, or for none, until the block ends."""
+    others = (one.session for one in servers if one is not server)
+    return standing_still({session for session in others if session is not None})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.peers.environments import ROOT
 from benchmarks.serving import arrivals, limits, mlperf, record, servers
-from benchmarks.serving.driving import Driver, Served
+from benchmarks.serving.driving import Driver, Served, alone
 from benchmarks.serving.processes import ServerFailure
 from benchmarks.serving.raw import Sessions, plans, raw_sessions, run_seconds
 from benchmarks.serving.rounds import closed_loop
@@ -152,10 +152,11 @@ class Measurement:
         ours, driver, capacity = self._served[0][0], Driver(folder), _capacity(closed)
         perfect = self._perfect(closed)
         plan, progress = self._plan, self._progress
-        return {
-            "at_80_percent": arrivals.at_load(ours, capacity, perfect, driver, plan, progress),
-            "highest_rate": arrivals.highest_rate(ours, capacity, driver, plan, progress),
-        }
+        with alone(ours, (server for server, _ in self._served)):
+            return {
+                "at_80_percent": arrivals.at_load(ours, capacity, perfect, driver, plan, progress),
+                "highest_rate": arrivals.highest_rate(ours, capacity, driver, plan, progress),
+            }
 
     def _perfect(self, closed: dict[str, Any]) -> Callable[[Array], Array]:
         """The latencies of a server that costs nothing but the sessions, at the speed of these rounds."""
@@ -189,8 +190,9 @@ class Measurement:
                 record.best(closed, names) for names in families.values()
             }
             lanes = [(server, subject) for server, subject in lanes if server.name not in slower]
+        running = [server for server, _ in self._served]
         try:
-            return mlperf.measure(lanes, expected, self._plan, folder, self._progress)
+            return mlperf.measure(lanes, running, expected, self._plan, folder, self._progress)
         except ServerFailure as error:
             self._skipped[_LOADGEN] = str(error)
             return None

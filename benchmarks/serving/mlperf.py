@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.peers.environments import ROOT, EnvironmentFailure, ensure, requirements
 from benchmarks.serving.checking import why_wrong
-from benchmarks.serving.driving import Driver, Served
+from benchmarks.serving.driving import Driver, Served, alone
 from benchmarks.serving.processes import ServerFailure
 from benchmarks.serving.servers import OURS
 from benchmarks.serving.settings import MLPERF_PERCENTILE, MLPERF_SECONDS, Plan
@@ -52,6 +52,7 @@ _PERCENTILES = ("50", "90", "99")
 
 def measure(
     lanes: Sequence[tuple[Served, Subject]],
+    running: Sequence[Served],
     expected: Mapping[str, float],
     plan: Plan,
     folder: Path,
@@ -61,6 +62,7 @@ def measure(
 
     Args:
         lanes: servers, and what they serve.
+        running: whatever is to stand still meanwhile, the servers themselves among them.
         expected: images per second of each, where they are known, for LoadGen to ask for enough.
 
     Raises:
@@ -73,7 +75,7 @@ def measure(
     order, found, skipped = list(lanes), {}, {}
     random.Random(f"{plan.seed} loadgen").shuffle(order)
     for server, subject in order:
-        with progress.stage(f"LoadGen: {server.name}"):
+        with progress.stage(f"LoadGen: {server.name}"), alone(server, running):
             lane = _Lane(server, subject, plan, folder, python)
             try:
                 found[server.name] = lane.measure(expected.get(server.name))

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.peers.environments import ROOT
@@ -68,13 +68,37 @@ def running(
 
 def processor_seconds(session: int) -> float:
     """What a session's living processes have had of the processors until now; 0 without Linux's /proc."""
-    ticks = 0
+    ticks = sum(int(fields[11]) + int(fields[12]) for _, fields in _processes({session}))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def standing_still(sessions: Collection[int]) -> Iterator[None]:
+    """The processes of these sessions have no processor until the block ends; without /proc they have.
+
+    A server that nobody asks is not idle: some look for work all the time, with a tenth of a processor.
+    """
+    stopped = [pid for pid, _ in _processes(sessions)]
+    try:
+        _send(stopped, signal.SIGSTOP)
+        yield
+    finally:
+        _send(stopped, signal.SIGCONT)
+
+
+def _processes(sessions: Collection[int]) -> Iterator[tuple[int, list[str]]]:
+    """The living processes of sessions, and what proc(5) says of each from its state on."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
             fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+            if int(fields[3]) in sessions:
+                yield int(path.parent.name), fields
+
+
+def _send(processes: Iterable[int], number: signal.Signals) -> None:
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _end_with_parent() -> None:

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.serving.driving import Driver, Served
+from benchmarks.serving.driving import Driver, Served, alone
 from benchmarks.serving.raw import Raw, Visit
 from benchmarks.serving.servers import GENERATOR, OURS
 from benchmarks.serving.settings import Plan
@@ -31,28 +31,30 @@ def closed_loop(
     """
     asked = [server for server in servers if kind in server.asks]
     ours = next(server for server in asked if server.name == OURS)
-    alone: list[RawLane] = [(raw, size) for raw in raws for size in plan.batches]
+    sessions: list[RawLane] = [(raw, size) for raw in raws for size in plan.batches]
     with progress.stage(f"{kind}: warm up"):
         for server in asked:
             driver.closed(server, kind, plan.clients, plan.seconds / 4)
-        for raw, size in alone:
+        for raw, size in sessions:
             raw.prepare(size)
     lanes: dict[str, list[dict[str, Any]]] = {server.name: [] for server in asked}
-    visits: dict[RawLane, list[Visit]] = {lane: [] for lane in alone}
+    visits: dict[RawLane, list[Visit]] = {lane: [] for lane in sessions}
     batches: list[dict[int, int]] = []
     rounds = plan.rounds_of(kind)
     for number in range(rounds):
-        order: list[Served | RawLane] = [*asked, *alone]
+        order: list[Served | RawLane] = [*asked, *sessions]
         random.Random(f"{plan.seed} {kind} {number}").shuffle(order)
         with progress.stage(f"{kind}: round {number + 1} of {rounds}"):
             for lane in order:
                 if isinstance(lane, tuple):
                     raw, size = lane
-                    visits[lane].append(raw.visit(size, _ALONE * plan.seconds))
+                    with alone(None, servers):
+                        visits[lane].append(raw.visit(size, _ALONE * plan.seconds))
                     continue
                 before = formed(ours)
                 seconds = plan.seconds * (_ALONE if lane.name == GENERATOR else 1)
-                lanes[lane.name].append(driver.visit(lane, kind, plan.clients, seconds))
+                with alone(lane, servers):
+                    lanes[lane.name].append(driver.visit(lane, kind, plan.clients, seconds))
                 if lane is ours:
                     batches.append(difference(before, formed(ours)))
     return {

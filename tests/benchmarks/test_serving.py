@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import pytest
 from benchmarks.serving import run
 from benchmarks.serving.arrivals import ideal_latencies
 from benchmarks.serving.claims import FLAGSHIP
-from benchmarks.serving.driving import Driver, Served, read_trace
+from benchmarks.serving.driving import Driver, Served, alone, read_trace
 from benchmarks.serving.load import arrivals
 from benchmarks.serving.processes import processor_seconds
 from benchmarks.serving.raw import Sessions, plans, run_seconds
@@ -27,6 +29,7 @@ from benchmarks.serving.servers import loaded
 from benchmarks.serving.settings import PARTS
 from benchmarks.serving.subjects import Asked
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import wait_for
 from vitdeploy.errors import UsageError
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -172,6 +175,34 @@ def test_a_session_s_processor_time_has_its_children_s() -> None:
         spent = processor_seconds(process.pid)
         os.killpg(process.pid, signal.SIGKILL)
     assert 0.35 < spent < 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_servers_stand_still_while_another_is_measured() -> None:
+    """Three that work all the time; the one that is measured does on, and all do afterwards."""
+    work = "print(1, flush=True)\nwhile True: pass"
+    with contextlib.ExitStack() as stack:
+        found = []
+        for name in ("ours", "peer", "load"):
+            process = stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE, start_new_session=True)
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+            found.append(Served(name, 1, {}, {}, session=process.pid))
+        with alone(found[0], found):
+            assert wait_for(lambda: states(found) == "RTT", 60)
+        assert wait_for(lambda: "T" not in states(found), 60)
+        with alone(None, found):
+            assert wait_for(lambda: states(found) == "TTT", 60)
+
+
+def states(servers: Sequence[Served]) -> str:
+    """Of each server's process a letter of proc(5)."""
+    paths = [Path(f"/proc/{server.session}/stat") for server in servers]
+    return "".join(path.read_text().rpartition(")")[2].split()[0] for path in paths)
 
 
 def test_a_perfect_server() -> None:

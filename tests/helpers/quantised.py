@@ -22,6 +22,7 @@ from vitdeploy.model.precision import PrecisionPlan, assign_dtypes
 from vitdeploy.model.precision import sites as all_sites
 from vitdeploy.model.rewrites import deploy
 from vitdeploy.quantisation.attention import attention_scales
+from vitdeploy.quantisation.deviation import Deviation
 from vitdeploy.quantisation.qdq import insert
 from vitdeploy.quantisation.ranges import Ranges
 from vitdeploy.quantisation.sites import FP8_LARGEST, INT8_LARGEST, QuantisedModel, QuantisedSite
@@ -66,7 +67,9 @@ def quantised(
         found[name] = QuantisedSite(name, kind, weight, scale, step, linear.bias)
         linear.weight = nn.Parameter(found[name].dequantised, requires_grad=False)
     left_out = (HEAD,) if any(name == HEAD for name, _ in all_sites(model)) else ()
-    return QuantisedModel(model, found, left_out, 0.9, 0.0, 1.0, Ranges({}, {}), attention)
+    return QuantisedModel(
+        model, found, left_out, 0.9, Deviation(0.0), Deviation(1.0, 1.0), Ranges({}, {}), attention
+    )
 
 
 @functools.cache

@@ -20,8 +20,9 @@ from vitdeploy.model.folds import parameter
 from vitdeploy.model.vit_deployed import AbsorbedBlock
 from vitdeploy.progress import Progress, Stage
 from vitdeploy.quantisation import leaving_out, recipe
+from vitdeploy.quantisation.deviation import Deviation, deviation, relative_error
 from vitdeploy.quantisation.layers import macs_of, quantisable, tensors_of, watching
-from vitdeploy.quantisation.leaving_out import MOST_FLOAT, relative_error
+from vitdeploy.quantisation.leaving_out import MOST_FLOAT
 from vitdeploy.quantisation.recipe import TARGETS, quantise, simulate
 from vitdeploy.quantisation.sites import QuantisedModel, QuantisedSite
 
@@ -80,8 +81,8 @@ def test_every_family_is_quantised(name: str, kind: Quantised) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     quantised = quantise(model, images_of(name, 16), kind=kind)
     held_out = error(model, quantised, images_of(name, 8, seed=9))
-    assert held_out < 2.5 * TARGETS[kind]
-    assert quantised.error == pytest.approx(error(model, quantised, images_of(name, 16)), rel=0.2)
+    assert held_out < 2.5 * TARGETS[kind].error
+    assert quantised.found.error == pytest.approx(error(model, quantised, images_of(name, 16)), rel=0.2)
     assert {*quantised.sites} | {*quantised.left_out} == {*quantisable(model)}
     assert not {*quantised.sites} & {*quantised.left_out}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -100,7 +101,7 @@ def test_every_family_is_quantised(name: str, kind: Quantised) -> None:
 def test_int8_is_better_than_max_and_nearest(vit: DeployedModel, images: Tensor, bits: int) -> None:
     """Where channels differ in what they carry, as they do in trained models."""
     vit = uneven(vit)
-    ours = quantise(vit, images, kind="int8", weight_bits=bits, target=9.0)
+    ours = quantise(vit, images, kind="int8", weight_bits=bits, target=Deviation(9.0, 1.0))
     bound = 2 ** (bits - 1) - 1
     plain, sites = copy.deepcopy(vit), {}
     for name, linear in quantisable(plain).items():
@@ -158,7 +159,7 @@ def test_channels_are_scaled_before_fc2_where_they_differ(images: Tensor, rest: 
     mlp.fc1.weight, mlp.fc2.weight = (parameter(part.weight.clone()) for part in (mlp.fc1, mlp.fc2))
     mlp.fc1.weight[:, 0] *= 100
     mlp.fc2.weight[0] /= 100
-    found: Any = quantise(model, images, kind="int8", rest=rest, target=9.0)
+    found: Any = quantise(model, images, kind="int8", rest=rest, target=Deviation(9.0, 1.0))
     before, site = found.model.blocks[1].mlp.before, found.sites["blocks.1.mlp.fc2"]
     assert isinstance(before, Scale)
     assert before.value.median() > 10 * before.value[0]
@@ -170,7 +171,7 @@ def test_channels_are_scaled_before_fc2_where_they_differ(images: Tensor, rest: 
     held_out = images_of("vit", 8, seed=9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "rounding_noise", lambda *_: 0.0)
-        shifted = quantise(model, images, kind="int8", rest=rest, target=9.0)
+        shifted = quantise(model, images, kind="int8", rest=rest, target=Deviation(9.0, 1.0))
     assert error(model, found, held_out) < 0.8 * error(model, shifted, held_out)
 
 
@@ -204,19 +205,33 @@ def test_layers_are_left_out_until_the_target_is_met(
     vit: DeployedModel, images: Tensor, int8: QuantisedModel
 ) -> None:
     assert not int8.left_out
-    assert int8.error < TARGETS["int8"]
-    target = 0.9 * int8.error
-    quantised = quantise(vit, images, kind="int8", target=target)
+    assert int8.found.error < TARGETS["int8"].error
+    target = 0.9 * int8.found.error
+    quantised = quantise(vit, images, kind="int8", target=Deviation(target, 1.0))
     assert quantised.left_out
-    assert quantised.error <= target
+    assert quantised.found.error <= target
     assert not quantised.falls_short
     assert quantised.macs >= 1 - MOST_FLOAT
-    assert quantised.error == pytest.approx(error(vit, quantised, images), rel=0.2)
+    assert quantised.found.error == pytest.approx(error(vit, quantised, images), rel=0.2)
+
+
+@torch.no_grad()
+def test_layers_are_left_out_until_classes_are_as_probable(images: Tensor) -> None:
+    model = deployed("vit", outputs=("logits",))
+    nearly = quantise(model, images, kind="int8", target=Deviation(9.0, 9.0))
+    assert not nearly.left_out
+    target = Deviation(9.0, 0.8 * nearly.found.divergence)
+    quantised = quantise(model, images, kind="int8", target=target)
+    assert quantised.left_out
+    assert not quantised.falls_short
+    found = deviation(("logits",), simulate(quantised, images), tensors_of(model(images)))
+    assert found.divergence == pytest.approx(quantised.found.divergence, rel=0.2)
+    assert found.divergence < nearly.found.divergence
 
 
 @torch.no_grad()
 def test_a_target_that_cannot_be_met_is_said(vit: DeployedModel, images: Tensor) -> None:
-    quantised = quantise(vit, images, kind="int8", target=1e-6)
+    quantised = quantise(vit, images, kind="int8", target=Deviation(1e-6, 1.0))
     assert quantised.falls_short
     assert 1 - MOST_FLOAT <= quantised.macs < 1 - MOST_FLOAT / 2
 
@@ -229,7 +244,7 @@ def test_the_worst_layer_goes_first(vit: DeployedModel, images: Tensor) -> None:
     mlp.fc1.weight, mlp.fc2.weight = (parameter(part.weight.clone()) for part in (mlp.fc1, mlp.fc2))
     mlp.fc1.weight[:, 0] *= 1e4
     mlp.fc2.weight[0] /= 1e4
-    quantised = quantise(model, images, kind="int8", target=0.03)
+    quantised = quantise(model, images, kind="int8", target=Deviation(0.03, 1.0))
     assert quantised.left_out == ("blocks.1.mlp.fc2",)
 
 
@@ -241,12 +256,12 @@ def test_what_is_left_out_keeps_neither_shift_nor_rounding(
     """With everything left out, what remains is the migrated model in float32."""
     monkeypatch.setattr(leaving_out, "MOST_FLOAT", 2.0)
     model, images = deployed(name), images_of(name, 8)
-    quantised = quantise(model, images, kind="int8", target=0.0)
+    quantised = quantise(model, images, kind="int8", target=Deviation(1e-12, 1.0))
     assert {*quantised.left_out} == {*quantisable(model)}
     assert not quantised.sites
     assert quantised.macs == 0
     assert not any(isinstance(module, Shift | Scale) for module in quantised.model.modules())
-    assert error(model, quantised, images) == quantised.error < 1e-5
+    assert error(model, quantised, images) == quantised.found.error < 1e-5
 
 
 # --- planted faults ----------------------------------------------------------------------------------------
@@ -357,7 +372,9 @@ def test_an_fp16_rest_has_scales_of_fp16(vit: DeployedModel, images: Tensor) -> 
 
 @torch.no_grad()
 def test_layers_that_read_the_same_have_one_scale() -> None:
-    quantised = quantise(deployed("qwen2_5"), images_of("qwen2_5", 8), kind="int8", target=9.0)
+    quantised = quantise(
+        deployed("qwen2_5"), images_of("qwen2_5", 8), kind="int8", target=Deviation(9.0, 1.0)
+    )
     for names in (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.fc1")):
         assert len({quantised.sites[f"blocks.0.{name}"].input_scale for name in names}) == 1
 

@@ -1,7 +1,8 @@
 """Layers that stay float, until the answers are as near to the float model's as they are to be.
 
 Errors of layers add in squares, so that one run with each of them alone quantised ranks them all: those go
-first that cost the most squared error for the multiplications they make cheap.
+first that cost the most squared error for the multiplications they make cheap. Enough is left out when the
+probabilities of classes are as near as the outputs are: they decide where logits are large.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vitdeploy.config import layer_of
 from vitdeploy.model.deployed import DeployedMlp, DeployedModel, Linear, Scale, Shift
 from vitdeploy.model.folds import parameter
+from vitdeploy.quantisation.deviation import Deviation, deviation, relative_error
 from vitdeploy.quantisation.layers import BATCH, Look, tensors_of, watching
 from vitdeploy.quantisation.sites import QuantisedSite
 
@@ -55,28 +57,15 @@ class Place:
             self.mlp.before = self.before if quantised else None
 
 
-def relative_error(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Mean over images of the error relative to the norm; of the output where it is largest."""
-    return max(
-        float(
-            (
-                (found - expected).flatten(1).norm(dim=1)
-                / expected.flatten(1).norm(dim=1).clamp_min(torch.finfo(expected.dtype).tiny)
-            ).mean()
-        )
-        for found, expected in zip(outputs, reference, strict=True)
-    )
-
-
 def leave_out(
     model: DeployedModel,
     work: DeployedModel,
     places: Mapping[str, Place],
     macs: Mapping[str, int],
     pixel_values: Tensor,
-    target: float,
-) -> tuple[tuple[str, ...], float]:
-    """Make layers of ``work`` float again until its error is the target, or too much is left out.
+    target: Deviation,
+) -> tuple[tuple[str, ...], Deviation]:
+    """Make layers of ``work`` float again until it is as near as the target, or too much is left out.
 
     Args:
         model: the float model.
@@ -84,29 +73,29 @@ def leave_out(
         macs: of every GEMM of the model.
 
     Returns:
-        The names in the order of the model, and the error that remains.
+        The names in the order of the model, and the deviation that remains.
     """
     batches = pixel_values.split(BATCH)
     reference = _joined(tensors_of(model(images)) for images in batches)
 
-    def error_without(names: set[str]) -> float:
+    def without(names: set[str]) -> Deviation:
         kept = {name: place for name, place in places.items() if name not in names}
         with watching(*_rounding(kept)):
-            return relative_error(_joined(tensors_of(work(images)) for images in batches), reference)
+            return deviation(work.outputs, _joined(tensors_of(work(images)) for images in batches), reference)
 
     left: set[str] = set()
-    error = error_without(left)
-    if error <= target or not places:
-        return (), error
-    squares = _alone(work, places, pixel_values, model)
+    found = without(left)
+    if found.excess(target) <= 1 or not places:
+        return (), found
+    squares = _alone(work, places, pixel_values)
     order = sorted(places, key=lambda name: squares[name] / macs[name], reverse=True)
     most = sum(macs[name] for name in places) - (1 - MOST_FLOAT) * sum(macs.values())
     total = sum(squares.values())
-    while error > target and order:
-        share = error**2 / max(total - sum(squares[name] for name in left), 1e-30)
-        predicted = error**2
+    while found.excess(target) > 1 and order:
+        predicted = found.excess(target) ** 2
+        share = predicted / max(total - sum(squares[name] for name in left), 1e-30)
         before = len(left)
-        while order and (predicted > target**2 or len(left) == before):
+        while order and (predicted > 1 or len(left) == before):
             name = order.pop(0)
             if sum(macs[other] for other in left) + macs[name] > most:
                 continue
@@ -115,13 +104,11 @@ def leave_out(
             places[name].use(quantised=False)
         if len(left) == before:
             break
-        error = error_without(left)
-    return tuple(name for name in places if name in left), error
+        found = without(left)
+    return tuple(name for name in places if name in left), found
 
 
-def _alone(
-    work: DeployedModel, places: Mapping[str, Place], pixel_values: Tensor, model: DeployedModel
-) -> dict[str, float]:
+def _alone(work: DeployedModel, places: Mapping[str, Place], pixel_values: Tensor) -> dict[str, float]:
     """The squared error of the outputs with one layer quantised and all others float, for each."""
     count = min(_RANKED_WITH, len(pixel_values))
     images = pixel_values[[i * len(pixel_values) // count for i in range(count)]]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitdeploy.bundle.dtypes import Quantised
 from vitdeploy.model.deployed import DeployedModel
+from vitdeploy.quantisation.deviation import Deviation
 from vitdeploy.quantisation.ranges import Ranges
 
 FP8_LARGEST = 448.0
@@ -76,8 +77,8 @@ class QuantisedModel:
         sites: by name.
         left_out: sites that could be quantised, and stay float.
         macs: share of the GEMMs' multiplications that is in 8 bits, 0 to 1.
-        error: mean relative error of the calibration images' outputs, of the worst output.
-        target: what ``error`` was to be.
+        found: how far the calibration images' outputs are from the float model's.
+        target: how far they were to be at most.
         ranges: of the float model, to be handed in again.
         attention: attentions whose products are fp8, by the name of their module.
         floats: what the weights of the sites are the rounding of, (in, out) float32 by name.
@@ -87,8 +88,8 @@ class QuantisedModel:
     sites: Mapping[str, QuantisedSite]
     left_out: tuple[str, ...]
     macs: float
-    error: float
-    target: float
+    found: Deviation
+    target: Deviation
     ranges: Ranges
     attention: Mapping[str, AttentionScales] = field(default_factory=dict)
     floats: Mapping[str, Tensor] = field(default_factory=dict)
@@ -96,4 +97,4 @@ class QuantisedModel:
     @property
     def falls_short(self) -> bool:
         """Whether the target was missed although as much was left out as may be."""
-        return not self.error <= self.target
+        return not self.found.excess(self.target) <= 1
