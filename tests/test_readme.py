@@ -45,7 +45,7 @@ RUN = (
 IMAGES = "vitdeploy/data/digits/images"
 
 _BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-_LANGUAGES = {"console", "python", "text", "json", "sh", "mermaid", ""}
+_LANGUAGES = {"console", "python", "text", "json", "sh", "yaml", "mermaid", ""}
 
 _EXPORT = re.compile(r"vitdeploy export -m digits (?!.*--(?:dry-run|force)).*-o (\S+\.bundle)\b.*")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
