@@ -107,6 +107,11 @@ def test_of_a_served_model(live_digits: Live, digits: Path, tmp_path: Path) -> N
     assert success[1] == success[0] + 1  # what is explained is no request of the sessions
 
 
+def test_a_server_that_is_told_not_to(strict: Live) -> None:
+    reply = strict.ask("POST", "/v1/models/linear:explain", b"image")
+    assert (reply.status, reply.error) == (503, "this server shows no attention rollouts (--no-explain)")
+
+
 def test_what_does_not_apply_is_said_without_a_process(linear: Path) -> None:
     async def main() -> None:
         path = "/v1/models/linear:explain"

@@ -94,7 +94,6 @@ class Explainer:
             "digest": model.bundle.manifest.digest,
             "fit": rule_name(self._settings.fit),
             "max_pixels": self._settings.max_pixels,
-            "image": base64.b64encode(image).decode(),
         }
         seconds = self._settings.timeout
         try:
@@ -103,7 +102,7 @@ class Explainer:
         except TimeoutError:
             raise RequestError("timeout", f"no rollout could be begun within {seconds:g} s") from None
         try:
-            return Explained(**await self._asked(request))
+            return Explained(**await self._asked(request, image))
         except WorkerFailure as failure:
             if isinstance(failure.__cause__, ImageError):
                 return failure.__cause__
@@ -111,9 +110,9 @@ class Explainer:
         finally:
             self._turn.release()
 
-    async def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
+    async def _asked(self, request: dict[str, Any], image: bytes) -> dict[str, Any]:
         """What the process answers; who goes away meanwhile keeps the turn, as it answers one at a time."""
-        work = asyncio.ensure_future(asyncio.to_thread(self._ask, request))
+        work = asyncio.ensure_future(asyncio.to_thread(self._ask, request, image))
         try:
             return await asyncio.shield(work)
         finally:
@@ -121,24 +120,28 @@ class Explainer:
             work.exception()  # of one that nobody waits for
             self._rest()
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any], image: bytes) -> dict[str, Any]:
         """In a thread, of which there is one at a time.
 
         Raises:
             WorkerFailure: there is no answer, or it is an error, which is the cause.
         """
-        if self._closed:
-            raise WorkerFailure(_CLOSING, fatal=True)
+        self._require_open()
         try:
             if self._worker is None:
                 self._worker = Worker(self._command, {}, child_environment(), _PATIENCE, name="the rollout")
-            return self._worker.ask("rollout", **request)
+            self._require_open()  # again, so that nothing was started that nobody ends
+            return self._worker.ask("rollout", **request, image=base64.b64encode(image).decode())
         except OSError as error:
             raise WorkerFailure(f"the rollout cannot be started: {error}", fatal=True) from error
         except WorkerFailure as failure:
             if failure.fatal:
                 self._end()
             raise
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise WorkerFailure(_CLOSING, fatal=True)
 
     def _end(self) -> None:
         """End the process, if there is one; the next request starts another. For who has the turn."""
