@@ -25,6 +25,7 @@ OUTSIDE = (
     "action.yml",
     "benchmarks/README.md",
     "examples/benchmark-workflow.yml",
+    "examples/verify-workflow.yml",
     "kernels/README.md",
     "kernels/resources.csv",
     "vitdeploy/data/digits/README.md",

@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "kernels/*.md", "vitdeploy/data/digits/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "kernels/*.md", "vitdeploy/data/digits/*.md")
     for path in ROOT.glob(pattern)
 )
 

@@ -7,9 +7,9 @@ prints. Measured numbers may differ; words, columns, labels and counts may not.
 A command that ends with ``&`` stays in the background once it has printed what is shown; ``kill %1`` ends it,
 and shows what it printed since. Its ports are any free ones. Besides ``vitdeploy``, ``curl`` is run.
 
-The folder has the images of the digits model, and what README takes for granted: ``my-vit``, a fine-tuned
-model as transformers saves it, and ``photo.png``; for docs/cli.md there is ``wide.png``. An export that
-several documents show is run once.
+The folder has the images of the digits model, and what a document takes for granted (``GIVEN``), README for
+instance ``my-vit``, a fine-tuned model as transformers saves it, and ``photo.png``. An export that several
+documents or tests need is run once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.conftest import export_digits
 from tests.helpers.commands import ISOLATED, Result, prefork
 from tests.helpers.exports import Exports
 from tests.helpers.paths import ROOT
@@ -41,13 +42,15 @@ RUN = (
         for n in ("quickstart", "python", "checkpoints", "families", "cli", "precision", "gpu", "tensorrt")
     ),
     *(f"docs/{n}.md" for n in ("benchmark", "serving", "verify", "zero-shot", "explain")),
+    *(f"docs/tasks/{n}.md" for n in ("fine-tuned", "timm", "zero-shot", "int8")),
+    *(f"docs/tasks/{n}.md" for n in ("tensorrt", "triton-server", "colleague")),
 )
 IMAGES = "vitdeploy/data/digits/images"
 
 _BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-_LANGUAGES = {"console", "python", "text", "json", "sh", "mermaid", ""}
+_LANGUAGES = {"console", "python", "text", "json", "sh", "yaml", "mermaid", ""}
 
-_EXPORT = re.compile(r"vitdeploy export -m digits (?!.*--(?:dry-run|force)).*-o (\S+\.bundle)\b.*")
+_EXPORT = re.compile(r"vitdeploy export -m (\S+) (?!.*--(?:dry-run|force)).*-o (?P<bundle>\S+\.bundle)\b.*")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 _MEASURED = (
@@ -191,6 +194,8 @@ class Shell:
     folder: Path
     environment: dict[str, str]
     exports: Exports
+    models: frozenset[str] = frozenset({"digits"})
+    """That are the same in every document that exports them."""
     code: int = 0
     """Of the last command; 0 where the document has shown it."""
     server: Background | None = None
@@ -215,10 +220,10 @@ class Shell:
 
     def _foreground(self, step: Step) -> None:
         export = _EXPORT.fullmatch(step.command or "")
-        if export is None or (self.folder / export[1]).exists():
+        if export is None or export[1] not in self.models or (self.folder / export["bundle"]).exists():
             done = self._run(step)
         else:
-            done = self._export(step, self.folder / export[1])
+            done = self._export(step, self.folder / export["bundle"])
         self.code = done.code
         what = f"{step.place}: {step.command or 'the program'}"
         assert step.command or not self.code, f"{what} failed:\n{done.err}"
@@ -226,6 +231,13 @@ class Shell:
 
     def _export(self, step: Step, bundle: Path) -> Result:
         """Documents that show the same export share its bundle."""
+
+        if "--int8" in step.words:  # which takes long, and is what the tests share
+            flags = [word.replace(IMAGES, f"{ROOT / IMAGES}") for word in step.words[4:]]
+            assert flags[-2:] == ["-o", bundle.name], f"{step.place}: -o comes last"
+            exported = export_digits(self.exports, *flags[:-2])
+            shutil.copytree(exported.folder, bundle)
+            return Result(0, exported.result.err + exported.result.out, "")
 
         def make(folder: Path) -> Result:
             done = self._run(step)
@@ -263,21 +275,55 @@ def environment() -> dict[str, str]:
     return {**os.environ, **ISOLATED}
 
 
+GIVEN = {
+    "README.md": ("my-vit", "photo.png"),
+    "docs/cli.md": ("wide.png",),
+    "docs/tasks/fine-tuned.md": ("my-vit", "photo.png", "held_out"),
+    "docs/tasks/timm.md": ("my-timm",),
+    "docs/tasks/zero-shot.md": ("my-clip", "labels.txt", "photo.png"),
+    "docs/tasks/colleague.md": ("my-vit",),
+}
+"""What a document takes for granted."""
+
+
+def give(folder: Path, name: str) -> None:
+    """Put there what stands for the reader's own."""
+    photo, path = ROOT / IMAGES / "3_0045.png", folder / name
+    if name == "my-vit":
+        from tests.helpers.checkpoints import save_digits  # brings transformers: not for the quick tests
+
+        save_digits(path)
+    elif name == "my-clip":
+        from tests.helpers.text_checkpoints import save_clip
+
+        save_clip(path)
+    elif name == "my-timm":
+        shutil.copytree(ROOT / "tests/oracles/timm/vit", path, ignore=shutil.ignore_patterns("answer*"))
+    elif name == "labels.txt":
+        path.write_text("cat\ndog\nowl\n", encoding="utf-8")
+    elif name == "held_out":
+        words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+        for image in (ROOT / IMAGES).iterdir():
+            (path / words[int(image.name[0])]).mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, path / words[int(image.name[0])])
+    elif name == "photo.png":
+        shutil.copy(photo, path)
+    else:
+        assert name == "wide.png"
+        with Image.open(photo) as image:
+            image.resize((64, 32)).save(path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("document", RUN)
 def test_commands_and_programs_do_what_the_document_shows(
     document: str, environment: dict[str, str], exports: Exports, tmp_path: Path
 ) -> None:
     shutil.copytree(ROOT / IMAGES, tmp_path / IMAGES)
-    if document == "README.md":
-        from tests.helpers.checkpoints import save_digits  # brings transformers: not for the quick tests
-
-        save_digits(tmp_path / "my-vit")
-        shutil.copy(ROOT / IMAGES / "3_0045.png", tmp_path / "photo.png")
-    if document == "docs/cli.md":
-        with Image.open(ROOT / IMAGES / "3_0045.png") as image:
-            image.resize((64, 32)).save(tmp_path / "wide.png")
-    shell = Shell(tmp_path, environment, exports)
+    given = GIVEN.get(document, ())
+    for name in given:
+        give(tmp_path, name)
+    shell = Shell(tmp_path, environment, exports, frozenset({"digits", *given} & {"digits", "my-vit"}))
     try:
         for step in with_free_ports([*steps(document)]):
             shell.run(step)
@@ -299,6 +345,14 @@ def test_every_vitdeploy_command_of_the_readme_is_run() -> None:
         for block in _BLOCK.finditer((ROOT / document).read_text(encoding="utf-8")):
             hidden = block["language"] == "sh" and re.search(r"^\W*vitdeploy ", block["body"], re.MULTILINE)
             assert not hidden, f"{document}: a command in a block that is not run:\n{block['body']}"
+
+
+def test_every_task_has_a_page_that_is_run() -> None:
+    pages = {f"docs/tasks/{path.name}" for path in (ROOT / "docs/tasks").glob("*.md")}
+    assert pages - {"docs/tasks/README.md"} == {name for name in RUN if name.startswith("docs/tasks/")}
+    assert GIVEN.keys() <= {*RUN}
+    index = (ROOT / "docs/tasks/README.md").read_text(encoding="utf-8")
+    assert all(f"]({page.rpartition('/')[2]})" in index for page in pages - {"docs/tasks/README.md"})
 
 
 def test_the_readme_is_read_in_a_minute() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
+import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.helpers.action import ActionRun, run_action
+from tests.helpers.commands import in_this_process
 from tests.helpers.paths import ROOT
+from tests.helpers.pictures import picture
+from vitdeploy.benchmark.results import read_results
 
 GITHUB = ROOT / ".github"
 BUNDLE = ROOT / "tests/oracles/bundles/0.1.0"
@@ -73,67 +77,169 @@ def test_the_citation_is_of_this_version() -> None:
 
 # --- the action that verifies a bundle in somebody's pull request ------------------------------------------
 
+ACTION = ROOT / "action.yml"
 
-def step(name: str, cwd: Path, **values: str) -> subprocess.CompletedProcess[str]:
-    """Run a step of action.yml as a runner would, its inputs at their defaults but for ``values``."""
-    action = read(ROOT / "action.yml")
-    (found,) = (one for one in action["runs"]["steps"] if one["name"] == name)
-    inputs = {key: field.get("default", "") for key, field in action["inputs"].items()} | values
-    assert inputs.keys() == action["inputs"].keys()
-    context = {f"inputs.{key}": value for key, value in inputs.items()} | {"github.action_path": str(ROOT)}
-    given = {
-        key: re.sub(r"\$\{\{ (\S+) \}\}", lambda match: context[match[1]], value)
-        for key, value in found["env"].items()
-    }
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # pip says what it would install, and asks no index.
-    pip = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
-    return subprocess.run(
-        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", found["run"]],
-        cwd=cwd,
-        env={**os.environ, **pip, "PIP_IGNORE_INSTALLED": "1", "PATH": path, **given},
-        capture_output=True,
-        text=True,
-        check=False,
+
+def acted(folder: Path, only: str | None = None, **inputs: str) -> ActionRun:
+    """The whole action, or one step, with ``_`` in an input's name for ``-``; what it would install is here
+    already."""
+    (folder / "checkout").mkdir()
+    given = {name.replace("_", "-"): value for name, value in inputs.items()}
+    return run_action(ACTION, folder / "checkout", given, only=only)
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A vitdeploy that writes down how it is called, and ends with the code in the file ``code``."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    program = folder / "vitdeploy"
+    log, code = shlex.quote(f"{folder}/calls"), shlex.quote(f"{folder}/code")
+    said = 'for word in "$@"; do [ "$last" = --markdown ] && echo "| slower |" > "$word"; last=$word; done\n'
+    program.write_text(
+        f"#!/bin/bash\nprintf '%s\\0' \"$@\" >> {log}\nprintf '\\n' >> {log}\n{said}exit $(cat {code})\n"
     )
+    program.chmod(0o755)
+    (folder / "code").write_text("0")
+    return folder
+
+
+def calls(programs: Path) -> list[list[str]]:
+    return [line.split("\0")[:-1] for line in (programs / "calls").read_text().splitlines()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["", "onnxruntime"])
-def test_the_action_passes_a_good_bundle(backend: str, tmp_path: Path) -> None:
-    done = step("Verify", tmp_path, bundle=str(BUNDLE), backend=backend)
-    assert done.returncode == 0, done.stderr
-    assert "comparisons passed" in done.stdout + done.stderr
+def test_the_action_passes_a_good_bundle(tmp_path: Path) -> None:
+    """All of it, with labelled images and a baseline: measured a moment ago, and written down as slower, so
+    that nothing which the machine does meanwhile makes a regression of it."""
+    import vitdeploy
+
+    results = vitdeploy.bench(BUNDLE, backends=["onnxruntime"], batches=[1], budget=0.3)
+    (cell,) = results.cells
+    slower = cell.model_copy(update={"samples_ms": tuple(1000 * sample for sample in cell.samples_ms)})
+    baseline = results.model_copy(update={"cells": (slower,)}).model_dump_json()
+    (tmp_path / "baseline.json").write_text(baseline, encoding="utf-8")
+    for name, label in (("a", "cat"), ("b", "dog")):
+        (tmp_path / f"data/{label}").mkdir(parents=True)
+        picture(ord(name), (32, 32)).save(tmp_path / f"data/{label}/{name}.png")
+    done = acted(
+        tmp_path,
+        bundle=str(BUNDLE),
+        backend="onnxruntime",
+        data=str(tmp_path / "data"),
+        max_drop="0.5",
+        baseline=str(tmp_path / "baseline.json"),
+        tolerance="10%",
+        budget="0.3s",
+        bench_flags="--batch 1",
+    )
+    assert [*done.steps] == ["Install vitdeploy", "Verify", "Measure"]
+    assert done.code == 0, done.steps["Measure"].stderr
+    verified = done.steps["Verify"].stdout + done.steps["Verify"].stderr
+    assert "comparisons passed" in verified
+    assert "accuracy on 2 images" in verified
+    assert done.summary.startswith("✅")
+    assert "onnx-fp32" in done.summary
+    assert read_results(Path(done.outputs["results"])).cells[0].batch == 1
 
 
 @pytest.mark.slow
-def test_the_action_fails_where_there_is_no_bundle(tmp_path: Path) -> None:
-    assert step("Verify", tmp_path, bundle="missing").returncode == 2
+def test_the_action_fails_where_a_byte_is_wrong(tmp_path: Path) -> None:
+    shutil.copytree(BUNDLE, tmp_path / "bad.bundle")
+    model = tmp_path / "bad.bundle/model.onnx"
+    data = bytearray(model.read_bytes())
+    data[len(data) // 2] ^= 1
+    model.write_bytes(data)
+    done = acted(tmp_path, bundle=str(tmp_path / "bad.bundle"), baseline="baseline.json")
+    assert [*done.steps] == ["Install vitdeploy", "Verify"]  # what is wrong is not measured
+    assert done.code != 0
+    assert "model.onnx" in done.steps["Verify"].stderr
+    assert done.outputs == {"results": ""}
 
 
-def test_the_example_gives_the_action_what_it_takes() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step, inputs, said",
+    [
+        ("Verify", {"bundle": "missing"}, "missing"),
+        ("Verify", {"bundle": str(BUNDLE), "max_drop": "1"}, "--data"),
+        ("Measure", {"bundle": str(BUNDLE), "baseline": "missing.json"}, "missing.json"),
+    ],
+    ids=["bundle", "data", "baseline"],
+)
+def test_the_action_fails_where_something_is_missing(
+    tmp_path: Path, step: str, inputs: dict[str, str], said: str
+) -> None:
+    done = acted(tmp_path, step, backend="onnxruntime", **inputs)
+    assert done.code == 2
+    assert said in done.steps[step].stderr
+
+
+def test_what_the_action_calls(programs: Path, tmp_path: Path) -> None:
+    """Each word where it belongs, whatever is in it; a step that nobody asked for does not run."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    odd = "my models/$(touch here).bundle"
+    run_action(ACTION, tmp_path / "a", {"bundle": odd}, programs=programs, only="Verify")
+    assert calls(programs) == [["verify", odd]]
+    (programs / "calls").unlink()
+    inputs = {"bundle": odd, "backend": "openvino", "data": "held out", "max-drop": "0.5"}
+    measured = {"baseline": "old.json", "bench-flags": "--batch 1,8 --threads 2"}
+    (programs / "pip").symlink_to("/bin/true")
+    (programs / "python").symlink_to("/bin/true")
+    done = run_action(ACTION, tmp_path / "b", inputs | measured, programs=programs)
+    verify, bench = calls(programs)
+    assert verify == ["verify", odd, "--backend", "openvino", "--data", "held out", "--max-drop", "0.5"]
+    results = done.outputs["results"]
+    summary = f"{Path(results).parent}/vitdeploy-summary.md"
+    assert bench == [
+        *("bench", odd, "--backend", "openvino", "--compare", "old.json", "--tolerance", "5%"),
+        *("--budget", "60s", "-o", results, "--markdown", summary, "--batch", "1,8", "--threads", "2"),
+    ]
+    assert not list(tmp_path.rglob("here"))
+
+
+def test_a_slower_bundle_fails_the_action_and_its_page_says_so(programs: Path, tmp_path: Path) -> None:
+    (programs / "code").write_text("6")
+    (tmp_path / "checkout").mkdir()
+    inputs = {"bundle": "any", "baseline": "old.json"}
+    done = run_action(ACTION, tmp_path / "checkout", inputs, programs=programs, only="Measure")
+    assert (done.code, done.summary) == (6, "| slower |\n")
+    assert done.outputs["results"]
+
+
+def test_the_example_gives_the_action_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     (used,) = (
         one
         for one in read(ROOT / "examples/verify-workflow.yml")["jobs"]["verify"]["steps"]
         if "/vitdeploy@" in one.get("uses", "")
     )
-    inputs = read(ROOT / "action.yml")["inputs"]
+    inputs = read(ACTION)["inputs"]
     assert used["with"].keys() <= inputs.keys()
     assert {name for name, field in inputs.items() if field.get("required")} <= used["with"].keys()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(used["with"]["extras"].split(",")) <= project["optional-dependencies"].keys()
+    assert all(isinstance(value, str) for value in used["with"].values())
+    known = in_this_process(capsys, "bench", "--help").out
+    assert all(flag in known for flag in re.findall(r"--[a-z-]+", used["with"]["bench-flags"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extras", ["", "openvino,export"])
 def test_the_action_installs_its_own_version(extras: str, tmp_path: Path) -> None:
-    done = step("Install vitdeploy", tmp_path, bundle="any", extras=extras)
+    done = installed(tmp_path, extras=extras)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^Would install vitdeploy-\d", done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.mark.slow
 def test_the_action_asks_for_the_version_that_is_named(tmp_path: Path) -> None:
-    done = step("Install vitdeploy", tmp_path, bundle="any", version="987.6")
+    done = installed(tmp_path, version="987.6")
     assert done.returncode == 1
     assert "vitdeploy[]==987.6" in done.stderr or "vitdeploy==987.6" in done.stderr
+
+
+def installed(folder: Path, **inputs: str) -> subprocess.CompletedProcess[str]:
+    (folder / "checkout").mkdir()
+    name = "Install vitdeploy"
+    return run_action(ACTION, folder / "checkout", {"bundle": "any", **inputs}, only=name).steps[name]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import vitdeploy
@@ -17,6 +20,7 @@ from tests.helpers.pictures import picture, pictures
 from tests.helpers.weights_bundles import write_weights
 from vitdeploy.data import digits_folder
 from vitdeploy.errors import ImageError, UsageError
+from vitdeploy.explanation.answering import Rollouts
 
 THREE = digits_folder() / "images/3_0045.png"
 
@@ -108,6 +112,22 @@ def test_each_image_goes_where_it_fits(exports: object, tmp_path: Path) -> None:
     found = vitdeploy.explain(bundle, [picture(0, (40, 40)), picture(1, (40, 80))], html=tmp_path / "s.html")
     assert [image.image_size for image in found.images] == [(32, 32), (32, 64)]
     assert [image.rollout.shape for image in found.images] == [(4, 4), (4, 8)]
+    # A server's process chooses alike, by the server's own rule.
+    rollouts, buffer = Rollouts(), io.BytesIO()
+    picture(1, (40, 80)).save(buffer, "PNG")
+    asked = {
+        "bundle": str(bundle.root),
+        "digest": bundle.manifest.digest,
+        "max_pixels": 10_000,
+        "image": base64.b64encode(buffer.getvalue()).decode(),
+    }
+    assert [rollouts.answer({**asked, "fit": rule})["size"] for rule in ("aspect", "32x32")] == [
+        "32x64",
+        "32x32",
+    ]
+    np.testing.assert_allclose(
+        rollouts.answer({**asked, "fit": "aspect"})["rollout"], found.images[1].rollout, rtol=1e-4
+    )
 
 
 def refused(run: Run, *arguments: object) -> str:

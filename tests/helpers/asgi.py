@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from tests.helpers.live_server import Reply
 from vitdeploy.progress import Progress
 from vitdeploy.server import http
+from vitdeploy.server.explaining import Explainer
 from vitdeploy.server.loading import ModelSettings
 from vitdeploy.server.repository import ModelRepository, parse_named_bundles
 from vitdeploy.server.service import RequestLimits, Service
@@ -64,17 +65,24 @@ class Application:
 
 @asynccontextmanager
 async def application(
-    *bundles: object, limits: RequestLimits | None = None, **settings: Any
+    *bundles: object, limits: RequestLimits | None = None, explain: Sequence[str] = (), **settings: Any
 ) -> AsyncIterator[Application]:
-    """Serve bundles, named as on the command line, without a socket."""
+    """Serve bundles, named as on the command line, without a socket.
+
+    Args:
+        explain: the command that shows where models look.
+    """
     metrics = Metrics()
     with ThreadPoolExecutor(2) as workers:
         named = parse_named_bundles([str(bundle) for bundle in bundles])
         chosen = replace(ModelSettings(), **settings)
         repository = ModelRepository(named, chosen, metrics, workers, Progress())
-        service = Service(repository, metrics, limits or RequestLimits())
+        explainer = Explainer(explain, chosen) if explain else None
+        service = Service(repository, metrics, limits or RequestLimits(), explainer=explainer)
         await repository.load_all()
         try:
             yield Application(http.asgi_application(service), service)
         finally:
+            if explainer is not None:
+                await explainer.close()
             await repository.close()

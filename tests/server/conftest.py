@@ -47,13 +47,15 @@ def live(shared_live: Live) -> Iterator[Live]:
 
 @pytest.fixture(scope="session")
 def shared_strict(linear: Path) -> Iterator[Live]:
-    with serving(linear, "--max-body", "1MiB", "--max-pixels", 63, "--fixed-models") as server:
+    flags = ("--max-body", "1MiB", "--max-pixels", 63, "--fixed-models", "--no-explain")
+    with serving(linear, *flags) as server:
         yield server
 
 
 @pytest.fixture
 def strict(shared_strict: Live) -> Iterator[Live]:
-    """``linear``, whose clients may send 1 MiB and images of 63 pixels, and may not change what is served."""
+    """``linear``, whose clients may send 1 MiB and images of 63 pixels, and may neither change what is served
+    nor ask where it looks."""
     with shared_strict.watched() as server:
         yield server
 

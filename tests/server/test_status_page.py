@@ -92,6 +92,52 @@ def test_an_image_becomes_bars(browser: Chromium, live_digits: Live, digits: Pat
     }
 
 
+LOOK = "document.getElementById('look').click()"
+SEEN = """
+(() => {
+  const image = document.getElementById('rollout');
+  const shown = !image.hidden && image.complete && image.naturalWidth > 0;
+  const box = image.getBoundingClientRect(), bars = document.getElementById('result').getBoundingClientRect();
+  return shown && [image.naturalWidth, box.left >= bars.right, box.top >= bars.bottom, box.right];
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_where_it_looks_is_shown_on_request(
+    browser: Chromium, live_digits: Live, width: int, dark: bool
+) -> None:
+    browser.open(live_digits.url, width=width, height=900, dark=dark)
+    eventually(browser, MODELS)
+    give(browser, DROP, png(), "image/png")
+    eventually(browser, "document.querySelectorAll('#result .bar').length")
+    assert browser.evaluate("document.getElementById('looked').hidden")
+    assert not any(":explain" in address for address in browser.requested)
+    browser.evaluate(LOOK)
+    pixels, beside, below, right = eventually(browser, SEEN)  # type: ignore[misc]
+    assert (pixels, beside, below) == (320, width == 1200, width == 390)
+    assert right <= width
+    assert "whatever the class" in browser.evaluate("document.getElementById('looking').textContent")
+    scrolled, window = browser.evaluate(BEYOND)
+    assert scrolled <= window
+    assert browser.complaints == []
+    browser.evaluate(LOOK)
+    assert browser.evaluate("document.getElementById('looked').hidden")
+
+
+def test_where_it_looks_is_said_not_to_apply(browser: Chromium, live: Live) -> None:
+    browser.open(live.url, width=390, height=900)
+    eventually(browser, MODELS)
+    browser.evaluate(LOOK)
+    give(browser, DROP, png(), "image/png")
+    said = eventually(browser, "document.getElementById('unseen').textContent")
+    assert "is a module of somebody's own" in str(said)
+    assert browser.evaluate("document.getElementById('looked').hidden")
+    assert len(browser.evaluate(BARS)[0]) > 0
+    scrolled, window = browser.evaluate(BEYOND)
+    assert scrolled <= window
+
+
 def test_what_is_no_image_is_said(browser: Chromium, live_digits: Live) -> None:
     browser.open(live_digits.url, width=1200, height=900)
     eventually(browser, MODELS)

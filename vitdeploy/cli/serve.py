@@ -143,19 +143,26 @@ def command(
     fixed_models: Annotated[
         bool, typer.Option("--fixed-models", help="Clients may not load and unload models.")
     ] = False,
+    no_explain: Annotated[
+        bool,
+        typer.Option(
+            "--no-explain", help="Clients may not ask where a model looks, for which PyTorch is started."
+        ),
+    ] = False,
 ) -> int:
     """Serve bundles over HTTP and gRPC until Ctrl-C or SIGTERM, which loses no request.
 
     The Open Inference Protocol v2 (tritonclient works unchanged), image files at
-    /v1/models/NAME:predict, or for vectors at /v1/embeddings (openai's client works unchanged),
-    Prometheus metrics at /metrics, a page to try images at /. Each bundle is checked against its golden
-    outputs before it takes requests; one that is replaced on disk is loaded anew without a gap. What shares
-    out the processors best is measured once (--plan-seconds) and kept in the bundle for this machine; flags
-    that say it win. Requests of all clients are batched together. A bundle with several image sizes is one
-    model: tensors go to the size that they have, images to the one that --fit chooses, and the answer says
-    which.
+    /v1/models/NAME:predict, or for vectors at /v1/embeddings (openai's client works unchanged), where
+    the model looks at /v1/models/NAME:explain, Prometheus metrics at /metrics, a page to try images at
+    /. Each bundle is checked against its golden outputs before it takes requests; one that is replaced
+    on disk is loaded anew without a gap. What shares out the processors best is measured once
+    (--plan-seconds) and kept in the bundle for this machine; flags that say it win. Requests of all
+    clients are batched together. A bundle with several image sizes is one model: tensors go to the size
+    that they have, images to the one that --fit chooses, and the answer says which.
     """
     from vitdeploy.backends.base import Options
+    from vitdeploy.explanation.answering import COMMAND as explaining
     from vitdeploy.images.fitting import parse_rule
     from vitdeploy.server.loading import ModelSettings
     from vitdeploy.server.process import Endpoint, run_server
@@ -182,7 +189,8 @@ def command(
     )
     body = parse.byte_count(max_body, "--max-body") or RequestLimits.body_bytes
     limits, ending = RequestLimits(body_bytes=body, images=max_images), parse.duration(drain, "--drain")
-    endpoint = Endpoint(host, port, grpc_port, reload_seconds, ending, not fixed_models, limits)
+    looking = () if no_explain else explaining
+    endpoint = Endpoint(host, port, grpc_port, reload_seconds, ending, not fixed_models, looking, limits)
     with output.Stages() as stages:
         end = run_server(parse_named_bundles(bundles), settings, endpoint, started=_started, progress=stages)
     answered = "every accepted request answered" if end.complete else f"not all was answered within {drain}"

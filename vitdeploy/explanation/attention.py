@@ -74,7 +74,12 @@ def _grouped(weights: Tensor) -> Tensor:
 
 
 def observe(
-    model: Reference, view: ModelView, pixel_values: Tensor, outputs: Sequence[Output]
+    model: Reference,
+    view: ModelView,
+    pixel_values: Tensor,
+    outputs: Sequence[Output],
+    *,
+    gradients: bool = True,
 ) -> Observation:
     """Run a reference on one image and keep what is inside.
 
@@ -82,7 +87,8 @@ def observe(
         model: with its parameters on the CPU, whose dtype everything is computed in.
         view: of this model.
         pixel_values: (1, C, H, W), normalised, in that dtype.
-        outputs: which to compute; gradients are kept for ``logits``, if they are among them.
+        outputs: which to compute.
+        gradients: whether they are kept, for ``logits`` if they are among the outputs.
     """
     found = Observation(view)
     stages = dict(model.stages())
@@ -100,7 +106,7 @@ def observe(
     watched += [(stages[f"blocks.{number}"], see_tokens) for number in range(len(view.blocks))]
     if view.probe is not None:
         watched.append((view.probe, see_probe))
-    wants_gradients = "logits" in outputs
+    wants_gradients = gradients and "logits" in outputs
     with _watching(watched), torch.set_grad_enabled(wants_gradients):
         # The weights are constants: what makes a graph is that the pixels are none.
         pixels = pixel_values.detach().requires_grad_(wants_gradients)

@@ -54,9 +54,9 @@ class ImageFigures:
             "path": self.path,
             "image_size": list(self.image_size),
             "predictions": [_label(prediction) for prediction in self.predictions],
-            "rollout": None if self.rollout is None else _numbers(self.rollout),
-            "relevance": [_label(found.label) | {"map": _numbers(found.places)} for found in self.relevance],
-            "distances": [_numbers(heads) for heads in self.distances],
+            "rollout": None if self.rollout is None else numbers(self.rollout),
+            "relevance": [_label(found.label) | {"map": numbers(found.places)} for found in self.relevance],
+            "distances": [numbers(heads) for heads in self.distances],
             "norms": [norms._asdict() for norms in self.norms],
         }
 
@@ -120,7 +120,7 @@ class Explanation:
             "bundle": str(self.bundle),
             "model": self.summary,
             "images": [image.as_dict() for image in self.images],
-            "distances": [_numbers(heads) for heads in self.distances],
+            "distances": [numbers(heads) for heads in self.distances],
             "filters": [round(share, 6) for share in self.model.shares],
             "precision": [
                 {
@@ -144,7 +144,7 @@ def _label(prediction: Prediction) -> dict[str, Any]:
     return {"label": prediction.label, "index": prediction.index, "score": prediction.score}
 
 
-def _numbers(values: Float) -> list[Any]:
+def numbers(values: Float) -> list[Any]:
     """Six significant digits: figures are for eyes."""
     found: list[Any] = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])(values).tolist()
     return found

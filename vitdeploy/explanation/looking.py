@@ -19,11 +19,12 @@ from vitdeploy.explanation import measures
 from vitdeploy.explanation.attention import Observation, attention_bytes, observe
 from vitdeploy.explanation.figures import ImageFigures, LeftOut, ModelFigures, Relevance
 from vitdeploy.explanation.measures import Array, Float
-from vitdeploy.explanation.pictures import seen
+from vitdeploy.explanation.pictures import Pixels, seen
 from vitdeploy.explanation.precision import BlockErrors, block_errors
 from vitdeploy.images.preprocess import apply
 from vitdeploy.machine.memory import total_memory
 from vitdeploy.model.registry import architecture_of
+from vitdeploy.model.view import ModelView
 from vitdeploy.predictor import Prediction, Predictor, best_of
 
 _CLASSES = 5
@@ -43,6 +44,15 @@ class Looker(ABC):
     @abstractmethod
     def look(self, name: str, image: Image.Image) -> ImageFigures:
         """The figures of one image."""
+
+    def rollout(self, image: Image.Image) -> tuple[Pixels, Float]:
+        """What the model is given, as a picture, (H, W, 3), and the attention rollout, (rows, columns).
+
+        Raises:
+            UsageError: the model has no rollout; says why.
+        """
+        left = self.left_out()[0]
+        raise UsageError(f"{left.figure} cannot be shown: {left.reason}")
 
     @abstractmethod
     def weights(self) -> ModelFigures:
@@ -78,6 +88,23 @@ def looker_of(bundle: Bundle, spec: Preprocess) -> Looker:
     return ReferenceLooker(bundle, spec)
 
 
+def preprocess_of(bundle: Bundle) -> Preprocess:
+    """How its images are prepared.
+
+    Raises:
+        UsageError: no images can go in.
+    """
+    spec = bundle.manifest.preprocess
+    if spec is None:
+        raise UsageError(
+            f"{bundle.root}: says nothing of preprocessing, so images cannot be looked at with it",
+            hint="export the model again with --preprocess",
+        )
+    if not spec.takes_images:
+        raise UsageError(f"{bundle.root}: reads tensors of {spec.channels} channels, not images")
+    return spec
+
+
 class ReferenceLooker(Looker):
     """By the reference model, in float32."""
 
@@ -110,11 +137,24 @@ class ReferenceLooker(Looker):
             with torch.no_grad():
                 logits = self.model(pixels, "logits")[0].numpy() if self.config.classes else None
             return ImageFigures(name, picture, self._named(logits))
-        found = observe(self.model, self.view, pixels, self.outputs)
-        if not all(bool(tensor.isfinite().all()) for tensor in (*found.tokens, *found.outputs.values())):
-            raise BundleError(f"{self.bundle.root}: the reference model computes numbers that are not finite")
+        found = self._observed(self.view, pixels)
         logits = found.outputs["logits"].detach()[0].numpy() if "logits" in found.outputs else None
         return self._figures(name, picture, found, logits)
+
+    def rollout(self, image: Image.Image) -> tuple[Pixels, Float]:
+        view = self.view
+        if view is None or not view.whole:
+            return super().rollout(image)
+        pixels = self.pixels(image)
+        found, last = self._observed(view, pixels, gradients=False), view.blocks[-1]
+        tokens = measures.on_the_grid(found.rollout(), last.tokens.numpy(), last.grid)
+        return seen(pixels[0].numpy(), self.spec), tokens
+
+    def _observed(self, view: ModelView, pixels: Tensor, *, gradients: bool = True) -> Observation:
+        found = observe(self.model, view, pixels, self.outputs, gradients=gradients)
+        if not all(bool(tensor.isfinite().all()) for tensor in (*found.tokens, *found.outputs.values())):
+            raise BundleError(f"{self.bundle.root}: the reference model computes numbers that are not finite")
+        return found
 
     def _named(self, logits: Array | None, count: int = _CLASSES) -> tuple[Prediction, ...]:
         return () if logits is None else tuple(best_of(self.bundle.manifest, logits, count))

@@ -18,6 +18,7 @@ from vitdeploy.explanation.pictures import (
     Kind,
     Pixels,
     data_url,
+    easily_seen,
     encoded,
     heat,
     over,
@@ -29,8 +30,6 @@ from vitdeploy.explanation.pictures import (
 
 _TILE = 64
 """Pixels of a small picture's height."""
-_MOST_SIDE = 448
-"""Pixels of a large one's longer side, on the page."""
 _SIMILAR = 16
 """Rows and columns of positions whose similarity to all others is shown, at most."""
 
@@ -142,7 +141,7 @@ def _url(pixels: Pixels, sharp: bool) -> str:
 def _section(image: ImageFigures, number: int) -> ImageSection:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(image.path).stem).strip("_")[:40] or "image"
     folder = f"{number:02d}-{stem}"
-    picture = _shown(image.picture)
+    picture = easily_seen(image.picture)
     shown = [Picture(f"{folder}/input.png", picture, "what the model is given")]
     if image.rollout is not None:
         title, note = "attention rollout", "whatever the class"
@@ -155,17 +154,6 @@ def _section(image: ImageFigures, number: int) -> ImageSection:
     best = image.predictions[0] if image.predictions else None
     answer = f"{best.label}, score {best.score:.4f}" if best else ""
     return ImageSection(image, Path(image.path).name, answer, tuple(shown), tuple(_small(image, folder)))
-
-
-def _shown(picture: Pixels) -> Pixels:
-    """Neither so small that nothing is seen, nor larger than a page needs."""
-    longer = max(picture.shape[:2])
-    if 160 <= longer <= _MOST_SIDE:
-        return picture
-    height, width = (
-        round(side * (320 if longer < 160 else _MOST_SIDE) / longer) for side in picture.shape[:2]
-    )
-    return resized(picture, max(1, height), max(1, width))
 
 
 def _small(image: ImageFigures, folder: str) -> Iterator[Picture]:

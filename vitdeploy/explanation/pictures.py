@@ -18,6 +18,8 @@ Pixels = NDArray[np.uint8]
 """(H, W, 3), or (H, W, 4) with transparency."""
 Kind = Literal["PNG", "WEBP"]
 
+_MOST_SIDE = 448
+"""Pixels of a picture's longer side, on a page."""
 _STOPS: Float = np.array(
     [
         [8, 12, 44],
@@ -61,6 +63,16 @@ def resized(image: Pixels, height: int, width: int, *, smooth: bool = True) -> P
     """A picture of another size; without ``smooth``, every pixel stays a rectangle."""
     how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     return np.array(Image.fromarray(image).resize((width, height), how))
+
+
+def easily_seen(picture: Pixels) -> Pixels:
+    """A picture neither so small that nothing is seen, nor larger than a page needs."""
+    longer = max(picture.shape[:2])
+    if 160 <= longer <= _MOST_SIDE:
+        return picture
+    wanted = 320 if longer < 160 else _MOST_SIDE
+    height, width = (round(side * wanted / longer) for side in picture.shape[:2])
+    return resized(picture, max(1, height), max(1, width))
 
 
 def over(image: Pixels, values: Array) -> Pixels:

@@ -20,7 +20,7 @@ from vitdeploy.bundle.staging import StagedFolder
 from vitdeploy.config import Preprocess, size_name
 from vitdeploy.errors import UsageError
 from vitdeploy.explanation.figures import Explanation
-from vitdeploy.explanation.looking import Looker, looker_of
+from vitdeploy.explanation.looking import Looker, looker_of, preprocess_of
 from vitdeploy.explanation.page import Drawn, draw, html_text
 from vitdeploy.images.decode import ImageSource, load_image
 from vitdeploy.images.fitting import fit
@@ -45,7 +45,7 @@ def run_explain(
     """Look at images with a bundle; ``vitdeploy.explain`` documents the arguments and errors."""
     progress = progress or Progress()
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    spec = _preprocess(opened)
+    spec = preprocess_of(opened)
     if not 1 <= len(images) <= MOST_IMAGES:
         raise UsageError(
             f"{len(images)} images: figures are drawn of 1 to {MOST_IMAGES}", hint="name some of them"
@@ -79,23 +79,6 @@ def run_explain(
         stage.size = len(page.encode())
         stage.detail = f"{html or (folder or Path()) / PAGE}"
     return explanation
-
-
-def _preprocess(bundle: Bundle) -> Preprocess:
-    """How its images are prepared.
-
-    Raises:
-        UsageError: no images can go in.
-    """
-    spec = bundle.manifest.preprocess
-    if spec is None:
-        raise UsageError(
-            f"{bundle.root}: says nothing of preprocessing, so images cannot be looked at with it",
-            hint="export the model again with --preprocess",
-        )
-    if not spec.takes_images:
-        raise UsageError(f"{bundle.root}: reads tensors of {spec.channels} channels, not images")
-    return spec
 
 
 def _name(source: ImageSource, number: int) -> str:

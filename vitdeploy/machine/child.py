@@ -122,10 +122,14 @@ class Worker:
         self._send({"do": do, **arguments})
         return self.answer(limit)
 
-    def close(self) -> None:
-        """End the process and whatever it started."""
+    def kill(self) -> None:
+        """End the process and whatever it started, from any thread: one that waits for an answer is told."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process and whatever it started, and let go of it; nobody waits for an answer."""
+        self.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE)
         for stream in (self._process.stdin, self._process.stdout, self._stderr):

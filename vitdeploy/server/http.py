@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitdeploy._version import __version__
 from vitdeploy.errors import VitdeployError
-from vitdeploy.server import http_embeddings, http_images, pages
+from vitdeploy.server import http_embeddings, http_explanations, http_images, pages
 from vitdeploy.server.codec import parse_json, parse_request, render_response
 from vitdeploy.server.http_io import (
     compressed,
@@ -51,6 +51,7 @@ def starlette_application(service: Service) -> Starlette:
     table: list[tuple[str, str, Handler]] = [
         *(("POST", f"{base}/infer", _infer) for base in (model, version)),
         *http_images.ROUTES,
+        *http_explanations.ROUTES,
         *http_embeddings.ROUTES,
         ("GET", "/v2/health/live", _live),
         ("GET", "/v2/health/ready", _ready),

@@ -32,7 +32,7 @@ async def predict(request: Request, service: Service) -> Response:
     service.require_open()
     with service.repository.using(name, version) as model:
         top_k = _top_k(request)
-        images = await _images(request, service)
+        images = await images_of(request, service)
         results = await until_disconnect(request, model.classify([data for _, data in images], top_k))
         predictions, sizes = [], []
         for (title, _), result in zip(images, results, strict=True):
@@ -73,8 +73,12 @@ def _top_k(request: Request) -> int:
     return int(text)
 
 
-async def _images(request: Request, service: Service) -> list[tuple[str, bytes]]:
-    """What to call each image in an error, and its bytes."""
+async def images_of(request: Request, service: Service) -> list[tuple[str, bytes]]:
+    """What to call each image of a request in an error, and its bytes.
+
+    Raises:
+        RequestError: the body has no images, or too many, or is not what its headers say.
+    """
     body = await read_body(request, service.limits)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":

@@ -19,6 +19,7 @@ from vitdeploy.errors import MissingDependency, UsageError
 from vitdeploy.images.decode import keep_quiet
 from vitdeploy.machine.processors import processors
 from vitdeploy.progress import Progress
+from vitdeploy.server.explaining import Explainer
 from vitdeploy.server.loading import ModelSettings
 from vitdeploy.server.repository import ModelRepository, NamedBundle
 from vitdeploy.server.service import RequestLimits, Service
@@ -45,6 +46,8 @@ class Endpoint:
     """How long the end waits for requests in hand."""
     control: bool = True
     """Whether clients may load and unload models."""
+    explain: Sequence[str] = ()
+    """What shows where models look, a command (``server.explaining``); empty is nothing."""
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
@@ -116,7 +119,8 @@ async def _serve(
     metrics = Metrics()
     with ThreadPoolExecutor(processors(), thread_name_prefix="decode") as workers:
         repository = ModelRepository(bundles, settings, metrics, workers, progress)
-        service = Service(repository, metrics, endpoint.limits, control=endpoint.control)
+        explainer = Explainer(endpoint.explain, settings) if endpoint.explain else None
+        service = Service(repository, metrics, endpoint.limits, control=endpoint.control, explainer=explainer)
         web = _uvicorn(service, endpoint)
         async with contextlib.AsyncExitStack() as stack:
             bound = stack.enter_context(contextlib.closing(_bind(endpoint.host, endpoint.port)))
@@ -138,6 +142,8 @@ async def _serve(
                 web.should_exit = True
                 await running
                 await stack.aclose()
+                if explainer is not None:
+                    await explainer.close()
                 await repository.close()
                 return Shutdown(told.result() if told.done() else 0, complete)
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vitdeploy.errors import ImageError
+from vitdeploy.server.explaining import Explained, Explainer
 from vitdeploy.server.messages import InferRequest, InferResponse, RequestError
 from vitdeploy.server.repository import ModelRepository
+from vitdeploy.server.served_model import ServedModel
 from vitdeploy.server.statistics import Metrics
 
 EXTENSIONS = (
@@ -43,6 +47,8 @@ class Service:
     draining: bool = False
     control: bool = True
     """Whether clients may load and unload models."""
+    explainer: Explainer | None = None
+    """Shows where models look; None refuses that."""
 
     def require_open(self) -> None:
         """Raise a RequestError once the server is shutting down."""
@@ -64,6 +70,16 @@ class Service:
         with self.repository.using(name, version) as model:
             return await model.infer(request)
 
+    async def explain(self, model: ServedModel, images: Sequence[bytes]) -> list[Explained | ImageError]:
+        """Where a model looks in each image; one that cannot be read has its error.
+
+        Raises:
+            RequestError: the model or the moment is wrong, or nobody may ask.
+        """
+        if self.explainer is None:
+            raise RequestError("unavailable", "this server shows no attention rollouts (--no-explain)")
+        return await self.explainer.explain(model, images)
+
     async def drain(self, seconds: float) -> bool:
         """Refuse what is new; wait until what was accepted is answered, this long at most.
 
@@ -77,4 +93,6 @@ class Service:
                         await asyncio.sleep(0.01)
             complete = complete and not self.repository.busy
             self.repository.abandon()
+            if self.explainer is not None:
+                self.explainer.abandon()
         return complete
