@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -217,8 +218,19 @@ def test_version_is_said_once() -> None:
     import vitdeploy
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert vitdeploy.__version__ == project["version"]
-    assert f"[{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert "version" not in project
+    assert vitdeploy.__version__ == metadata.version("vitdeploy")
+    assert f"[{vitdeploy.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_plain_tree_imports(tmp_path: Path) -> None:
+    """A copy of the packages that nobody installed, in an environment with nothing else in it."""
+    shutil.copytree(ROOT / "vitdeploy", tmp_path / "vitdeploy", ignore=shutil.ignore_patterns("data"))
+    code = "import vitdeploy; print(vitdeploy.__version__, vitdeploy.__file__)"
+    done = run(sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}")
+    assert done.stdout.split() == [metadata.version("vitdeploy"), f"{tmp_path}/vitdeploy/__init__.py"], (
+        done.stderr
+    )
 
 
 def test_importing_the_package_is_light() -> None:
