@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
+from tests.helpers.environments import link, needed, normal
 from tests.helpers.live_server import serving
 from tests.helpers.paths import ROOT
 
@@ -150,32 +150,6 @@ def test_wheel_exports_predicts_and_serves_in_an_environment_of_its_own(
     assert reply.document["predictions"][0][0] == pytest.approx(best, abs=1e-6)
 
 
-def needed(distribution: metadata.Distribution, extras: set[str]) -> list[metadata.Distribution]:
-    """What a distribution with these extras depends on, as installed here, without itself."""
-    found: dict[str, metadata.Distribution] = {}
-    queue = [(distribution, extras)]
-    seen = set()
-    while queue:
-        one, extras = queue.pop()
-        for requirement in map(Requirement, one.requires or ()):
-            marker = requirement.marker
-            if marker and not any(marker.evaluate({"extra": extra}) for extra in {"", *extras}):
-                continue
-            name = normal(requirement.name)
-            if (name, *sorted(requirement.extras)) not in seen:
-                seen.add((name, *sorted(requirement.extras)))
-                found[name] = metadata.distribution(name)
-                queue.append((found[name], requirement.extras))
-    return list(found.values())
-
-
-def link(distribution: metadata.Distribution, site: Path) -> None:
-    """Make a distribution's packages and metadata visible in another environment."""
-    for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
-        if not (site / name).exists():
-            (site / name).symlink_to(Path(str(distribution.locate_file(name))))
-
-
 def test_public_names_are_pinned() -> None:
     import vitdeploy
 
@@ -269,10 +243,6 @@ def makefile_extras() -> list[str]:
     found = re.search(r"^EXTRAS := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert found is not None
     return found[1].split(",")
-
-
-def normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.slow

@@ -118,6 +118,11 @@ class VitRunner:
                     step.call()
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights lie, and the output."""
+        return next(iter(self.plans.values())).image.device
+
+    @property
     def report(self) -> tuple[str, ...]:
         """The fusion report of the largest batch, a line for each part of the model."""
         return fusion_report(self.plans[self.batches[-1]].steps, self.shape)

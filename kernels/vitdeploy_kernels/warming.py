@@ -53,9 +53,14 @@ class Warmer:
                 job = self._pool.submit(compile_plan, shape, self._dtype, batch, table, place)
                 self._known[key] = job
 
-    def finish(self, seconds: float) -> None:
-        """Wait for everything, not longer than this."""
-        wait(self._known.values(), timeout=max(seconds, 0.0))
+    @property
+    def count(self) -> int:
+        """Distinct binaries that it was told of."""
+        return len(self._known)
+
+    def finish(self, seconds: float) -> int:
+        """Wait for everything, not longer than this; how many are not done then."""
+        return len(wait(self._known.values(), timeout=max(seconds, 0.0)).not_done)
 
     def ready(self, spec: Spec, seconds: float) -> None:
         """Wait for what a spec needs, not longer than this."""

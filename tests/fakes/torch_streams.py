@@ -90,5 +90,8 @@ class FakeEvent:
     def __init__(self, cuda: FakeCuda, name: str) -> None:
         self._cuda, self.name = cuda, name
 
+    def synchronize(self) -> None:
+        self._cuda.log.append(f"wait for {self.name}")
+
     def record(self, stream: FakeStream) -> None:
         self._cuda.log.append(f"{self.name} on {stream.name}")
