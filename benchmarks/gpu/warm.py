@@ -1,16 +1,18 @@
-"""Compiles what a model's plans launch, launcher stubs included, in as many processes as there are cores."""
+"""Compiles what is launched next, launcher stubs included, in as many processes as there are cores."""
 
 from __future__ import annotations
 
 import os
 import time
 
+import kernel_by_kernel
 import record
 import torch
 from end_to_end import BATCHES
 from models import Model, table_of
 from stopwatch import Deadline
 
+from vitdeploy_kernels.specs import model_specs
 from vitdeploy_kernels.warming import Warmer
 
 
@@ -25,6 +27,11 @@ def main() -> None:
     with Warmer(torch.float16, processes) as warmer:
         for batch in (1,) if given.rehearse else BATCHES:
             warmer.submit_plan(model.shape, batch, table)
+        for batch in (
+            (1,) if given.rehearse else kernel_by_kernel.BATCHES
+        ):  # their statistics have other tiles
+            specs = model_specs(model.shape, torch.float16, batch, table)
+            warmer.submit({spec: [table.config(spec.kernel, spec.shape)] for spec in specs})
         left = warmer.finish(deadline.left)
     facts = {"binaries": warmer.count, "unfinished": left, "processes": processes}
     facts["seconds"] = round(time.monotonic() - start, 2)
