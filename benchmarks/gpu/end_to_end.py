@@ -54,7 +54,7 @@ def main() -> None:
     recorder = record.Recorder(given.record, given.rehearse)
     model = Model.of("B/16", given.rehearse)
     table = table_of(given.table, model.device)
-    for batch in (2, 1) if given.rehearse else BATCHES:
+    for batch in (2,) if given.rehearse else BATCHES:
         if deadline.left <= 0:
             print(f"the time is up before batch {batch}")
             return

@@ -73,7 +73,7 @@ def test_the_rehearsal_runs_every_step_without_pydantic(bare: Path, tmp_path: Pa
     assert record["gap"][0]["launches"] > 1
     assert record["warm"][0]["unfinished"] == 0
     cells = {(cell["label"], cell["batch"]): cell["contestants"] for cell in record["cell"]}
-    assert set(cells) == {(label, batch) for label in ("default", "tuned") for batch in (1, 2)}
+    assert set(cells) == {("default", 2), ("tuned", 2)}
     for contestants in cells.values():
         names = ["vitdeploy", "sdpa, CUDA graph", "sdpa, eager", "vitdeploy, from the host"]
         assert list(contestants) == names
@@ -94,7 +94,8 @@ def test_the_rehearsal_runs_every_step_without_pydantic(bare: Path, tmp_path: Pa
     (ahead,) = record["ahead_of_time"]
     assert ahead["cubins"] == 1
     assert all(facts["relative_error"] < 5e-3 for facts in ahead["contestants"].values())
-    assert len(record["tuned"]) > 10
+    assert len(record["tuned"]) > 3
+    assert all(found["route"] and len(found["microseconds"]) > 1 for found in record["tuned"])
     assert [found["mode"] for found in record["compiled"]] == ["default", "max-autotune"]
     assert all("vitdeploy" in found["contestants"] for found in record["compiled"])
 
