@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
+from tests.helpers.environments import link, needed, normal
 from tests.helpers.live_server import serving
 from tests.helpers.paths import ROOT
 
@@ -149,32 +150,6 @@ def test_wheel_exports_predicts_and_serves_in_an_environment_of_its_own(
     assert reply.document["predictions"][0][0] == pytest.approx(best, abs=1e-6)
 
 
-def needed(distribution: metadata.Distribution, extras: set[str]) -> list[metadata.Distribution]:
-    """What a distribution with these extras depends on, as installed here, without itself."""
-    found: dict[str, metadata.Distribution] = {}
-    queue = [(distribution, extras)]
-    seen = set()
-    while queue:
-        one, extras = queue.pop()
-        for requirement in map(Requirement, one.requires or ()):
-            marker = requirement.marker
-            if marker and not any(marker.evaluate({"extra": extra}) for extra in {"", *extras}):
-                continue
-            name = normal(requirement.name)
-            if (name, *sorted(requirement.extras)) not in seen:
-                seen.add((name, *sorted(requirement.extras)))
-                found[name] = metadata.distribution(name)
-                queue.append((found[name], requirement.extras))
-    return list(found.values())
-
-
-def link(distribution: metadata.Distribution, site: Path) -> None:
-    """Make a distribution's packages and metadata visible in another environment."""
-    for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
-        if not (site / name).exists():
-            (site / name).symlink_to(Path(str(distribution.locate_file(name))))
-
-
 def test_public_names_are_pinned() -> None:
     import vitdeploy
 
@@ -217,8 +192,19 @@ def test_version_is_said_once() -> None:
     import vitdeploy
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert vitdeploy.__version__ == project["version"]
-    assert f"[{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert "version" not in project
+    assert vitdeploy.__version__ == metadata.version("vitdeploy")
+    assert f"[{vitdeploy.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_plain_tree_imports(tmp_path: Path) -> None:
+    """A copy of the packages that nobody installed, in an environment with nothing else in it."""
+    shutil.copytree(ROOT / "vitdeploy", tmp_path / "vitdeploy", ignore=shutil.ignore_patterns("data"))
+    code = "import vitdeploy; print(vitdeploy.__version__, vitdeploy.__file__)"
+    done = run(sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}")
+    assert done.stdout.split() == [metadata.version("vitdeploy"), f"{tmp_path}/vitdeploy/__init__.py"], (
+        done.stderr
+    )
 
 
 def test_importing_the_package_is_light() -> None:
@@ -257,10 +243,6 @@ def makefile_extras() -> list[str]:
     found = re.search(r"^EXTRAS := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert found is not None
     return found[1].split(",")
-
-
-def normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+import vitdeploy
 from tests.helpers.action import ActionRun, run_action
 from tests.helpers.commands import in_this_process
 from tests.helpers.paths import ROOT
@@ -72,7 +73,7 @@ def test_hooks_are_the_tools_of_make_lint() -> None:
 def test_the_citation_is_of_this_version() -> None:
     citation = read(ROOT / "CITATION.cff")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert (citation["version"], citation["license"]) == (vitdeploy.__version__, project["license"])
 
 
 # --- the action that verifies a bundle in somebody's pull request ------------------------------------------

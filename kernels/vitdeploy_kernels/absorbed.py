@@ -19,6 +19,7 @@ from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
 from vitdeploy_kernels.layernorm_attention import append
 from vitdeploy_kernels.support import (
     Support,
+    autocast,
     check_device,
     check_tensor,
     first_reason,
@@ -265,6 +266,7 @@ def head_linear(x: Tensor, weight: Tensor, *, config: Config | None = None) -> T
     Raises:
         UnsupportedError: a shape, dtype or device that the kernel does not take.
     """
+    x, weight = autocast(x), autocast(weight)
     require(supports_head_linear(x, weight), "head_linear")
     result: Tensor = _head_linear(rows_of(x), weight.contiguous(), config and config.as_list())
     return result
@@ -327,6 +329,7 @@ def absorbed_attention(
     (https://arxiv.org/abs/1805.02867); the absorbed projections: DeepSeek-AI 2024, "DeepSeek-V2", 2.1.2
     (https://arxiv.org/abs/2405.04434).
     """
+    queries, x = autocast(queries), autocast(x)
     require(supports_absorbed_attention(queries, x, stats), "absorbed_attention")
     result: Tensor = _absorbed_attention(
         queries.contiguous(), rows_of(x), stats.contiguous(), scale, eps, config and config.as_list()

@@ -12,7 +12,15 @@ from torch import Tensor
 from vitdeploy_kernels.config import Config, choose
 from vitdeploy_kernels.gemm import narrow, tile_statistics
 from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
-from vitdeploy_kernels.support import Support, check_device, check_tensor, first_reason, require, rows_of
+from vitdeploy_kernels.support import (
+    Support,
+    autocast,
+    check_device,
+    check_tensor,
+    first_reason,
+    require,
+    rows_of,
+)
 
 WIDEST = 8192
 """A row is held in registers, and no vision transformer is wider."""
@@ -171,6 +179,7 @@ def add_layernorm(
 
     Source: Ba et al. 2016, "Layer Normalization" (https://arxiv.org/abs/1607.06450).
     """
+    x, branch = autocast(x), None if branch is None else autocast(branch)
     require(supports(x, branch, bias), "add_layernorm")
     total, normed = _operator(
         rows_of(x),
@@ -212,6 +221,7 @@ def row_statistics(x: Tensor, *, config: Config | None = None) -> Tensor:
 
     Source: Chan, Golub & LeVeque 1983 (https://doi.org/10.1080/00031305.1983.10483115).
     """
+    x = autocast(x)
     require(supports(x), "row_statistics")
     stats: Tensor = _statistics(rows_of(x), config and config.as_list())
     return stats

@@ -16,6 +16,7 @@ from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
 from vitdeploy_kernels.support import (
     DTYPES,
     Support,
+    autocast,
     check_device,
     check_tensor,
     first_reason,
@@ -354,6 +355,7 @@ def attention(
     """
     if scale is None:
         scale = (max(qkv.shape[-1], 1) / (3 * max(heads, 1))) ** -0.5
+    qkv = autocast(qkv)
     require(supports(qkv, heads, scale, bias), "attention")
     result: Tensor = _operator(
         qkv.contiguous(), heads, scale, bias if bias is None else rows_of(bias), config and config.as_list()

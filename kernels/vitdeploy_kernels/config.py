@@ -9,7 +9,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -20,6 +20,9 @@ import torch
 Route = Literal["fused", "cublas", "pair"]
 """How a part is computed: by the fused kernel, by cuBLASLt with LayerNorm and residual addition apart, or,
 for ``layernorm_attention``, by the pair of ``layernorm_linear`` and ``attention``."""
+
+MANY_ROWS = 2**14
+"""About what 64 images of 197 or 257 tokens have together."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,50 @@ def table_for(device: torch.device) -> Table:
 
 
 def choose(
-    kernel: str, shape: Sequence[int], device: torch.device, given: Sequence[int] | None = None
+    kernel: str,
+    shape: Sequence[int],
+    device: torch.device,
+    given: Sequence[int] | None = None,
+    *,
+    tile: int | None = None,
 ) -> Config:
-    """The configuration of an operator: the one given (:meth:`Config.as_list`), else the shipped table's."""
-    return table_for(device).config(kernel, shape) if given is None else Config(*given)
+    """The configuration of an operator: the one given (:meth:`Config.as_list`), else the shipped table's.
+
+    Args:
+        kernel: by its name in the tables.
+        shape: the kernel's own numbers.
+        device: of its tensors.
+        given: by the caller; nothing is looked up then.
+        tile: the block_n that it must have, of :func:`statistics_tile`.
+    """
+    return _looked_up(kernel, tuple(shape), device, tile) if given is None else Config(*given)
+
+
+@functools.lru_cache(maxsize=4096)
+def _looked_up(kernel: str, shape: tuple[int, ...], device: torch.device, tile: int | None) -> Config:
+    table = table_for(device)
+    if tile is not None:
+        fitting = tuple(entry for entry in table.kernels[kernel] if entry.config.block_n == tile)
+        table = replace(table, kernels={kernel: fitting})
+    return table.config(kernel, shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def statistics_tile(
+    kernel: str, columns: int, depth: int, device: torch.device, given: tuple[int, ...] | None = None
+) -> int:
+    """Columns of a tile of the row statistics that an operator leaves: the block_n of its configuration.
+
+    One for all numbers of rows, because it decides the shape of the statistics, and the shape of an output
+    must not depend on a batch size that is not known when a model is traced. It is what suits many rows.
+
+    Args:
+        kernel: by its name in the tables.
+        columns: of its output.
+        depth: of its product.
+        device: of its tensors.
+        given: the caller's configuration (:meth:`Config.as_list`).
+    """
+    if given is not None:
+        return Config(*given).block_n
+    return table_for(device).config(kernel, (MANY_ROWS, columns, depth)).block_n

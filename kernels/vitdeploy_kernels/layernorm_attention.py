@@ -17,6 +17,7 @@ from vitdeploy_kernels.launch import Constant, Launch, power_of_two
 from vitdeploy_kernels.support import (
     DTYPES,
     Support,
+    autocast,
     check_device,
     check_tensor,
     first_reason,
@@ -381,6 +382,7 @@ def layernorm_attention(
     """
     if scale is None:
         scale = (max(weight.shape[-1], 1) / (3 * max(heads, 1))) ** -0.5
+    x, weight = autocast(x), autocast(weight)
     require(supports(x, weight, bias, heads, mask, scale), "layernorm_attention")
     result: Tensor = _operator(
         x.contiguous(), weight.contiguous(), bias.contiguous(), heads, scale, eps,

@@ -16,6 +16,7 @@ from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
 from vitdeploy_kernels.support import (
     DTYPES,
     Support,
+    autocast,
     check_device,
     check_tensor,
     first_reason,
@@ -205,6 +206,7 @@ def layernorm_linear(
 
     Source: Ba et al. 2016, "Layer Normalization" (https://arxiv.org/abs/1607.06450).
     """
+    x, weight = autocast(x), autocast(weight)
     require(supports(x, stats, weight, colsum, bias, activation), "layernorm_linear")
     result: Tensor = _operator(
         rows_of(x), stats.contiguous(), weight.contiguous(), colsum.contiguous(), bias.contiguous(),

@@ -9,10 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitdeploy_kernels.config import Config, choose
+from vitdeploy_kernels.config import Config, choose, statistics_tile
 from vitdeploy_kernels.gemm import product, tile_of, write_tile
 from vitdeploy_kernels.launch import Constant, Launch, tiles
-from vitdeploy_kernels.support import Support, check_device, check_tensor, first_reason, require, rows_of
+from vitdeploy_kernels.support import (
+    Support,
+    autocast,
+    check_device,
+    check_tensor,
+    first_reason,
+    require,
+    rows_of,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -103,13 +111,16 @@ def launch(
     return Launch(linear_residual_kernel, grid, arguments, constants, config.warps, config.stages)
 
 
-def _chosen(x: Tensor, weight: Tensor, config: Sequence[int] | None) -> Config:
-    return choose("linear_residual", (x.shape[0], weight.shape[1], x.shape[1]), x.device, config)
+def _tile(weight: Tensor, config: Sequence[int] | None) -> int:
+    depth, columns = weight.shape
+    return statistics_tile(
+        "linear_residual", int(columns), int(depth), weight.device, config and tuple(config)
+    )
 
 
-def _outputs(x: Tensor, weight: Tensor, chosen: Config) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, weight: Tensor, config: Sequence[int] | None) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape[0], weight.shape[1]
-    stats = x.new_empty(rows, tiles(columns, chosen.block_n), 2, dtype=torch.float32)
+    stats = x.new_empty(rows, tiles(columns, _tile(weight, config)), 2, dtype=torch.float32)
     return x.new_empty(rows, columns), stats
 
 
@@ -121,8 +132,9 @@ def _operator(
     residual: Tensor,
     config: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    chosen = _chosen(x, weight, config)
-    out, stats = _outputs(x, weight, chosen)
+    shape = (x.shape[0], weight.shape[1], x.shape[1])
+    chosen = choose("linear_residual", shape, x.device, config, tile=_tile(weight, config))
+    out, stats = _outputs(x, weight, config)
     launch(x, weight, bias, residual, out, stats, config=chosen).run()
     return out, stats
 
@@ -135,7 +147,7 @@ def _(
     residual: Tensor,
     config: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(x, weight, _chosen(x, weight, config))
+    return _outputs(x, weight, config)
 
 
 def linear_residual(
@@ -172,6 +184,7 @@ def linear_residual(
 
     Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (https://arxiv.org/abs/1603.05027).
     """
+    x, weight, residual = autocast(x), autocast(weight), autocast(residual)
     require(supports(x, weight, bias, residual), "linear_residual")
     out, stats = _operator(
         rows_of(x),

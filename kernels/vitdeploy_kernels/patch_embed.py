@@ -9,10 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitdeploy_kernels.config import Config, choose
+from vitdeploy_kernels.config import Config, choose, statistics_tile
 from vitdeploy_kernels.gemm import dot, narrow, tile_of, write_tile
 from vitdeploy_kernels.launch import Constant, Launch, tiles
-from vitdeploy_kernels.support import DTYPES, Support, check_device, check_tensor, first_reason, require
+from vitdeploy_kernels.support import (
+    DTYPES,
+    Support,
+    autocast,
+    check_device,
+    check_tensor,
+    first_reason,
+    require,
+)
 
 IMAGES = (torch.float32, *DTYPES)
 """What an (N, C, H, W) image may be; (N, H, W, C) is uint8."""
@@ -171,14 +179,16 @@ def launch(
     return Launch(patch_embed_kernel, grid, arguments, constants, config.warps, config.stages)
 
 
-def _chosen(image: Tensor, weight: Tensor, tokens: Tensor, config: Sequence[int] | None) -> Config:
-    shape = (image.shape[0] * tokens.shape[0], weight.shape[1], weight.shape[0])
-    return choose("patch_embed", shape, image.device, config)
+def _tile(weight: Tensor, config: Sequence[int] | None) -> int:
+    depth, columns = weight.shape
+    return statistics_tile("patch_embed", int(columns), int(depth), weight.device, config and tuple(config))
 
 
-def _outputs(image: Tensor, weight: Tensor, tokens: Tensor, chosen: Config) -> tuple[Tensor, Tensor]:
+def _outputs(
+    image: Tensor, weight: Tensor, tokens: Tensor, config: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
     count, length, columns = image.shape[0], tokens.shape[0], weight.shape[1]
-    parts = tiles(columns, chosen.block_n)
+    parts = tiles(columns, _tile(weight, config))
     stats = weight.new_empty(count * length, parts, 2, dtype=torch.float32)
     return weight.new_empty(count, length, columns), stats
 
@@ -193,8 +203,9 @@ def _operator(
     scale: float,
     config: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    chosen = _chosen(image, weight, tokens, config)
-    out, stats = _outputs(image, weight, tokens, chosen)
+    shape = (image.shape[0] * tokens.shape[0], weight.shape[1], weight.shape[0])
+    chosen = choose("patch_embed", shape, image.device, config, tile=_tile(weight, config))
+    out, stats = _outputs(image, weight, tokens, config)
     launch(image, weight, tokens, out, stats, patch=patch, prefix=prefix, scale=scale, config=chosen).run()
     return out, stats
 
@@ -209,7 +220,7 @@ def _(
     scale: float,
     config: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(image, weight, tokens, _chosen(image, weight, tokens, config))
+    return _outputs(image, weight, tokens, config)
 
 
 def patch_embed(
@@ -253,6 +264,7 @@ def patch_embed(
 
     Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (https://arxiv.org/abs/2010.11929).
     """
+    weight = autocast(weight)
     require(supports(image, weight, tokens, patch=patch, prefix=prefix), "patch_embed")
     out, stats = _operator(
         image.contiguous(), weight.contiguous(), tokens.contiguous(),

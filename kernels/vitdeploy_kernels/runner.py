@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitdeploy_kernels.config import Table, table_for
+from vitdeploy_kernels.graphs import Turns, capture
 from vitdeploy_kernels.launch import Launch
 from vitdeploy_kernels.planner import Plan, Readout, Step, Workspace
 from vitdeploy_kernels.plans import Shape, Weights, build_plan
@@ -26,10 +28,15 @@ def buckets(largest: int) -> tuple[int, ...]:
 
 
 class VitRunner:
-    """A model in memory, ready to run. Serves one thread at a time.
+    """A model in memory, ready to run.
 
     A batch is padded to the next bucket; on a GPU its CUDA graph is replayed, so that the host queues one
     thing whatever the depth of the model. All memory is taken at the start.
+
+    Threads may share a runner: their calls take turns. A call is queued on the caller's current stream of the
+    runner's GPU, which need not be the current GPU, and waits there for the calls before it. Runners share
+    nothing, so that two on one GPU run side by side. Autocast changes nothing: the weights' dtype is the
+    model's.
 
     Args:
         shape: the model.
@@ -58,13 +65,17 @@ class VitRunner:
         device = weights.embedding.weight.device
         require(first_reason([check_device(weights.embedding.weight)]), "the runner")
         chosen = table or table_for(device)
+        self._turns = Turns(device)
         workspace = Workspace(device)
         self.plans: dict[int, Plan] = {}
         for batch in sorted(set(batches), reverse=True):  # the largest first: the others share its memory
             self.plans[batch] = build_plan(shape, weights, batch, chosen, workspace, readout)
         self.batches = tuple(sorted(self.plans))
-        cuda = device.type == "cuda"
-        self._graphs = {batch: self._capture(plan) for batch, plan in self.plans.items()} if cuda else {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if device.type == "cuda":
+            with torch.no_grad():
+                for batch, plan in self.plans.items():
+                    self._graphs[batch] = capture(functools.partial(self._run, plan), device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -89,31 +100,27 @@ class VitRunner:
         if images.shape[1:] != plan.image.shape[1:] or images.dtype != plan.image.dtype:
             wanted, given = (f"{tuple(t.shape[1:])} {t.dtype}" for t in (plan.image, images))
             raise UnsupportedError(f"images must be {wanted}, not {given}")
-        plan.image[:count].copy_(images, non_blocking=True)
-        if batch in self._graphs:
-            self._graphs[batch].replay()
-        else:
-            self._run(plan)
-        return plan.output[:count].clone()
+        with self._turns.turn():
+            plan.image[:count].copy_(images, non_blocking=True)
+            if batch in self._graphs:
+                self._graphs[batch].replay()
+            else:
+                self._run(plan)
+            return plan.output[:count].clone()
 
     def _run(self, plan: Plan) -> None:
-        for step in plan.steps:
-            if step.launch is not None:
-                self._execute(step.launch)
-            elif step.call is not None:
-                step.call()
+        # What is left to torch is in the weights' dtype already, and writes into buffers of that dtype.
+        with torch.autocast(plan.image.device.type, enabled=False):
+            for step in plan.steps:
+                if step.launch is not None:
+                    self._execute(step.launch)
+                elif step.call is not None:
+                    step.call()
 
-    @torch.no_grad()
-    def _capture(self, plan: Plan) -> torch.cuda.CUDAGraph:
-        device = plan.image.device
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            self._run(plan)  # compiles, and lets cuBLAS take its workspace
-        torch.cuda.synchronize(device)
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
-            self._run(plan)
-        return graph
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie, and the output."""
+        return next(iter(self.plans.values())).image.device
 
     @property
     def report(self) -> tuple[str, ...]:

@@ -91,6 +91,20 @@ def check_device(*tensors: Tensor | None) -> str | None:
     return f"the kernels need an NVIDIA GPU, and the tensors are on {device.type}{hint}"
 
 
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor as ``torch.autocast`` has it: in the region's dtype, like the operands of torch's products.
+
+    Only operands of the compute dtype go through here. Biases, statistics and column sums stay float32, and a
+    float64 tensor is left alone, as torch leaves it; outside of a region nothing happens.
+    """
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensor
+    dtype = torch.get_autocast_dtype(kind)
+    fits = dtype in DTYPES and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if fits else tensor
+
+
 def rows_of(tensor: Tensor) -> Tensor:
     """The tensor with columns that lie next to each other; copied only if they do not."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

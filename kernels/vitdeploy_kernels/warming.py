@@ -7,6 +7,7 @@ import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from vitdeploy_kernels.launch import Launch
 from vitdeploy_kernels.plans import Shape, launches
 from vitdeploy_kernels.problems import build
 from vitdeploy_kernels.specs import Spec
+from vitdeploy_kernels.support import interpreted
 
 META = torch.device("meta")
 
@@ -51,9 +53,14 @@ class Warmer:
                 job = self._pool.submit(compile_plan, shape, self._dtype, batch, table, place)
                 self._known[key] = job
 
-    def finish(self, seconds: float) -> None:
-        """Wait for everything, not longer than this."""
-        wait(self._known.values(), timeout=max(seconds, 0.0))
+    @property
+    def count(self) -> int:
+        """Distinct binaries that it was told of."""
+        return len(self._known)
+
+    def finish(self, seconds: float) -> int:
+        """Wait for everything, not longer than this; how many are not done then."""
+        return len(wait(self._known.values(), timeout=max(seconds, 0.0)).not_done)
 
     def ready(self, spec: Spec, seconds: float) -> None:
         """Wait for what a spec needs, not longer than this."""
@@ -84,7 +91,15 @@ def compile_plan(shape: Shape, dtype: torch.dtype, batch: int, table: Table, pla
 
 
 def warm(launch: Launch) -> None:
-    """Compile a launch, whose tensors may be meta tensors."""
-    warmup: Callable[..., object] = launch.kernel.warmup
+    """Compile a launch, whose tensors may be meta tensors, and the stub that Python launches it through.
+
+    Triton builds the stub with a C compiler when ``run`` is read first, and keeps it on disk like the binary:
+    left out here, stubs would be built one after the other in the process that measures. The interpreter has
+    nothing to compile.
+    """
+    if interpreted():
+        return
+    warmup: Callable[..., Any] = launch.kernel.warmup
     with contextlib.redirect_stdout(None):  # Triton prints a failing kernel's whole assembly
-        warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options)
+        compiled = warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options)
+        _ = compiled.run

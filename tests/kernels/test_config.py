@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,13 +17,16 @@ from tests.helpers import interpreter  # noqa: F401  (before anything imports a 
 from tests.helpers.paths import ROOT
 from vitdeploy_kernels.candidates import shared_memory
 from vitdeploy_kernels.config import (
+    MANY_ROWS,
     Config,
     Entry,
     Table,
+    choose,
     format_table,
     load_table,
     parse_table,
     shipped_table,
+    statistics_tile,
     table_name,
 )
 from vitdeploy_kernels.occupancy import LIMITS
@@ -176,6 +180,37 @@ def test_an_architecture_without_a_table_takes_the_one_before(capability: tuple[
 def test_a_gpu_that_is_too_old_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"no kernel configurations for compute capability 7\.5"):
         shipped_table((7, 5))
+
+
+def test_an_operator_looks_its_configuration_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked_up(device: torch.device) -> Table:
+        raise AssertionError("looked up again")
+
+    shape, device = (4242, 96, 32), torch.device("cpu")
+    first = choose("layernorm_linear", shape, device)
+    monkeypatch.setattr("vitdeploy_kernels.config.table_for", looked_up)
+    assert choose("layernorm_linear", shape, device) is first
+    with pytest.raises(AssertionError, match="looked up again"):
+        choose("layernorm_linear", (4243, 96, 32), device)
+    given = Config(block_m=32)
+    assert choose("layernorm_linear", (4243, 96, 32), device, given.as_list()) == given
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", ["linear_residual", "patch_embed"])
+def test_the_shape_of_statistics_does_not_depend_on_the_rows(
+    kernel: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What suits many rows decides; few rows take the nearest configuration with such tiles."""
+    monkeypatch.setattr("vitdeploy_kernels.config.table_for", lambda device: shipped_table(capability))
+    device, (columns, depth) = torch.device("cuda", sum(capability)), (768, 768)
+    tile = statistics_tile(kernel, columns, depth, device)
+    assert tile == choose(kernel, (MANY_ROWS, columns, depth), device).block_n
+    for rows in (1, 197, 1576, 12608, 50432):
+        config = choose(kernel, (rows, columns, depth), device, tile=tile)
+        assert config.block_n == tile
+        assert config in [entry.config for entry in shipped_table(capability).kernels[kernel]]
+    assert statistics_tile(kernel, columns, depth, device, tuple(Config(block_n=32).as_list())) == 32
 
 
 def test_table_names_are_file_names() -> None:

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,17 @@ import torch
 from tests.fakes import cuda
 from tests.fakes.cuda import FakeDriver
 from tests.helpers.kernel_launches import layernorm_linear_launch
+from tests.helpers.kernel_tensors import TOLERANCE
 from vitdeploy_kernels import package
 from vitdeploy_kernels.aot import AotError, launch_key
+from vitdeploy_kernels.config import table_for
 from vitdeploy_kernels.driver import DriverError
 from vitdeploy_kernels.launch import Launch
 from vitdeploy_kernels.package import Package, PackageError, architectures_for, load_package, write_package
+from vitdeploy_kernels.plans import launches
+from vitdeploy_kernels.runner import VitRunner
 from vitdeploy_kernels.support import Unsupported
+from vitdeploy_kernels.vit import VitShape, random_weights
 
 WIDE = dataclasses.replace(
     layernorm_linear_launch(), constants={**layernorm_linear_launch().constants, "GROUP": 2}
@@ -126,6 +132,34 @@ def test_run_launches_the_cubin(folder: Path, driver: FakeDriver, monkeypatch: p
         assert f" {rows} 9.99999997e-07 0 0" in driver.log[-1]
     assert sum(line.startswith("load ") for line in driver.log) == 1
     assert sum(line.startswith("launch ") for line in driver.log) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_this_gpu_the_cubins_compute_what_kernels_compiled_in_place_do(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Written, loaded and launched through the real driver, in CUDA graphs; nothing is compiled in place."""
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    capability = torch.cuda.get_device_capability(gpu)
+    (arch, *_) = architectures_for(capability)
+    shape = VitShape(image_size=(32, 48), patch=8, width=64, depth=3, heads=2, mlp_width=96, classes=10)
+    weights, table = random_weights(shape, dtype, gpu), table_for(gpu)
+    needed = [launch for batch in (1, 4) for _, launch in launches(shape, dtype, batch, table)]
+    write_package(tmp_path / "kernels", {arch: needed}, processes=os.cpu_count() or 1)
+    loaded = load_package(tmp_path / "kernels", capability)
+    assert isinstance(loaded, Package), loaded
+
+    def execute(launch: Launch) -> None:
+        assert loaded.run(launch), f"there is no cubin for {launch.name}"
+
+    packaged = VitRunner(shape, weights, batches=[1, 4], table=table, execute=execute)
+    compiled = VitRunner(shape, weights, batches=[1, 4], table=table)
+    for count in (1, 3, 4):
+        images = torch.randn(shape.image_shape(count), device=gpu)
+        expected = compiled(images).double()
+        difference = (packaged(images).double() - expected).norm(dim=1) / expected.norm(dim=1)
+        assert float(difference.max()) < TOLERANCE[dtype]
 
 
 def test_run_leaves_what_it_has_no_cubin_for(folder: Path, driver: FakeDriver) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -153,6 +156,91 @@ def test_an_executor_gets_every_launch(device: torch.device) -> None:
     runner(torch.randn(SHAPE.image_shape(1), device=device))
     planned = [launch.name for _, launch in launches(SHAPE, torch.float16, 1, table_for(device))]
     assert seen[: len(planned)] == planned
+
+
+def test_threads_share_a_runner(device: torch.device) -> None:
+    """Every thread gets the result of its own images, although all go through the same buffers."""
+    inside: list[int] = []
+
+    def execute(launch: Launch) -> None:
+        inside.append(threading.get_ident())
+        launch.run()
+
+    runner = VitRunner(SHAPE, random_weights(SHAPE, torch.float16, device), batches=[1], execute=execute)
+    images = [torch.randn(SHAPE.image_shape(1), device=device) for _ in range(3)]
+    expected = [runner(image) for image in images]
+    inside.clear()
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(runner, images))
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    turns = [thread for thread, _ in itertools.groupby(inside)]
+    assert len(turns) == len(set(turns))  # nobody came between
+
+
+def test_autocast_changes_nothing(device: torch.device) -> None:
+    table = with_route(table_for(device), "cublas")  # with products of torch's
+    weights = random_weights(SHAPE, torch.float16, device)
+    images = torch.randn(SHAPE.image_shape(2), device=device)
+    expected = VitRunner(SHAPE, weights, batches=[2], table=table)(images)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert torch.equal(VitRunner(SHAPE, weights, batches=[2], table=table)(images), expected)
+
+
+@pytest.mark.gpu
+def test_streams_of_the_caller() -> None:
+    """Calls on several streams, none of which is waited for in between, give what one stream gives."""
+    gpu = torch.device("cuda")
+    runner = VitRunner(SHAPE, random_weights(SHAPE, torch.float16, gpu), batches=[8])
+    images = [torch.randn(SHAPE.image_shape(8), device=gpu) for _ in range(12)]
+    expected = [runner(image) for image in images]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    got = []
+    for place, image in enumerate(images):
+        with torch.cuda.stream(streams[place % 3]):
+            got.append(runner(image))
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("route", [None, "cublas"])
+def test_two_runners_on_one_gpu_run_side_by_side(route: Route | None) -> None:
+    """Each on a stream of its own, one of them loaded while the other one runs in another thread."""
+    gpu = torch.device("cuda")
+    table = table_for(gpu) if route is None else with_route(table_for(gpu), route)
+    many = [random_weights(SHAPE, torch.float16, gpu, seed) for seed in range(2)]
+    images = torch.randn(SHAPE.image_shape(8), device=gpu)
+    expected = [VitRunner(SHAPE, weights, batches=[8], table=table)(images) for weights in many]
+    first = VitRunner(SHAPE, many[0], batches=[8], table=table)
+    torch.cuda.synchronize()
+
+    def run(runner: VitRunner) -> list[Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [runner(images) for _ in range(50)]
+
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(run, first)
+        second = pool.submit(VitRunner, SHAPE, many[1], batches=[8], table=table).result()
+        results = [running.result(), *pool.map(run, [second])]
+        again = list(pool.map(run, [first, second]))
+    torch.cuda.synchronize()
+    for each in (results, again):
+        for got, want in zip(each, expected, strict=True):
+            assert all(torch.equal(one, want) for one in got)
+
+
+@pytest.mark.gpu
+def test_a_runner_on_a_gpu_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    images = torch.randn(SHAPE.image_shape(2), device="cuda:0")
+    one, other = (
+        VitRunner(SHAPE, random_weights(SHAPE, torch.float16, f"cuda:{place}"), batches=[2])(images)
+        for place in range(2)
+    )
+    assert (one.device.index, other.device.index, torch.cuda.current_device()) == (0, 1, 0)
+    assert error(other.cpu(), one.cpu().double()) < 5e-3
 
 
 def test_bad_images(device: torch.device) -> None:

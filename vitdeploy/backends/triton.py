@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vitdeploy_kernels.config import Table
     from vitdeploy_kernels.launch import Launch
     from vitdeploy_kernels.package import Package
-    from vitdeploy_kernels.runner import VitRunner
+    from vitdeploy_kernels.staging import HostRunner
 
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
 """What the kernels compute in."""
@@ -48,7 +48,7 @@ _OLDEST = (8, 0)
 
 
 class Triton(Backend):
-    """The backend. A session serves one thread at a time."""
+    """The backend. Threads may share a session: while one's batch is computed, another's is copied."""
 
     traits = Traits(
         name="triton",
@@ -139,9 +139,9 @@ class Triton(Backend):
 class TritonSession(Session):
     """A model in memory, with its graphs captured."""
 
-    def __init__(self, facts: SessionFacts, runner: VitRunner) -> None:
+    def __init__(self, facts: SessionFacts, runner: HostRunner) -> None:
         super().__init__(facts)
-        self._runner: VitRunner | None = runner
+        self._runner: HostRunner | None = runner
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
@@ -149,12 +149,11 @@ class TritonSession(Session):
         assert self._runner is not None
         try:
             with DeviceTimer(self.facts.device, self.timed) as timer:
-                outputs = self._runner(torch.from_numpy(inputs[self.facts.inputs[0].name]))
-            results = outputs.cpu().numpy()
+                results = self._runner(torch.from_numpy(inputs[self.facts.inputs[0].name]))
             self.device_seconds = timer.seconds()
         except RuntimeError as error:
             raise BundleError(f"{self.facts.artifact}: the kernels failed: {one_line(error)}") from error
-        return {self.facts.outputs[0].name: results}
+        return {self.facts.outputs[0].name: results.numpy()}
 
     def _close(self) -> None:
         self._runner = None
@@ -241,7 +240,7 @@ def _runner(
     batch: BatchRange,
     device: str,
     kernels: _Kernels,
-) -> VitRunner:
+) -> HostRunner:
     """The folded model and its plans.
 
     Raises:
@@ -251,6 +250,7 @@ def _runner(
     from vitdeploy.model.fused import buckets_of
     from vitdeploy.model.registry import architecture_of
     from vitdeploy_kernels.runner import VitRunner
+    from vitdeploy_kernels.staging import HostRunner
     from vitdeploy_kernels.support import UnsupportedError
 
     manifest, reference = bundle.manifest, load_reference(bundle)
@@ -263,7 +263,7 @@ def _runner(
         device=device,
     )
     try:
-        return VitRunner(
+        runner = VitRunner(
             model.shape,
             model.weights,
             batches=buckets_of(batch),
@@ -275,3 +275,4 @@ def _runner(
         raise DeviceUnavailable(f"the triton backend does not run on {device}: {error}") from error
     except RuntimeError as error:
         raise BundleError(f"{bundle.root}: the kernels failed: {one_line(error)}") from error
+    return HostRunner(runner)
