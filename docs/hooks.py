@@ -26,6 +26,7 @@ OUTSIDE = (
     "benchmarks/README.md",
     "examples/benchmark-workflow.yml",
     "kernels/README.md",
+    "kernels/predictions.json",
     "kernels/resources.csv",
     "vitdeploy/data/digits/README.md",
 )

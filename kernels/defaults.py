@@ -20,8 +20,8 @@ from pathlib import Path
 KERNELS = Path(__file__).parent
 sys.path.insert(0, str(KERNELS))
 
+from vitdeploy_kernels.candidates import relative_time  # noqa: E402
 from vitdeploy_kernels.config import Config, Entry, Table, format_table  # noqa: E402
-from vitdeploy_kernels.cost import relative_time  # noqa: E402
 from vitdeploy_kernels.launch import power_of_two  # noqa: E402
 
 
