@@ -14,8 +14,8 @@ import torch
 from end_to_end import SHAPES
 from stopwatch import Deadline
 
+from kernel_tools.cost import Chip, Terms, Work, floor, terms, work
 from vitdeploy_kernels.config import Table, load_table, table_for
-from vitdeploy_kernels.cost import Chip, Terms, Work, floor, terms, work
 from vitdeploy_kernels.problems import Problem, build
 from vitdeploy_kernels.specs import Spec, flops, model_specs
 from vitdeploy_kernels.timing import Run, Timer, graph_timer, input_sets, median, spread

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernel_tools.calibration import BAND, PUBLISHED, Published, gemm
+from kernel_tools.cost import H200, Terms, Work, floor, predict, terms, work
 from tests.helpers import interpreter  # noqa: F401  (before anything imports a kernel)
 from tests.helpers.paths import ROOT
-from vitdeploy_kernels.calibration import BAND, PUBLISHED, Published, gemm
 from vitdeploy_kernels.candidates import relative_time, tile_share
 from vitdeploy_kernels.config import shipped_table
-from vitdeploy_kernels.cost import H200, Terms, Work, floor, predict, terms, work
 from vitdeploy_kernels.plans import launches
 from vitdeploy_kernels.specs import flops, model_specs, spec_of
 from vitdeploy_kernels.vit import VitShape
@@ -151,7 +151,7 @@ def test_large_tiles_are_for_many_rows(rows: int, columns: int) -> None:
 @pytest.mark.slow
 def test_the_tables_of_the_readme_are_what_their_script_writes() -> None:
     done = subprocess.run(
-        [sys.executable, str(KERNELS / "roofline.py"), "--check"],
+        [sys.executable, str(KERNELS / "kernel_tools" / "roofline.py"), "--check"],
         capture_output=True,
         text=True,
         check=False,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernel_tools.sass import resources
 from tests.helpers.interpreter import run_inside
 from vitdeploy_kernels import reference
 from vitdeploy_kernels.compile_pool import compile_all
@@ -19,7 +20,6 @@ from vitdeploy_kernels.fp8 import E4M3, Fp8Linear, launch_norm_quantise, launch_
 from vitdeploy_kernels.fp8_planner import OPERATION
 from vitdeploy_kernels.layernorm_linear import Folded
 from vitdeploy_kernels.runner import VitRunner
-from vitdeploy_kernels.sass import resources
 from vitdeploy_kernels.vit import Block, Linear, VitShape, VitWeights, random_weights
 
 CONFIG = Config(block_m=2, warps=4, stages=1)

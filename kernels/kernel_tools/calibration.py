@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from vitdeploy_kernels.cost import CODE, H200, LOOP, MEMORY, SOFTMAX, Chip, Work, terms
+from kernel_tools.cost import CODE, H200, LOOP, MEMORY, SOFTMAX, Chip, Work, terms
 from vitdeploy_kernels.launch import tiles
 
 BAND = 0.15

@@ -5,8 +5,8 @@ predictions go to ``kernels/predictions.json`` as well, before anything is measu
 ``benchmarks/gpu/kernel_by_kernel.py`` can put them beside the measurements; those are of
 ``benchmarks/results/NVIDIA_H200-kernels.json``, where that file is.
 
-    python kernels/roofline.py            # rewrites both files
-    python kernels/roofline.py --check    # exits 1 if they are not what this script writes
+    python kernels/kernel_tools/roofline.py            # rewrites both files
+    python kernels/kernel_tools/roofline.py --check    # exits 1 if they are not what this script writes
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KERNELS = Path(__file__).parent
+KERNELS = Path(__file__).parents[1]
 sys.path.insert(0, str(KERNELS))
 
 import torch  # noqa: E402
 
-from vitdeploy_kernels.calibration import BAND, PUBLISHED  # noqa: E402
+from kernel_tools.calibration import BAND, PUBLISHED  # noqa: E402
+from kernel_tools.cost import H200, Work, floor, terms, work  # noqa: E402
 from vitdeploy_kernels.config import Table, shipped_table  # noqa: E402
-from vitdeploy_kernels.cost import H200, Work, floor, terms, work  # noqa: E402
 from vitdeploy_kernels.plans import launches  # noqa: E402
 from vitdeploy_kernels.problems import build  # noqa: E402
 from vitdeploy_kernels.specs import Spec, spec_of  # noqa: E402
@@ -122,7 +122,7 @@ def measured(record: dict[str, Any], batch: int) -> dict[tuple[str, tuple[int, .
     }
 
 
-def grid(head: str, align: str, body: list[tuple[str, ...]]) -> str:
+def grid(head: str, align: str, body: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table."""
     return "\n".join((head, align, *("| " + " | ".join(cells) + " |" for cells in body)))
 
@@ -236,7 +236,7 @@ def main() -> int:
     ]
     for path in stale:
         if check:
-            print(f"kernels/{path.name} is stale: run python kernels/roofline.py")
+            print(f"kernels/{path.name} is stale: run python kernels/kernel_tools/roofline.py")
         else:
             path.write_text(written[path], encoding="utf-8")
     return int(check and bool(stale))

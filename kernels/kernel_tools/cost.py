@@ -3,7 +3,7 @@
 What it says is a prediction, to be held against a measurement. A program is followed through its life (start,
 loop, what comes after the product), programs through the waves in which a multiprocessor takes them, and the
 launch ends with the gap to the next one. Its constants come from published measurements, each named where it
-stands; :data:`vitdeploy_kernels.calibration.PUBLISHED` has the numbers that the whole is held against.
+stands; :data:`kernel_tools.calibration.PUBLISHED` has the numbers that the whole is held against.
 """
 
 from __future__ import annotations
