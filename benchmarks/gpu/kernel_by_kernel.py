@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +13,14 @@ import torch
 from end_to_end import SHAPES
 from stopwatch import Deadline
 
-from kernel_tools.cost import Chip, Terms, Work, floor, terms, work
+from kernel_tools.cost import Chip, Work, floor, predict, work
+from kernel_tools.predictions import foretold
 from vitdeploy_kernels.config import Table, load_table, table_for
 from vitdeploy_kernels.problems import Problem, build
 from vitdeploy_kernels.specs import Spec, flops, model_specs
 from vitdeploy_kernels.timing import Run, Timer, graph_timer, input_sets, median, spread
 
 CELLS = (("B/16", 64), ("B/16", 1), ("L/16", 64), ("L/16", 1))
-PREDICTIONS = Path(__file__).parents[2] / "kernels" / "predictions.json"
 
 
 def host_timer(contestants: Mapping[str, Sequence[Run]]) -> dict[str, list[float]]:
@@ -44,19 +43,7 @@ def chip_of(facts: Mapping[str, Any]) -> Chip:
         where.get("multiprocessors", 1),
         ceilings["matmul_flops"],
         ceilings["copy_bytes_per_s"],
-        capability=tuple(where.get("capability", (9, 0))),
     )
-
-
-def foretold(gpu: str) -> dict[tuple[str, int, str, tuple[int, ...]], float]:
-    """What was predicted for this GPU before anything ran: µs by model, batch, kernel and shape."""
-    document = json.loads(PREDICTIONS.read_text(encoding="utf-8"))
-    if document["gpu"] != gpu:
-        return {}
-    return {
-        (document["model"], row["batch"], row["kernel"], tuple(row["shape"])): row["predicted_us"]
-        for row in document["kernels"]
-    }
 
 
 def measure(spec: Spec, table: Table, device: torch.device, chip: Chip, timer: Timer) -> dict[str, Any]:
@@ -74,9 +61,8 @@ def measure(spec: Spec, table: Table, device: torch.device, chip: Chip, timer: T
     launches[0].run()
     wrong = first.wrong(first.expected())
     samples = timer({"": [launch.run for launch in launches]})[""]
-    todo: Work = work(launches[0], chip.capability)
+    todo: Work = work(launches[0])
     least = 1e6 * floor(todo, chip)
-    told: Terms = terms(todo, chip)
     return {
         "kernel": spec.kernel,
         "shape": list(spec.shape),
@@ -89,8 +75,8 @@ def measure(spec: Spec, table: Table, device: torch.device, chip: Chip, timer: T
         "samples_us": [round(sample, 3) for sample in samples],
         "floor_us": round(least, 3),
         "share_of_floor": round(least / median(samples), 4),
-        "predicted_us": round(1e6 * told.seconds, 3),
-        "predicted_wait": told.bound,
+        "predicted_us": round(1e6 * predict(todo, chip), 3),
+        "predicted_before_us": foretold(chip.name, spec),
     }
 
 
@@ -105,7 +91,7 @@ def main() -> None:
     device = torch.device("cpu" if given.smoke else "cuda")
     table = load_table(given.table) if given.table else table_for(device)
     chip = chip_of(record.read(given.record))
-    timer, before = host_timer if given.smoke else graph_timer, foretold(chip.name)
+    timer = host_timer if given.smoke else graph_timer
     found: list[dict[str, Any]] = []
     for model, batch in (("smoke", 1),) if given.smoke else CELLS:
         counts = model_specs(SHAPES[model], torch.float16, batch, table)
@@ -116,7 +102,6 @@ def main() -> None:
                 return
             row = {"model": model, "batch": batch, "launches": counts.get(spec, 0)}
             row |= measure(spec, table, device, chip, timer)
-            row["predicted_before_us"] = before.get((model, batch, spec.kernel, spec.shape))
             found.append(row)
             record.update(given.record, kernels=found)
             share = f"{100 * row['share_of_floor']:.0f} % of its roofline"

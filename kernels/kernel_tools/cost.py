@@ -78,42 +78,46 @@ class Code:
     """Instructions of one warp outside of the loop, read from the machine code for sm_90.
 
     Attributes:
-        before: until the first product.
+        before: until the first product, whatever the tile.
         fixed: after the last one, whatever the tile.
         element: after the last one, for each element of the tile that a thread has.
+        loaded: until the first product, for each such element.
     """
 
     before: int
     fixed: int
     element: float
+    loaded: float = 0.0
 
 
 CODE: Mapping[str, Code] = {
     "layernorm_linear": Code(250, 40, 4.2),
-    "linear_residual": Code(220, 55, 14.6),
-    "patch_embed": Code(400, 55, 13.5),
+    "linear_residual": Code(250, 55, 6.0, 3.4),
+    "patch_embed": Code(400, 55, 10.7),
     "head_linear": Code(140, 20, 2.5),
     "attention": Code(140, 150, 0.0),
     "layernorm_attention": Code(250, 150, 0.0),
     "absorbed_attention": Code(290, 180, 0.0),
     "add_layernorm": Code(60, 40, 12.0),
 }
-"""Of each kernel."""
+"""Of each kernel; ``linear_residual`` loads what it adds to before it multiplies."""
 ACTIVATIONS: Mapping[str, float] = {
     "none": 0.0,
     "relu": 1.0,
-    "silu": 8.0,
-    "quick_gelu": 8.0,
-    "gelu_tanh": 13.0,
-    "gelu": 26.0,
+    "silu": 6.0,
+    "quick_gelu": 6.0,
+    "gelu_tanh": 9.0,
+    "gelu": 9.1,
 }
 """Instructions that an activation adds for each element."""
+STATISTICS = 36.0
+"""Instructions for each part of a row's statistics that a thread reads."""
 SOFTMAX = 5.1
 """Instructions of one step of attention for each score of a thread, its two products included."""
 ABSORBED_STEP = 520
 """Instructions of one warp for one step of ``absorbed_attention``."""
 PART = 64
-"""Columns that an epilogue with a residual finishes at a time; each part begins with a load."""
+"""Columns that ``patch_embed`` finishes at a time; each part begins with a load."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +185,14 @@ def _gemm_work(spec: Spec, launch: Launch, capability: tuple[int, int]) -> Work:
     elements = m * n / (32 * warps)
     pixel = 4 if spec.kernel == "patch_embed" and not spec.number("nhwc") else 2
     step_bytes = k * (pixel * m + 2 * n)
-    element, trips = code.element, 0
+    before, after, trips = code.before + code.loaded * elements, code.fixed + code.element * elements, 0
     if spec.kernel == "layernorm_linear":
-        element += ACTIVATIONS[str(dict(spec.options)["activation"])]
-        trips = 1  # the rows' statistics
-    elif spec.kernel != "head_linear":
+        after += ACTIVATIONS[str(dict(spec.options)["activation"])] * elements
+        after += STATISTICS * m * int(launch.constants["TILES_BLOCK"] or 1) / (32 * warps)
+        trips = 1  # for the statistics
+    elif spec.kernel == "linear_residual":
+        trips = 1  # for what it adds to
+    elif spec.kernel == "patch_embed":
         trips = tiles(n, PART)
     return Work(
         flops(spec),
@@ -194,8 +201,8 @@ def _gemm_work(spec: Spec, launch: Launch, capability: tuple[int, int]) -> Work:
         steps,
         step_flops=2 * m * n * k,
         step_bytes=step_bytes,
-        before=warps * code.before,
-        after=round(warps * (code.fixed + element * elements)),
+        before=round(warps * before),
+        after=round(warps * after),
         trips=trips,
         ahead=max(launch.stages - 1, 1),
         resident=_resident(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 
 from kernel_tools.calibration import BAND, PUBLISHED, Published, gemm
 from kernel_tools.cost import H200, Terms, Work, floor, predict, terms, work
+from kernel_tools.predictions import foretold
 from tests.helpers import interpreter  # noqa: F401  (before anything imports a kernel)
 from tests.helpers.paths import ROOT
 from vitdeploy_kernels.candidates import relative_time, tile_share
 from vitdeploy_kernels.config import shipped_table
 from vitdeploy_kernels.plans import launches
-from vitdeploy_kernels.specs import flops, model_specs, spec_of
+from vitdeploy_kernels.specs import Spec, flops, model_specs, spec_of
 from vitdeploy_kernels.vit import VitShape
 
 KERNELS = ROOT / "kernels"
@@ -159,6 +161,32 @@ def test_the_tables_of_the_readme_are_what_their_script_writes() -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
+LOOP_END = 60
+"""Instructions of the loop's last step that stand behind its product."""
+
+
+def test_the_instructions_behind_a_product_are_those_of_the_machine_code() -> None:
+    """Of large tiles, whose ends count, in every table that tells them."""
+    found = dict(launches(VIT_B, torch.float16, 64, TABLE))
+    ended = {
+        site: launch
+        for site, launch in found.items()
+        if launch.constants.get("BLOCK_M") == 128 and launch.constants.get("BLOCK_K")
+    }
+    assert len(ended) >= 5
+    for path in (KERNELS / "resources").glob("*.csv"):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [
+                row for row in csv.DictReader(file) if (row["model"], row["arch"]) == ("ViT-B/16", "sm_90")
+            ]
+        compared = [row for row in rows if row["site"] in ended]
+        assert len(compared) >= 5
+        for row in compared:
+            launch = ended[row["site"]]
+            counted = int(row["after"]) - LOOP_END
+            assert work(launch).after / launch.warps == pytest.approx(counted, rel=0.2), (path.name, row)
+
+
 def test_what_was_predicted_says_that_it_is_a_prediction() -> None:
     document = json.loads((KERNELS / "predictions.json").read_text(encoding="utf-8"))
     assert (document["kind"], document["gpu"], document["model"]) == ("prediction", H200.name, "B/16")
@@ -169,3 +197,7 @@ def test_what_was_predicted_says_that_it_is_a_prediction() -> None:
         total = sum(row["launches"] * row["predicted_us"] for row in rows)
         assert total / 1e3 == pytest.approx(each["predicted_ms"], rel=1e-2)
         assert all(row["floor_us"] < row["predicted_us"] for row in rows)
+    first = document["kernels"][0]
+    spec = Spec(first["kernel"], tuple(first["shape"]))
+    assert foretold(H200.name, spec) == first["predicted_us"]
+    assert foretold("NVIDIA L4", spec) is None
