@@ -190,17 +190,13 @@ def scaled_mm(x: Tensor, linear: Fp8Linear, out: Tensor) -> None:
     of the output. A GPU does not take the faster sums of fewer bits.
     """
     if x.device.type == "cuda":
-        torch.ops.aten._scaled_mm.out(
-            x,
-            linear.weight,
-            linear.input_scale,
-            linear.scale,
-            linear.bias,
-            None,
-            out.dtype,
-            False,
-            out=out,
-        )
-        return
+        return library_mm(x, linear, out)
     product = x.float() @ linear.weight.float()
     out.copy_(product * (linear.input_scale * linear.scale) + linear.bias.float())
+    return None
+
+
+def library_mm(x: Tensor, linear: Fp8Linear, out: Tensor) -> None:
+    """:func:`scaled_mm` by the device's own library: cuBLASLt, or oneDNN on a CPU."""
+    scales, fast = (linear.input_scale, linear.scale), False
+    torch.ops.aten._scaled_mm.out(x, linear.weight, *scales, linear.bias, None, out.dtype, fast, out=out)

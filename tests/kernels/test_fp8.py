@@ -16,7 +16,14 @@ from tests.helpers.interpreter import run_inside
 from vitdeploy_kernels import reference
 from vitdeploy_kernels.compile_pool import compile_all
 from vitdeploy_kernels.config import Config, table_for
-from vitdeploy_kernels.fp8 import E4M3, Fp8Linear, launch_norm_quantise, launch_quantise, scaled_mm
+from vitdeploy_kernels.fp8 import (
+    E4M3,
+    Fp8Linear,
+    launch_norm_quantise,
+    launch_quantise,
+    library_mm,
+    scaled_mm,
+)
 from vitdeploy_kernels.fp8_planner import OPERATION
 from vitdeploy_kernels.layernorm_linear import Folded
 from vitdeploy_kernels.runner import VitRunner
@@ -113,15 +120,11 @@ def test_a_product_is_exact_but_for_its_rounding(device: torch.device, out_dtype
     scale = linear.scale.double().cpu() * linear.input_scale.double().cpu()
     exact = x.double() @ linear.weight.cpu().double() * scale + linear.bias.cpu().double()
     assert torch.allclose(out.cpu().double(), exact, rtol=torch.finfo(out_dtype).eps, atol=1e-5)
-    theirs = torch._scaled_mm(
-        x,
-        linear.weight.cpu(),
-        linear.input_scale.cpu(),
-        linear.scale.cpu(),
-        linear.bias.cpu(),
-        out_dtype=out_dtype,
+    theirs = torch.empty_like(out)
+    library_mm(x.to(device), linear, theirs)
+    assert torch.allclose(
+        theirs.cpu().double(), out.cpu().double(), rtol=2 * torch.finfo(out_dtype).eps, atol=1e-5
     )
-    assert torch.allclose(theirs.double(), out.cpu().double(), rtol=2 * torch.finfo(out_dtype).eps, atol=1e-5)
 
 
 SHAPE = VitShape(image_size=(16, 24), patch=8, width=32, depth=3, heads=2, mlp_width=48, classes=10)
