@@ -12,8 +12,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from kernel_tools.cost import H200, floor, predict, work
 from vitdeploy_kernels.config import shipped_table, table_for
-from vitdeploy_kernels.cost import H200, floor, predict, work
 from vitdeploy_kernels.problems import build
 from vitdeploy_kernels.specs import Spec
 from vitdeploy_kernels.timing import graph_timer, input_sets, median, spread

@@ -27,6 +27,7 @@ OUTSIDE = (
     "examples/benchmark-workflow.yml",
     "examples/verify-workflow.yml",
     "kernels/README.md",
+    "kernels/predictions.json",
     "kernels/resources.csv",
     "vitdeploy/data/digits/README.md",
 )

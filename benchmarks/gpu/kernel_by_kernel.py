@@ -15,8 +15,9 @@ import torch
 from models import SHAPES, table_of
 from stopwatch import Deadline, stand_in_timer, summary
 
+from kernel_tools.cost import Chip, floor, terms, work
+from kernel_tools.predictions import foretold
 from vitdeploy_kernels.config import Table
-from vitdeploy_kernels.cost import Chip, floor, predict, work
 from vitdeploy_kernels.problems import Problem, build
 from vitdeploy_kernels.specs import Spec, flops, model_specs
 from vitdeploy_kernels.timing import Run, Timer, graph_timer, input_sets, median
@@ -33,6 +34,7 @@ def chip_of(path: Path) -> Chip:
         where.get("multiprocessors", 1),
         ceilings["matmul_flops"],
         ceilings["copy_bytes_per_s"],
+        capability=tuple(where.get("capability", (9, 0))),
     )
 
 
@@ -79,7 +81,8 @@ def measure(spec: Spec, table: Table, device: torch.device, chip: Chip, timer: T
     if spec.kernel in PRODUCTS:
         routes |= products(spec, device, len(problems))
     samples = timer(routes)
-    todo = work(launches[0])
+    todo = work(launches[0], chip.capability)
+    predicted = terms(todo, chip)
     least, fused = 1e6 * floor(todo, chip), median(samples["fused"])
     return {
         "kernel": spec.kernel,
@@ -91,7 +94,9 @@ def measure(spec: Spec, table: Table, device: torch.device, chip: Chip, timer: T
         "flops": todo.flops,
         "bytes": todo.size,
         "floor_us": round(least, 3),
-        "predicted_us": round(1e6 * predict(todo, chip), 3),
+        "predicted_us": round(1e6 * predicted.seconds, 3),
+        "predicted_wait": predicted.bound,
+        "predicted_before_us": foretold(chip.name, spec),
         "share_of_floor": round(least / fused, 4),
         "routes": {name: summary(found, "us") for name, found in samples.items()},
     }

@@ -43,6 +43,7 @@ SCRATCH = "scratch"
 POINTERS: Mapping[torch.dtype, str] = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
     torch.int32: "*i32",

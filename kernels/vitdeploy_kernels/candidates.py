@@ -7,13 +7,31 @@ from itertools import product
 
 from vitdeploy_kernels.absorbed import column_block
 from vitdeploy_kernels.config import Config
-from vitdeploy_kernels.cost import relative_time
 from vitdeploy_kernels.launch import power_of_two, tiles
 from vitdeploy_kernels.occupancy import LIMITS
 from vitdeploy_kernels.specs import Spec
 
 REGISTERS = 128
 """The most accumulators per thread: the rest of 255 registers is needed for everything else."""
+BEST_INTENSITY = 128 * 256 / (128 + 256)
+"""Products per element read of the largest tile, whose rate counts as 1."""
+
+
+def tile_share(block_m: int, block_n: int) -> float:
+    """Estimated rate of a tile of a GEMM as a share of the largest one's: how often what it reads is used."""
+    intensity = block_m * block_n / (block_m + block_n)
+    return float(min(intensity / BEST_INTENSITY, 1.0) ** 0.8)
+
+
+def relative_time(
+    rows: int, columns: int, block_m: int, block_n: int, multiprocessors: int, products: int = 1
+) -> float:
+    """Relative time of a GEMM with these tiles: whole waves, each at its tile's rate.
+
+    ``products`` of these are computed side by side.
+    """
+    programs = products * tiles(rows, block_m) * tiles(columns, block_n)
+    return tiles(programs, multiprocessors) * block_m * block_n / tile_share(block_m, block_n)
 
 
 def candidates(

@@ -24,6 +24,7 @@ from vitdeploy_kernels import (
     patch_embed,
 )
 from vitdeploy_kernels.config import Entry, Table
+from vitdeploy_kernels.fp8 import Fp8Linear
 from vitdeploy_kernels.launch import Launch, tiles
 from vitdeploy_kernels.layernorm_linear import Folded
 from vitdeploy_kernels.support import Unsupported
@@ -133,13 +134,14 @@ class BlockPlanner:
         site: str,
         x: Tensor,
         stats: Tensor,
-        folded: Folded,
+        folded: Folded | Fp8Linear,
         out: Tensor,
         activation: str = "none",
         *,
         eps: float | None = None,
     ) -> None:
         """LayerNorm, linear layer, activation; ``eps`` is the shape's when omitted."""
+        assert isinstance(folded, Folded)
         eps = self.shape.eps if eps is None else eps
         rows, columns = out.shape
         entry = self.entry("layernorm_linear", rows, columns, x.shape[1])
@@ -177,8 +179,11 @@ class BlockPlanner:
         launch = add_layernorm.launch(x, branch, bias, total, normed, stats, eps=eps, config=config)
         self.launch(site, launch)
 
-    def _residual(self, site: str, x: Tensor, linear: Linear, residual: Tensor, out: Tensor) -> Tensor:
+    def _residual(
+        self, site: str, x: Tensor, linear: Linear | Fp8Linear, residual: Tensor, out: Tensor
+    ) -> Tensor:
         """Linear layer, added to the residual stream; returns the new rows' statistics."""
+        assert isinstance(linear, Linear)
         rows, depth = x.shape
         entry = self.entry("linear_residual", rows, self.shape.width, depth)
         if entry.route == "fused":
@@ -236,7 +241,7 @@ class BlockPlanner:
             self.launch(site, launch)
         return mixed.view(self.rows, shape.width)
 
-    def _hidden(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded) -> Tensor:
+    def _hidden(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded | Fp8Linear) -> Tensor:
         """What the MLP's second layer reads: (rows, MLP width)."""
         shape = self.shape
         hidden = self._activated(site, name, x, stats, fc1)
@@ -246,7 +251,7 @@ class BlockPlanner:
         self.layernorm(f"{site}.norm", hidden, None, None, None, normed, None)
         return normed
 
-    def _activated(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded) -> Tensor:
+    def _activated(self, site: str, name: str, x: Tensor, stats: Tensor, fc1: Folded | Fp8Linear) -> Tensor:
         """The MLP's first layer with its activation, or gate: (rows, MLP width)."""
         shape = self.shape
         hidden = self.take(name, (len(x), shape.hidden))

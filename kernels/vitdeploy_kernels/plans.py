@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 
 from vitdeploy_kernels.config import Table
+from vitdeploy_kernels.fp8_planner import Fp8Planner
 from vitdeploy_kernels.launch import Launch
 from vitdeploy_kernels.planner import Plan, Planner, Readout, Workspace
 from vitdeploy_kernels.swin import SwinShape, SwinWeights, random_swin_weights
@@ -30,7 +31,8 @@ def build_plan(
         assert isinstance(weights, SwinWeights)
         return SwinPlanner(shape, weights, batch, table, workspace, readout).build()
     assert isinstance(weights, VitWeights)
-    return Planner(shape, weights, batch, table, workspace, readout).build()
+    planner = Fp8Planner if any(block.fp8 for block in weights.blocks) else Planner
+    return planner(shape, weights, batch, table, workspace, readout).build()
 
 
 def launches(shape: Shape, dtype: torch.dtype, batch: int, table: Table) -> list[tuple[str, Launch]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitdeploy_kernels.fp8 import Fp8Linear
 from vitdeploy_kernels.layernorm_linear import Folded, fold_layernorm
 
 
@@ -115,11 +116,16 @@ class Block:
     A score bias is (1, h, T, ``VitShape.bias_columns``) in the model's dtype; columns beyond T are not read.
     """
 
-    qkv: Folded
-    proj: Linear
-    fc1: Folded
-    fc2: Linear
+    qkv: Folded | Fp8Linear
+    proj: Linear | Fp8Linear
+    fc1: Folded | Fp8Linear
+    fc2: Linear | Fp8Linear
     score_bias: Tensor | None = None
+
+    @property
+    def fp8(self) -> bool:
+        """Whether any of its products is of 8-bit floats, as only :class:`Fp8Planner` plans them."""
+        return any(isinstance(each, Fp8Linear) for each in (self.qkv, self.proj, self.fc1, self.fc2))
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def test_reasons_why_not(weights_bundle: Make, make_bundle: Any) -> None:
     assert Triton().supports(with_model, None) == f"the bundle has no {WEIGHTS}"
     manifest = weights_bundle().manifest
     assert "fp32 islands" in str(Triton().supports(manifest, artifact("mixed")))
-    assert "computes in fp16 or bf16, and onnx-fp32 is fp32" in str(
+    assert "computes in fp16, bf16 or fp8, and onnx-fp32 is fp32" in str(
         Triton().supports(manifest, artifact("fp32"))
     )
     assert Triton().supports(manifest, artifact("bf16")) is None

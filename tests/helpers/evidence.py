@@ -19,6 +19,7 @@ from tests.helpers.paths import ROOT, TESTS
 
 FOLDER = TESTS / "kernels" / "evidence"
 KERNELS = ROOT / "kernels" / "vitdeploy_kernels"
+TOOLS = ROOT / "kernels" / "kernel_tools"
 
 
 def digest(files: Iterable[Path], root: Path = ROOT) -> str:
@@ -32,6 +33,11 @@ def digest(files: Iterable[Path], root: Path = ROOT) -> str:
 
 def kernel_sources() -> list[Path]:
     return [file for file in KERNELS.rglob("*") if file.is_file() and file.suffix in (".py", ".json")]
+
+
+def table_sources() -> list[Path]:
+    """What makes the tables of resources, and the kernels."""
+    return [*kernel_sources(), TOOLS / "resources.py", TOOLS / "sass.py"]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import vitdeploy_kernels
+from kernel_tools import sass
 from tests.helpers.kernel_launches import LAUNCHES, layernorm_linear_launch
-from vitdeploy_kernels import aot, sass
+from vitdeploy_kernels import aot
 from vitdeploy_kernels.aot import AotError, Compiled, launch_key, signature
 from vitdeploy_kernels.compile_pool import compile_all
 from vitdeploy_kernels.occupancy import LIMITS, programs_per_multiprocessor

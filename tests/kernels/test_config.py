@@ -220,7 +220,7 @@ def test_table_names_are_file_names() -> None:
 
 @pytest.mark.slow
 def test_the_default_tables_are_what_their_script_writes() -> None:
-    script = ROOT / "kernels" / "defaults.py"
+    script = ROOT / "kernels" / "kernel_tools" / "defaults.py"
     done = subprocess.run(
         [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.evidence import FOLDER, Evidence, digest, kernel_sources
+from tests.helpers.evidence import FOLDER, Evidence, digest, kernel_sources, table_sources
 
 
 def test_any_change_of_a_file_is_another_digest(tmp_path: Path) -> None:
@@ -44,5 +44,6 @@ def test_nothing_is_recorded_unasked(tmp_path: Path) -> None:
 
 def test_the_sources_are_the_package() -> None:
     names = {file.name for file in kernel_sources()}
-    assert {"attention.py", "planner.py", "resources.py"} <= names
+    assert {"attention.py", "planner.py"} <= names
+    assert all(file.is_file() for file in table_sources())
     assert FOLDER.is_dir()

@@ -9,12 +9,8 @@ import sys
 
 import pytest
 
-from tests.helpers.evidence import Evidence, digest, kernel_sources
-from tests.helpers.kernel_launches import attention_launch, layernorm_linear_launch
-from tests.helpers.paths import ROOT
-from vitdeploy_kernels import resources
-from vitdeploy_kernels.aot import ARCHITECTURES
-from vitdeploy_kernels.resources import (
+from kernel_tools import resources
+from kernel_tools.resources import (
     Row,
     all_cases,
     broken_rules,
@@ -23,6 +19,10 @@ from vitdeploy_kernels.resources import (
     model_cases,
     parse_rows,
 )
+from tests.helpers.evidence import Evidence, digest, table_sources
+from tests.helpers.kernel_launches import attention_launch, layernorm_linear_launch
+from tests.helpers.paths import ROOT
+from vitdeploy_kernels.aot import ARCHITECTURES
 
 TABLE = ROOT / "kernels" / "resources.csv"
 
@@ -42,10 +42,10 @@ def broken(**changes: object) -> list[str]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_table_is_what_the_kernels_compile_to(arch: str, request: pytest.FixtureRequest) -> None:
     evidence = Evidence(f"resources-{arch}", request.config.getoption("evidence"))
-    today = digest([*kernel_sources(), TABLE])
+    today = digest([*table_sources(), TABLE])
     evidence.skip_if_recorded(today)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "vitdeploy_kernels.resources", "--check", TABLE, "--arch", arch]
+    command = [sys.executable, "-m", "kernel_tools.resources", "--check", TABLE, "--arch", arch]
     command += ["--processes", "1"]  # the other architectures are checked beside this one
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,7 +68,7 @@ def test_the_committed_table_has_todays_launches() -> None:
     cases = [case for arch in ARCHITECTURES for case in all_cases(arch)]
     assert rows == {
         (*case.place, case.calls, resources.tile(case.launch), case.launch.stages) for case in cases
-    }, "write the table anew: python -m vitdeploy_kernels.resources --write kernels/resources.csv"
+    }, "write the table anew: python -m kernel_tools.resources --write kernels/resources.csv"
 
 
 def test_a_table_survives_csv() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from vitdeploy.backends.base import (
     Array,
@@ -32,6 +32,7 @@ from vitdeploy.errors import BundleError, DeviceUnavailable
 from vitdeploy.machine.gpus import find_gpus
 
 if TYPE_CHECKING:
+    from vitdeploy.model.vit import ViT
     from vitdeploy_kernels.config import Table
     from vitdeploy_kernels.launch import Launch
     from vitdeploy_kernels.package import Package
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
 """What the kernels compute in."""
+_OLDEST_FP8 = (8, 9)
+"""Compute capability of products of 8-bit floats; ``vitdeploy_kernels.fp8.OLDEST`` is the same."""
 TABLE = "table.json"
 """Beside the kernels of each architecture: the configurations they were compiled with."""
 TUNED = "kernels/tuned"
@@ -56,7 +59,7 @@ class Triton(Backend):
         libraries=("torch", "triton"),
         extras=("kernels",),
         formats=(AOT,),
-        precisions=PRECISIONS,
+        precisions=(*PRECISIONS, "fp8"),
         devices=("cuda",),
     )
 
@@ -87,7 +90,9 @@ class Triton(Backend):
         if artifact is not None and artifact.precision == "mixed":
             return f"it runs one precision throughout, and {artifact.name} has fp32 islands"
         if artifact is not None and artifact.precision not in self.traits.precisions:
-            return f"it computes in fp16 or bf16, and {artifact.name} is {artifact.precision}"
+            return f"it computes in fp16, bf16 or fp8, and {artifact.name} is {artifact.precision}"
+        if artifact is not None and artifact.precision == "fp8" and manifest.model.kind != "vit":
+            return f"it has no fp8 kernels for {manifest.model.kind}"
         return None
 
     def load(self, bundle: Bundle, artifact: Artifact | None, options: Options) -> Session:
@@ -98,18 +103,19 @@ class Triton(Backend):
         require_support(self, bundle, artifact)
         bundle = bundle.of(artifact)
         device = self._device(torch, options.device)
+        _check_fp8(torch, artifact, device)
         bundle.verify_hashes(bundle.weights)
         precision: ArtifactPrecision = artifact.precision if artifact else "fp16"
         batch = artifact.batch if artifact else BatchRange()
         kernels = _Kernels.of(bundle, artifact, device)
-        runner = _runner(torch, bundle, precision, batch, device, kernels)
+        runner = _runner(torch, bundle, artifact, batch, device, kernels)
         manifest = bundle.manifest
         assert manifest.model is not None
         facts = SessionFacts(
             backend=self.name,
             artifact=artifact.name if artifact else WEIGHTS,
             precision=precision,
-            executes=precision,
+            executes=_executes(artifact, device),
             device=device,
             provider="interpreter" if device == "cpu" else "cuda",
             batch=batch,
@@ -157,6 +163,31 @@ class TritonSession(Session):
 
     def _close(self) -> None:
         self._runner = None
+
+
+def _rest(artifact: Artifact | None) -> Precision:
+    """What the kernels compute in, fp8 products aside."""
+    if artifact is None:
+        return "fp16"
+    said = artifact.precision if artifact.quantisation is None else artifact.quantisation.rest
+    return next((kind for kind in PRECISIONS if kind == said), "fp16")
+
+
+def _executes(artifact: Artifact | None, device: str) -> str:
+    """The precisions of a session; the CPU multiplies 8-bit floats as float32."""
+    rest = _rest(artifact)
+    if artifact is None or artifact.quantisation is None:
+        return rest
+    return f"{artifact.precision}, the rest in {rest}" if device != "cpu" else rest
+
+
+def _check_fp8(torch: Any, artifact: Artifact | None, device: str) -> None:
+    if artifact is None or artifact.precision != "fp8" or device == "cpu":
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < _OLDEST_FP8:
+        have, needed = (".".join(map(str, pair)) for pair in (found, _OLDEST_FP8))
+        raise DeviceUnavailable(f"fp8 needs compute capability {needed}, and {device} has {have}")
 
 
 def _interpreted() -> bool:
@@ -236,7 +267,7 @@ class _Kernels:
 def _runner(
     torch: Any,
     bundle: Bundle,
-    precision: ArtifactPrecision,
+    artifact: Artifact | None,
     batch: BatchRange,
     device: str,
     kernels: _Kernels,
@@ -245,7 +276,8 @@ def _runner(
 
     Raises:
         DeviceUnavailable: this GPU among several is too old.
-        BundleError: the kernels fail, or the memory does not suffice.
+        BundleError: the kernels fail, the memory does not suffice, or the artifact is damaged.
+        UsageError: the artifact has an fp8 product that the kernels have no route for.
     """
     from vitdeploy.model.fused import buckets_of
     from vitdeploy.model.registry import architecture_of
@@ -256,12 +288,21 @@ def _runner(
     manifest, reference = bundle.manifest, load_reference(bundle)
     model = architecture_of(reference.config).fuse(
         reference,
-        getattr(torch, PRECISION_DTYPES[precision]),
+        getattr(torch, PRECISION_DTYPES[_rest(artifact)]),
         output=manifest.output,
         input_kind=manifest.input,
         preprocess=manifest.preprocess,
         device=device,
     )
+    if artifact is not None and artifact.precision == "fp8":
+        from vitdeploy.bundle.fp8_gemms import read_fp8_gemms
+        from vitdeploy.model.fused_fp8 import with_fp8
+
+        if artifact.quantisation is None:
+            raise BundleError(f"{artifact.name} is fp8, and nothing says which of its products are")
+        bundle.verify_hashes(artifact.files)
+        gemms = read_fp8_gemms(bundle.path(artifact.path), artifact.quantisation.sites)
+        model = with_fp8(model, cast("ViT", reference), gemms, device)
     try:
         runner = VitRunner(
             model.shape,

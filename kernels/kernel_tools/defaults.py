@@ -5,8 +5,8 @@ few rows are spread over all multiprocessors by small tiles, many rows take the 
 compiles without spilling registers for its architecture, or spills a few where the compiler stops at 128 so
 that two programs fit on a multiprocessor.
 
-    python kernels/defaults.py            # writes the tables
-    python kernels/defaults.py --check    # exits 1 if they are not what this script writes
+    python kernels/kernel_tools/defaults.py            # writes the tables
+    python kernels/kernel_tools/defaults.py --check    # exits 1 if they are not what this script writes
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-KERNELS = Path(__file__).parent
+KERNELS = Path(__file__).parents[1]
 sys.path.insert(0, str(KERNELS))
 
+from vitdeploy_kernels.candidates import relative_time  # noqa: E402
 from vitdeploy_kernels.config import Config, Entry, Table, format_table  # noqa: E402
-from vitdeploy_kernels.cost import relative_time  # noqa: E402
 from vitdeploy_kernels.launch import power_of_two  # noqa: E402
 
 

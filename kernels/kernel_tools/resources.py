@@ -6,8 +6,8 @@ pixels, layernorm_attention at the width of ViT-S and in the first windows of Sw
 norm, BEiT's attention and Swin's windows add.
 ``bytes`` and ``flops`` are of one launch.
 
-    python -m vitdeploy_kernels.resources --write kernels/resources.csv
-    python -m vitdeploy_kernels.resources --check kernels/resources.csv
+    PYTHONPATH=kernels python -m kernel_tools.resources --write kernels/resources.csv
+    python -m kernel_tools.resources --check kernels/resources.csv
 
 The check recomputes the table. Compiled by the same version of Triton every number must be the same; by
 another one, only the rules hold: no spills, the tensor cores' own instructions, at least one program fits.
@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
+from kernel_tools.sass import Resources, resources
 from vitdeploy_kernels.aot import ARCHITECTURES, AotError, Compiled, capability_of, launch_key
 from vitdeploy_kernels.compile_pool import Key, Progress, compile_each
 from vitdeploy_kernels.config import Route, Table, shipped_table
 from vitdeploy_kernels.launch import Launch
 from vitdeploy_kernels.plans import Shape, launches
-from vitdeploy_kernels.sass import Resources, resources
 from vitdeploy_kernels.specs import flops, size, spec_of
 from vitdeploy_kernels.swin import SwinShape
 from vitdeploy_kernels.vit import VitShape
@@ -78,7 +78,7 @@ NATIVE_ROWS = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One binary; see :class:`vitdeploy_kernels.sass.Resources` for what the columns count."""
+    """One binary; see :class:`kernel_tools.sass.Resources` for what the columns count."""
 
     model: str
     arch: str
@@ -303,7 +303,7 @@ def parse_rows(text: str) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check the table; 0 if all is well."""
-    parser = argparse.ArgumentParser(prog="python -m vitdeploy_kernels.resources", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kernel_tools.resources", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", type=Path, metavar="CSV")
