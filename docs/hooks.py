@@ -26,7 +26,8 @@ OUTSIDE = (
     "benchmarks/README.md",
     "examples/benchmark-workflow.yml",
     "kernels/README.md",
-    "kernels/resources.csv",
+    "kernels/resources/triton-3.6.0.csv",
+    "kernels/resources/triton-3.9.0.csv",
     "vitdeploy/data/digits/README.md",
 )
 """Files that pages link to, by their place in the repository."""
