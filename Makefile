@@ -57,7 +57,7 @@ bench-serve: $(READY)  ## measure the server under load, beside the raw session 
 	$(BIN)/python -m benchmarks.serving.table --write
 
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) $(VENV)-peers-* $(VENV)-triton-server $(VENV)-kserve build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf $(VENV) $(VENV)-peers-* $(VENV)-triton-* $(VENV)-kserve build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

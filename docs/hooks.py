@@ -28,7 +28,8 @@ OUTSIDE = (
     "examples/verify-workflow.yml",
     "kernels/README.md",
     "kernels/predictions.json",
-    "kernels/resources.csv",
+    "kernels/resources/triton-3.6.0.csv",
+    "kernels/resources/triton-3.9.0.csv",
     "vitdeploy/data/digits/README.md",
 )
 """Files that pages link to, by their place in the repository."""

@@ -1,4 +1,4 @@
-"""The committed table of what every kernel costs on every architecture, by static evidence.
+"""The committed tables of what every kernel costs on every architecture, by static evidence: one per Triton.
 
 One row for each distinct binary of a forward pass (``calls`` counts its launches) of ViT-B/16, L/16 and
 H/14 in float16, with the shipped configurations; add_layernorm as the cuBLASLt route launches it, uint8
@@ -6,11 +6,13 @@ pixels, layernorm_attention at the width of ViT-S and in the first windows of Sw
 norm, BEiT's attention and Swin's windows add.
 ``bytes`` and ``flops`` are of one launch.
 
-    PYTHONPATH=kernels python -m kernel_tools.resources --write kernels/resources.csv
-    python -m kernel_tools.resources --check kernels/resources.csv
+    PYTHONPATH=kernels python -m kernel_tools.resources --write kernels/resources
+    PYTHONPATH=kernels python -m kernel_tools.resources --check kernels/resources
 
-The check recomputes the table. Compiled by the same version of Triton every number must be the same; by
-another one, only the rules hold: no spills, the tensor cores' own instructions, at least one program fits.
+The folder has a table for each version of Triton that the tests run, ``triton-3.6.0.csv``; the version
+that is installed writes or checks its own. The check compiles everything again, and every number must be the
+same. Without a table of this version only the rules are checked: no spills, the tensor cores' own
+instructions, none of which waits for the one before it, and at least one program fits.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,9 @@ REASONS: Mapping[tuple[str, str], str] = {
         "absorbed_attention",
         "sm_89",
     ): "two registers kept around the loop, two more read once in each step of it",
+    ("absorbed_attention", "sm_90"): "four registers, stored before the loop and read after it",
     ("head_linear", "sm_89"): "one register, stored before the loop and read after it",
+    ("head_linear", "sm_90"): "one register, stored before the loop and read after it",
     (
         "attention",
         "sm_100",
@@ -101,10 +106,13 @@ class Row:
     stg: int
     mufu: int
     instructions: int
+    before: int
+    early_loads: int
+    after: int
+    serialised: int
     programs: int
     bytes: int
     flops: int
-    triton: str
     reason: str
 
     @property
@@ -220,10 +228,13 @@ def row_of(case: Case, compiled: Compiled, used: Resources) -> Row:
         stg=mix["STG"],
         mufu=mix["MUFU"],
         instructions=used.total,
+        before=used.before,
+        early_loads=used.early_loads,
+        after=used.after,
+        serialised=used.serialised,
         programs=used.programs,
         bytes=size(launch),
         flops=flops(spec_of(launch)),
-        triton=compiled.triton,
         reason=REASONS.get((kernel, case.arch), "") if used.stack else "",
     )
 
@@ -243,6 +254,8 @@ def broken_rules(rows: Iterable[Row]) -> list[str]:
                 f"{row}: spills registers ({row.stack} bytes of stack, {row.spill_stores} stores, "
                 f"{row.spill_loads} loads) and no reason is given"
             )
+        if row.serialised:
+            lines.append(f"{row}: products wait for each other, {row.serialised} times for nothing")
         if not row.programs:
             lines.append(f"{row}: not one program fits on a multiprocessor")
         native = NATIVE.get(row.arch, "hmma")
@@ -257,21 +270,24 @@ def _rows(row: Row) -> int:
 
 
 def differences(committed: Sequence[Row], computed: Sequence[Row]) -> list[str]:
-    """How a table differs from what was computed; measured numbers only if one Triton made both."""
+    """How a table differs from what was computed by the same version of Triton."""
     there, here = ({row.place: row for row in rows} for rows in (committed, computed))
     lines = [
         f"{there[place]}: is in the table and is no launch any more" for place in there if place not in here
     ]
     lines += [f"{here[place]}: is not in the table" for place in here if place not in there]
     for place, row in here.items():
-        old = there.get(place)
-        if old is None or old.triton != row.triton:
-            continue
+        old = there.get(place, row)
         for field in fields(Row):
             before, now = getattr(old, field.name), getattr(row, field.name)
             if before != now:
                 lines.append(f"{row}: {field.name} is {now}, and the table says {before}")
     return lines
+
+
+def table_path(folder: Path, triton: str) -> Path:
+    """Where the table of a version of Triton is."""
+    return folder / f"triton-{triton}.csv"
 
 
 def format_rows(rows: Iterable[Row]) -> str:
@@ -306,31 +322,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernel_tools.resources", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", type=Path, metavar="CSV")
-    what.add_argument("--check", type=Path, metavar="CSV")
-    parser.add_argument("--arch", action="append", choices=[*ARCHITECTURES], help="only these; checks only")
+    what.add_argument("--write", type=Path, metavar="FOLDER")
+    what.add_argument("--check", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--arch",
+        action="append",
+        choices=[*ARCHITECTURES],
+        help="only these, and the others' rows stay as they are",
+    )
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args(arguments)
-    architectures = given.arch if given.arch and given.check else [*ARCHITECTURES]
+    architectures = given.arch or [*ARCHITECTURES]
     cases = [case for arch in architectures for case in all_cases(arch)]
     rows, failed = compute(cases, given.processes, _print_progress)
     lines = failed + broken_rules(rows)
+    path = table_path(given.write or given.check, version("triton"))
+    committed = parse_rows(path.read_text(encoding="utf-8")) if path.is_file() else []
     if given.write:
-        given.write.write_text(format_rows(rows), encoding="utf-8")
+        others = [row for row in committed if row.arch not in architectures]
+        order = [*ARCHITECTURES]
+        table = sorted([*others, *rows], key=lambda row: order.index(row.arch))
+        path.write_text(format_rows(table), encoding="utf-8")
+    elif committed:
+        lines += differences([row for row in committed if row.arch in architectures], rows)
     else:
-        lines += _compared(given.check, rows)
+        print(f"there is no {path.name}: only the rules are checked")
     print("\n".join(lines) if lines else f"{len(rows)} rows: no rule is broken")
     return int(bool(lines))
-
-
-def _compared(path: Path, rows: Sequence[Row]) -> list[str]:
-    architectures = {row.arch for row in rows}
-    committed = [row for row in parse_rows(path.read_text(encoding="utf-8")) if row.arch in architectures]
-    here, there = ({row.triton for row in some} for some in (rows, committed))
-    if here != there:
-        versions = (", ".join(sorted(some)) for some in (there, here))
-        print("the table is of Triton {}, this is {}: only the rules are checked".format(*versions))
-    return differences(committed, rows)
 
 
 def _print_progress(done: int, total: int, what: str) -> None:

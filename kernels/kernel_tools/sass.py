@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,11 @@ from vitdeploy_kernels.occupancy import programs_per_multiprocessor
 COUNTED = ("HGMMA", "UTCMMA", "HMMA", "LDGSTS", "LDG", "STG", "MUFU")
 """Products on the tensor cores (of sm_90, of sm_100: UTC*MMA, of all), copies, loads, stores, functions."""
 
+PRODUCT = re.compile(r"HGMMA|HMMA|UTC\w*MMA")
+COPY = re.compile(r"LDGSTS|UTMALDG")
+
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+_DRAINED = re.compile(r"\.DEPBAR\S*\s+gsb0,\s+0x0\b")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Resources:
         spill_loads: instructions that read them back.
         instructions: how many of each of :data:`COUNTED`, by name.
         total: all instructions.
+        before: instructions before the first asynchronous copy; 0 where nothing is copied so.
+        early_loads: loads from global memory among these.
+        after: instructions behind the last product.
+        serialised: waits for products of sm_90 that the PTX does not have. ptxas makes each product wait for
+            the one before it where it cannot prove that nothing else touches their registers.
         programs: that fit on a multiprocessor at a time.
     """
 
@@ -41,6 +50,10 @@ class Resources:
     spill_loads: int
     instructions: Mapping[str, int]
     total: int
+    before: int
+    early_loads: int
+    after: int
+    serialised: int
     programs: int
 
 
@@ -55,7 +68,9 @@ def resources(compiled: Compiled) -> Resources:
         path.write_bytes(compiled.cubin)
         usage, listing = _cuobjdump("-res-usage", path), _cuobjdump("-sass", path)
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    mix = count_instructions(listing)
+    mix, order = count_instructions(listing), in_order(listing)
+    before, after = around(order)
+    waits = len(_DRAINED.findall(listing)) - compiled.ptx.count("wgmma.wait_group.sync.aligned 0;")
     if {"REG", "STACK"} - used.keys() or not mix:
         raise AotError(f"cuobjdump says nothing about {compiled.name} for {compiled.arch}")
     return Resources(
@@ -66,6 +81,10 @@ def resources(compiled: Compiled) -> Resources:
         spill_loads=mix["LDL"],
         instructions={name: mix[name] for name in COUNTED},
         total=mix.total() - mix["UTCMMA"],
+        before=len(before),
+        early_loads=before.count("LDG"),
+        after=len(after),
+        serialised=max(waits, 0),
         programs=programs_per_multiprocessor(
             ARCHITECTURES[compiled.arch],
             registers=used["REG"],
@@ -81,6 +100,18 @@ def count_instructions(listing: str) -> Counter[str]:
     mix = Counter(_INSTRUCTION.findall(listing))
     mix["UTCMMA"] = sum(number for name, number in mix.items() if re.fullmatch(r"UTC\w*MMA", name))
     return mix
+
+
+def in_order(listing: str) -> list[str]:
+    """The instructions of a SASS listing as they stand there, by name without suffix; no padding."""
+    return [name for name in _INSTRUCTION.findall(listing) if name != "NOP"]
+
+
+def around(names: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """What stands before the first asynchronous copy and what behind the last product; empty without one."""
+    copies = [place for place, name in enumerate(names) if COPY.fullmatch(name)]
+    products = [place for place, name in enumerate(names) if PRODUCT.fullmatch(name)]
+    return names[: copies[0]] if copies else [], names[products[-1] + 1 :] if products else []
 
 
 def _cuobjdump(option: str, path: Path) -> str:

@@ -53,9 +53,10 @@ def head_linear_kernel(
     row = (i * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     column = j * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = row < rows, column < COLUMNS
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = product(
-        x_ptr + head * X_HEAD_STRIDE, row * X_STRIDE, row_mask, weight_ptr + head * (DEPTH * COLUMNS),
-        column, column_mask, DEPTH, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K,
+        acc, x_ptr + head * X_HEAD_STRIDE, row * X_STRIDE, row_mask, weight_ptr + head * (DEPTH * COLUMNS),
+        column, column_mask, DEPTH, COLUMNS, BLOCK_K,
     )  # fmt: skip
     out = out_ptr + ((row * HEADS + head) * COLUMNS)[:, None] + column[None, :]
     tl.store(out, narrow(acc, out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])

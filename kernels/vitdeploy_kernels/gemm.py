@@ -48,6 +48,18 @@ def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def late(value):
+    """An integer as it is, but for the compiler another one, which it knows only where this is called.
+
+    What is computed from it stays behind the product, which then has these registers for itself; and ptxas
+    lets products of sm_90 overlap only if no comparison stands between the last and the wait for it.
+    """
+    if INTERPRETED:
+        return value
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def row_statistics(
     stats_ptr,
     row,
@@ -84,15 +96,6 @@ def tile_statistics(values, column_mask, count):
 
 
 @triton.jit
-def combined(mean, squares, count, mean2, squares2, count2):
-    """Statistics of two sets of columns together; the second may be empty."""
-    both = count + count2
-    share = count2.to(tl.float32) / tl.maximum(both, 1)
-    away = mean2 - mean
-    return mean + away * share, squares + squares2 + away * away * (share * count), both
-
-
-@triton.jit
 def halves(acc):
     """The left and the right half of a tile's columns."""
     parts = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
@@ -100,84 +103,82 @@ def halves(acc):
 
 
 @triton.jit
-def write_columns(acc, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr):
-    """:func:`write_tile` for columns from ``start``: mean, squares and count of what was written."""
+def write_columns(acc, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr):
+    """:func:`write_tile` for columns from ``start``: their sum, and the sum of their squares."""
     column = start + tl.arange(0, acc.shape[1])
-    column_mask = column < COLUMNS
-    inside = row_mask[:, None] & column_mask[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + column, mask=column_mask, other=0.0)[None, :]
-    acc += tl.load(add_ptr + add_rows[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside = row_mask[:, None] & (column < COLUMNS)[None, :]
+    if add_ptr is not None:
+        acc += tl.load(add_ptr + add_rows[:, None] + column[None, :], mask=inside, other=0.0)
     rounded = narrow(acc, out_ptr.dtype.element_ty)
     tl.store(out_ptr + (row * COLUMNS)[:, None] + column[None, :], rounded, mask=inside)
-    count = tl.maximum(tl.minimum(COLUMNS - start, acc.shape[1]), 0)
-    mean, squares = tile_statistics(rounded.to(tl.float32), column_mask, tl.maximum(count, 1))
-    return mean, squares, count
+    values = rounded.to(tl.float32)
+    return tl.sum(values, axis=1), tl.sum(values * values, axis=1)
 
 
 @triton.jit
-def write_parts(acc, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr):
-    """:func:`write_columns`, in two parts if there are more than PART."""
-    if acc.shape[1] > PART:
+def write_parts(acc, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS: tl.constexpr):
+    """:func:`write_columns`, in two parts if there are more than PART and something is added."""
+    if add_ptr is not None and acc.shape[1] > PART:
         left, right = halves(acc)
-        mean, squares, count = write_columns(
-            left, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
-        )
+        total, squares = write_columns(left, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS)
         start += left.shape[1]
-        mean2, squares2, count2 = write_columns(
-            right, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
-        )
-        mean, squares, count = combined(mean, squares, count, mean2, squares2, count2)
+        total2, squares2 = write_columns(right, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS)
+        total, squares = total + total2, squares + squares2
     else:
-        mean, squares, count = write_columns(
-            acc, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
-        )
-    return mean, squares, count
+        total, squares = write_columns(acc, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS)
+    return total, squares
 
 
 @triton.jit
 def write_tile(
     acc,
-    bias_ptr,
     add_ptr,
-    add_rows,
     out_ptr,
     stats_ptr,
-    row,
-    row_mask,
+    i,
     j,
+    rows,
+    PERIOD: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write ``acc + bias + add``, rounded, and the statistics of what was written.
+    """Write a tile, rounded, and the statistics of what was written, unless stats is None.
 
-    The j-th tile of columns; bias and stats may be None. ``add_rows`` are the offsets, in elements,
-    of the rows that are added; the rows of out are contiguous. A wide tile is finished part by part: all
-    that is added would not fit into registers beside it.
+    The tile in row i and column j of tiles; zero in columns that are not there. The rows of out are
+    contiguous. Row r of ``add`` (PERIOD, COLUMNS) float32, or None, is added to rows r, r + PERIOD and so
+    on: part by part in a wide tile, since all of it would not fit into registers beside the sums.
+
+    Sums and sums of squares are taken in one pass, as the accumulator lies in registers. The squared
+    distances from the mean are a difference, which cancels where the mean dwarfs the deviation; in a
+    centred residual stream it does not.
     """
+    i, j = late(i), late(j)
+    row = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < rows
+    add_rows = row % PERIOD * COLUMNS
+    row = row.to(tl.int64)
     start = j * BLOCK_N
-    if BLOCK_N > 2 * PART:
+    if add_ptr is not None and BLOCK_N > 2 * PART:
         left, right = halves(acc)
-        mean, squares, count = write_parts(
-            left, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
-        )
+        total, squares = write_parts(left, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS)
         start += BLOCK_N // 2
-        mean2, squares2, count2 = write_parts(
-            right, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
-        )
-        mean, squares, count = combined(mean, squares, count, mean2, squares2, count2)
+        total2, squares2 = write_parts(right, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS)
+        total, squares = total + total2, squares + squares2
     else:
-        mean, squares, count = write_parts(
-            acc, bias_ptr, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS
-        )
+        total, squares = write_parts(acc, add_ptr, add_rows, out_ptr, row, row_mask, start, COLUMNS)
     if stats_ptr is not None:
+        mean = total / tl.minimum(COLUMNS - j * BLOCK_N, BLOCK_N)
+        squares -= total * mean
         at = stats_ptr + (row * tl.cdiv(COLUMNS, BLOCK_N) + j) * 2
         tl.store(at, mean, mask=row_mask)
-        tl.store(at + 1, squares, mask=row_mask)
+        # What is left is not negative but for rounding; NaN stays NaN.
+        tl.store(at + 1, tl.where(squares < 0, 0.0, squares), mask=row_mask)
 
 
 @triton.jit
 def product(
+    acc,
     a_ptr,
     a_rows,
     row_mask,
@@ -186,18 +187,15 @@ def product(
     column_mask,
     DEPTH: tl.constexpr,
     W_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``a @ w`` of one tile in float32.
+    """``acc + a @ w`` of one tile in float32.
 
     ``a_rows`` are the rows' offsets in elements (int64); w is (DEPTH, columns) with row stride W_STRIDE.
     """
     depth = tl.arange(0, BLOCK_K)
     a_at = a_ptr + a_rows[:, None] + depth[None, :]
     w_at = w_ptr + depth[:, None] * W_STRIDE + column[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             a = tl.load(a_at, mask=row_mask[:, None], other=0.0)
@@ -213,22 +211,27 @@ def product(
 
 
 @triton.jit
-def erf_tail(x):
-    """1 - erf(x) for x >= 0 to 1.5e-7 (Abramowitz & Stegun 1964, 7.1.26): one exponential, no branches."""
-    t = 1.0 / (1.0 + 0.3275911 * x)
-    poly = 1.061405429 * t - 1.453152027
-    poly = poly * t + 1.421413741
-    poly = poly * t - 0.284496736
-    poly = poly * t + 0.254829592
-    return poly * t * tl.exp(-x * x)
+def normal_tail(x):
+    """1 - Φ(x), Φ the normal distribution function, for x >= 0; times x, exact to 6e-7.
+
+    Two to the power of a polynomial that falls for ever: one exponential, no quotient, no branches. Its
+    coefficients are those whose largest error times max(x, 0.3) is the least, found by reweighted least
+    squares (Lawson 1961).
+    """
+    power = -0.0004876073 * x + 0.007194246
+    power = power * x - 0.052131355
+    power = power * x - 0.4596204
+    power = power * x - 1.1509821
+    power = power * x - 1.0000051
+    return tl.exp2(power)
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """An activation in float32; infinities and NaN go through as they do in torch."""
     if ACTIVATION == "gelu":
-        tail = 0.5 * erf_tail(tl.abs(x) * 0.7071067811865476)
-        x = x * tl.where(x >= 0, 1.0 - tail, tail)
+        # x Φ(x) in a form that leaves infinities and NaN what they are in torch.
+        x = tl.abs(x) * (0.5 - normal_tail(tl.abs(x))) + 0.5 * x
     elif ACTIVATION == "gelu_tanh":
         # tanh(u) = 2 sigmoid(2 u) - 1
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

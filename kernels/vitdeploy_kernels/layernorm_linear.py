@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitdeploy_kernels.config import Config, choose
-from vitdeploy_kernels.gemm import ACTIVATIONS, activate, narrow, product, row_statistics, tile_of
+from vitdeploy_kernels.gemm import ACTIVATIONS, activate, late, narrow, product, row_statistics, tile_of
 from vitdeploy_kernels.launch import Constant, Launch, power_of_two, tiles
 from vitdeploy_kernels.support import (
     DTYPES,
@@ -52,11 +52,16 @@ def layernorm_linear_kernel(
     row = (i * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     column = j * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = row < rows, column < COLUMNS
-    mean, rstd = row_statistics(stats_ptr, row, row_mask, eps, WIDTH, STATS_STRIDE, TILES, TILES_BLOCK, TILE)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = product(
-        x_ptr, row * X_STRIDE, row_mask, weight_ptr, column, column_mask,
-        WIDTH, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+        acc, x_ptr, row * X_STRIDE, row_mask, weight_ptr, column, column_mask, WIDTH, COLUMNS, BLOCK_K
+    )
+    # Read here, the statistics keep no copy of the first tiles waiting.
+    i, j = late(i), late(j)
+    row = (i * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    column = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, column_mask = row < rows, column < COLUMNS
+    mean, rstd = row_statistics(stats_ptr, row, row_mask, eps, WIDTH, STATS_STRIDE, TILES, TILES_BLOCK, TILE)
     # (x - mean) rstd @ w = rstd (x @ w - mean colsum(w)): exact, but it cancels where the mean dwarfs the
     # deviation, which it does not in a centred residual stream.
     colsum = tl.load(colsum_ptr + column, mask=column_mask, other=0.0)
@@ -189,7 +194,7 @@ def layernorm_linear(
         colsum: (columns) float32, the column sums of ``weight`` as rounded.
         bias: (columns) float32.
         eps: LayerNorm's.
-        activation: none, gelu (erf, to 1.5e-7), gelu_tanh, quick_gelu, relu or silu.
+        activation: none, gelu (with erf, to 1e-6), gelu_tanh, quick_gelu, relu or silu.
         out_dtype: float16, bfloat16 or float32; x's dtype when omitted.
         config: the tables' choice for this shape when omitted.
 

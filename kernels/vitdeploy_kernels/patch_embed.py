@@ -96,10 +96,7 @@ def patch_embed_kernel(
         else:
             a = narrow(tl.load(a_at, mask=a_mask, other=0.0).to(tl.float32), w.dtype)
         acc = dot(a, w, acc)
-    write_tile(
-        acc * scale, None, tokens_ptr, token * COLUMNS, out_ptr, stats_ptr,
-        row.to(tl.int64), row_mask, j, COLUMNS, BLOCK_N,
-    )  # fmt: skip
+    write_tile(acc * scale, tokens_ptr, out_ptr, stats_ptr, i, j, rows, TOKENS, COLUMNS, BLOCK_M, BLOCK_N)
 
 
 def sides(image: Tensor) -> tuple[int, int, int]:

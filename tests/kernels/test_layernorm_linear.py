@@ -114,6 +114,15 @@ def test_activations_of_large_values_and_of_infinity(activation: str, device: to
     torch.testing.assert_close(out.cpu(), wanted.half().expand(2, 8), equal_nan=True, rtol=1e-3, atol=1e-6)
 
 
+def test_gelu_is_exact_to_1e_6(device: torch.device) -> None:
+    bias = torch.linspace(-12, 12, 4096)
+    x = torch.tensor([[1.0, -1.0]]).half()
+    zeros = torch.zeros(2, 4096, dtype=torch.float16), torch.zeros(4096)
+    inputs = (t.to(device) for t in (x, reference.statistics(x, 2).float(), *zeros, bias))
+    out = layernorm_linear(*inputs, activation="gelu", out_dtype=torch.float32, config=SMALL)
+    assert (out[0].cpu().double() - reference.activate(bias.double(), "gelu")).abs().max() < 1e-6
+
+
 def test_eps_counts(device: torch.device) -> None:
     x = torch.tensor([[1.0, -1.0]]).half().to(device) / 64
     stats = reference.statistics(x.cpu(), 2).float().to(device)
