@@ -70,7 +70,10 @@ class FakeHub:
         """The status and the document for a POST."""
         if path == "/api/repos/create":
             wanted = json.loads(body)
-            self.created.append({key: wanted.get(key) for key in ("name", "organization", "private")})
+            private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+            self.created.append(
+                {"name": wanted["name"], "organization": wanted["organization"], "private": private}
+            )
             return 200, {"url": f"{self.url}/{wanted['organization']}/{wanted['name']}"}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}

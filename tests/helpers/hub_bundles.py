@@ -45,7 +45,10 @@ def model_bundle(folder: Path, config: ModelConfig, seed: int = 1, **fields: Any
 def lively_state(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Random weights whose logits differ from image to image."""
     state = random_state(config, seed)
-    return {name: tensor * (30 if "head" in name else 3) if tensor.ndim > 1 else tensor for name, tensor in state.items()}
+    return {
+        name: tensor * (30 if "head" in name else 3) if tensor.ndim > 1 else tensor
+        for name, tensor in state.items()
+    }
 
 
 def logits(config: ModelConfig, pixels: Tensor, seed: int = 1) -> Tensor:

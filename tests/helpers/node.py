@@ -1,4 +1,4 @@
-"""transformers.js in Node, from npm, in a folder of its own that later runs find (``build/transformers-js``)."""
+"""transformers.js in Node, from npm, in a folder of its own that later runs find."""
 
 from __future__ import annotations
 
@@ -54,8 +54,6 @@ def run_javascript(program: str, folder: Path) -> str:
 
 
 def _said(*command: str, folder: Path | None = None) -> str:
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, timeout=_SECONDS
-    )
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=_SECONDS)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout

@@ -63,5 +63,18 @@ def clip_bundle(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> B
 
 
 @pytest.fixture(scope="session")
+def siglip_hub(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zero-shot classifier of a small SigLIP, whose labels have a score each."""
+    from tests.helpers.text_checkpoints import save_siglip  # brings transformers
+
+    folder = tmp_path_factory.mktemp("siglip")
+    save_siglip(folder / "siglip")
+    (folder / "labels.txt").write_text("cat\na dog\nphoto\n", encoding="utf-8")
+    words = ("export", "-m", folder / "siglip", "--zero-shot", folder / "labels.txt", "--format", "onnx")
+    made = exports.get("siglip, zero-shot", lambda to: in_a_process(*words, "--batch", 1, "-o", to))
+    return hub_folder(Bundle.open(made.folder), tmp_path_factory.mktemp("hub") / "siglip-hub").folder
+
+
+@pytest.fixture(scope="session")
 def clip_hub(clip_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hub_folder(clip_bundle, tmp_path_factory.mktemp("hub") / "clip-hub").folder

@@ -1,4 +1,4 @@
-"""transformers.js in Node loads a hub folder, and gives the labels and scores of the bundle for photographs."""
+"""transformers.js in Node loads a hub folder, and gives the bundle's labels and scores for photographs."""
 
 from __future__ import annotations
 
@@ -57,6 +57,21 @@ def test_the_card_in_javascript(
             scores = {answer["label"]: answer["score"] for answer in answers}
             for prediction in expected:
                 assert scores[prediction.label] == pytest.approx(prediction.score, abs=SCORE)
+
+
+def test_scores_that_are_no_shares(siglip_hub: Path, tmp_path: Path) -> None:
+    shutil.copytree(siglip_hub, tmp_path / siglip_hub.name)
+    shutil.copy(photograph_files()[0], tmp_path / "image.jpg")
+    (program,) = card_programs((siglip_hub / "README.md").read_text(encoding="utf-8"), "js")
+    program = program.replace("console.log(scored", "console.log(JSON.stringify(scored").replace(
+        "5));", "5)));"
+    )
+    answers = json.loads(run_javascript(program, tmp_path).splitlines()[-1])
+    with Predictor(Bundle.open(siglip_hub)) as predictor:
+        expected = predictor.predict(tmp_path / "image.jpg", top_k=3)[0]
+    assert [answer["label"] for answer in answers] == [prediction.label for prediction in expected]
+    scores = [prediction.score for prediction in expected]
+    assert [answer["score"] for answer in answers] == pytest.approx(scores, abs=SCORE)
 
 
 def test_resizing_is_pillows(tmp_path: Path) -> None:

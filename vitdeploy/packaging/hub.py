@@ -77,7 +77,7 @@ def write(job: Job) -> Outcome:
         source = sized(name, bundle.place)
         if source in manifest.files:
             copy_listed(job, source, folder / name)
-    left_out = _left_out(job.bundle, chosen.values())
+    left_out = _left_out(job.bundle, [*chosen.values()])
     write_text(folder / RESIZE, template("hub_resize.mjs"))
     sealed = _write_manifest(folder, bundle, chosen, onnx_files)
     card = Card(
@@ -145,6 +145,11 @@ def _left_out(bundle: Bundle, chosen: Collection[Artifact]) -> list[str]:
     if len(bundle.sizes) > 1:
         first_size, *further = map(size_name, bundle.sizes)
         notes.append(f"a hub folder is of one image size: {first_size}, without {', '.join(further)}")
+    notes += [
+        f"{artifact.name} takes {artifact.batch.min} images at a time, no more and no fewer"
+        for artifact in chosen
+        if artifact.batch.fixed and artifact.batch.min > 1
+    ]
     if not any(artifact.requested == "fp32" for artifact in chosen):
         notes.append(
             "without an fp32 artifact, onnx/model.onnx is missing: programs have to be told the dtype"

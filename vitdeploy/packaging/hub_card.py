@@ -78,14 +78,13 @@ def model_card(card: Card) -> str:
     )
 
 
-_TRUST = (
-    "\ntransformers has no class for a head of text vectors, which reads the image's embedding at length 1: "
-    "the folder brings\nits own, `modeling_zero_shot.py`, and transformers wants to be told that you trust it.\n"
-)
-_RESIZE = (
-    f", and `{RESIZE}`\nof this folder beside your program: transformers.js looks at the nearest pixels "
-    "only, however much smaller an image gets, and\nwith the module its scores are those of Python."
-)
+_TRUST = """
+transformers has no class for a head of text vectors, which reads the image's embedding at length 1: the
+folder brings its own, `modeling_zero_shot.py`, and transformers wants to be told that you trust it.
+"""
+_RESIZE = f""", and `{RESIZE}`
+of this folder beside your program: transformers.js looks at the nearest pixels only, however much smaller an
+image gets, and with the module its scores are those of Python."""
 _SCORES = {
     "softmax": "weights = np.exp(logits - logits.max())\nscores = weights / weights.sum()",
     "sigmoid": "scores = 1 / (1 + np.exp(-logits))",
