@@ -23,6 +23,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+import vitdeploy
 from tests.fakes.hub import FakeHub
 from tests.helpers.bundles import write_bundle
 from tests.helpers.card_code import card_programs
@@ -39,7 +40,6 @@ from vitdeploy.images.preprocess import apply
 from vitdeploy.packaging import hub_push
 from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import MARKER, write_package
-from vitdeploy.predictor import Predictor
 from vitdeploy.verification.local import verify_bundle
 
 LABELS = ("one", "two", "three", "four", "five")
@@ -397,7 +397,7 @@ def test_the_cards_programs(
     (tmp_path / "image.jpg").write_bytes(photograph.read_bytes())
     (tmp_path / folder.name).symlink_to(folder)
     monkeypatch.chdir(tmp_path)
-    with Predictor(Bundle.open(folder), artifact="fp32") as predictor:
+    with vitdeploy.load(folder, artifact="fp32") as predictor:
         expected = predictor.predict(photograph, top_k=5)[0]
         scores = [prediction.score for prediction in expected]
     programs = card_programs((folder / "README.md").read_text(encoding="utf-8"), "python")

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vitdeploy
 from tests.helpers.card_code import card_programs
 from tests.helpers.hub_bundles import photograph_files
 from tests.helpers.node import run_javascript
-from vitdeploy.bundle.folder import Bundle
 from vitdeploy.packaging.target import template
-from vitdeploy.predictor import Predictor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SCORE = 2e-3
@@ -50,7 +49,7 @@ def test_the_card_in_javascript(
     names = photographs_in(tmp_path)
     found = classified(folder, names, dtype, tmp_path)
     assert len(found) == 3
-    with Predictor(Bundle.open(folder), artifact=dtype) as predictor:
+    with vitdeploy.load(folder, artifact=dtype) as predictor:
         for name, answers in zip(names, found, strict=True):
             expected = predictor.predict(tmp_path / name, top_k=5)[0]
             assert answers[0]["label"] == expected[0].label
@@ -67,7 +66,7 @@ def test_scores_that_are_no_shares(siglip_hub: Path, tmp_path: Path) -> None:
         "5));", "5)));"
     )
     answers = json.loads(run_javascript(program, tmp_path).splitlines()[-1])
-    with Predictor(Bundle.open(siglip_hub)) as predictor:
+    with vitdeploy.load(siglip_hub) as predictor:
         expected = predictor.predict(tmp_path / "image.jpg", top_k=3)[0]
     assert [answer["label"] for answer in answers] == [prediction.label for prediction in expected]
     scores = [prediction.score for prediction in expected]
