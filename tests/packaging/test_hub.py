@@ -126,6 +126,9 @@ def test_transformers_computes_the_same(what: str, tmp_path: Path) -> None:
     assert type(model).__name__ == architecture
     assert not any(report.values()), "every tensor is there, and no other"
     assert model.dtype == torch.float32
+    model.save_pretrained(tmp_path / "again")
+    ours, theirs = (load_file(f / "model.safetensors") for f in (made.folder, tmp_path / "again"))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     pixels = random_pixels(config)
     with torch.inference_mode():
         found = model.eval()(pixel_values=pixels).logits

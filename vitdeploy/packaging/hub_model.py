@@ -404,6 +404,7 @@ def _empty(kind: _Class, document: Fields, config: ModelConfig, where: object) -
         state = {
             f"{kind.head}.weight": torch.empty(config.classes, *reads),
             f"{kind.prefix}.embeddings.mask_token": torch.empty(1),
+            f"{kind.prefix}.encoder.nothing": torch.empty(1),
         }
         if projection := getattr(config, "projection", 0):
             state["visual_projection.weight"] = torch.empty(projection, 1)
