@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernel_tools.resources import routed
 from vitdeploy_kernels import reference
 from vitdeploy_kernels.config import Table, shipped_table
 from vitdeploy_kernels.gemm import ACTIVATIONS
 from vitdeploy_kernels.planner import Plan, Planner, Workspace, multiply
-from vitdeploy_kernels.resources import routed
 from vitdeploy_kernels.vit import VitShape, random_weights
 
 META = torch.device("meta")

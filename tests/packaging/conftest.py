@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.bundles import write_bundle
-from tests.helpers.exports import Exported
+from tests.helpers.commands import in_a_process
+from tests.helpers.exports import Exported, Exports
+from tests.helpers.hub_folders import hub_folder
 from vitdeploy.bundle.folder import Bundle
 from vitdeploy.packaging.target import PackageSettings
 from vitdeploy.packaging.write import Package, write_package
@@ -37,3 +39,42 @@ def package(tmp_path: Path) -> Make:
         return write_package(bundle, target, tmp_path / folder, settings=PackageSettings(**given), **whole)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def digits_hub(digits: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hub folder of the digits model, in fp32 and fp16."""
+    return hub_folder(digits, tmp_path_factory.mktemp("hub") / "digits-hub").folder
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A zero-shot classifier of a small CLIP, in fp32 and fp16."""
+    from tests.helpers.text_checkpoints import save_clip  # brings transformers
+
+    folder = tmp_path_factory.mktemp("clip")
+    save_clip(folder / "clip")
+    (folder / "labels.txt").write_text("cat\na dog\nMöwe\nthe painting\nphoto\n", encoding="utf-8")
+    words = ("export", "-m", folder / "clip", "--zero-shot", folder / "labels.txt", "--fp32", "--fp16")
+    made = exports.get(
+        "clip, zero-shot", lambda to: in_a_process(*words, "--format", "onnx", "--batch", "1,2,4", "-o", to)
+    )
+    return Bundle.open(made.folder)
+
+
+@pytest.fixture(scope="session")
+def siglip_hub(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zero-shot classifier of a small SigLIP, whose labels have a score each."""
+    from tests.helpers.text_checkpoints import save_siglip  # brings transformers
+
+    folder = tmp_path_factory.mktemp("siglip")
+    save_siglip(folder / "siglip")
+    (folder / "labels.txt").write_text("cat\na dog\nphoto\n", encoding="utf-8")
+    words = ("export", "-m", folder / "siglip", "--zero-shot", folder / "labels.txt", "--format", "onnx")
+    made = exports.get("siglip, zero-shot", lambda to: in_a_process(*words, "--batch", 1, "-o", to))
+    return hub_folder(Bundle.open(made.folder), tmp_path_factory.mktemp("hub") / "siglip-hub").folder
+
+
+@pytest.fixture(scope="session")
+def clip_hub(clip_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hub_folder(clip_bundle, tmp_path_factory.mktemp("hub") / "clip-hub").folder

@@ -27,6 +27,8 @@ from vitdeploy.packaging.write import MARKER, MAX_NAME, Package, model_name, wri
 
 Make = Callable[..., Package]
 URI = "s3://models/linear"
+SERVERS = ("triton-server", "kserve", "docker", "ray")
+"""Targets that take any bundle; what holds for the hub's folder is in test_hub.py."""
 
 
 def make_of(target: str) -> dict[str, object]:
@@ -37,7 +39,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("target", target_names())
+@pytest.mark.parametrize("target", SERVERS)
 def test_what_is_said_is_what_is_there(package: Make, bundle: Bundle, target: str) -> None:
     made = package(bundle, target, **make_of(target))
     found = tree(made.folder)
@@ -54,14 +56,14 @@ def test_what_is_said_is_what_is_there(package: Make, bundle: Bundle, target: st
     assert siblings(made.folder) == ["linear.bundle", "out"]
 
 
-@pytest.mark.parametrize("target", target_names())
+@pytest.mark.parametrize("target", SERVERS)
 def test_the_same_bundle_gives_the_same_bytes(package: Make, bundle: Bundle, target: str) -> None:
     first = tree(package(bundle, target, "a", **make_of(target)).folder)
     second = tree(package(bundle, target, "b", **make_of(target)).folder)
     assert first == second
 
 
-@pytest.mark.parametrize("target", target_names())
+@pytest.mark.parametrize("target", SERVERS)
 def test_no_file_names_this_machine(package: Make, bundle: Bundle, target: str) -> None:
     made = package(bundle, target, **make_of(target))
     private = str(made.folder.parent).encode()
@@ -155,7 +157,7 @@ def test_a_folder_that_may_not_be_written(bundle: Bundle, tmp_path: Path) -> Non
 # --- bundles -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", target_names())
+@pytest.mark.parametrize("target", SERVERS)
 def test_a_damaged_bundle_is_not_packaged(package: Make, bundle: Bundle, tmp_path: Path, target: str) -> None:
     flip(bundle.root / "model.onnx", -20, 3)
     with pytest.raises(BundleError, match="changed after it was written"):
@@ -262,7 +264,7 @@ def test_labels_are_dns_labels(name: str) -> None:
 
 
 def test_targets() -> None:
-    assert target_names() == ("triton-server", "kserve", "docker", "ray")
+    assert target_names() == (*SERVERS, "hub")
     known = set(PackageSettings.__dataclass_fields__)
     for name in TARGETS:
         write, taken = get_target(name)

@@ -45,6 +45,10 @@ HELD_OUT = "held_out.safetensors"
 CALIBRATION = "calibration.safetensors"
 """The images that quantised artifacts were made with."""
 
+_BESIDE = re.compile(r"README\.md|vitdeploy-package\.json|\.gitattributes|\.git/.*|\.cache/huggingface/.*")
+"""What is of no bundle, and may lie in the folder of one on a model hub: a card, and what packaging, git and
+the hub's own client note there."""
+
 
 class Bundle:
     """An opened bundle. Get one from :meth:`open` or from a :class:`BundleWriter`.
@@ -194,7 +198,8 @@ class Bundle:
             raise BundleError(f"{self.path(name)}: cannot be read: {error}") from error
 
     def verify(self) -> None:
-        """Check every byte: the manifest on disk, each file's hash, and that nothing else is there.
+        """Check every byte: the manifest on disk, each file's hash, and that nothing else is there, but for
+        what belongs to the folder: a model card, git's files and the hub's.
 
         Raises:
             BundleError: names every file that is missing, changed or not listed.
@@ -203,7 +208,8 @@ class Bundle:
             raise BundleError(f"{self.root / MANIFEST}: changed since it was opened")
         self._checked.clear()
         problems = [problem for name in self.manifest.files if (problem := self._hash_problem(name))]
-        self._report(problems + [f"{name!r} is not listed in the manifest" for name in self.unlisted()])
+        strange = [name for name in self.unlisted() if not _BESIDE.fullmatch(name)]
+        self._report(problems + [f"{name!r} is not listed in the manifest" for name in strange])
 
     def verify_hashes(self, names: Iterable[str]) -> None:
         """Check the hashes of the files that are about to be used.

@@ -19,6 +19,7 @@ EXAMPLES = (
     "vitdeploy package vit.bundle --target kserve -o kserve/ --storage-uri s3://models/vit",
     "vitdeploy package vit.bundle --target docker -o image/ --threads 4",
     "vitdeploy package vit.bundle --target ray -o ray/",
+    "vitdeploy package vit.bundle --target hub -o vit/ --license apache-2.0",
 )
 
 
@@ -82,6 +83,27 @@ _Wheel = Annotated[
 ]
 
 
+_Push = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME",
+        help="Upload a hub folder to this repository, which is made where there is none.",
+    ),
+]
+_Private = Annotated[
+    bool, typer.Option("--private", help="Make the repository that --push names a private one.")
+]
+_License = Annotated[
+    str | None, typer.Option(metavar="ID", help="Licence that the model card states, by the hub's name.")
+]
+_BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME", help="Model on the hub that this one is made from, for the model card."
+    ),
+]
+
+
 def command(
     bundle: Annotated[
         Path, typer.Argument(metavar="BUNDLE", help="The bundle to package.", show_default=False)
@@ -90,7 +112,7 @@ def command(
         str,
         typer.Option(
             metavar="T",
-            help="What will load the folder: triton-server, kserve, docker or ray.",
+            help="What will load the folder: triton-server, kserve, docker, ray or hub.",
             show_default=False,
         ),
     ],
@@ -123,13 +145,18 @@ def command(
     image: _Image = None,
     wheel: _Wheel = None,
     fit: _Fit = None,
+    push: _Push = None,
+    private: _Private = False,
+    license: _License = None,
+    base_model: _BaseModel = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier package.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Write a folder that another server loads, from a bundle whose every hash is checked.
 
     triton-server: a model repository for NVIDIA's Triton Inference Server. kserve: the same, and an
-    InferenceService. docker: our own server in an image. ray: a Ray Serve application.
+    InferenceService. docker: our own server in an image. ray: a Ray Serve application. hub: what
+    transformers, transformers.js and ONNX Runtime load, with a model card; --push uploads it.
     """
     from vitdeploy.images.fitting import parse_rule
     from vitdeploy.packaging.target import PackageSettings, checked_device
@@ -151,6 +178,10 @@ def command(
         wheel=str(wheel) if wheel else None,
         tensors_only=tensors_only or None,
         fit=None if fit is None else parse_rule(fit),
+        push=push,
+        private=private or None,
+        license=license,
+        base_model=base_model,
     )
     with output.stdout_is_ours():
         package = write_package(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -28,8 +28,12 @@ TARGETS = {
     "kserve": "vitdeploy.packaging.kserve:write",
     "docker": "vitdeploy.packaging.docker:write",
     "ray": "vitdeploy.packaging.ray:write",
+    "hub": "vitdeploy.packaging.hub:write",
 }
 """Each target's function; beside it in its module, ``SETTINGS`` names the settings that it takes."""
+
+WHOLE = frozenset(("hub",))
+"""Targets that take all artifacts of a bundle, and know no versions of a model."""
 
 Device = Literal["cpu", "gpu"]
 _DEVICES: Mapping[str, Device] = {"cpu": "cpu", "gpu": "gpu"}
@@ -78,6 +82,14 @@ class PackageSettings:
     """Leave out what takes image files: tensors in, tensors out."""
     fit: Rule | None = None
     """How an image gets one of several sizes."""
+    push: str | None = None
+    """The hub's repository to upload the folder to, ``owner/name``; it is made where there is none."""
+    private: bool | None = None
+    """Whether a repository that is made shows to its owner alone."""
+    license: str | None = None
+    """What the model card says: the hub's name of a licence."""
+    base_model: str | None = None
+    """What the model card says: the hub's model that this one was made from."""
 
     def given(self) -> dict[str, object]:
         """The settings that are not None, by name."""
@@ -145,6 +157,8 @@ class Outcome:
     """Commands to type next."""
     notes: tuple[str, ...] = ()
     """What the user should know: one line each."""
+    finish: Callable[[Path], tuple[str, ...]] | None = None
+    """What is done with the folder once it is in its place; returns further notes."""
 
 
 class Write(Protocol):

@@ -18,7 +18,7 @@ from vitdeploy.bundle.output_folder import GENERATOR, output_folder
 from vitdeploy.bundle.staging import StagedFolder
 from vitdeploy.errors import ExportError, UsageError
 from vitdeploy.images.fitting import require_size
-from vitdeploy.packaging.target import Job, Outcome, PackageSettings, get_target
+from vitdeploy.packaging.target import WHOLE, Job, Outcome, PackageSettings, get_target
 from vitdeploy.predictor import DEFAULT_BACKEND, EXACTNESS
 
 MARKER = "vitdeploy-package.json"
@@ -85,7 +85,7 @@ def write_package(
     """Write a folder that another server loads.
 
     Args:
-        target: ``triton-server``, ``kserve``, ``docker`` or ``ray``.
+        target: ``triton-server``, ``kserve``, ``docker``, ``ray`` or ``hub``.
         output: the folder; it appears whole, or not at all.
         name: the model's name there; the bundle's own when omitted.
         version: the model's version there, from 1.
@@ -101,6 +101,9 @@ def write_package(
     settings = settings or PackageSettings()
     write, taken = get_target(target)
     _check_settings(target, settings, taken)
+    for name_of, given in (("--artifact", artifact), ("--model-version", version if version != 1 else None)):
+        if given is not None and target in WHOLE:
+            raise UsageError(f"the target {target} takes no {name_of} (given: {given})")
     if not 1 <= version <= 2**31 - 1:
         raise UsageError(f"version {version}: a model's version is a whole number from 1")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -127,7 +130,8 @@ def write_package(
         there = isinstance(error, FileExistsError)
         hint = "--force replaces it" if there else "choose a folder you may write to, on a disk with space"
         raise ExportError(f"{folder}: cannot be written: {reason}", hint=hint) from error
-    notes = tuple(filter(None, (note, quantised, *outcome.notes)))
+    finished = outcome.finish(folder) if outcome.finish else ()
+    notes = tuple(filter(None, (note, quantised, *outcome.notes, *finished)))
     return Package(Path(output), target, called, version, chosen.name, files, outcome.next, notes)
 
 

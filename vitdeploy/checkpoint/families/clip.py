@@ -54,12 +54,14 @@ def _projection(config: Mapping[str, object], state: Mapping[str, Tensor]) -> in
 
 def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
     fields: dict[str, Any] = {"patch_bias": False, "pre_norm": True, "norm_eps": 1e-5}
-    if image_text.has_classifier(foreign):
+    zero_shot = image_text.is_zero_shot(foreign)
+    if image_text.has_classifier(foreign) and not zero_shot:
         fields |= {"pool": "mean", "final_norm": "none"}
         ignored = {r"post_layernorm\.(weight|bias)": None}
     else:
         projection = _projection(foreign.config or {}, foreign.state)
         fields |= {"pool": "cls", "final_norm": "pooled", "projection": projection}
+        fields |= {"head_on": "embedding"} if zero_shot else {}
         ignored = {}
     return image_text.read(
         foreign,

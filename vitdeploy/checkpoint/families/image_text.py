@@ -43,6 +43,11 @@ TOWER: Layout = {
 }
 """The layers that both name alike."""
 
+CLIP_ZERO_SHOT = "CLIPZeroShotForImageClassification"
+SIGLIP_ZERO_SHOT = "SiglipZeroShotForImageClassification"
+"""Classifiers whose head is one of texts' embeddings, on the image's embedding; transformers has no such
+class, and hub folders carry their code."""
+
 TEXT_LEFT_OUT = "the text model of the checkpoint is left out"
 _BESIDE: Mapping[str, str | None] = {
     r"text_model\..*|text_projection\.weight|logit_(scale|bias)": TEXT_LEFT_OUT,
@@ -57,6 +62,11 @@ def tower_config(config: Mapping[str, object]) -> Mapping[str, object]:
     of_model = ("architectures", "id2label", "problem_type")
     tower = {k: v for k, v in config_object(config, "vision_config").items() if k not in of_model}
     return tower | {key: config[key] for key in of_model if key in config}
+
+
+def is_zero_shot(foreign: Foreign) -> bool:
+    """Whether the file is of a zero-shot classifier: one of ``vitdeploy package --target hub``."""
+    return (foreign.config or {}).get("architectures") in ([CLIP_ZERO_SHOT], [SIGLIP_ZERO_SHOT])
 
 
 def has_classifier(foreign: Foreign) -> bool:

@@ -58,7 +58,9 @@ def _read(foreign: Foreign, template: ViTConfig | None) -> Reading:
         )
     fields: dict[str, Any] = {"cls_token": False, "position_prefix": 0, "norm_eps": 1e-6, "pool": "probe"}
     ignored: dict[str, str | None] = {}
-    if image_text.has_classifier(foreign):
+    if image_text.is_zero_shot(foreign):
+        fields["head_on"] = "embedding"
+    elif image_text.has_classifier(foreign):
         fields["pool"] = "mean"
         ignored[r"head\..*"] = (
             "the pooling by attention is left out: the classifier reads the mean of the tokens"
