@@ -72,6 +72,7 @@ REASONS: Mapping[tuple[str, str], str] = {
         "sm_100",
     ): "eight registers, stored once and read once or twice: a window is one tile, and there is no loop",
     ("layernorm_attention", "sm_90"): "stored once and read once, outside of the loops",
+    ("layernorm_attention", "sm_120"): "stored once and read once, outside of the loops",
 }
 """Why a kernel may spill registers on an architecture; read from its SASS."""
 
