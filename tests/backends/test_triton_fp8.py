@@ -32,6 +32,7 @@ from vitdeploy.model.fused_fp8 import with_fp8
 from vitdeploy.model.precision import PrecisionPlan
 from vitdeploy.model.reference import forward_float64
 from vitdeploy.model.rewrites import deploy
+from vitdeploy.quantisation.deviation import Deviation
 from vitdeploy.quantisation.qdq import insert
 from vitdeploy.quantisation.recipe import quantise
 from vitdeploy.quantisation.sites import QuantisedModel
@@ -48,7 +49,7 @@ SPREAD = 0.1
 def made() -> QuantisedModel:
     """By the recipe, nothing left out."""
     model = deploy(random_vit(CONFIG, spread=SPREAD), PrecisionPlan.of("fp32"), outputs=(CONFIG.outputs[0],))
-    return quantise(model, pixels(CONFIG, 16, seed=5), kind="fp8", target=9.0)
+    return quantise(model, pixels(CONFIG, 16, seed=5), kind="fp8", target=Deviation(9.0, 9.0))
 
 
 def bundle_of(folder: Path, made: QuantisedModel, rest: Precision, sites: tuple[str, ...]) -> Bundle:
