@@ -22,6 +22,7 @@ from vitdeploy.exporter.request import ExportRequest
 from vitdeploy.exporter.run import run_export
 from vitdeploy.machine.identity import this_machine
 from vitdeploy.optimiser import run as optimiser
+from vitdeploy.verification.parity import TOLERANCES
 
 IMAGES = ROOT / "vitdeploy/data/digits/images"
 MODULE = """
@@ -164,7 +165,8 @@ def test_with_the_real_clock(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     record = json.loads((folder / "optimisation.json").read_text(encoding="utf-8"))
     measured = [entry for entry in record["tried"] if entry["p50_ms"] is not None]
     assert measured[0]["verdict"] == "chosen"
-    assert all(entry["relative"] < 1e-4 for entry in measured)
+    # What processors compute in halves themselves enters in fp16, too.
+    assert all(entry["relative"] <= TOLERANCES[entry["precision"]].relative for entry in measured)
     (choice,) = Bundle.open(folder).manifest.choices
     assert (choice.goal, choice.batch, choice.backend) == ("throughput", 4, "onnxruntime")
     assert choice.images_per_s == measured[0]["images_per_s"]

@@ -11,6 +11,7 @@ from vitdeploy_kernels import (
     absorbed,
     add_layernorm,
     attention,
+    fp8,
     layernorm_attention,
     layernorm_linear,
     linear_residual,
@@ -100,6 +101,23 @@ def absorbed_attention_launch() -> Launch:
     )  # fmt: skip
 
 
+def fp8_linear() -> fp8.Fp8Linear:
+    scale = meta(1, dtype=SINGLE)
+    weight, vector = meta(256, 128, dtype=fp8.E4M3).T, meta(128, dtype=SINGLE)
+    return fp8.Fp8Linear(weight, meta(256), scale, scale, 1.0, vector, vector)
+
+
+def norm_quantise_launch() -> Launch:
+    return fp8.launch_norm_quantise(
+        meta(394, 128), meta(394, 128), meta(394, 128), fp8_linear(), meta(394, 128, dtype=fp8.E4M3),
+        eps=1e-6, config=ROW,
+    )  # fmt: skip
+
+
+def quantise_launch() -> Launch:
+    return fp8.launch_quantise(meta(394, 256), meta(394, 256, dtype=fp8.E4M3), 1.0, "gelu")
+
+
 LAUNCHES: dict[str, Callable[[], Launch]] = {
     "layernorm_linear": layernorm_linear_launch,
     "linear_residual": linear_residual_launch,
@@ -112,4 +130,6 @@ LAUNCHES: dict[str, Callable[[], Launch]] = {
     "add_layernorm": add_layernorm_launch,
     "head_linear": head_linear_launch,
     "absorbed_attention": absorbed_attention_launch,
+    "norm_quantise": norm_quantise_launch,
+    "quantise": quantise_launch,
 }

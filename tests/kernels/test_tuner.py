@@ -253,7 +253,7 @@ print(len(kernels), len(rows), sum(p.do_not_specialize for p in rows))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["8", "5", "5"]
+    assert done.stdout.split() == ["10", "6", "6"]
 
 
 def test_each_binary_is_compiled_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
