@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,34 @@ def clip_bundle(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> B
     """A zero-shot classifier of a small CLIP, in fp32 and fp16."""
     from tests.helpers.text_checkpoints import save_clip  # brings transformers
 
-    folder = tmp_path_factory.mktemp("clip")
-    save_clip(folder / "clip")
-    (folder / "labels.txt").write_text("cat\na dog\nMöwe\nthe painting\nphoto\n", encoding="utf-8")
-    words = ("export", "-m", folder / "clip", "--zero-shot", folder / "labels.txt", "--fp32", "--fp16")
-    made = exports.get(
-        "clip, zero-shot", lambda to: in_a_process(*words, "--format", "onnx", "--batch", "1,2,4", "-o", to)
+    words = ("--fp32", "--fp16", "--batch", "1,2,4")
+    return zero_shot(
+        exports, tmp_path_factory, save_clip, ("cat", "a dog", "Möwe", "the painting", "photo"), words
     )
+
+
+def zero_shot(
+    exports: Exports,
+    tmp_path_factory: pytest.TempPathFactory,
+    save: Callable[[Path], object],
+    labels: Sequence[str],
+    words: Sequence[str],
+) -> Bundle:
+    """What ``export`` with these words makes of a checkpoint that ``save`` writes; made once."""
+    folder = tmp_path_factory.mktemp("zero-shot")
+    save(folder / "model")
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    command = (
+        "export",
+        "-m",
+        folder / "model",
+        "--zero-shot",
+        folder / "labels.txt",
+        "--format",
+        "onnx",
+        *words,
+    )
+    made = exports.get(f"zero-shot of {save.__name__}", lambda to: in_a_process(*command, "-o", to))
     return Bundle.open(made.folder)
 
 
@@ -67,12 +88,8 @@ def siglip_hub(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A zero-shot classifier of a small SigLIP, whose labels have a score each."""
     from tests.helpers.text_checkpoints import save_siglip  # brings transformers
 
-    folder = tmp_path_factory.mktemp("siglip")
-    save_siglip(folder / "siglip")
-    (folder / "labels.txt").write_text("cat\na dog\nphoto\n", encoding="utf-8")
-    words = ("export", "-m", folder / "siglip", "--zero-shot", folder / "labels.txt", "--format", "onnx")
-    made = exports.get("siglip, zero-shot", lambda to: in_a_process(*words, "--batch", 1, "-o", to))
-    return hub_folder(Bundle.open(made.folder), tmp_path_factory.mktemp("hub") / "siglip-hub").folder
+    bundle = zero_shot(exports, tmp_path_factory, save_siglip, ("cat", "a dog", "photo"), ("--batch", "1"))
+    return hub_folder(bundle, tmp_path_factory.mktemp("hub") / "siglip-hub").folder
 
 
 @pytest.fixture(scope="session")

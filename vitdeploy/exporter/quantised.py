@@ -192,6 +192,5 @@ def shortage(model: QuantisedModel) -> str | None:
     if model.falls_short:
         layers = len(model.left_out) + len(model.sites)
         floats = f"{len(model.left_out)} of {layers} layers left float"
-        found = f"{model.found.error:.2g}, their divergence {model.found.divergence:.2g}"
-        return f"the mean relative error of the calibration images is {found} with {floats}"
+        return f"{model.found} of the calibration images with {floats}, at most {model.target}"
     return None

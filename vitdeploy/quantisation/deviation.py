@@ -24,6 +24,9 @@ class Deviation:
     error: float
     divergence: float = 0.0
 
+    def __str__(self) -> str:
+        return f"error {self.error:.4f}" + (f", divergence {self.divergence:.1e}" if self.divergence else "")
+
     def excess(self, target: Deviation) -> float:
         """How many times as far as the target; a divergence grows with the square of an error."""
         return max(self.error / target.error, math.sqrt(self.divergence / target.divergence))

@@ -42,8 +42,8 @@ from vitdeploy.quantisation.sites import QuantisedModel, QuantisedSite, rounded
 TARGETS: Mapping[Quantised, Deviation] = {"int8": Deviation(0.04, 6e-4), "fp8": Deviation(0.07, 1.2e-3)}
 """Of the outputs of the calibration images, above which layers are left out.
 
-The divergence is a sixteenth of what the worst held-out image may have: of a trained model's, the worst of
-some hundred had ten to fifteen times the mean.
+The divergence is about a sixteenth of what the worst held-out image may have: single images lie far above the
+mean.
 """
 _KEPT = 8192
 """Rows of a layer's input that are kept: the means of a bias are taken of them."""
@@ -89,7 +89,7 @@ def quantise(
         stage.detail = f"{len(recipe.places)} layers"
     with progress.stage("layers left out") as stage:
         left_out, found = leave_out(model, work, recipe.places, macs, pixel_values, target)
-        stage.detail = f"{len(left_out)} of {len(linears)}, error {found.error:.4f}"
+        stage.detail = f"{len(left_out)} of {len(linears)}, {found}"
     sites = {name: place.site for name, place in recipe.places.items() if name not in left_out}
     share = sum(macs[name] for name in sites) / max(sum(macs.values()), 1)
     floats = {name: recipe.places[name].fitted for name in sites}
